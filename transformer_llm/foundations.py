@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['InputError', 'check_range', 'check_choice', 'os_error_sentence', 'sync_folder', 'atomic_write', 'write_json',
-           'read_json', 'sha256_of', 'cache_dir', 'set_seed', 'pick_device', 'largest_difference', 'check_shapes']
+           'read_json', 'sha256_of', 'cache_dir', 'set_seed', 'pick_device', 'largest_difference', 'shape_checker',
+           'check_shapes']
 
 # %% ../nbs/90_foundations.ipynb #90-003
 import hashlib
@@ -175,17 +176,26 @@ def largest_difference(a, b) -> float:
     return max(((x.detach().double() - y.detach().double()).abs().max().item() for x, y in zip(a, b) if x.numel()), default=0.0)
 
 # %% ../nbs/90_foundations.ipynb #90-028
+def shape_checker(function):
+    "Decorate `function` with beartype's run-time type check, where a whole number may stand for a `float`."
+    from beartype import BeartypeConf, beartype
+
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+
+
 def check_shapes() -> None:
     "From now on check jaxtyping's shapes in modules of this package that are imported later, and in later cells of a notebook."
+    import importlib
     import sys
 
     from jaxtyping import install_import_hook
 
+    importlib.import_module("transformer_llm.foundations")  # where the hook and the notebook find `shape_checker`
     if not any(type(finder).__module__.startswith("jaxtyping") for finder in sys.meta_path):
-        install_import_hook("transformer_llm", "beartype.beartype")
+        install_import_hook("transformer_llm", "transformer_llm.foundations.shape_checker")
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and not getattr(shell, "_transformer_llm_checked", False):
         shell.run_line_magic("load_ext", "jaxtyping")
-        shell.run_line_magic("jaxtyping.typechecker", "beartype.beartype")
+        shell.run_line_magic("jaxtyping.typechecker", "transformer_llm.foundations.shape_checker")
         shell._transformer_llm_checked = True
