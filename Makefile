@@ -1,0 +1,48 @@
+# `make help` lists what there is. Everything runs in .venv, made on first use from the one tested lock (constraints.txt).
+PYTHON ?= python3
+# Where only the CPU build of torch is wanted and the default one carries CUDA (Linux on x86-64): the address of PyTorch's
+# CPU packages, as its "Get started" page shows it, e.g. make demo TORCH_INDEX=https://...
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab shakespeare notebooks readme clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */	/' | expand -t 16
+
+$(VENV)/.package: constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, and $(PYTHON) is older; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "Making .venv (once; torch is the large part) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.development: $(VENV)/.package
+	@echo "Adding JupyterLab, nbdev and the test tools to .venv (once) ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.package  ## train a 5,162-parameter transformer to count, in seconds
+	@$(BIN)/transformer-llm demo
+
+shakespeare: $(VENV)/.package  ## train a small character model on Shakespeare, in about a minute
+	@$(BIN)/transformer-llm shakespeare
+
+lab: $(VENV)/.development  ## open the book in JupyterLab
+	@$(BIN)/jupyter lab nbs/index.ipynb
+
+test: $(VENV)/.development  ## check that book and package agree, run every notebook and every test
+	@$(BIN)/python tests/run.py
+
+notebooks: $(VENV)/.development  ## export, execute and clean every notebook (what authors do before they commit)
+	@$(BIN)/nbdev_export && $(BIN)/python tests/execute.py && $(BIN)/python tests/readme.py
+
+readme: $(VENV)/.development  ## derive README.md from nbs/index.ipynb
+	@$(BIN)/python tests/readme.py
+
+clean:  ## remove .venv and everything that was built
+	rm -rf $(VENV) _docs _proc build *.egg-info demo
