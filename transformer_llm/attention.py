@@ -6,7 +6,10 @@
 __all__ = ['Mask', 'Rotate', 'softmax', 'causal_mask', 'sliding_window_mask', 'padding_mask', 'combine_masks', 'expand_kv',
            'attention_weights', 'attention_plain', 'attention_fused', 'KVCache', 'MultiHeadAttention']
 
-# %% ../nbs/01_attention.ipynb #01-004
+# %% ../nbs/01_attention.ipynb #01-005
+#| export
+
+# %% ../nbs/01_attention.ipynb #01-006
 import math
 from collections.abc import Callable
 
@@ -17,7 +20,10 @@ from torch.nn import functional as F
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/01_attention.ipynb #01-005
+# %% ../nbs/01_attention.ipynb #01-019
+#| export
+
+# %% ../nbs/01_attention.ipynb #01-020
 def softmax(
     x: Float[Tensor, "..."],  # Scores of any size
     dim: int = -1,  # The axis that is to add up to one
@@ -30,7 +36,10 @@ def softmax(
     weights = x.exp()
     return weights / weights.sum(dim, keepdim=True)
 
-# %% ../nbs/01_attention.ipynb #01-006
+# %% ../nbs/01_attention.ipynb #01-023
+#| export
+
+# %% ../nbs/01_attention.ipynb #01-024
 Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]  # True: may attend; or numbers that are added to the scores
 
 
@@ -78,7 +87,10 @@ def combine_masks(
         return allowed
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -math.inf)
 
-# %% ../nbs/01_attention.ipynb #01-007
+# %% ../nbs/01_attention.ipynb #01-030
+#| export
+
+# %% ../nbs/01_attention.ipynb #01-031
 def expand_kv(
     x: Float[Tensor, "batch kv_heads keys head_dim"],  # Keys or values
     n_heads: int,  # How many query heads share them
@@ -124,7 +136,10 @@ def attention_plain(
     weights = attention_weights(q, k, mask, causal=causal, scale=scale)
     return F.dropout(weights, dropout) @ expand_kv(v, q.shape[1])
 
-# %% ../nbs/01_attention.ipynb #01-008
+# %% ../nbs/01_attention.ipynb #01-035
+#| export
+
+# %% ../nbs/01_attention.ipynb #01-036
 def attention_fused(
     q: Float[Tensor, "batch heads queries head_dim"],
     k: Float[Tensor, "batch kv_heads keys head_dim"],
@@ -137,7 +152,8 @@ def attention_fused(
 ) -> Float[Tensor, "batch heads queries head_dim"]:
     "`attention_plain` in one fused kernel, which never stores the queries × keys weights (Dao et al. 2022)."
     n_queries, n_keys = q.shape[2], k.shape[2]
-    causal = causal and n_queries > 1  # a lone query is the last one: it sees every key
+    if n_queries == 1:  # a lone query is the last one: it sees every key
+        causal = False
     if causal and (mask is not None or n_queries != n_keys):  # the kernel's own mask aligns the first query, ours the last
         mask, causal = combine_masks(mask, causal_mask(n_queries, n_keys, device=q.device)), False
     options = dict(dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
@@ -148,7 +164,10 @@ def attention_fused(
     mask = mask.masked_fill(lonely, True) if is_bool else mask.masked_fill(lonely, 0.0).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, **options).masked_fill(lonely, 0.0)
 
-# %% ../nbs/01_attention.ipynb #01-009
+# %% ../nbs/01_attention.ipynb #01-048
+#| export
+
+# %% ../nbs/01_attention.ipynb #01-049
 class KVCache:
     """The keys and values of the tokens read so far, for one layer, in storage that is allocated once.
 
@@ -175,6 +194,8 @@ class KVCache:
         v: Float[Tensor, "batch kv_heads seq head_dim"],
     ) -> tuple[Float[Tensor, "batch kv_heads keys head_dim"], Float[Tensor, "batch kv_heads keys head_dim"]]:
         "Append the new tokens' keys and values; return views of all so far. Raises `InputError` when they don't fit."
+        if k[:, :, :0].shape != self.k[:, :, :0].shape:  # copying would broadcast a batch of one without a word
+            raise InputError(f"The key-value cache has shape {tuple(self.k.shape)} and can't take keys of {tuple(k.shape)}.")
         end = self.length + k.shape[2]
         if end > self.capacity:
             raise InputError(
@@ -197,7 +218,10 @@ class KVCache:
         "Let sequence i become what sequence `index[i]` was, as beam search needs; there may be more or fewer of them."
         self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
 
-# %% ../nbs/01_attention.ipynb #01-010
+# %% ../nbs/01_attention.ipynb #01-050
+#| export
+
+# %% ../nbs/01_attention.ipynb #01-051
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (q, k) -> (q, k), each batch, heads, seq, head_dim
 
 
@@ -221,6 +245,10 @@ class MultiHeadAttention(nn.Module):
     ):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        sizes = dict(d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, window=window)
+        for name, size in sizes.items():
+            if size is not None:
+                check_range(name, size, 1, integer=True)
         if head_dim is None and d_model % n_heads:
             raise InputError(f"d_model must be a multiple of n_heads={n_heads} when head_dim isn't given, not {d_model}.")
         if n_heads % n_kv_heads:
