@@ -117,7 +117,7 @@ def attention_weights(
         mask = combine_masks(mask, causal_mask(*scores.shape[-2:], device=q.device))
     if mask is None:
         return softmax(scores)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
     lonely = (scores == -math.inf).all(-1, keepdim=True)
     return softmax(scores.masked_fill(lonely, 0.0)).masked_fill(lonely, 0.0)
 
