@@ -241,7 +241,7 @@ def test_training_takes_texts_lazily_and_repeats_itself():
     "text, size, specials, say",
     [
         ("", 300, (), "empty"), ([], 300, (), "empty"), ("abc", 300, (), "at most 258 tokens"), (PROSE, 255, (), "vocab_size"), (PROSE, 256, ("<|x|>",), "vocab_size"),
-        (PROSE, 300.5, (), "vocab_size"), (PROSE, 300, ("a",), "special"), (PROSE, 300, ("",), "special"), (PROSE, 300, ("<a>", "<a>"), "special"),
+        (PROSE, 300, ("a",), "special"), (PROSE, 300, ("",), "special"), (PROSE, 300, ("<a>", "<a>"), "special"),
         (PROSE, 300, ("\ud800x",), "surrogate"), ("é" * 9, 258, ("Ã©",), "special"),
     ],
 )
