@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['apply_temperature', 'keep_from', 'top_k_filter', 'top_p_filter', 'min_p_filter', 'mark_seen', 'penalise_seen',
            'repetition_penalty', 'filter_logits', 'sample', 'evaluating', 'check_prompt', 'TextWindow', 'stream',
-           'write', 'generate', 'left_pad', 'beam_search', 'stop_ids', 'generate_text', 'stream_text', 'decode_pieces']
+           'write', 'generate', 'left_pad', 'stop_ids', 'generate_text', 'stream_text', 'decode_pieces', 'keep_best',
+           'beam_candidates', 'beam_search']
 
-# %% ../nbs/08_generation.ipynb #08-004
+# %% ../nbs/08_generation.ipynb #08-005
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/08_generation.ipynb #08-005
+# %% ../nbs/08_generation.ipynb #08-014
 def apply_temperature(
     logits: Float[Tensor, "batch vocab"],
     temperature: float,  # Below 1: sharper; above 1: flatter
@@ -28,7 +29,7 @@ def apply_temperature(
         raise InputError(f"temperature must be 0 (always the most probable token) or at least 0.001, not {temperature!r}.")
     return logits if temperature == 1 else logits / temperature
 
-
+# %% ../nbs/08_generation.ipynb #08-019
 def keep_from(
     logits: Float[Tensor, "batch vocab"],
     threshold: Float[Tensor, "batch 1"],  # The smallest logit that stays
@@ -41,7 +42,7 @@ def top_k_filter(
     logits: Float[Tensor, "batch vocab"],
     k: int,  # How many tokens stay; more than the vocabulary holds: all
 ) -> Float[Tensor, "batch vocab"]:
-    "Keep the `k` most probable tokens (Fan et al. 2018, section 5.1)."
+    "Keep the `k` most probable tokens (Fan et al. 2018)."
     k = int(check_range("top_k", k, 1, integer=True))
     return logits if k >= logits.shape[-1] else keep_from(logits, logits.topk(k).values[:, -1:])
 
@@ -50,7 +51,7 @@ def top_p_filter(
     logits: Float[Tensor, "batch vocab"],
     p: float,  # How much probability the kept tokens have together, at least
 ) -> Float[Tensor, "batch vocab"]:
-    "Keep the fewest most probable tokens that have probability `p` together (Holtzman et al. 2020, equation 2)."
+    "Keep the fewest most probable tokens that have probability `p` together (Holtzman et al. 2020), equation (8.2)."
     if check_range("top_p", p, 0, 1) == 1:
         return logits
     ordered = logits.sort(descending=True).values
@@ -64,12 +65,12 @@ def min_p_filter(
     logits: Float[Tensor, "batch vocab"],
     p: float,  # The smallest allowed probability, as a fraction of the largest
 ) -> Float[Tensor, "batch vocab"]:
-    "Keep the tokens that are at least `p` times as probable as the most probable one (Nguyen et al. 2024, section 3)."
+    "Keep the tokens that are at least `p` times as probable as the most probable one (Nguyen et al. 2024), equation (8.3)."
     if check_range("min_p", p, 0, 1) == 0:
         return logits
     return keep_from(logits, logits.amax(-1, keepdim=True) + math.log(p))
 
-# %% ../nbs/08_generation.ipynb #08-006
+# %% ../nbs/08_generation.ipynb #08-024
 def mark_seen(
     ids: Int[Tensor, "batch seq"],
     vocab_size: int,
@@ -95,10 +96,10 @@ def repetition_penalty(
     ids: Int[Tensor, "batch seq"],  # The tokens so far
     penalty: float,  # Above 1: less probable than the model says
 ) -> Float[Tensor, "batch vocab"]:
-    "Make the tokens in `ids` less probable (Keskar et al. 2019, section 4.1)."
+    "Make the tokens in `ids` less probable (Keskar et al. 2019, section 4.1, here with an eye on the sign)."
     return penalise_seen(logits, mark_seen(ids, logits.shape[-1]), penalty)
 
-# %% ../nbs/08_generation.ipynb #08-007
+# %% ../nbs/08_generation.ipynb #08-034
 def filter_logits(
     logits: Float[Tensor, "batch vocab"],
     *,
@@ -135,7 +136,7 @@ def sample(
     noise.exponential_(generator=generator)
     return (logits - noise.log().to(logits.device)).argmax(-1)
 
-# %% ../nbs/08_generation.ipynb #08-008
+# %% ../nbs/08_generation.ipynb #08-046
 @contextmanager
 def evaluating(
     model: nn.Module,  # Its modules get back the mode that they had
@@ -172,7 +173,7 @@ def check_prompt(
         raise InputError(f"The prompt holds token {int(low if low < 0 else high)}, but the model knows 0 to {vocab_size - 1} only; use its own tokenizer.")
     return lengths
 
-# %% ../nbs/08_generation.ipynb #08-009
+# %% ../nbs/08_generation.ipynb #08-047
 class TextWindow:
     """The tokens that the model sees while it writes: at most `context_length` of them for each row.
 
@@ -235,7 +236,7 @@ class TextWindow:
         for layer in self.cache or ():
             layer.reorder(index)
 
-# %% ../nbs/08_generation.ipynb #08-010
+# %% ../nbs/08_generation.ipynb #08-049
 def stream(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
@@ -293,7 +294,7 @@ def write(
             if bool(done.all()):
                 return
 
-# %% ../nbs/08_generation.ipynb #08-011
+# %% ../nbs/08_generation.ipynb #08-050
 def generate(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
@@ -304,7 +305,7 @@ def generate(
     new = [tokens[:, None] for tokens in stream(model, ids, max_new_tokens, **options)]
     return torch.cat([ids.long().to(model.device), *new], 1)
 
-
+# %% ../nbs/08_generation.ipynb #08-063
 def left_pad(
     prompts: Sequence[Sequence[int]],  # Token ids, of different lengths
     pad_token: int = 0,  # Any token of the vocabulary; it is never read
@@ -316,51 +317,7 @@ def left_pad(
     shape = (len(prompts), width)
     return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(is_token, dtype=torch.bool).view(shape)
 
-# %% ../nbs/08_generation.ipynb #08-012
-def beam_search(
-    model: nn.Module,  # A `GPT`, or what can be called like one
-    ids: Int[Tensor, "batch seq"],  # The prompts
-    max_new_tokens: int,
-    *,
-    n_beams: int = 4,  # How many continuations of each prompt stay in the race
-    length_penalty: float = 1.0,  # 0: the sum of the log-probabilities; 1: their mean
-    stop_tokens: Iterable[int] = (),  # A continuation ends with the first of these
-    use_cache: bool = True,
-) -> tuple[Int[Tensor, "batch beams total"], Float[Tensor, "batch beams"]]:
-    """Look for the most probable continuation: keep the `n_beams` best at every step. Best first, with their scores.
-
-    A score is the sum of the new tokens' log-probabilities over their number to the power of `length_penalty`. A
-    continuation that stopped is filled up with its stop token. With one beam this is greedy.
-    """
-    check_range("max_new_tokens", max_new_tokens, 0, integer=True)
-    check_range("n_beams", n_beams, 1, integer=True)
-    check_range("length_penalty", length_penalty)
-    batch, vocab_size = ids.shape[0], model.config.vocab_size
-    window = TextWindow(model, ids, use_cache=use_cache, max_new_tokens=max_new_tokens)
-    device = window.ids.device
-    stops = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=device)
-    beams = ids.long().to(device)[:, None]
-    total, length = torch.zeros(batch, 1, device=device), torch.zeros(batch, 1, device=device)
-    done = torch.zeros(batch, 1, dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        with evaluating(model):
-            step = window.next_logits().log_softmax(-1).view(batch, -1, vocab_size)
-        again = torch.full_like(step, -math.inf).scatter(2, beams[:, :, -1:], 0.0)  # all that a stopped one can do
-        totals = total[:, :, None] + torch.where(done[:, :, None], again, step)
-        length = length + ~done
-        scores = totals / length[:, :, None] ** length_penalty
-        score, best = scores.flatten(1).topk(min(n_beams, scores.shape[1] * vocab_size))
-        beam, token = best // vocab_size, best % vocab_size
-        total, length, done = totals.flatten(1).gather(1, best), length.gather(1, beam), done.gather(1, beam)
-        beams = torch.cat([beams.gather(1, beam[:, :, None].expand(-1, -1, beams.shape[2])), token[:, :, None]], 2)
-        done = done | torch.isin(token, stops)
-        window.reorder((beam + torch.arange(batch, device=device)[:, None] * scores.shape[1]).flatten())
-        window.append(token.flatten())
-        if len(stops) and bool(done.all()):
-            break
-    return beams, total / length.clamp(min=1) ** length_penalty
-
-# %% ../nbs/08_generation.ipynb #08-013
+# %% ../nbs/08_generation.ipynb #08-073
 def stop_ids(
     tokenizer,  # A `CharTokenizer` or `BPETokenizer`
     stop_tokens: Iterable[int] | None,  # None: the tokenizer's special tokens
@@ -392,7 +349,7 @@ def generate_text(
         texts.append(tokenizer.decode([*start, *row[:end]]))
     return texts
 
-
+# %% ../nbs/08_generation.ipynb #08-074
 def stream_text(
     model: nn.Module,
     tokenizer,  # The model's own `CharTokenizer` or `BPETokenizer`
@@ -422,3 +379,70 @@ def decode_pieces(
             yield piece
     if rest := decoder.flush():
         yield rest
+
+# %% ../nbs/08_generation.ipynb #08-085
+def keep_best(
+    totals: Float[Tensor, "batch beams vocab"],  # Sums of log-probabilities, with each possible next token
+    length: Float[Tensor, "batch beams"],  # New tokens, the next one included
+    n_beams: int,
+    length_penalty: float,
+) -> tuple[Float[Tensor, "batch kept"], Int[Tensor, "batch kept"], Int[Tensor, "batch kept"]]:
+    "The best continuations of all beams together: their sums, the beam each comes from, and its next token."
+    scores = (totals / length[:, :, None] ** length_penalty).flatten(1)
+    best = scores.topk(min(n_beams, scores.shape[1])).indices
+    return totals.flatten(1).gather(1, best), best // totals.shape[2], best % totals.shape[2]
+
+# %% ../nbs/08_generation.ipynb #08-086
+def beam_candidates(
+    model: nn.Module,  # A `GPT`, or what can be called like one
+    ids: Int[Tensor, "batch seq"],  # The prompts
+    max_new_tokens: int,
+    *,
+    n_beams: int = 4,  # How many continuations of each prompt stay in the race
+    length_penalty: float = 1.0,  # 0: rank by the sum of the log-probabilities; 1: by their mean
+    stop_tokens: Iterable[int] = (),  # A continuation ends with the first of these
+    use_cache: bool = True,
+) -> tuple[Int[Tensor, "batch beams total"], Float[Tensor, "batch beams"]]:
+    """The `n_beams` best continuations that a beam search finds, best first, and their scores, equation (8.6).
+
+    A continuation that stopped is filled up with its stop token. A score of minus infinity marks a beam for which
+    there was no continuation.
+    """
+    check_range("max_new_tokens", max_new_tokens, 0, integer=True)
+    check_range("n_beams", n_beams, 1, integer=True)
+    check_range("length_penalty", length_penalty)
+    window = TextWindow(model, ids, use_cache=use_cache, max_new_tokens=max_new_tokens)
+    batch, device = ids.shape[0], model.device
+    stops = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=device)
+    beams, done = ids.long().to(device)[:, None], torch.zeros(batch, 1, dtype=torch.bool, device=device)
+    total, length = torch.zeros(batch, 1, device=device), torch.zeros(batch, 1, device=device)
+    row = torch.arange(batch, device=device)[:, None]
+    for _ in range(max_new_tokens):
+        with evaluating(model):
+            step = window.next_logits().log_softmax(-1).unflatten(0, (batch, -1))
+        repeat = torch.full_like(step, -math.inf).scatter(2, beams[:, :, -1:], 0.0)  # all that a stopped one can do
+        totals = total[:, :, None] + torch.where(done[:, :, None], repeat, step)
+        length = length + (~done).float()
+        total, beam, token = keep_best(totals, length, n_beams, length_penalty)
+        window.reorder((beam + row * beams.shape[1]).flatten())
+        window.append(token.flatten())
+        beams, length = torch.cat([beams[row, beam], token[:, :, None]], 2), length[row, beam]
+        done = done[row, beam] | torch.isin(token, stops)
+        if len(stops) and bool(done.all()):
+            break
+    return beams, total / length.clamp(min=1) ** length_penalty
+
+
+def beam_search(
+    model: nn.Module,  # A `GPT`, or what can be called like one
+    ids: Int[Tensor, "batch seq"],  # The prompts
+    max_new_tokens: int,
+    *,
+    n_beams: int = 4,  # How many continuations of each prompt stay in the race; 1: greedy
+    length_penalty: float = 1.0,  # 0: rank by the sum of the log-probabilities; 1: by their mean
+    stop_tokens: Iterable[int] = (),  # A continuation ends with the first of these
+    use_cache: bool = True,
+) -> Int[Tensor, "batch total"]:
+    "Each prompt with the best continuation that a beam search finds; a row that stops early is filled up with its stop token."
+    options = dict(n_beams=n_beams, length_penalty=length_penalty, stop_tokens=stop_tokens, use_cache=use_cache)
+    return beam_candidates(model, ids, max_new_tokens, **options)[0][:, 0]
