@@ -32,6 +32,11 @@ awkward = st.lists(
 text_with_specials = any_text | awkward
 
 
+def known(text: str) -> str:
+    "Without characters newer than Python's Unicode table: each library has a table of its own version, and they differ there."
+    return "".join(c for c in text if c.isprintable() or c.isspace())
+
+
 @pytest.fixture(scope="module")
 def bpe() -> BPETokenizer:
     return BPETokenizer.train(PROSE, 420, special_tokens=SPECIALS)
@@ -80,10 +85,10 @@ def test_lone_surrogates_are_named_and_nothing_else_is_refused(bpe, text):
         assert bpe.decode(bpe.encode(text)) == text
         return
     for encode in (bpe.encode, lambda t: list(bpe.encode_iterable([t])), CharTokenizer.train, lambda t: BPETokenizer.train(t, 300)):
-        with pytest.raises(InputError, match="surrogate"):
+        with pytest.raises(InputError, match=f"surrogate.* position {half};"):
             encode(text)
-    with pytest.raises(InputError, match=f"position {half};"):
-        bpe.encode(text)
+    with pytest.raises(InputError, match=f"position {half + 12000};"):
+        list(bpe.encode_iterable(["some letters"] * 1000 + [text]))
 
 
 @given(st.binary(max_size=40))
@@ -217,6 +222,7 @@ def test_heap_encoding_equals_always_taking_the_lowest_rank(pairs, word):
 @settings(max_examples=25)
 @given(st.lists(any_text | st.text("ab \n", max_size=80), min_size=1, max_size=5), st.integers(258, 330))
 def test_same_merges_as_hugging_face(texts, vocab_size):
+    texts = list(map(known, texts))
     theirs = json.loads(train_theirs(texts, vocab_size, ()).to_str())["model"]["merges"]
     try:
         ours = BPETokenizer.train(texts, 256 + len(theirs), special_tokens=())
@@ -254,7 +260,7 @@ def test_training_refuses(text, size, specials, say):
 
 @given(text_with_specials)
 def test_hugging_face_encodes_our_file_alike(bpe, theirs, text):
-    text = "".join(c for c in text if c.isprintable() or c.isspace())  # newer letters differ between Unicode versions
+    text = known(text)
     assert theirs.encode(text).ids == bpe.encode(text)
     assert theirs.decode(bpe.encode(text), skip_special_tokens=False) == text
 
@@ -274,7 +280,7 @@ def test_we_read_theirs(tmp_path):
 
 @given(any_text)
 def test_the_pattern_splits_like_hugging_face(text):
-    text = "".join(c for c in text if c.isprintable() or c.isspace())
+    text = known(text)
     theirs = [piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)]
     words = WORDS.findall(text)
     assert [visible(word.encode()) for word in words] == theirs and "".join(words) == text

@@ -27,14 +27,16 @@ from .foundations import InputError, atomic_write, check_range, read_json
 # %% ../nbs/05_tokenizer.ipynb #05-011
 def refuse_half_characters(
     text: str,  # The text to check
+    start: int = 0,  # Characters that stood before it
 ) -> None:
     "Raise `InputError` if `text` holds a lone surrogate: half of a UTF-16 pair, which no UTF-8 file can hold."
-    for position, character in enumerate(text):
-        if "\ud800" <= character <= "\udfff":
-            raise InputError(
-                f"The text holds half a character (the lone surrogate U+{ord(character):04X}) at position {position}; "
-                "read the file as UTF-8, or replace it with text.encode('utf-8', 'replace')."
-            )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The text holds half a character (the lone surrogate U+{ord(text[error.start]):04X}) at position {start + error.start}; "
+            "read the file as UTF-8, or replace it with text.encode('utf-8', 'replace').decode('utf-8')."
+        ) from None
 
 # %% ../nbs/05_tokenizer.ipynb #05-014
 class StreamDecoder:
@@ -122,11 +124,11 @@ class CharTokenizer(Tokenizer):
         "Give each character of the text an id, in the order of their code points; `InputError` if there is none."
         found = set()
         for text in [texts] if isinstance(texts, str) else texts:
+            refuse_half_characters(text)
             found.update(text)
         characters = sorted(found)
         if not characters:
             raise InputError("The text to train a tokenizer on is empty; give it some text.")
-        refuse_half_characters("".join(characters))
         return cls(characters)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -313,6 +315,7 @@ def count_words(
     counts = Counter()
     with tqdm(desc="counting words", unit=" characters", unit_scale=True, disable=not progress) as bar:
         for text in texts:
+            refuse_half_characters(text)
             slices = (text[i : i + slice_size] for i in range(0, len(text), slice_size))
             for words, _ in split_stream(slices, names):
                 counts.update(words)
@@ -402,28 +405,29 @@ class BPETokenizer(Tokenizer):
         names = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
         check_special_tokens(names)
         check_range("vocab_size", vocab_size, 256 + len(names), integer=True)
-        try:
-            word_counts = count_words([texts] if isinstance(texts, str) else texts, names, progress=progress)
-            n_merges = int(vocab_size) - 256 - len(names)
-            pairs = learn_merges(word_counts, n_merges, progress=progress)
-        except UnicodeEncodeError:
-            refuse_half_characters("".join(word_counts))
+        word_counts = count_words([texts] if isinstance(texts, str) else texts, names, progress=progress)
         if not word_counts:
             raise InputError("The text to train a tokenizer on is empty; give it some text.")
+        n_merges = vocab_size - 256 - len(names)
+        pairs = learn_merges(word_counts, n_merges, progress=progress)
         if len(pairs) < n_merges:
-            raise InputError(f"This text gives at most {256 + len(names) + len(pairs)} tokens, not the vocab_size of {vocab_size}; give it more text or a smaller vocab_size.")
+            raise InputError(
+                f"This text gives at most {vocab_size - n_merges + len(pairs)} tokens, not the vocab_size of {vocab_size}; "
+                "give it more text or a smaller vocab_size."
+            )
         tokens = [bytes([byte]) for byte in BYTES]
         for left, right in pairs:
             tokens.append(tokens[left] + tokens[right])
         vocab = {token: i for i, token in enumerate(tokens)}
-        return cls(vocab, [(tokens[a], tokens[b]) for a, b in pairs], {name: len(vocab) + i for i, name in enumerate(names)})
+        merges = [(tokens[left], tokens[right]) for left, right in pairs]
+        return cls(vocab, merges, {name: len(vocab) + i for i, name in enumerate(names)})
 
     def encode_word(self, word: str) -> tuple:
         "Token ids of one word, without the cache."
         return apply_merges([self.byte_ids[byte] for byte in word.encode("utf-8")], self.ranks)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        "Token ids of `text`. With `special=False` the names of special tokens are ordinary text: use it for text from strangers."
+        "Token ids of `text`; a lone surrogate raises `InputError`. With `special=False` the names of special tokens are ordinary text: use it for text from strangers."
         pieces = self.specials.split(text) if special and self.specials else [text]
         ids = []
         try:
@@ -436,12 +440,14 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def encode_iterable(self, chunks: Iterable[str], *, special: bool = True) -> Iterator[int]:
-        "Token ids of the chunks' joined text, equal to `encode` of it wherever the cuts fall; holds a few thousand characters at a time, or the longest word."
+        "Token ids of the chunks' joined text, equal to `encode` of it wherever the cuts fall; holds a chunk and some thousand characters at a time, or the longest word."
+        seen = 0
         for words, name in split_stream(chunks, self.special_tokens if special else ()):
             try:
                 yield from chain.from_iterable(map(self.words.__getitem__, words))
             except UnicodeEncodeError:
-                refuse_half_characters("".join(words))
+                refuse_half_characters("".join(words), seen)
+            seen += sum(map(len, words)) + len(name or "")
             if name is not None:
                 yield self.special_tokens[name]
 
@@ -545,9 +551,10 @@ def check_settings(parts: dict, model: dict) -> None:
         raise InputError(f"its pre-tokenizer is {pre_tokenizer.get('type')}, and only ByteLevel with GPT-2's pattern can be read")
     if pre_tokenizer.get("add_prefix_space"):
         raise InputError("its pre-tokenizer puts a space before each text; train it with add_prefix_space=False")
-    for name in ("normalizer", "post_processor"):
-        if (parts.get(name) or BYTE_LEVEL).get("type") != "ByteLevel" or (name == "normalizer" and parts.get(name)):
-            raise InputError(f"its {name} is {parts[name].get('type')}, and files with one can't be read")
+    if parts.get("normalizer"):
+        raise InputError(f"its normalizer {parts['normalizer'].get('type')} changes the text, so it can't be read")
+    if (parts.get("post_processor") or BYTE_LEVEL).get("type") != "ByteLevel":
+        raise InputError(f"its post-processor {parts['post_processor'].get('type')} adds tokens, so it can't be read")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
         if model.get(name):
             raise InputError(f"its model sets {name} to {model[name]!r}, which can't be read")
