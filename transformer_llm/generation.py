@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['apply_temperature', 'keep_from', 'top_k_filter', 'top_p_filter', 'min_p_filter', 'mark_seen', 'penalise_seen',
            'repetition_penalty', 'filter_logits', 'sample', 'evaluating', 'check_prompt', 'TextWindow', 'stream',
-           'write', 'generate', 'left_pad', 'stop_ids', 'generate_text', 'stream_text', 'decode_pieces', 'keep_best',
-           'beam_candidates', 'beam_search']
+           'write_tokens', 'generate', 'left_pad', 'stop_ids', 'generate_text', 'stream_text', 'decode_pieces',
+           'keep_best', 'beam_candidates', 'beam_search']
 
 # %% ../nbs/08_generation.ipynb #08-005
 import math
@@ -159,6 +159,9 @@ def check_prompt(
     attention_mask: Bool[Tensor, "batch seq"] | None = None,  # True for tokens, False for padding on the left
 ) -> list[int]:
     "Each prompt's number of tokens. Raises `InputError` for one that is empty, too long, foreign or padded on the right."
+    if ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
+        shapes = tuple(ids.shape) if attention_mask is None else (tuple(ids.shape), tuple(attention_mask.shape))
+        raise InputError(f"Prompts, and attention_mask if given, must both have shape (batch, seq), not {shapes}; add an axis with [None].")
     batch, seq = ids.shape
     limit, vocab_size = model.config.context_length, model.config.vocab_size
     lengths = [seq] * batch if attention_mask is None else attention_mask.sum(1).tolist()
@@ -265,10 +268,10 @@ def stream(
     if isinstance(generator, int):
         generator = torch.Generator(model.device).manual_seed(generator)
     window = TextWindow(model, ids, attention_mask, use_cache=use_cache, max_new_tokens=max_new_tokens)
-    return write(window, max_new_tokens, settings | {"generator": generator}, repetition_penalty, stop_tokens)
+    return write_tokens(window, max_new_tokens, settings | {"generator": generator}, repetition_penalty, stop_tokens)
 
 
-def write(
+def write_tokens(
     window: TextWindow,
     max_new_tokens: int,
     settings: dict,  # `sample`'s keywords
