@@ -1,0 +1,19 @@
+"""Before anything of the package is imported: shapes are checked, progress bars are off, one thread computes."""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models are faster so, and results don't depend on the machine
+os.environ["MPLBACKEND"] = "Agg"
+
+from transformer_llm.foundations import check_shapes
+
+check_shapes()
+
+import torch
+from hypothesis import HealthCheck, settings
+from tqdm import std
+
+torch.set_num_threads(1)
+start_bar = std.tqdm.__init__
+std.tqdm.__init__ = lambda bar, *args, **options: start_bar(bar, *args, **{**options, "disable": True})
+settings.register_profile("book", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("book")

@@ -1,0 +1,596 @@
+"""The command line from outside: what it prints, what it refuses and how, what it never destroys.
+
+Nearly all of it runs through `main([...])` in this process; a new process pays seconds to import PyTorch.
+"""
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transformer_llm import cli
+from transformer_llm.cli import main
+
+ROOT = Path(__file__).parent.parent
+WORDS = "the cat sat on a mat and saw one red hat by the old oak tree near our small house".split()
+
+
+def make_text(n_words: int = 1500, seed: int = 0) -> str:
+    "Lines of short words, with blank lines between paragraphs."
+    draw = random.Random(seed)
+    lines = [" ".join(draw.choices(WORDS, k=8)) + ("\n" if i % 5 == 4 else "") for i in range(n_words // 8)]
+    return "\n".join(lines) + "\n"
+
+
+def call(capsys, *argv) -> tuple[int, str, str]:
+    "Exit code, standard output and standard error of one command."
+    capsys.readouterr()
+    code = main([str(word) for word in argv])
+    return code, *capsys.readouterr()
+
+
+def succeeds(capsys, *argv) -> str:
+    "The standard output of a command that must succeed."
+    code, out, err = call(capsys, *argv)
+    assert code == 0, err
+    return out
+
+
+def refused(capsys, *argv, says: str = "") -> str:
+    "The one sentence of a command that must be refused."
+    code, _, err = call(capsys, *argv)
+    assert code == 2 and "Traceback" not in err, err
+    assert err.startswith("transformer-llm: ") and err.endswith(".\n") and err.count("\n") == 1, err
+    assert re.search(says, err), f"{says!r} is not in {err!r}"
+    return err
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    "The hash of every file below a folder."
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    "A text file of about 6 kB."
+    path = tmp_path_factory.mktemp("text") / "cats.txt"
+    path.write_text(make_text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory, text) -> Path:
+    "The same text as characters on disk."
+    folder = tmp_path_factory.mktemp("tokens") / "cats"
+    assert main(["data", "prepare", "--text_file", str(text), "--tokenizer", "char", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, text) -> Path:
+    "A finished run of 30 steps. Tests only read it."
+    folder = tmp_path_factory.mktemp("runs") / "cats"
+    assert main(["train", "--model_size", "demo", "--text_file", str(text), "--max_steps", "30", "--batch_size", "8", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path, monkeypatch):
+    "Each test runs in a folder of its own, so that defaults like runs/NAME leave nothing in the repository."
+    monkeypatch.chdir(tmp_path)
+
+
+# --- the command itself -------------------------------------------------------------------------------------------
+
+COMMANDS = [[], ["demo"], ["data"], ["data", "shakespeare"], ["data", "patterns"], ["data", "prepare"], ["tokenizer"], ["tokenizer", "train"],
+            ["train"], ["generate"], ["info"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(capsys, command):
+    assert "usage: " + " ".join(["transformer-llm", *command]) in succeeds(capsys, *command, "--help")
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "transformer_llm", "--help"], capture_output=True, text=True, cwd=ROOT)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0 and done.stdout.startswith("usage: transformer-llm") and done.stderr == ""
+    assert min(seconds) < 0.5, seconds
+    code = "import sys, transformer_llm.cli as c; c.main(['train', '--help']); sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'matplotlib')))"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, cwd=ROOT).returncode == 0
+
+
+def test_version_and_entry_point(capsys):
+    from transformer_llm import __version__
+
+    assert succeeds(capsys, "--version") == f"transformer-llm {__version__}\n"
+    assert "transformer-llm=transformer_llm.cli:run" in (ROOT / "settings.ini").read_text(encoding="utf-8")
+    assert callable(cli.run)
+
+
+def test_choices_are_those_of_the_chapters():
+    from transformer_llm.training import OPTIMIZERS, SCHEDULES
+    from transformer_llm.transformer import PRESETS
+
+    assert set(cli.MODEL_SIZES) == set(PRESETS)
+    options = {flag: action for action in subparser("train")._actions for flag in action.option_strings}
+    assert set(options["--optimizer"].choices) == set(OPTIMIZERS) and set(options["--schedule"].choices) == set(SCHEDULES)
+
+
+def subparser(name: str):
+    "The parser of one command."
+    return next(a for a in cli.make_parser()._actions if hasattr(a, "choices") and isinstance(a.choices, dict)).choices[name]
+
+
+def test_every_training_flag_is_a_setting():
+    known = set(cli.training_fields()) | {"model_size", "dropout", "epochs", "text_file", "tokenizer", "vocab_size", "val_fraction",
+                                         "out", "resume", "overwrite", "help"}
+    assert {action.dest for action in subparser("train")._actions} <= known
+
+
+def test_both_spellings_mean_the_same():
+    parse = cli.make_parser().parse_args
+    one = parse(cli.one_spelling(["train", "--model-size", "nano", "--text-file=my-text.txt", "--max-steps", "5"]))
+    other = parse(["train", "--model_size", "nano", "--text_file=my-text.txt", "--max_steps", "5"])
+    assert one == other and one.text_file == "my-text.txt"
+
+
+# --- data and tokenizers ------------------------------------------------------------------------------------------
+
+
+def test_data_patterns(capsys):
+    assert "patterns.txt" in succeeds(capsys, "data", "patterns", "--out", "some/patterns.txt")
+    assert Path("some/patterns.txt").stat().st_size > 1000
+
+
+def test_data_shakespeare(capsys, monkeypatch, text):
+    monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda path, **options: text)
+    assert str(text) in succeeds(capsys, "data", "shakespeare")
+
+
+def test_data_prepare_then_train(capsys, tokens):
+    assert {"train.bin", "val.bin", "meta.json", "tokenizer.json"} <= {path.name for path in tokens.iterdir()}
+    before = fingerprint(tokens)
+    out = succeeds(capsys, "train", "--model_size", "demo", "--text_file", tokens, "--max_steps", 2, "--batch_size", 2, "--out", "run")
+    assert "parameters" in out and fingerprint(tokens) == before
+    refused(capsys, "train", "--text_file", tokens, "--tokenizer", "char", says="leave them out")
+    refused(capsys, "data", "prepare", "--text_file", tokens, "--out", "again", says="prepared tokens already")
+
+
+def test_a_folder_of_texts(capsys):
+    Path("texts").mkdir()
+    for seed in range(3):
+        Path(f"texts/{seed}.txt").write_text(make_text(400, seed), encoding="utf-8")
+    out = succeeds(capsys, "train", "--model_size", "demo", "--text_file", "texts", "--tokenizer", "bpe", "--max_steps", 2)
+    assert "runs/texts-demo" in out.replace("\\", "/") and Path("runs/texts-demo/step-0000002").is_dir()
+
+
+def test_tokenizer_train(capsys, text):
+    from transformer_llm.tokenizer import load_tokenizer
+
+    assert "300 tokens" in succeeds(capsys, "tokenizer", "train", "--text_file", text, "--vocab-size", 300)
+    assert load_tokenizer("tokenizer.json").vocab_size == 300
+    before = Path("tokenizer.json").read_bytes()
+    refused(capsys, "tokenizer", "train", "--text_file", text, says="--overwrite")
+    assert Path("tokenizer.json").read_bytes() == before
+    succeeds(capsys, "tokenizer", "train", "--text_file", text, "--tokenizer", "char", "--overwrite")
+    assert load_tokenizer("tokenizer.json").decode(load_tokenizer("tokenizer.json").encode("the cat")) == "the cat"
+    succeeds(capsys, "train", "--model_size", "demo", "--text_file", text, "--tokenizer", "tokenizer.json", "--max_steps", 1)
+
+
+def test_vocabulary_of_a_small_text_fits_it():
+    assert cli.default_vocab_size(0) == 257 and cli.default_vocab_size(300_000) == 1257 and cli.default_vocab_size(10**9) == 8192
+
+
+# --- train --------------------------------------------------------------------------------------------------------
+
+
+def test_train_leaves_a_whole_run(capsys, run):
+    assert (run / "step-0000030" / "checkpoint.json").exists() and (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[-1]["step"] == 30 and rows[-1]["loss"] < 3.5 and rows[-1]["val_loss"] < 3.5
+    assert json.loads((run / "command.json").read_text(encoding="utf-8"))["max_steps"] == 30
+
+
+def test_train_prints_its_plan_first(capsys, text):
+    out = succeeds(capsys, "train", "--model_size", "demo", "--text_file", text, "--epochs", 0.5, "--batch_size", 4, "--accumulation", 2)
+    for name in ("parameters", "vocabulary", "tokens", "steps", "memory", "run", "loss", "validation"):
+        assert re.search(rf"^{name} +\S", out, re.MULTILINE), out
+    assert re.search(r"^steps +\d+ of 4 × 32 tokens × 2 batches \(0\.5\d* epochs\)$", out, re.MULTILINE), out
+    assert re.search(r"^time +about .* measured on the first \d steps", out, re.MULTILINE), out
+
+
+def test_the_calls_of_the_readme(capsys, monkeypatch, text):
+    monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda **options: text)
+    out = succeeds(capsys, "train", "--model_size", "tiny", "--epochs", 0.1, "--batch_size", 4)
+    assert Path("runs/shakespeare-tiny/loss.png").parent.is_dir() and "parameters" in out
+    refused(capsys, "train", "--model_size", "tiny", "--epochs", 0.1, "--batch_size", 4, says="--resume")
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--dtype", "bfloat16"], ["--schedule", "wsd", "--warmup_steps", 1], ["--dropout", 0.1],
+                                   ["--val_fraction", 0.3], ["--context_length", 8], ["--tokenizer", "bpe"], ["--keep_checkpoints", 1, "--checkpoint_every", 1]],
+                         ids=lambda flags: flags[0])
+def test_flags_take_effect(capsys, text, flags):
+    succeeds(capsys, "train", "--model_size", "demo", "--text_file", text, "--max_steps", 3, "--out", "run", "--device", "cpu", *flags)
+    newest = Path("run/step-0000003")
+    saved = json.loads((newest / "training.json").read_text(encoding="utf-8"))["training"] | json.loads((newest / "config.json").read_text(encoding="utf-8"))
+    for flag, value in zip(flags[::2], flags[1::2]):
+        assert saved.get(flag[2:], value) == value
+    if "--keep_checkpoints" in flags:
+        assert [path.name for path in Path("run").glob("step-*")] == ["step-0000003"]
+
+
+def test_an_existing_run_is_not_lost(capsys, run, text):
+    before = fingerprint(run)
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 1, "--out", run)
+    refused(capsys, *arguments, says="holds a run already.*--resume.*--overwrite")
+    refused(capsys, *arguments, "--overwrite", "--resume", says="not allowed with")
+    refused(capsys, "train", "--out", run, "--resume", "--seed", 5, says="was started without --seed")
+    refused(capsys, "train", "--out", run, "--resume", "--batch_size", 5, says="had batch_size 8")
+    refused(capsys, "train", "--model_size", "demo", "--text_file", "missing.txt", "--out", run, "--overwrite", says="missing.txt")
+    assert fingerprint(run) == before
+
+
+def test_a_refused_overwrite_leaves_a_run_that_goes_on(capsys, text):
+    arguments = ("train", "--model_size", "demo", "--batch_size", 4, "--out", "run")
+    succeeds(capsys, *arguments, "--text_file", text, "--max_steps", 3)
+    before = fingerprint(Path("run"))
+    Path("short.txt").write_text("to be or not", encoding="utf-8")
+    refused(capsys, *arguments, "--text_file", "short.txt", "--overwrite", says="window")
+    after = fingerprint(Path("run"))
+    assert before == {name: after.get(name) for name in before}
+    succeeds(capsys, "train", "--resume", "--out", "run", "--max_steps", 4)
+    for _ in range(2):
+        succeeds(capsys, *arguments, "--text_file", text, "--max_steps", 2, "--overwrite")
+        succeeds(capsys, "train", "--resume", "--out", "run", "--max_steps", 4)
+        assert len(list(Path("run").glob("tokens*"))) == 1
+
+
+def test_overwrite_removes_only_the_run(capsys, text):
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--out", "run", "--max_steps")
+    succeeds(capsys, *arguments, 4)
+    Path("run/notes.txt").write_text("mine", encoding="utf-8")
+    succeeds(capsys, *arguments, 2, "--overwrite")
+    assert not Path("run/step-0000004").exists() and Path("run/step-0000002").is_dir()
+    assert Path("run/notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_resume_goes_further_even_after_a_move(capsys, text):
+    succeeds(capsys, "train", "--model_size", "demo", "--text_file", text, "--max_steps", 4, "--batch_size", 4, "--out", "run")
+    Path("run").rename("moved")
+    out = succeeds(capsys, "train", "--resume", "--out", "moved", "--max_steps", 6, "--batch_size", 4)
+    assert "continued at step 4" in out and Path("moved/step-0000006").is_dir()
+    succeeds(capsys, "train", "--resume", "--out", "moved", "--epochs", 0.2)
+    succeeds(capsys, "train", "--resume", "--out", "moved")  # nothing left to do is no mistake
+    refused(capsys, "train", "--resume", "--out", "elsewhere", says="elsewhere")
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(capsys, monkeypatch, text):
+    from transformer_llm.training import Trainer
+
+    make_step = Trainer.train_step
+
+    def interrupted_step(self):
+        if self.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return make_step(self)
+
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 8, "--out", "my run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted_step)
+        code, _, err = call(capsys, *arguments)
+    assert code == 130 and "Stopped at step 3" in err and "transformer-llm train --out 'my run' --resume" in err and "Traceback" not in err
+    assert Path("my run/step-0000003").is_dir()
+    assert "continued at step 3" in succeeds(capsys, "train", "--out", "my run", "--resume")
+    succeeds(capsys, *arguments[:-1], "whole")
+    weights = [(Path(name) / "step-0000008" / "model.safetensors").read_bytes() for name in ("my run", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_ctrl_c_elsewhere_is_quiet(capsys, monkeypatch):
+    def interrupt(path, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", interrupt)
+    code, _, err = call(capsys, "data", "shakespeare")
+    assert code == 130 and err == "\nStopped.\n"
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+OUT_OF_RANGE = """
+train --max_steps 0|train --max_steps -1|train --max_steps 1.5|train --max_steps many|train --max_steps 1e9|train --max_steps 99999999999
+train --epochs 0|train --epochs -1|train --epochs nan|train --epochs inf|train --batch_size 0|train --context_length 1|train --vocab_size 1
+train --val_fraction 1|train --val_fraction -0.1|train --learning_rate -1|train --learning_rate 1e400|train --warmup_steps -1|train --accumulation 0
+train --dropout 1|train --dropout -0.1|train --eval_every -1|train --checkpoint_every -1|train --keep_checkpoints 0|train --seed -1|train --seed 0.5
+generate --temperature -1|generate --temperature nan|generate --top_k 0|generate --top_p 1.5|generate --top_p -1|generate --min_p 2|generate --beams 0
+generate --repetition_penalty 0|generate --max_new_tokens 0|generate --num_samples 0|generate --num_samples 1.5|generate --seed x
+data prepare --workers 0|tokenizer train --vocab_size 0|demo --seed -1
+""".replace("\n", "|").strip("|").split("|")
+
+
+@pytest.mark.parametrize("words", OUT_OF_RANGE)
+def test_flags_out_of_range(capsys, words):
+    *command, flag, value = words.split()
+    needed = {"generate": ["--checkpoint", "x", "--prompt", "x"], "data": ["--out", "x"]}.get(command[0], [])
+    refused(capsys, *command, *needed, flag, value, says=f"{flag} must be a (whole )?number .*, not ")
+
+
+@pytest.mark.parametrize("words, says", [
+    ("", "required: COMMAND"),
+    ("fly", "invalid choice: 'fly'"),
+    ("train --model_size huge", "--model_size: invalid choice: 'huge'"),
+    ("train --batch 4", "unrecognized arguments: --batch"),
+    ("train --max_steps", "expected one argument"),
+    ("train --epochs 1 --max_steps 5", "not allowed with"),
+    ("train --optimizer sgd", "invalid choice"),
+    ("train --dtype float16", "invalid choice"),
+    ("train --device tpu", "invalid choice"),
+    ("generate --prompt x", "required: --checkpoint"),
+    ("generate --checkpoint x", "required: --prompt"),
+    ("generate --checkpoint nowhere --prompt x", "nowhere"),
+    ("info nowhere", "nowhere"),
+    ("data prepare --out x --text_file nowhere", "nowhere"),
+    ("tokenizer train --text_file nowhere", "nowhere"),
+    ("train --text_file nowhere", "nowhere"),
+    ("train --resume --out nowhere", "nowhere"),
+])
+def test_other_mistakes(capsys, words, says):
+    refused(capsys, *words.split(), says=re.escape(says))
+
+
+BAD_TEXTS = {"empty": b"", "blank": b" \n \n", "binary": bytes(range(256)) * 20, "zeros": b"the cat\0\0\0" * 100,
+             "latin": "Nous étions à l'étage".encode("latin-1") * 50, "utf16": make_text(200).encode("utf-16"), "short": b"to be"}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+@pytest.mark.parametrize("command", ["train --model_size demo", "data prepare --out tokens"])
+def test_bad_texts(capsys, name, command):
+    if name in ("short", "blank") and command.startswith("data"):
+        pytest.skip("a short text can be tokenized; how long a window is, only train knows")
+    Path("text.txt").write_bytes(BAD_TEXTS[name])
+    refused(capsys, *command.split(), "--text_file", "text.txt", "--tokenizer", "char", says="text")
+
+
+def test_texts_and_vocabularies_that_do_not_fit(capsys, text):
+    Path("none").mkdir()
+    refused(capsys, "train", "--text_file", "none", says="none")
+    refused(capsys, "train", "--model_size", "demo", "--text_file", text, "--context_length", 100_000, says="100,?000")
+    refused(capsys, "train", "--text_file", text, "--vocab_size", 50_000, says="50,?000")
+    refused(capsys, "tokenizer", "train", "--text_file", text, "--vocab_size", 50_000, says="50,?000")
+    refused(capsys, "train", "--text_file", text, "--vocab_size", 100, says="vocab_size must be .* 257")
+    refused(capsys, "train", "--text_file", text, "--vocab_size", 100, "--tokenizer", "char", says="--tokenizer bpe only")
+    refused(capsys, "train", "--text_file", text, "--tokenizer", "nowhere.json", says="nowhere.json")
+    Path("bad.json").write_text("{", encoding="utf-8")
+    refused(capsys, "train", "--text_file", text, "--tokenizer", "bad.json", says="bad.json")
+
+
+def test_a_model_far_larger_than_the_machine(capsys, tokens):
+    refused(capsys, "train", "--model_size", "medium", "--text_file", tokens, "--batch_size", 1_000_000, says="smaller --batch_size")
+    assert not Path("runs").exists() or not list(Path("runs").rglob("step-*"))
+
+
+def test_a_device_that_is_not_there(capsys, text):
+    import torch
+
+    missing = [name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if not there]
+    for name in missing:
+        refused(capsys, "train", "--text_file", text, "--device", name, says=f"{name}.* is not available")
+
+
+def test_places_that_can_not_be_written(capsys, text, run):
+    Path("file").write_text("mine", encoding="utf-8")
+    refused(capsys, "train", "--model_size", "demo", "--text_file", text, "--out", "file", says="file")
+    refused(capsys, "train", "--model_size", "demo", "--text_file", text, "--out", "file/run", says="file")
+    refused(capsys, "data", "patterns", "--out", "file/patterns.txt", says="file")
+    refused(capsys, "data", "prepare", "--text_file", text, "--out", "file/tokens", says="file")
+    refused(capsys, "tokenizer", "train", "--text_file", text, "--out", "file/tokenizer.json", says="file")
+    assert Path("file").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission(capsys, text):
+    Path("locked").mkdir(mode=0o500)
+    refused(capsys, "train", "--model_size", "demo", "--text_file", text, "--out", "locked/run", says="no permission")
+    refused(capsys, "tokenizer", "train", "--text_file", text, "--out", "locked/tokenizer.json", says="no permission")
+
+
+# --- a full disk --------------------------------------------------------------------------------------------------
+
+
+def test_full_disk_during_training_keeps_the_last_checkpoint(capsys, monkeypatch, text):
+    from transformer_llm.training import find_checkpoint, load_checkpoint
+
+    sync, arguments = os.fsync, ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 6, "--checkpoint_every", 2)
+
+    def full(descriptor):
+        if Path("run/step-0000002").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused(capsys, *arguments, "--out", "run", says="the disk is full")
+    assert find_checkpoint("run").name == "step-0000002" and load_checkpoint("run").step == 2
+    succeeds(capsys, "train", "--resume", "--out", "run")
+    succeeds(capsys, *arguments, "--out", "whole")
+    assert Path("run/step-0000006/model.safetensors").read_bytes() == Path("whole/step-0000006/model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on a file's size")
+def test_a_real_limit_on_file_size(text):
+    def limit():
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    command = [sys.executable, "-m", "transformer_llm", "train", "--model_size", "demo", "--text_file", str(text), "--max_steps", "2", "--out", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith("transformer-llm: Can't write") and done.stderr.count("\n") == 1, done.stderr
+    assert not list(Path("run").glob("step-*"))
+
+
+# --- generate and info --------------------------------------------------------------------------------------------
+
+
+def test_generate(capsys, run):
+    arguments = ("generate", "--checkpoint", run, "--prompt", "the cat", "--max_new_tokens", 40)
+    first = succeeds(capsys, *arguments, "--temperature", 0.8, "--top_k", 50, "--top_p", 0.9, "--min_p", 0.01, "--repetition_penalty", 1.1)
+    assert first.startswith("the cat") and len(first) == len("the cat") + 40 + 1
+    assert succeeds(capsys, *arguments, "--seed", 1) == succeeds(capsys, *arguments, "--seed", 1)
+    assert succeeds(capsys, *arguments, "--seed", 1) != succeeds(capsys, *arguments, "--seed", 2)
+    assert succeeds(capsys, *arguments, "--stream") == succeeds(capsys, *arguments)
+    greedy = [succeeds(capsys, *arguments, "--temperature", 0, "--seed", seed) for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_generate_several_samples(capsys, run):
+    arguments = ("generate", "--checkpoint", run, "--prompt", "the cat", "--max_new_tokens", 30, "--num_samples", 3)
+    out = succeeds(capsys, *arguments)
+    samples = re.split(r"--- \d of 3 ---\n", out)[1:]
+    assert len(set(samples)) == 3 and all(sample.startswith("the cat") for sample in samples)
+    assert succeeds(capsys, *arguments, "--stream") == out
+
+
+def test_generate_from_one_checkpoint_with_beams(capsys, run):
+    arguments = ("generate", "--checkpoint", run / "step-0000030", "--prompt", "the cat", "--max_new_tokens", 10, "--beams", 3)
+    assert succeeds(capsys, *arguments).startswith("the cat")
+    refused(capsys, *arguments, "--temperature", 1, "--stream", says="leave out --temperature and --stream")
+
+
+@pytest.mark.parametrize("beams", [[], ["--beams", 2]], ids=["draw", "beams"])
+def test_prompts_that_can_not_be_continued(capsys, run, beams):
+    arguments = ("generate", "--checkpoint", run, *beams)
+    refused(capsys, *arguments, "--prompt", "", says="prompt is empty|empty prompt")
+    refused(capsys, *arguments, "--prompt", "the cat " * 20, says="160.* 32|32.* 160")
+    refused(capsys, *arguments, "--prompt", "the cät", says="at position 5")
+
+
+def test_damaged_checkpoints(capsys, run):
+    import shutil
+
+    source = run / "step-0000030"
+    for name in ("config.json", "model.safetensors", "training.json", "training_state.safetensors", "tokenizer.json", "checkpoint.json"):
+        for damage in ("flip", "cut", "gone"):
+            shutil.rmtree("run", ignore_errors=True)
+            shutil.copytree(source, "run/step-0000030")
+            path = Path("run/step-0000030") / name
+            data = bytearray(path.read_bytes())
+            if damage == "flip":
+                data[len(data) // 2] ^= 1
+            path.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+            if damage == "gone":
+                path.unlink()
+            for command in (["generate", "--checkpoint", "run", "--prompt", "a"], ["info", "run"], ["train", "--resume", "--out", "run"]):
+                refused(capsys, *command)
+
+
+def test_a_checkpoint_without_a_tokenizer(capsys):
+    import torch
+
+    from transformer_llm.training import save_checkpoint
+    from transformer_llm.transformer import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    save_checkpoint("run", 1, GPT(GPTConfig.preset("demo")))
+    refused(capsys, "generate", "--checkpoint", "run", "--prompt", "1", says="has no tokenizer")
+
+
+def test_info(capsys, run):
+    assert re.search(r"^torch +\d", succeeds(capsys, "info"), re.MULTILINE)
+    assert re.search(r"^parameters +5,162$", succeeds(capsys, "info", "demo"), re.MULTILINE)
+    for size in cli.MODEL_SIZES:
+        assert re.search(rf"^preset +{size}$", succeeds(capsys, "info", size), re.MULTILINE)
+    out = succeeds(capsys, "info", run)
+    assert re.search(r"^step +30$", out, re.MULTILINE) and "CharTokenizer" in out
+
+
+def test_demo_gets_its_flags(capsys, monkeypatch):
+    demo = pytest.importorskip("transformer_llm.demo")
+    calls = []
+    monkeypatch.setattr(demo, "run_demo", lambda **options: calls.append(options))
+    succeeds(capsys, "demo", "--out", "here", "--seed", 3)
+    assert calls == [{"out": "here", "seed": 3, "progress": True}]
+
+
+# --- the process --------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_pipe_is_quiet(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(["info", "demo"]) == 141
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes end differently on Windows")
+def test_a_process_with_a_broken_pipe_is_quiet():
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "transformer_llm", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""
+
+
+def test_errors_become_sentences():
+    assert cli.sentence_for(OSError(errno.ENOSPC, "No space left", "x")).startswith("Can't use x: the disk is full")
+    assert cli.sentence_for(MemoryError()).startswith("Out of memory")
+    assert cli.sentence_for(RuntimeError("DefaultCPUAllocator: can't allocate memory")).startswith("Out of memory")
+    assert cli.sentence_for(KeyError("a bug")) is None
+
+
+# --- any numbers --------------------------------------------------------------------------------------------------
+
+WILD = st.one_of(st.integers().map(str), st.floats().map(str), st.integers(-3, 40).map(str), st.floats(-1, 2).map(str), st.text(max_size=6))
+SMALL = st.one_of(st.integers(-2, 12).map(str), st.sampled_from(["nan", "inf", "-inf", "1e400", "9" * 30, "0x10", "", " 3", "1_0", "٣"]))
+
+
+def flags(wild: list[str], small: list[str]):
+    "Some flags with any numbers: wild ones where a large number is cheap, small ones where it would take long."
+    choices = [st.tuples(st.just(flag), WILD) for flag in wild] + [st.tuples(st.just(flag), SMALL) for flag in small]
+    return st.lists(st.one_of(choices), min_size=1, max_size=4, unique_by=lambda pair: pair[0])
+
+
+def words(pairs) -> list[str]:
+    "`--flag=value`, so that a value that begins with a dash stays one."
+    return [f"{flag}={value}" for flag, value in pairs]
+
+
+@settings(max_examples=60)
+@given(pairs=flags(["--temperature", "--top_k", "--top_p", "--min_p", "--repetition_penalty", "--seed"], ["--max_new_tokens", "--num_samples"]))
+def test_generate_with_any_numbers(run, pairs):
+    assert main(["generate", "--checkpoint", str(run), "--prompt", "the", "--max_new_tokens=4", *words(pairs)]) in (0, 2)
+
+
+@settings(max_examples=40)
+@given(pairs=flags(["--learning_rate", "--warmup_steps", "--seed", "--dropout", "--eval_every", "--checkpoint_every", "--keep_checkpoints", "--val_fraction",
+                    "--vocab_size"], ["--max_steps", "--batch_size", "--accumulation", "--context_length"]))
+def test_train_with_any_numbers(tmp_path_factory, text, tokens, pairs):
+    given_flags = {flag for flag, _ in pairs}
+    settled = {"--val_fraction", "--vocab_size"} & given_flags
+    steps = [] if "--max_steps" in given_flags else ["--max_steps=2"]
+    batch = [] if "--batch_size" in given_flags else ["--batch_size=2"]
+    out = tmp_path_factory.mktemp("fuzz") / "run"
+    argv = ["train", "--model_size=demo", f"--text_file={text if settled else tokens}", f"--out={out}", *steps, *batch, *words(pairs)]
+    assert main(argv) in (0, 2)
