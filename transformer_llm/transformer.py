@@ -303,6 +303,7 @@ class GPT(nn.Module):
             raise InputError(f"The sequence has {total} tokens, but the model's context_length is {c.context_length}; shorten it.")
         if attention_mask is not None and attention_mask.shape != (ids.shape[0], total):
             raise InputError(f"attention_mask must have shape {(ids.shape[0], total)}, cached tokens included, not {tuple(attention_mask.shape)}.")
+        attention_mask = None if attention_mask is None else attention_mask.bool()  # ones and zeros will do
         positions = self._positions(ids, attention_mask, past) if positions is None else positions
         x = self.token_embedding(ids)
         if c.position == "sinusoidal":  # the table's entries are of size one (Vaswani et al. 2017, section 3.4)
@@ -371,7 +372,7 @@ class GPT(nn.Module):
             x = block(x, mask, rotate=rotate)
         return maps
 
-# %% ../nbs/04_transformer.ipynb #04-053
+# %% ../nbs/04_transformer.ipynb #04-057
 def parameter_table(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
     "Each parameter's name, shape and count of numbers, in the order of use; `format_parameters` prints it."
     return [(name, tuple(p.shape), p.numel()) for name, p in model.named_parameters()]
@@ -389,7 +390,7 @@ def format_parameters(model: nn.Module) -> str:
         lines.append(f"{name:<36}{size:>16}{len(counts):>7}{sum(counts):>14,}{sum(counts) / total:>8.1%}")
     return "\n".join([*lines, f"{'total':<36}{'':>16}{'':>7}{total:>14,}{1:>8.1%}"])
 
-# %% ../nbs/04_transformer.ipynb #04-061
+# %% ../nbs/04_transformer.ipynb #04-065
 def flops_per_token(
     config: GPTConfig,
     seq: int | None = None,  # Tokens read at once; None: context_length
@@ -405,7 +406,7 @@ def flops_per_token(
     layer = projections + attention + feedforward_flops(c.d_model, c.d_ff, c.activation)
     return (c.n_layers * layer + 2 * c.d_model * c.vocab_size) * (3 if training else 1)
 
-# %% ../nbs/04_transformer.ipynb #04-065
+# %% ../nbs/04_transformer.ipynb #04-069
 def activations_per_token(config: GPTConfig) -> int:
     "How many numbers the forward pass keeps for the backward pass, for each token (equation 4.7)."
     c, queries, keys = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
