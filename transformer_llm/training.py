@@ -283,7 +283,7 @@ def clip_gradients(
 # %% ../nbs/07_training.ipynb #07-044
 def accumulate_gradients(
     model: Callable,  # From ids "batch seq" to logits "batch seq vocab"
-    batches: Sequence[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]],  # Inputs and targets; sizes may differ
+    batches: Sequence[tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]],  # Inputs and targets "batch seq"; sizes may differ
 ) -> Float[Tensor, ""]:
     "Add to the gradients those of the mean loss over all targets of all batches, one batch at a time; returns that loss."
     count = sum(int((targets != -100).sum()) for _, targets in batches)
@@ -953,10 +953,10 @@ def find_learning_rate(
 
 
 def suggest_learning_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    "A third of the rate at which the loss was lowest: near the edge, on the safe side."
-    return rates[min(range(len(losses)), key=lambda i: losses[i])] / 3
+    "A tenth of the rate at which the loss was lowest: the minimum itself is already near the edge."
+    return rates[min(range(len(losses)), key=lambda i: losses[i])] / 10
 
-# %% ../nbs/07_training.ipynb #07-095
+# %% ../nbs/07_training.ipynb #07-097
 SHAKESPEARE_CONFIG = TrainingConfig(
     max_steps=450, batch_size=32, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, schedule="linear", warmup_steps=20,
     min_lr_fraction=0.0, weight_decay=0.0, eval_every=75, eval_batches=20, checkpoint_every=150, log_every=10)
