@@ -258,6 +258,9 @@ def test_a_refused_overwrite_leaves_a_run_that_goes_on(capsys, text):
         succeeds(capsys, *arguments, "--text_file", text, "--max_steps", 2, "--overwrite")
         succeeds(capsys, "train", "--resume", "--out", "run", "--max_steps", 4)
         assert len(list(Path("run").glob("tokens*"))) == 1
+    own = next(Path("run").glob("tokens*"))
+    succeeds(capsys, *arguments, "--text_file", own, "--max_steps", 2, "--overwrite")
+    assert (own / "meta.json").exists()
 
 
 def test_overwrite_removes_only_the_run(capsys, text):

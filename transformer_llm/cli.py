@@ -379,11 +379,11 @@ def tokens_of(out: Path) -> Path:
 
 
 def remove_run(out: Path, tokens: Path) -> None:
-    "Remove a run's checkpoints, records and tokens, except for the new `tokens`, and nothing else."
+    "Remove a run's checkpoints, records and tokens, except for the `tokens` that are in use, and nothing else."
     import shutil
 
     old = [out / "tokens", out / "tokens-2", out / "metrics.jsonl", out / "command.json", out / "loss.png"]
-    for path in [*out.glob("step-*"), *(path for path in old if path != tokens)]:
+    for path in [*out.glob("step-*"), *(path for path in old if path.resolve() != tokens.resolve())]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -454,7 +454,7 @@ def start_run(given: dict, out: Path):
     model = GPT(config)
     trainer = Trainer(model, data, settings, run_directory=out, tokenizer=tokenizer, progress=at_terminal())
     if given.get("overwrite"):
-        remove_run(out, folder)
+        remove_run(out, data.directory)
     write_json(out / "command.json", {name: value for name, value in given.items() if name not in ("command", "overwrite")})
     return trainer
 
@@ -524,10 +524,13 @@ class TimeEstimate:
         self,
         max_steps: int,  # The run's last step
         *,
+        eval_every: int = 0,  # Steps between validations; 0: one at the end
+        eval_steps: float = 0.0,  # What a validation costs, in steps
         clock: Callable[[], float] = time.perf_counter,  # Seconds, from any start
         say: Callable[[str], None] | None = None,  # Prints a line
     ):
-        self.max_steps, self.clock, self.say = max_steps, clock, say or print_above_bar
+        self.max_steps, self.eval_every, self.eval_steps = max_steps, eval_every, eval_steps
+        self.clock, self.say = clock, say or print_above_bar
         self.first: tuple[int, float] | None = None
         self.done = False
 
@@ -540,14 +543,23 @@ class TimeEstimate:
             return
         steps, seconds = step - self.first[0], now - self.first[1]
         if steps >= 5 or (steps >= 1 and seconds >= 2):
-            left = (self.max_steps - step) * seconds / steps
+            left = self.steps_left(step) * seconds / steps
             self.say(f"{'time':<12} about {human_time(left)} left, measured on the first {steps} steps after the warm-up step")
             self.done = True
+
+    def steps_left(self, step: int) -> float:
+        "The steps that are left after `step`, and what the validations that are still to come cost, in steps."
+        every = self.eval_every or self.max_steps
+        validations = -(-self.max_steps // every) - step // every
+        return self.max_steps - step + validations * self.eval_steps
 
 
 def watch_first_steps(trainer) -> None:
     "Let a `TimeEstimate` look on while `trainer` makes its steps."
-    make_step, estimate = trainer.train_step, TimeEstimate(trainer.config.max_steps)
+    config, make_step = trainer.config, trainer.train_step
+    tokens_per_step = config.batch_size * config.accumulation * trainer.context_length
+    eval_steps = len(trainer.data.val) / (3 * tokens_per_step)
+    estimate = TimeEstimate(config.max_steps, eval_every=config.eval_every, eval_steps=eval_steps)
 
     def step_and_tell():
         result = make_step()
