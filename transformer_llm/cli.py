@@ -544,7 +544,7 @@ class TimeEstimate:
         steps, seconds = step - self.first[0], now - self.first[1]
         if steps >= 5 or (steps >= 1 and seconds >= 2):
             left = self.steps_left(step) * seconds / steps
-            self.say(f"{'time':<12} about {human_time(left)} left, measured on the first {steps} steps after the warm-up step")
+            self.say(f"{'time':<12} about {human_time(left)} left, measured on {steps} step{'s' if steps > 1 else ''} after the first")
             self.done = True
 
     def steps_left(self, step: int) -> float:
