@@ -958,5 +958,5 @@ def suggest_learning_rate(rates: Sequence[float], losses: Sequence[float]) -> fl
 
 # %% ../nbs/07_training.ipynb #07-097
 SHAKESPEARE_CONFIG = TrainingConfig(
-    max_steps=450, batch_size=32, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, schedule="linear", warmup_steps=20,
-    min_lr_fraction=0.0, weight_decay=0.0, eval_every=75, eval_batches=20, checkpoint_every=150, log_every=10)
+    max_steps=300, batch_size=32, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, schedule="linear", warmup_steps=20,
+    min_lr_fraction=0.0, weight_decay=0.0, eval_every=50, eval_batches=20, checkpoint_every=100, log_every=10)
