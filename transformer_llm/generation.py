@@ -24,9 +24,10 @@ def apply_temperature(
     logits: Float[Tensor, "batch vocab"],
     temperature: float,  # Below 1: sharper; above 1: flatter
 ) -> Float[Tensor, "batch vocab"]:
-    "Divide the logits by the temperature, equation (8.1)."
+    "Divide the logits by the temperature, equation (8.1); `InputError` below 0.001, where 0 is meant: the most probable token."
     if not 1e-3 <= check_range("temperature", temperature, 0):
-        raise InputError(f"temperature must be 0 (always the most probable token) or at least 0.001, not {temperature!r}.")
+        way_out = "sample, stream and generate take temperature=0 for the most probable token"
+        raise InputError(f"temperature must be at least 0.001 to divide by, not {temperature!r}; {way_out}.")
     return logits if temperature == 1 else logits / temperature
 
 # %% ../nbs/08_generation.ipynb #08-019
@@ -42,7 +43,7 @@ def top_k_filter(
     logits: Float[Tensor, "batch vocab"],
     k: int,  # How many tokens stay; more than the vocabulary holds: all
 ) -> Float[Tensor, "batch vocab"]:
-    "Keep the `k` most probable tokens (Fan et al. 2018)."
+    "Keep the `k` most probable tokens (Fan et al. 2018); `InputError` when `k` is less than 1."
     k = int(check_range("top_k", k, 1, integer=True))
     return logits if k >= logits.shape[-1] else keep_from(logits, logits.topk(k).values[:, -1:])
 
@@ -51,7 +52,10 @@ def top_p_filter(
     logits: Float[Tensor, "batch vocab"],
     p: float,  # How much probability the kept tokens have together, at least
 ) -> Float[Tensor, "batch vocab"]:
-    "Keep the fewest most probable tokens that have probability `p` together (Holtzman et al. 2020), equation (8.2)."
+    """Keep the fewest most probable tokens that have probability `p` together (Holtzman et al. 2020), equation (8.2).
+
+    Raises `InputError` when `p` is not from 0 (one token stays) to 1 (all do).
+    """
     if check_range("top_p", p, 0, 1) == 1:
         return logits
     ordered = logits.sort(descending=True).values
@@ -65,7 +69,10 @@ def min_p_filter(
     logits: Float[Tensor, "batch vocab"],
     p: float,  # The smallest allowed probability, as a fraction of the largest
 ) -> Float[Tensor, "batch vocab"]:
-    "Keep the tokens that are at least `p` times as probable as the most probable one (Nguyen et al. 2024), equation (8.3)."
+    """Keep the tokens that are at least `p` times as probable as the most probable one (Nguyen et al. 2024), equation (8.3).
+
+    Raises `InputError` when `p` is not from 0 (all tokens stay) to 1 (only the best does).
+    """
     if check_range("min_p", p, 0, 1) == 0:
         return logits
     return keep_from(logits, logits.amax(-1, keepdim=True) + math.log(p))
@@ -261,12 +268,12 @@ def stream(
     token. Past the context length, a row forgets the older half of its window (see `TextWindow`). The model answers
     in evaluation mode and is given back as it was. Raises `InputError`, at once, for settings and prompts that can't be.
     """
-    check_range("max_new_tokens", max_new_tokens, 0, integer=True)
+    max_new_tokens = int(check_range("max_new_tokens", max_new_tokens, 0, integer=True))
     check_range("repetition_penalty", repetition_penalty, 0.01)
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     filter_logits(torch.zeros(1, 2), **settings | {"temperature": temperature or 1.0})  # a bad setting is refused here
-    if isinstance(generator, int):
-        generator = torch.Generator(model.device).manual_seed(generator)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        generator = torch.Generator(model.device).manual_seed(int(check_range("generator, if a seed,", generator, integer=True)))
     window = TextWindow(model, ids, attention_mask, use_cache=use_cache, max_new_tokens=max_new_tokens)
     return write_tokens(window, max_new_tokens, settings | {"generator": generator}, repetition_penalty, stop_tokens)
 
@@ -320,7 +327,7 @@ def left_pad(
     shape = (len(prompts), width)
     return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(is_token, dtype=torch.bool).view(shape)
 
-# %% ../nbs/08_generation.ipynb #08-073
+# %% ../nbs/08_generation.ipynb #08-075
 def stop_ids(
     tokenizer,  # A `CharTokenizer` or `BPETokenizer`
     stop_tokens: Iterable[int] | None,  # None: the tokenizer's special tokens
@@ -352,7 +359,7 @@ def generate_text(
         texts.append(tokenizer.decode([*start, *row[:end]]))
     return texts
 
-# %% ../nbs/08_generation.ipynb #08-074
+# %% ../nbs/08_generation.ipynb #08-076
 def stream_text(
     model: nn.Module,
     tokenizer,  # The model's own `CharTokenizer` or `BPETokenizer`
@@ -383,7 +390,7 @@ def decode_pieces(
     if rest := decoder.flush():
         yield rest
 
-# %% ../nbs/08_generation.ipynb #08-085
+# %% ../nbs/08_generation.ipynb #08-087
 def keep_best(
     totals: Float[Tensor, "batch beams vocab"],  # Sums of log-probabilities, with each possible next token
     length: Float[Tensor, "batch beams"],  # New tokens, the next one included
@@ -395,7 +402,7 @@ def keep_best(
     best = scores.topk(min(n_beams, scores.shape[1])).indices
     return totals.flatten(1).gather(1, best), best // totals.shape[2], best % totals.shape[2]
 
-# %% ../nbs/08_generation.ipynb #08-086
+# %% ../nbs/08_generation.ipynb #08-088
 def beam_candidates(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
@@ -409,10 +416,11 @@ def beam_candidates(
     """The `n_beams` best continuations that a beam search finds, best first, and their scores, equation (8.6).
 
     A continuation that stopped is filled up with its stop token. A score of minus infinity marks a beam for which
-    there was no continuation.
+    there was no continuation. All prompts have the same length. Raises `InputError` for settings and prompts that
+    can't be.
     """
-    check_range("max_new_tokens", max_new_tokens, 0, integer=True)
-    check_range("n_beams", n_beams, 1, integer=True)
+    max_new_tokens = int(check_range("max_new_tokens", max_new_tokens, 0, integer=True))
+    n_beams = int(check_range("n_beams", n_beams, 1, integer=True))
     check_range("length_penalty", length_penalty)
     window = TextWindow(model, ids, use_cache=use_cache, max_new_tokens=max_new_tokens)
     batch, device = ids.shape[0], model.device
