@@ -8,8 +8,10 @@ __all__ = ['InputError', 'check_range', 'check_choice', 'os_error_sentence', 'sy
            'check_shapes']
 
 # %% ../nbs/90_foundations.ipynb #90-003
+import errno
 import hashlib
 import json
+import numbers
 import os
 import random
 import tempfile
@@ -30,18 +32,19 @@ def check_range(
     *,
     integer: bool = False,  # Only whole numbers are allowed
 ) -> float:
-    "Return `value` if it is a number within `[low, high]`; raise `InputError` naming all three otherwise."
+    "Return `value` (as an `int` where `integer`) if it is a finite number within `[low, high]`; raise `InputError` naming all three otherwise."
     kind = "a whole number" if integer else "a number"
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < float("inf")
     if is_number and not (integer and value != int(value)):
         if (low is None or value >= low) and (high is None or value <= high):
-            return value
+            return int(value) if integer else value
+    low, high = (limit if limit is None or isinstance(limit, int) else f"{limit:g}" for limit in (low, high))
     if low is not None and high is not None:
-        limits = f" from {low:g} to {high:g}"
+        limits = f" from {low} to {high}"
     elif low is not None:
-        limits = f" of at least {low:g}"
+        limits = f" of at least {low}"
     else:
-        limits = f" of at most {high:g}" if high is not None else ""
+        limits = f" of at most {high}" if high is not None else ""
     raise InputError(f"{name} must be {kind}{limits}, not {value!r}.")
 
 # %% ../nbs/90_foundations.ipynb #90-007
@@ -57,17 +60,18 @@ def check_choice(
     return value
 
 # %% ../nbs/90_foundations.ipynb #90-011
-def os_error_sentence(action: str, path: Path, error: OSError) -> str:
+def os_error_sentence(action: str, path: str | Path, error: OSError) -> str:
     "Say in one sentence what the system refused, and the way out."
+    no_permission = "you have no permission; choose another folder or change its permissions"
     hints = {
-        28: "the disk is full; free some space and run the same command again",
-        122: "your disk quota is used up; free some space and run the same command again",
-        13: "you have no permission; choose another folder or change its permissions",
-        1: "you have no permission; choose another folder or change its permissions",
-        30: "the file system is read-only; choose another folder",
-        20: "a part of that path is a file, not a folder; choose another path",
-        21: "that path is a folder, not a file; choose another path",
-        2: "there is no such file or folder; check the path",
+        errno.ENOSPC: "the disk is full; free some space and run the same command again",
+        errno.EDQUOT: "your disk quota is used up; free some space and run the same command again",
+        errno.EACCES: no_permission,
+        errno.EPERM: no_permission,
+        errno.EROFS: "the file system is read-only; choose another folder",
+        errno.ENOTDIR: "a part of that path is a file, not a folder; choose another path",
+        errno.EISDIR: "that path is a folder, not a file; choose another path",
+        errno.ENOENT: "there is no such file or folder; check the path",
     }
     return f"Can't {action} {path}: {hints.get(error.errno, error.strerror or str(error))}."
 
@@ -124,11 +128,14 @@ def read_json(path: str | Path) -> object:
 
 # %% ../nbs/90_foundations.ipynb #90-015
 def sha256_of(path: str | Path) -> str:
-    "The SHA-256 of a file's bytes, as 64 hexadecimal digits."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    "The SHA-256 of a file's bytes, as 64 hexadecimal digits; how the book tells whether a file is the one it was."
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(os_error_sentence("read", path, error)) from error
 
-# %% ../nbs/90_foundations.ipynb #90-019
+# %% ../nbs/90_foundations.ipynb #90-022
 def cache_dir() -> Path:
     "The folder for downloads: `$TRANSFORMER_LLM_CACHE`, or `transformer_llm` in the user's cache folder."
     if os.environ.get("TRANSFORMER_LLM_CACHE"):
@@ -136,12 +143,13 @@ def cache_dir() -> Path:
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "transformer_llm"
 
-# %% ../nbs/90_foundations.ipynb #90-021
+# %% ../nbs/90_foundations.ipynb #90-024
 def set_seed(seed: int = 0):
-    "Seed Python's, NumPy's and PyTorch's global generators; return a new `torch.Generator` with the same seed."
+    "Seed Python's, NumPy's and PyTorch's global generators; return a new `torch.Generator` with the same seed, from 0 to 2⁶³ − 1."
     import numpy
     import torch
 
+    seed = check_range("seed", seed, 0, 2**63 - 1, integer=True)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -160,9 +168,12 @@ def pick_device(name: str = "auto"):
         raise InputError(f"device {name!r} is not available on this machine; use --device cpu or auto.")
     return torch.device(name)
 
-# %% ../nbs/90_foundations.ipynb #90-025
+# %% ../nbs/90_foundations.ipynb #90-028
 def largest_difference(a, b) -> float:
-    "The largest absolute difference between two tensors, or between two equally long sequences of tensors."
+    """The largest absolute difference between two tensors, or between two equally long sequences of tensors.
+
+    Equal infinities differ by zero. A NaN anywhere, even on both sides, gives NaN, which passes no comparison.
+    """
     import torch
 
     if isinstance(a, torch.Tensor):
@@ -173,9 +184,11 @@ def largest_difference(a, b) -> float:
     for x, y in zip(a, b):
         if x.shape != y.shape:
             raise ValueError(f"can't compare shapes {tuple(x.shape)} and {tuple(y.shape)}")
-    return max(((x.detach().double() - y.detach().double()).abs().max().item() for x, y in zip(a, b) if x.numel()), default=0.0)
+    pairs = [(x.detach().cpu().double(), y.detach().cpu().double()) for x, y in zip(a, b) if x.numel()]
+    largest = [(x - y).abs().masked_fill(x == y, 0.0).max() for x, y in pairs]
+    return torch.stack(largest).max().item() if largest else 0.0  # torch's max keeps a NaN, Python's can lose it
 
-# %% ../nbs/90_foundations.ipynb #90-028
+# %% ../nbs/90_foundations.ipynb #90-031
 def shape_checker(function):
     "Decorate `function` with beartype's run-time type check, where a whole number may stand for a `float`."
     from beartype import BeartypeConf, beartype
