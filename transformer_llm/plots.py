@@ -58,11 +58,12 @@ def show_matrix(
 ):
     "Draw a matrix as a heat map and return its axes."
     values = matrix.detach().float().cpu().numpy()
+    finite = values[abs(values) < float("inf")]  # infinite cells, as in a mask, and NaN don't stretch the colours
     if ax is None:
         ax = new_axes(min(7.0, 1.6 + 0.42 * values.shape[1]), min(7.0, 1.2 + 0.42 * values.shape[0]))
     if limits is None:
-        bound = abs(values).max() or 1.0
-        limits = (-bound, bound) if signed else (values.min(), values.max())
+        bound = abs(finite).max(initial=0.0) or 1.0
+        limits = (-bound, bound) if signed else (finite.min(initial=bound), finite.max(initial=-bound))
     image = ax.imshow(values, cmap="RdBu_r" if signed else "cividis", vmin=limits[0], vmax=limits[1], aspect="equal")
     ax.grid(False)
     for names, set_ticks in ((columns, ax.set_xticks), (rows, ax.set_yticks)):
@@ -95,7 +96,7 @@ def show_attention(
 
 def show_attention_grid(
     maps: Sequence[Float[Tensor, "heads queries keys"]],  # One tensor a layer
-    tokens: Sequence[str] | None = None,  # Names of the tokens
+    tokens: Sequence[str] | None = None,  # Names of the tokens; not written where there are more than 12
     *,
     title: str = "",  # Says what to see
     size: float = 1.7,  # Inches a map
@@ -104,18 +105,15 @@ def show_attention_grid(
     from matplotlib import pyplot as plt
 
     n_layers, n_heads = len(maps), maps[0].shape[0]
+    names = tokens if tokens is not None and len(tokens) <= 12 else ()  # more would not fit
     figure, axes = plt.subplots(n_layers, n_heads, figsize=(size * n_heads + 0.4, size * n_layers + 0.6), squeeze=False)
     for layer, weights in enumerate(maps):
         for head in range(n_heads):
             ax = axes[layer, head]
-            show_matrix(weights[head], limits=(0.0, 1.0), ax=ax)
+            show_attention(weights[head], names, ax=ax)
+            ax.set(xlabel="", ylabel="")
             ax.set_title(f"layer {layer}, head {head}", fontsize=9)
-            if tokens is not None and len(tokens) <= 12:
-                ax.set_xticks(range(len(tokens)), tokens, fontsize=8)
-                ax.set_yticks(range(len(tokens)), tokens, fontsize=8)
-            else:
-                ax.set_xticks([])
-                ax.set_yticks([])
+            ax.tick_params(labelsize=8)
     figure.suptitle(title, fontweight="bold")
     figure.supxlabel("key (looked at)", fontsize=10)
     figure.supylabel("query (looks)", fontsize=10)
