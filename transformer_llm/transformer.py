@@ -24,16 +24,8 @@ from .foundations import InputError, check_choice, check_range
 
 # %% ../nbs/04_transformer.ipynb #04-016
 NORMS = ("layernorm", "rmsnorm")
-SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "window")
-MAY_BE_NONE = ("n_kv_heads", "head_dim", "d_ff", "window")
-CHOICES = {
-    "norm": NORMS,
-    "norm_placement": ("pre", "post"),
-    "position": ("learned", "sinusoidal", "rotary", "alibi", "none"),
-    "activation": tuple(ACTIVATIONS),
-}
 
-# %% ../nbs/04_transformer.ipynb #04-017
+
 class LayerNorm(nn.Module):
     "Centre each vector and scale it to variance one, then apply a learned weight and bias (Ba et al. 2016, section 3)."
 
@@ -84,10 +76,20 @@ def make_norm(
     check_choice("norm", norm, NORMS)
     return LayerNorm(d_model, eps=eps, bias=bias) if norm == "layernorm" else RMSNorm(d_model, eps=eps)
 
-# %% ../nbs/04_transformer.ipynb #04-023
+# %% ../nbs/04_transformer.ipynb #04-022
+SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "window")
+MAY_BE_NONE = ("n_kv_heads", "head_dim", "d_ff", "window")
+CHOICES = {
+    "norm": NORMS,
+    "norm_placement": ("pre", "post"),
+    "position": ("learned", "sinusoidal", "rotary", "alibi", "none"),
+    "activation": tuple(ACTIVATIONS),
+}
+
+
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model. Every field is checked; the three that may be None are filled in from the others.
+    """The shape of a model. Every field is checked; `n_kv_heads`, `head_dim` and `d_ff` follow from others when None.
 
     Raises `InputError` that names the field, the value and what is allowed.
     """
@@ -175,7 +177,7 @@ class GPTConfig:
                 raise InputError(f"The model configuration has no field {name!r}; its fields are {', '.join(names)}.")
         return cls(**values)
 
-# %% ../nbs/04_transformer.ipynb #04-029
+# %% ../nbs/04_transformer.ipynb #04-028
 GPT2_STYLE = dict(norm="layernorm", position="learned", activation="gelu_tanh", bias=True)
 
 PRESETS: dict[str, dict] = {
@@ -189,7 +191,7 @@ PRESETS: dict[str, dict] = {
     "gpt2": GPT2_STYLE | dict(vocab_size=50257, context_length=1024, d_model=768, n_layers=12, n_heads=12),
 }
 
-# %% ../nbs/04_transformer.ipynb #04-031
+# %% ../nbs/04_transformer.ipynb #04-030
 class Block(nn.Module):
     "One layer of a transformer: attention, then a feed-forward network, each added to the residual stream."
 
@@ -232,7 +234,7 @@ class Block(nn.Module):
         "The attention weights that `forward` uses on the same input, by the plain path."
         return self.attention.weights(self.attention_norm(x) if self.pre_norm else x, mask, rotate=rotate)
 
-# %% ../nbs/04_transformer.ipynb #04-035
+# %% ../nbs/04_transformer.ipynb #04-034
 class GPT(nn.Module):
     "A decoder-only transformer: token ids in, a score for each possible next token out."
 
@@ -298,6 +300,10 @@ class GPT(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq d_model"], Mask | None, Rotate | None]:
         "What the first block needs: embedded tokens, the mask (None where causal is enough), the rotation."
         c, past = self.config, cache[0].length if cache else 0
+        if ids.ndim != 2:
+            raise InputError(f"Token ids must have shape (batch, seq), not {tuple(ids.shape)}; one sequence becomes a batch with ids[None].")
+        if cache is not None and len(cache) != c.n_layers:
+            raise InputError(f"The cache has {len(cache)} layers, but the model has {c.n_layers}; make it with new_cache.")
         total = past + ids.shape[1]
         if total > c.context_length:
             raise InputError(f"The sequence has {total} tokens, but the model's context_length is {c.context_length}; shorten it.")
@@ -326,7 +332,7 @@ class GPT(nn.Module):
     ) -> Float[Tensor, "batch seq d_model"]:
         "What the model knows at each token after the last block and the final norm; the arguments are those of `forward`."
         x, mask, rotate = self._start(ids, attention_mask, positions, cache)
-        for block, layer_cache in zip(self.blocks, cache or [None] * len(self.blocks)):
+        for block, layer_cache in zip(self.blocks, [None] * len(self.blocks) if cache is None else cache):
             x = block(x, mask, rotate=rotate, cache=layer_cache)
         return self.final_norm(x)
 
@@ -341,14 +347,15 @@ class GPT(nn.Module):
         targets: Int[Tensor, "batch seq"] | None = None,  # The next tokens; -100 is ignored
         *,
         attention_mask: Bool[Tensor, "batch keys"] | None = None,  # True for real tokens, False for padding; over cached and new ones
-        positions: Int[Tensor, "..."] | None = None,  # None: continue from the cache, or count the real tokens
+        positions: Int[Tensor, "..."] | None = None,  # None: continue from the cache, or count the real tokens; ALiBi has no use for them
         cache: list[KVCache] | None = None,  # From `new_cache`; `ids` are then only the new tokens
         last_only: bool = False,  # Only the last token's logits (and loss), as generation needs
     ) -> Float[Tensor, "batch predicted vocab"] | tuple[Float[Tensor, "batch predicted vocab"], Float[Tensor, ""]]:
         """Logits for the token after each one, and with `targets` also the mean cross-entropy in nats.
 
-        Padding attends to nothing and is attended to by nothing; its logits are finite and mean nothing.
-        Raises `InputError` when cached and new tokens together exceed `context_length`.
+        No token attends to padding; the logits of padding itself are finite and mean nothing. The loss is NaN when every
+        target is ignored. Raises `InputError` when cached and new tokens together exceed `context_length`, and for ids,
+        an attention_mask or a cache of the wrong shape.
         """
         hidden = self.hidden_states(ids, attention_mask=attention_mask, positions=positions, cache=cache)
         logits = self.unembed(hidden[:, -1:] if last_only else hidden)
@@ -372,7 +379,7 @@ class GPT(nn.Module):
             x = block(x, mask, rotate=rotate)
         return maps
 
-# %% ../nbs/04_transformer.ipynb #04-057
+# %% ../nbs/04_transformer.ipynb #04-056
 def parameter_table(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
     "Each parameter's name, shape and count of numbers, in the order of use; `format_parameters` prints it."
     return [(name, tuple(p.shape), p.numel()) for name, p in model.named_parameters()]
@@ -390,7 +397,7 @@ def format_parameters(model: nn.Module) -> str:
         lines.append(f"{name:<36}{size:>16}{len(counts):>7}{sum(counts):>14,}{sum(counts) / total:>8.1%}")
     return "\n".join([*lines, f"{'total':<36}{'':>16}{'':>7}{total:>14,}{1:>8.1%}"])
 
-# %% ../nbs/04_transformer.ipynb #04-065
+# %% ../nbs/04_transformer.ipynb #04-064
 def flops_per_token(
     config: GPTConfig,
     seq: int | None = None,  # Tokens read at once; None: context_length
@@ -398,7 +405,8 @@ def flops_per_token(
 ) -> int:
     """Floating-point operations a token: two for each multiply-add of a matrix product (equation 4.6).
 
-    Norms, activations and the embedding look-up are left out, and no discount is given for the masked half of attention.
+    Norms, activations and the embedding look-up are left out, and no discount is given for the masked half of attention or
+    for a window.
     """
     c, seq = config, config.context_length if seq is None else seq
     projections = 2 * c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads)
@@ -406,7 +414,7 @@ def flops_per_token(
     layer = projections + attention + feedforward_flops(c.d_model, c.d_ff, c.activation)
     return (c.n_layers * layer + 2 * c.d_model * c.vocab_size) * (3 if training else 1)
 
-# %% ../nbs/04_transformer.ipynb #04-069
+# %% ../nbs/04_transformer.ipynb #04-068
 def activations_per_token(config: GPTConfig) -> int:
     "How many numbers the forward pass keeps for the backward pass, for each token (equation 4.7)."
     c, queries, keys = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -421,7 +429,7 @@ def training_memory_bytes(
     batch_size: int,
     seq: int | None = None,  # Tokens in a sequence; None: context_length
 ) -> int:
-    "A rough estimate for training with AdamW in float32: weights, gradients, two moments, and activations."
+    "A rough estimate for training with AdamW in float32, without dropout: weights, gradients, two moments, and activations (equation 4.7)."
     with torch.device("meta"):  # shapes only, no storage
         numbers = 4 * GPT(config).num_parameters()
     tokens = batch_size * (config.context_length if seq is None else seq)
