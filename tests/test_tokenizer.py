@@ -372,6 +372,8 @@ def test_characters_refuse_what_they_do_not_know():
     tokenizer = CharTokenizer.train("abc")
     with pytest.raises(InputError, match=r"'\\xe9' at position 2"):
         tokenizer.encode("abé")
+    with pytest.raises(InputError, match=r"'\\xe9' at position 5"):  # of the whole stream, not of its chunk
+        list(tokenizer.encode_iterable(["abc", "abé"]))
     with pytest.raises(InputError, match="Token id 3"):
         tokenizer.decode([3])
     for empty in ("", []):

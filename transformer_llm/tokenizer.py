@@ -133,19 +133,25 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         "Token ids of `text`; a character that training did not see raises `InputError`. `special` changes nothing here."
+        return self.look_up(text)
+
+    def look_up(self, text: str, start: int = 0) -> list[int]:  # Characters that stood before it
+        "`encode` of a part of a longer text."
         try:
             return list(map(self.ids.__getitem__, text))
         except KeyError:
             position = next(i for i, character in enumerate(text) if character not in self.ids)
             raise InputError(
-                f"Character {ascii(text[position])} at position {position} is not among the {self.vocab_size} that this tokenizer "
+                f"Character {ascii(text[position])} at position {start + position} is not among the {self.vocab_size} that this tokenizer "
                 "knows; train it on text that holds it, or use a byte-level tokenizer."
             ) from None
 
     def encode_iterable(self, chunks: Iterable[str], *, special: bool = True) -> Iterator[int]:
         "Token ids of the chunks' joined text, one chunk in memory at a time."
+        seen = 0
         for chunk in chunks:
-            yield from self.encode(chunk)
+            yield from self.look_up(chunk, seen)
+            seen += len(chunk)
 
     def decode(self, ids: Iterable) -> str:
         "Text of token ids; an id outside the vocabulary raises `InputError`."
@@ -404,7 +410,7 @@ class BPETokenizer(Tokenizer):
         "Learn a vocabulary from text; `InputError` if it holds too few pairs for `vocab_size`."
         names = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
         check_special_tokens(names)
-        check_range("vocab_size", vocab_size, 256 + len(names), integer=True)
+        vocab_size = check_range("vocab_size", vocab_size, 256 + len(names), integer=True)
         word_counts = count_words([texts] if isinstance(texts, str) else texts, names, progress=progress)
         if not word_counts:
             raise InputError("The text to train a tokenizer on is empty; give it some text.")
