@@ -208,6 +208,17 @@ def test_left_padded_batch_equals_one_by_one(position, use_cache, window):
         assert torch.equal(row[-20 - len(text):], alone[0])
 
 
+def test_what_was_written_is_penalised_too():
+    model, ids = tiny().eval(), prompts(2, 3)
+    expected = ids
+    for _ in range(9):
+        with torch.no_grad():
+            logits = model(expected)[:, -1]
+        expected = torch.cat([expected, repetition_penalty(logits, expected, 3.0).argmax(-1, keepdim=True)], 1)
+    assert torch.equal(generate(model, ids, 9, temperature=0, repetition_penalty=3.0), expected)
+    assert not torch.equal(generate(model, ids, 9, temperature=0), expected)
+
+
 def test_padding_tokens_are_never_read_nor_penalised():
     model, mask = tiny(), torch.tensor([[False, False, True, True]])
     results = [generate(model, torch.tensor([[pad, pad, 5, 6]]), 20, temperature=0, repetition_penalty=1.5, attention_mask=mask) for pad in (0, 9)]
@@ -248,8 +259,8 @@ def test_short_contexts(context):
 def test_each_token_is_read_once_with_the_cache():
     model, read = tiny(), []
     model.token_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].shape[1]))
-    generate(model, prompts(2, 3), 9)
-    assert read == [3] + [1] * 8
+    generate(model, prompts(2, 3), 12)
+    assert read == [3] + [1] * 9 + [6, 1]  # the tenth new token is read into a full window, the next one slides it
     read.clear()
     generate(model, prompts(2, 3), 9, use_cache=False)
     assert read == list(range(3, 12))
