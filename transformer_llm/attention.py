@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +35,7 @@ Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]  # True: may attend; or number
 
 
 def is_boolean(
-    mask: Tensor,  # Of any kind
+    mask: Shaped[Tensor, "..."],  # Of any kind
 ) -> bool:
     "Tell a boolean mask (True: may attend) from one that is added. Whole numbers could mean either and raise `InputError`."
     if mask.dtype != torch.bool and not mask.is_floating_point():
