@@ -221,6 +221,22 @@ def test_the_calls_of_the_readme(capsys, monkeypatch, text):
     refused(capsys, "train", "--model_size", "tiny", "--epochs", 0.1, "--batch_size", 4, says="--resume")
 
 
+def test_shakespeare_trains_once_and_writes_again(capsys, tmp_path, monkeypatch):
+    from transformer_llm import training
+
+    play = tmp_path / "play.txt"
+    play.write_text("ROMEO:\n" + make_text(), encoding="utf-8")
+    monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda **options: play)
+    monkeypatch.setattr(training, "SHAKESPEARE_CONFIG", training.SHAKESPEARE_CONFIG.replace(max_steps=12, warmup_steps=2, eval_every=6))
+    out = tmp_path / "run"
+    first = succeeds(capsys, "shakespeare", "--out", out)
+    assert "12 of 32 × 64 tokens" in first and "nats a character on all" in first and "\nROMEO:" in first
+    assert (out / "loss.png").exists()
+    before = fingerprint(out)
+    again = succeeds(capsys, "shakespeare", "--out", out)
+    assert "steps" not in again and first.endswith(again.split("The curve")[1]) and fingerprint(out) == before
+
+
 @pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--dtype", "bfloat16"], ["--schedule", "wsd", "--warmup_steps", 1], ["--dropout", 0.1],
                                    ["--val_fraction", 0.3], ["--context_length", 8], ["--tokenizer", "bpe"], ["--keep_checkpoints", 1, "--checkpoint_every", 1]],
                          ids=lambda flags: flags[0])

@@ -10,9 +10,10 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'FREE_ON_RESUME', 'SAMPLING', 'P
            'command_patterns', 'command_prepare', 'print_tokens', 'command_tokenizer', 'holds_run', 'check_free',
            'token_folder', 'tokens_of', 'remove_run', 'run_folder', 'count_steps', 'training_fields', 'make_settings',
            'make_config', 'start_run', 'continue_run', 'changed_settings', 'check_memory', 'print_plan', 'TimeEstimate',
-           'watch_first_steps', 'print_above_bar', 'command_train', 'resume_command', 'print_result', 'save_curve',
-           'load_writer', 'command_generate', 'write_sample', 'beam_text', 'command_info', 'machine_rows',
-           'config_rows', 'preset_rows', 'checkpoint_rows', 'command_demo', 'sentence_for', 'main', 'run']
+           'watch_first_steps', 'print_above_bar', 'command_train', 'train_and_tell', 'resume_command', 'print_result',
+           'save_curve', 'load_writer', 'command_generate', 'write_sample', 'beam_text', 'command_play', 'command_info',
+           'machine_rows', 'config_rows', 'preset_rows', 'checkpoint_rows', 'command_demo', 'sentence_for', 'main',
+           'run']
 
 # %% ../nbs/92_command_line.ipynb #92-005
 import argparse
@@ -205,6 +206,9 @@ def make_parser() -> Parser:
     add_tokenizer(commands)
     add_train(commands)
     add_generate(commands)
+    play = commands.add_parser("shakespeare", help="train a small character model on Shakespeare, in about a minute")
+    play.add_argument("--out", metavar="DIR", default="runs/shakespeare", help="the run's folder (default: runs/shakespeare)")
+    play.set_defaults(command=command_play)
     info = commands.add_parser("info", help="describe a preset, a checkpoint or this machine")
     info.add_argument("what", nargs="?", metavar="WHAT", help=f"{', '.join(MODEL_SIZES)}, or a run's folder (default: the machine)")
     info.set_defaults(command=command_info)
@@ -581,6 +585,14 @@ def command_train(args: argparse.Namespace) -> int:
     given = vars(args)
     out = run_folder(given)
     trainer = continue_run(given, out) if given.get("resume") else start_run(given, out)
+    code = train_and_tell(trainer, out)
+    if code == 0:
+        print_result(trainer.history, out)
+    return code
+
+
+def train_and_tell(trainer, out: Path) -> int:
+    "Print the plan, train and draw the curve; an interrupted run says how to continue it. Returns the exit code."
     print_plan(trainer, out)
     watch_first_steps(trainer)
     try:
@@ -589,7 +601,6 @@ def command_train(args: argparse.Namespace) -> int:
         print(f"\nStopped at step {trainer.step:,}. Continue with: {resume_command(out)}", file=sys.stderr)
         return 130
     save_curve(history, out / "loss.png")
-    print_result(history, out)
     return 0
 
 
@@ -678,6 +689,27 @@ def beam_text(model, tokenizer, prompt: str, max_new_tokens: int, beams: int) ->
     return prompt + tokenizer.decode(written[:end])
 
 # %% ../nbs/92_command_line.ipynb #92-048
+def command_play(args: argparse.Namespace) -> int:
+    "Train the small character model on the plays, measure it on the held-out ones and let it write."
+    from dataclasses import asdict
+
+    from transformer_llm.training import SHAKESPEARE_CONFIG
+
+    out = Path(args.out)
+    if holds_run(out):
+        trainer = continue_run({"out": args.out, "resume": True}, out)
+    else:
+        recipe = {name: value for name, value in asdict(SHAKESPEARE_CONFIG).items() if value is not None}
+        trainer = start_run({**recipe, "model_size": "nano", "out": args.out}, out)
+    if trainer.step < trainer.config.max_steps and (code := train_and_tell(trainer, out)):
+        return code
+    loss = trainer.evaluate()
+    print_rows([("validation", f"{loss:.4f} nats a character on all {len(trainer.data.val):,} characters of the held-out plays")])
+    print(f"The curve is in {out / 'loss.png'}. The model writes:\n")
+    sample = ["generate", "--checkpoint", args.out, "--prompt", "ROMEO:", "--temperature", "0.8", "--max_new_tokens", "400", "--stream"]
+    return main([*sample, "--device", trainer.config.device])
+
+# %% ../nbs/92_command_line.ipynb #92-050
 def command_info(args: argparse.Namespace) -> None:
     "Describe a preset, a checkpoint or the machine."
     if args.what is None:
@@ -745,7 +777,7 @@ def command_demo(args: argparse.Namespace) -> None:
 
     run_demo(out=args.out, seed=args.seed, progress=True)
 
-# %% ../nbs/92_command_line.ipynb #92-050
+# %% ../nbs/92_command_line.ipynb #92-052
 def sentence_for(error: Exception) -> str | None:
     "One sentence for an error that a person can mend, None for a bug."
     if isinstance(error, InputError):
