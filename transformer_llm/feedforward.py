@@ -108,7 +108,7 @@ def n_matrices(activation: str) -> int:
 
 
 def default_d_ff(d_model: int, activation: str) -> int:
-    "The usual width: 4 · d_model; for SwiGLU 8/3 · d_model, rounded up to a multiple of 16 (Shazeer 2020, section 3)."
+    "The usual width: 4 · d_model; for SwiGLU 8/3 · d_model, rounded up to a multiple of 16 (Shazeer 2020, section 2)."
     return 4 * d_model if n_matrices(activation) == 2 else -(-8 * d_model // 48) * 16
 
 
