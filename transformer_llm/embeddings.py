@@ -62,7 +62,7 @@ def check_even(name: str, value: int) -> int:
 def rotary_angles(
     positions: Int[Tensor, "*tokens"],
     head_dim: int,  # Even: a pair of numbers for each frequency
-    base: float = 10000.0,  # The slowest pair turns once in about 2π · base tokens
+    base: float = 10000.0,  # Larger: slower turning
 ) -> tuple[Float[Tensor, "*tokens half"], Float[Tensor, "*tokens half"]]:
     "Cosine and sine of position · base^(-2i / head_dim) for pair i (Su et al. 2021, section 3.2.2)."
     pairs = torch.arange(0, check_even("head_dim", head_dim), 2, device=positions.device)
@@ -73,7 +73,8 @@ def rotary_angles(
 # %% ../nbs/03_embeddings.ipynb #03-029
 def sinusoidal_table(context_length: int, d_model: int) -> Float[Tensor, "context_length d_model"]:
     """Sines and cosines of each position at d_model / 2 frequencies, in turn (Vaswani et al. 2017, section 3.5)."""
-    cos, sin = rotary_angles(torch.arange(context_length), d_model)
+    check_range("context_length", context_length, 1, integer=True)
+    cos, sin = rotary_angles(torch.arange(context_length), check_even("d_model", d_model))
     return torch.stack((sin, cos), -1).flatten(-2)
 
 
@@ -82,7 +83,6 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, context_length: int, d_model: int):
         super().__init__()
-        check_range("context_length", context_length, 1, integer=True)
         self.register_buffer("table", sinusoidal_table(context_length, d_model), persistent=False)
 
     def forward(self, positions: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens d_model"]:
@@ -107,7 +107,10 @@ def apply_rotary(
 
 
 class Rotary(nn.Module):
-    "Rotary position embedding: queries and keys turn with their position. No parameters, no largest position."
+    """Rotary position embedding: queries and keys turn with their position. No parameters, no largest position.
+
+    Angles are in single precision, so a match is off by up to about 1e-7 times the position: chapter 03 measures it.
+    """
 
     def __init__(
         self,
@@ -138,7 +141,7 @@ class Rotary(nn.Module):
 # %% ../nbs/03_embeddings.ipynb #03-051
 def split_pairs(weight: Float[Tensor, "rows ..."], n_heads: int, *, pairs_last: bool) -> Float[Tensor, "n_heads a b ..."]:
     "Rows of a projection as (heads, half, 2) or (heads, 2, half). Raises `InputError` if they don't divide so."
-    if weight.shape[0] % (2 * n_heads):
+    if weight.shape[0] % (2 * check_range("n_heads", n_heads, 1, integer=True)):
         raise InputError(f"{weight.shape[0]} rows can't be cut into pairs for n_heads={n_heads}; give the projection's own number.")
     return weight.unflatten(0, (n_heads, -1, 2) if pairs_last else (n_heads, 2, -1))
 
