@@ -23,14 +23,18 @@ def run_notebooks(environment: dict[str, str]) -> tuple[int, int]:
     "Every notebook through nbdev_test; returns how many passed and failed."
     section("notebooks (nbdev_test)")
     names = sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb"))
-    done = subprocess.run([str(TOOLS / "nbdev_test"), "--n_workers", "2", "--timing", "--do_print"], cwd=ROOT, env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace")
-    print(done.stdout, flush=True)
-    completed = set(re.findall(r"- Completed \S*?([\w.-]+\.ipynb)", done.stdout))
+    completed = set()
+    command = [str(TOOLS / "nbdev_test"), "--n_workers", "2", "--timing", "--do_print"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          encoding="utf-8", errors="replace") as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if found := re.match(r"- Completed .*?([\w.-]+\.ipynb)\s*$", line):
+                completed.add(found.group(1))
     failed = [name for name in names if name not in completed]
     if failed:
         print("failed:", ", ".join(failed), flush=True)
-    return len(names) - len(failed), len(failed) or int(done.returncode != 0)
+    return len(names) - len(failed), len(failed) or int(process.returncode != 0)
 
 
 def run_pytest(environment: dict[str, str]) -> tuple[int, int, int]:
