@@ -156,6 +156,11 @@ def test_unknown_file_is_refused(checkpoint):
     assert "notes.txt" in refused(checkpoint)
 
 
+def test_hidden_notes_of_a_file_manager_do_no_harm(checkpoint):
+    (checkpoint / ".DS_Store").write_bytes(b"seen")
+    load_model(checkpoint)
+
+
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_other_format_version_is_refused(checkpoint, version):
     manifest = json.loads((checkpoint / "checkpoint.json").read_text())
@@ -308,6 +313,50 @@ def test_ctrl_c_saves_and_the_run_goes_on_exactly(finished, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("stop", ["exception", "ctrl-c"])
+def test_mixed_precision_resumes_to_the_bit(tmp_path, stop):
+    import signal
+
+    def end(trainer, record):
+        if record["step"] == 15:
+            if stop == "exception":
+                raise Stop
+            signal.raise_signal(signal.SIGINT)
+
+    config = CONFIG.replace(dtype="bfloat16", eval_batches=1)  # with Muon, dropout and accumulation
+    whole = make_trainer(None, config)
+    whole.train()
+    with pytest.raises((Stop, KeyboardInterrupt)):
+        make_trainer(tmp_path, config, on_step=end).train()
+    resumed = Trainer.resume(tmp_path, token_data(), progress=False)
+    assert resumed.step == (12 if stop == "exception" else 15)
+    resumed.evaluate()  # draws nothing
+    resumed.train()
+    assert_equal_bits(weights(whole), weights(resumed))
+    assert untimed(resumed.history) == untimed(whole.history)
+
+
+def test_a_checkpoint_by_another_way(finished, tmp_path, monkeypatch):
+    "A run behind a link, a checkpoint behind a link, a checkpoint as the working directory, a renamed one."
+    run = Path(shutil.copytree(finished.run_directory, tmp_path / "run"))
+    older, newest = checkpoint_folders(run)
+    ways = [(newest, newest)]
+    if os.name != "nt":
+        (tmp_path / "link").symlink_to(run, target_is_directory=True)
+        (tmp_path / "best").symlink_to(newest, target_is_directory=True)
+        ways += [(tmp_path / "link", newest), (tmp_path / "best", newest)]
+    monkeypatch.chdir(older)
+    for path, folder in [*ways, (Path("."), older)]:
+        resumed = Trainer.resume(path, token_data(), progress=False)
+        assert resumed.run_directory.resolve() == run.resolve() and resumed.step == int(folder.name[5:])
+    resumed.train()
+    assert_equal_bits(weights(finished), weights(resumed))
+    load_checkpoint(older)  # nothing was written into it
+    monkeypatch.chdir(tmp_path)
+    (run / newest.name).rename(run / "favourite")
+    assert_equal_bits(load_model("run/favourite")[0].state_dict(), weights(finished))
+
+
 def test_a_run_is_not_overwritten(finished):
     with pytest.raises(InputError, match="already holds a run"):
         make_trainer(finished.run_directory).train()
@@ -449,6 +498,26 @@ def test_evaluation_reads_every_target_once_and_changes_nothing(tmp_path):
     assert trainer.evaluate(2) != trainer.evaluate()
 
 
+def test_few_evaluation_batches_are_spread_over_the_whole_text(monkeypatch):
+    trainer = make_trainer(None)
+    n_all = len(list(training.sequential_batches(trainer.data.val, CONFIG.batch_size, 16)))
+    for wanted in range(1, n_all + 3):
+        seen = []
+        plain = trainer._logits
+        monkeypatch.setattr(trainer, "_logits", lambda ids: seen.append(ids) or plain(ids))
+        trainer.evaluate(wanted)
+        monkeypatch.undo()
+        every = [ids for ids, _ in training.sequential_batches(trainer.data.val, CONFIG.batch_size, 16)]
+        places = [next(i for i, ids in enumerate(every) if torch.equal(ids, batch)) for batch in seen]
+        assert len(places) == min(wanted, n_all) and places[0] == 0
+        gaps = [b - a for a, b in zip(places, [*places[1:], n_all])]
+        assert max(gaps) - min(gaps) <= 1
+
+
+def test_gradients_that_are_not_there_have_no_norm():
+    assert training.clip_gradients([torch.zeros(2, requires_grad=True)], 1.0) == 0
+
+
 def test_evaluating_and_logging_more_often_does_not_change_the_run(finished):
     other = make_trainer(None, CONFIG.replace(eval_every=2, log_every=1))
     other.train()
@@ -460,6 +529,13 @@ def test_evaluating_and_logging_more_often_does_not_change_the_run(finished):
 def test_schedules_stay_between_zero_and_one(schedule, warmup, steps):
     config = TrainingConfig(schedule=schedule, warmup_steps=warmup, max_steps=steps)
     assert all(0 < learning_rate(step, config) <= 1 for step in range(steps))
+
+
+@pytest.mark.parametrize("decay", [0.2, 0.8, 1.0])
+def test_wsd_has_no_jump(decay):
+    config = TrainingConfig(schedule="wsd", warmup_steps=40, max_steps=100, decay_fraction=decay, min_lr_fraction=0.0)
+    factors = [learning_rate(step, config) for step in range(100)]
+    assert factors[40] == 1.0 and all(abs(a - b) < 1 / 15 for a, b in zip(factors, factors[1:]))
 
 
 def test_steps_per_epoch():

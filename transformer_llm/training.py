@@ -254,7 +254,7 @@ def learning_rate(
     step: int,  # Number of updates made before this one
     config: TrainingConfig,
 ) -> float:
-    "The share of the top learning rate that update number `step` uses: warm-up, then the schedule (equation 7.6)."
+    "The share of the top learning rate that update number `step` uses: warm-up, then the schedule (equation 7.7)."
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     low, rest = config.min_lr_fraction, max(1, config.max_steps - config.warmup_steps)
@@ -264,7 +264,7 @@ def learning_rate(
     if config.schedule == "linear":
         return 1 - (1 - low) * progress
     if config.schedule == "wsd":
-        decay = max(1.0, config.decay_fraction * config.max_steps)
+        decay = max(1.0, min(config.decay_fraction * config.max_steps, rest))  # never begins before the warm-up is over
         return 1 - (1 - low) * min(1.0, max(0.0, step - config.max_steps + decay) / decay)
     return 1.0
 
@@ -273,8 +273,10 @@ def clip_gradients(
     parameters: Iterable[Tensor],  # Those without a gradient are left out
     max_norm: float,  # 0: measure only
 ) -> Float[Tensor, ""]:
-    "Scale all gradients together so that their joint norm is at most `max_norm`; returns the norm before (Pascanu et al. 2013, algorithm 1)."
+    "Scale all gradients together so that their joint norm is at most `max_norm`; returns the norm before, which may be no finite number (Pascanu et al. 2013, algorithm 1)."
     grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if max_norm > 0:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -475,7 +477,7 @@ def verify_checkpoint(folder: str | Path) -> dict:
     whole = set(manifest) == {"format_version", "step", "files"} and path.read_bytes() == _canonical(manifest)
     if not whole or not isinstance(manifest["files"], dict) or (named and int(named[1]) != manifest["step"]):
         raise InputError(f"{path} is damaged; {_other_checkpoint(folder)}.")
-    present = {p.name for p in folder.iterdir()} - {"checkpoint.json"}
+    present = {p.name for p in folder.iterdir() if not p.name.startswith(".")} - {"checkpoint.json"}  # file managers leave hidden notes
     for name in sorted(set(manifest["files"]) | present):
         if name not in manifest["files"]:
             raise InputError(f"Checkpoint {folder} holds the unknown file {name}; remove it, or {_other_checkpoint(folder)}.")
@@ -662,6 +664,14 @@ class Metrics:
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in self.records).encode("utf-8"))
 
+    def sync(self) -> None:
+        "Force the file onto the disk, so that a power cut can't take records that a checkpoint counts on."
+        if self.path is not None and self.path.exists():
+            try:
+                _sync_file(self.path)
+            except OSError as error:
+                raise InputError(os_error_sentence("write", self.path, error)) from error
+
     def add(self, record: dict) -> None:
         "Keep one record."
         self.records.append(record)
@@ -766,13 +776,15 @@ class Trainer:
         if not self._has_validation():
             raise InputError("There is no validation text; prepare the data with a val_fraction above 0.")
         length = min(self.context_length, len(self.data.val) - 1)
-        n_all = math.ceil((len(self.data.val) - 1) / length / self.config.batch_size) + 1  # the last one may be a short window
+        windows, rest = divmod(len(self.data.val) - 1, length)
+        n_all = math.ceil(windows / self.config.batch_size) + (rest > 0)  # a short window at the end is a batch of its own
         n_batches = min(n_batches or n_all, n_all)
-        batches = islice(sequential_batches(self.data.val, self.config.batch_size, length), 0, None, n_all // n_batches)
+        chosen = {number * n_all // n_batches for number in range(n_batches)}
+        batches = enumerate(islice(sequential_batches(self.data.val, self.config.batch_size, length), max(chosen) + 1))
         was_training, total, count = self.model.training, 0.0, 0
         self.model.eval()
         try:
-            for inputs, targets in islice(batches, n_batches):
+            for inputs, targets in (batch for number, batch in batches if number in chosen):
                 targets = targets.to(self.device)
                 total += cross_entropy(self._logits(inputs.to(self.device)), targets, reduction="sum").item()
                 count += int((targets != -100).sum())
@@ -854,6 +866,7 @@ class Trainer:
             return folder
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise TrainingError(self._not_finite("a weight is no longer a finite number"))
+        self.metrics.sync()
         tensors = {**optimizer_tensors(self.model, self.optimizers), **generator_states(self.generator, self.device)}
         state = {"seconds": self.seconds, "loss_sum": self._loss_sum, "loss_count": self._loss_count}
         return save_checkpoint(self.run_directory, self.step, self.model, tokenizer=self.tokenizer, tensors=tensors, state=state,
@@ -874,7 +887,7 @@ class Trainer:
         on_step: Callable | None = None,
         **changes,  # Settings to change, such as `max_steps` or `device`
     ) -> "Trainer":
-        "A trainer that goes on where a checkpoint was written; on the CPU, with nothing changed, exactly (to the bit) as if never stopped."
+        "A trainer that goes on where a checkpoint was written; on the CPU, with nothing changed, exactly (to the bit) as if never stopped. Draw no random numbers before `train`."
         checkpoint = load_checkpoint(run_directory)
         note = checkpoint.training
         if not isinstance(note, dict) or set(note) != {"training", "data"}:
@@ -886,7 +899,9 @@ class Trainer:
             data = TokenData.open(note["data"]["directory"])
         model = GPT(checkpoint.config)
         load_weights(model, checkpoint.weights, checkpoint.path / "model.safetensors")
-        trainer = cls(model, data, config, run_directory=checkpoint.path.parent, tokenizer=load_tokenizer_of(checkpoint),
+        path = Path(run_directory)
+        home = path.resolve().parent if checkpoint.path == path else path  # a checkpoint may be given as "." or by a link
+        trainer = cls(model, data, config, run_directory=home, tokenizer=load_tokenizer_of(checkpoint),
                       progress=progress, on_step=on_step)
         trainer._restore(checkpoint)
         return trainer
@@ -932,7 +947,9 @@ def find_learning_rate(
     steps: int = 100,
 ) -> tuple[list[float], list[float]]:
     "Train a copy while the learning rate grows exponentially; returns rates and smoothed losses, up to where the loss explodes (Smith 2017)."
+    check_range("low", low, 1e-12)
     check_range("high", high, low)
+    check_range("steps", steps, 1, integer=True)
     trainer = Trainer(copy.deepcopy(model), data, config.replace(max_steps=steps, warmup_steps=0, schedule="constant"), progress=False)
     rates, losses, smooth = [], [], 0.0
     for step in range(steps):
