@@ -519,6 +519,61 @@ def test_damaged_checkpoints(capsys, run):
                 refused(capsys, *command)
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged(capsys, text):
+    from transformer_llm.training import load_checkpoint
+
+    settings = ("train", "--model_size", "demo", "--text_file", text, "--batch_size", 4, "--checkpoint_every", 3, "--max_steps", 6, "--out")
+    succeeds(capsys, *settings, "whole")
+    expected = Path("whole/step-0000006/model.safetensors").read_bytes()
+    succeeds(capsys, *settings, "run")
+    Path("run/step-0000006/training.json").write_text("{", encoding="utf-8")
+    refused(capsys, "train", "--resume", "--out", "run", says="step-0000003")
+    out = succeeds(capsys, "train", "--resume", "--out", "run/step-0000003")  # what the sentence says can be done
+    assert "continued at step 3" in out and Path("run/loss.png").exists() and load_checkpoint("run").step == 6
+    assert Path("run/step-0000006/model.safetensors").read_bytes() == expected
+    load_checkpoint("run/step-0000003")
+    refused(capsys, *settings, "run/step-0000003", says="is a checkpoint")
+    Path("run/step-0000006/training.json").write_text("{", encoding="utf-8")
+    succeeds(capsys, *settings, "run", "--overwrite")
+    assert Path("run/step-0000006/model.safetensors").read_bytes() == expected
+
+
+def test_a_tilde_is_the_home_folder(capsys, monkeypatch, tmp_path, text):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    succeeds(capsys, "train", "--model_size", "demo", f"--text_file={text}", "--max_steps", 2, "--out=~/run")
+    assert (tmp_path / "run" / "step-0000002").is_dir()
+    succeeds(capsys, "generate", "--checkpoint=~/run", "--prompt", "a", "--max_new_tokens", 2)
+    succeeds(capsys, "info", "~/run")
+
+
+@pytest.mark.parametrize("eval_batches, batches", [(None, None), (2, 2), (10**6, None)])
+def test_the_estimated_time_counts_what_a_validation_reads(monkeypatch, eval_batches, batches):
+    from types import SimpleNamespace
+
+    from transformer_llm import cli
+    from transformer_llm.training import TrainingConfig
+
+    config = TrainingConfig(max_steps=100, eval_every=50, batch_size=4, accumulation=2, eval_batches=eval_batches)
+    trainer = SimpleNamespace(config=config, train_step=None, context_length=8, data=SimpleNamespace(val=range(6400)))
+    made = []
+    monkeypatch.setattr(cli, "TimeEstimate", lambda *args, **options: made.append(options))
+    cli.watch_first_steps(trainer)
+    read = 6400 if batches is None else batches * 4 * 8
+    assert made[0]["eval_steps"] == pytest.approx(read / (3 * 2 * 4 * 8))
+
+
+def test_ctrl_c_before_anything_was_saved(capsys, monkeypatch, text):
+    from transformer_llm.training import Trainer
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save", stop)
+    code, _, err = call(capsys, "train", "--model_size", "demo", "--text_file", text, "--max_steps", 2, "--out", "run")
+    assert code == 130 and "start it again" in err and "--resume" not in err
+
+
 def test_a_checkpoint_without_a_tokenizer(capsys):
     import torch
 

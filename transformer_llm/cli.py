@@ -90,8 +90,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
     "Add the flags that say which text becomes which tokens."
     add = parser.add_argument
-    add("--text_file", metavar="PATH", help="a UTF-8 text file, or a folder of them (default: Shakespeare)")
-    add("--tokenizer", metavar="KIND", help="char, bpe, or the path of a trained tokenizer (default: bpe, and char for the two smallest models)")
+    add("--text_file", type=os.path.expanduser, metavar="PATH", help="a UTF-8 text file, or a folder of them (default: Shakespeare)")
+    add("--tokenizer", type=os.path.expanduser, metavar="KIND", help="char, bpe, or the path of a trained tokenizer (default: bpe, and char for the two smallest models)")
     add("--vocab_size", type=whole(2), metavar="N", help="tokens that a bpe tokenizer learns (default: 8192 at most)")
 
 
@@ -137,7 +137,7 @@ def add_train(commands) -> None:
     add_text_flags(parser)
     add_split_flag(parser)
     add_optimizer_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/TEXT-SIZE)")
+    parser.add_argument("--out", type=os.path.expanduser, metavar="DIR", help="the run's folder (default: runs/TEXT-SIZE)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     again.add_argument("--overwrite", action="store_true", help="remove the run in --out and start anew")
@@ -148,7 +148,7 @@ def add_generate(commands) -> None:
     "Add `generate`."
     parser = commands.add_parser("generate", help="make a trained model write")
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", required=True, help="a run's folder or one of its checkpoints")
+    add("--checkpoint", type=os.path.expanduser, metavar="DIR", required=True, help="a run's folder or one of its checkpoints")
     add("--prompt", metavar="TEXT", required=True, help="what the model continues")
     add("--max_new_tokens", type=whole(1), default=200, metavar="N", help="tokens to write (default: 200)")
     add("--num_samples", type=whole(1), default=1, metavar="N", help="texts to write (default: 1)")
@@ -168,16 +168,16 @@ def add_data(commands) -> None:
     "Add `data` with its three parts."
     parts = commands.add_parser("data", help="prepare text for training").add_subparsers(metavar="WHAT", required=True)
     part = parts.add_parser("shakespeare", help="38 plays as one text file")
-    part.add_argument("--out", metavar="FILE", default="data/shakespeare.txt", help="the file to write (default: data/shakespeare.txt)")
+    part.add_argument("--out", type=os.path.expanduser, metavar="FILE", default="data/shakespeare.txt", help="the file to write (default: data/shakespeare.txt)")
     part.set_defaults(command=command_shakespeare)
     part = parts.add_parser("patterns", help="the simple patterns of chapter 06")
-    part.add_argument("--out", metavar="FILE", default="data/simple_patterns.txt", help="the file to write (default: data/simple_patterns.txt)")
+    part.add_argument("--out", type=os.path.expanduser, metavar="FILE", default="data/simple_patterns.txt", help="the file to write (default: data/simple_patterns.txt)")
     part.set_defaults(command=command_patterns)
     part = parts.add_parser("prepare", help="turn text into tokens on disk, for train --text_file DIR")
     add_text_flags(part)
     add_split_flag(part)
     part.add_argument("--workers", type=whole(1, 256), default=1, metavar="N", help="processes that work at once (default: 1)")
-    part.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
+    part.add_argument("--out", type=os.path.expanduser, metavar="DIR", required=True, help="the folder to write")
     part.set_defaults(command=command_prepare)
 
 
@@ -186,7 +186,7 @@ def add_tokenizer(commands) -> None:
     parts = commands.add_parser("tokenizer", help="learn a tokenizer from text").add_subparsers(metavar="WHAT", required=True)
     part = parts.add_parser("train", help="learn a tokenizer and save it")
     add_text_flags(part)
-    part.add_argument("--out", metavar="PATH", default="tokenizer.json", help="the file to write (default: tokenizer.json)")
+    part.add_argument("--out", type=os.path.expanduser, metavar="PATH", default="tokenizer.json", help="the file to write (default: tokenizer.json)")
     part.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     part.set_defaults(command=command_tokenizer)
 
@@ -199,7 +199,7 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"transformer-llm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     demo = commands.add_parser("demo", help="train a transformer that counts, in seconds")
-    demo.add_argument("--out", metavar="DIR", default="demo", help="where the pictures go (default: demo)")
+    demo.add_argument("--out", type=os.path.expanduser, metavar="DIR", default="demo", help="where the pictures go (default: demo)")
     demo.add_argument("--seed", type=whole(0), default=0, metavar="N", help="the same seed gives the same run (default: 0)")
     demo.set_defaults(command=command_demo)
     add_data(commands)
@@ -207,10 +207,10 @@ def make_parser() -> Parser:
     add_train(commands)
     add_generate(commands)
     play = commands.add_parser("shakespeare", help="train a small character model on Shakespeare, in about a minute")
-    play.add_argument("--out", metavar="DIR", default="runs/shakespeare", help="the run's folder (default: runs/shakespeare)")
+    play.add_argument("--out", type=os.path.expanduser, metavar="DIR", default="runs/shakespeare", help="the run's folder (default: runs/shakespeare)")
     play.set_defaults(command=command_play)
     info = commands.add_parser("info", help="describe a preset, a checkpoint or this machine")
-    info.add_argument("what", nargs="?", metavar="WHAT", help=f"{', '.join(MODEL_SIZES)}, or a run's folder (default: the machine)")
+    info.add_argument("what", nargs="?", type=os.path.expanduser, metavar="WHAT", help=f"{', '.join(MODEL_SIZES)}, or a run's folder (default: the machine)")
     info.set_defaults(command=command_info)
     return parser
 
@@ -218,7 +218,7 @@ def make_parser() -> Parser:
 def human_bytes(count: float) -> str:
     "Bytes in the largest decimal unit that leaves at least one before the point."
     for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # what would be rounded to 1000 takes the next unit
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.4g} TB"
@@ -364,20 +364,28 @@ def check_free(out: Path, overwrite: bool) -> None:
     "Raise `InputError` if `out` holds a run that `--overwrite` doesn't give up, or can't be a folder."
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give the name of a folder.")
+    if (out / "checkpoint.json").exists():
+        raise InputError(f"--out {out} is a checkpoint; give the name of another folder.")
     if holds_run(out) and not overwrite:
         raise InputError(f"{out} holds a run already; give --resume to continue it, --overwrite to remove it, or another --out.")
 
 
 def token_folder(out: Path) -> Path:
     "Where a new run in `out` puts its tokens: beside those of a run that is there, which stay until all is accepted."
-    return out / ("tokens-2" if holds_run(out) and tokens_of(out).name == "tokens" else "tokens")
-
-
-def tokens_of(out: Path) -> Path:
-    "Where the run in `out` has its tokens, as its newest checkpoint says; a run's own folder may have moved."
     from transformer_llm.training import find_checkpoint
 
-    noted = Path(read_json(find_checkpoint(out) / "training.json")["data"]["directory"] or "")
+    if not holds_run(out):
+        return out / "tokens"
+    try:
+        used = tokens_of(out, find_checkpoint(out)).name
+    except (InputError, KeyError, TypeError):  # a damaged run may be replaced too
+        used = "tokens"
+    return out / ("tokens-2" if used == "tokens" else "tokens")
+
+
+def tokens_of(out: Path, checkpoint: Path) -> Path:
+    "Where the run in `out` has its tokens, as a `checkpoint` of it says; a run's own folder may have moved."
+    noted = Path(read_json(checkpoint / "training.json")["data"]["directory"] or "")
     moved = out / noted.name
     return moved if (moved / "meta.json").exists() else noted
 
@@ -464,18 +472,19 @@ def start_run(given: dict, out: Path):
 
 
 def continue_run(given: dict, out: Path):
-    "The `Trainer` of the newest checkpoint in the folder `out`."
+    "The `Trainer` of the newest checkpoint in the folder `out`, or of `out` itself if that is a checkpoint."
     from transformer_llm.dataset import TokenData
     from transformer_llm.training import Trainer, find_checkpoint, verify_checkpoint
 
     checkpoint = find_checkpoint(out)
     verify_checkpoint(checkpoint)
-    before = read_json(out / "command.json")
+    home = out.resolve().parent if checkpoint == out else out
+    before = read_json(home / "command.json")
     for name, value in given.items():
         if name not in FREE_ON_RESUME and before.get(name) != value:
             old = f"had {name} {before[name]}" if name in before else f"was started without --{name}"
-            raise InputError(f"the run in {out} {old}; leave --{name} {value} out to continue it, or start another with another --out.")
-    return Trainer.resume(out, TokenData.open(tokens_of(out)), progress=at_terminal(), **changed_settings(given, checkpoint))
+            raise InputError(f"the run in {home} {old}; leave --{name} {value} out to continue it, or start another with another --out.")
+    return Trainer.resume(out, TokenData.open(tokens_of(home, checkpoint)), progress=at_terminal(), **changed_settings(given, checkpoint))
 
 
 def changed_settings(given: dict, checkpoint: Path) -> dict:
@@ -562,7 +571,10 @@ def watch_first_steps(trainer) -> None:
     "Let a `TimeEstimate` look on while `trainer` makes its steps."
     config, make_step = trainer.config, trainer.train_step
     tokens_per_step = config.batch_size * config.accumulation * trainer.context_length
-    eval_steps = len(trainer.data.val) / (3 * tokens_per_step)
+    eval_tokens = len(trainer.data.val)
+    if config.eval_batches is not None:
+        eval_tokens = min(eval_tokens, config.eval_batches * config.batch_size * trainer.context_length)
+    eval_steps = eval_tokens / (3 * tokens_per_step)
     estimate = TimeEstimate(config.max_steps, eval_every=config.eval_every, eval_steps=eval_steps)
 
     def step_and_tell():
@@ -585,9 +597,9 @@ def command_train(args: argparse.Namespace) -> int:
     given = vars(args)
     out = run_folder(given)
     trainer = continue_run(given, out) if given.get("resume") else start_run(given, out)
-    code = train_and_tell(trainer, out)
+    code = train_and_tell(trainer, trainer.run_directory)
     if code == 0:
-        print_result(trainer.history, out)
+        print_result(trainer.history, trainer.run_directory)
     return code
 
 
@@ -598,7 +610,8 @@ def train_and_tell(trainer, out: Path) -> int:
     try:
         history = trainer.train()
     except KeyboardInterrupt:
-        print(f"\nStopped at step {trainer.step:,}. Continue with: {resume_command(out)}", file=sys.stderr)
+        way = f"Continue with: {resume_command(out)}" if holds_run(out) else "Nothing was saved yet; start it again."
+        print(f"\nStopped at step {trainer.step:,}. {way}", file=sys.stderr)
         return 130
     save_curve(history, out / "loss.png")
     return 0
