@@ -357,6 +357,15 @@ def test_a_checkpoint_by_another_way(finished, tmp_path, monkeypatch):
     assert_equal_bits(load_model("run/favourite")[0].state_dict(), weights(finished))
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    make_trainer("~/run", CONFIG.replace(max_steps=2)).train()
+    assert (tmp_path / "run" / "step-0000002").is_dir() and load_checkpoint("~/run").step == 2
+    for path in ("~/run", "~/run/step-0000002"):
+        assert Trainer.resume(path, token_data(), progress=False).run_directory == tmp_path / "run"
+
+
 def test_a_run_is_not_overwritten(finished):
     with pytest.raises(InputError, match="already holds a run"):
         make_trainer(finished.run_directory).train()
@@ -372,6 +381,12 @@ def test_a_line_of_the_history_that_was_cut_off(tmp_path):
         file.write('{"step": 3, "lo')
     metrics.read(2)
     assert [record["step"] for record in metrics.records] == [1, 2]
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    second = content.index(b"\n") + 1
+    for cut in range(second, content.index(b"\n", second) + 1):  # wherever the second line is cut off
+        (tmp_path / "metrics.jsonl").write_bytes(content[:cut])
+        metrics.read(9)
+        assert [record["step"] for record in metrics.records] == ([1, 2] if content[cut - 1 : cut] == b"}" else [1])
     metrics.read(1)
     metrics.rewrite()
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
@@ -448,6 +463,18 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     assert all(tensor.isfinite().all() for tensor in load_checkpoint(tmp_path).weights.values())
     with pytest.raises(TrainingError):  # and broken weights are never saved
         trainer.save()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_gradient_that_is_no_number_moves_nothing(value):
+    trainer = make_trainer(None)
+    trainer.train_step()
+    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * value)  # the loss itself stays finite
+    before = weights(trainer)
+    with pytest.raises(TrainingError, match="step 2: the loss is [0-9]"):
+        trainer.train_step()
+    assert_equal_bits(before, weights(trainer))
+    assert trainer.step == 1 and all(t.isfinite().all() for t in training.optimizer_tensors(trainer.model, trainer.optimizers).values())
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])

@@ -367,7 +367,7 @@ def checkpoint_folders(run_directory: str | Path) -> list[Path]:
 
 def find_checkpoint(path: str | Path) -> Path:
     "The newest complete checkpoint of a run directory, or `path` itself if it is a checkpoint; `InputError` if there is none."
-    path = Path(path)
+    path = Path(path).expanduser()
     if (path / "checkpoint.json").is_file():
         return path
     if not path.exists():
@@ -704,7 +704,7 @@ class Trainer:
     ):
         self.data = TokenData.from_tokens(*data) if isinstance(data, tuple | list) else data
         self.config, self.tokenizer, self.progress, self.on_step = config, tokenizer, progress, on_step
-        self.run_directory = Path(run_directory) if run_directory is not None else None
+        self.run_directory = Path(run_directory).expanduser() if run_directory is not None else None
         self.context_length = config.context_length or model.config.context_length
         check_range("context_length", self.context_length, 1, model.config.context_length, integer=True)
         self._check_tokens(model)
@@ -899,7 +899,7 @@ class Trainer:
             data = TokenData.open(note["data"]["directory"])
         model = GPT(checkpoint.config)
         load_weights(model, checkpoint.weights, checkpoint.path / "model.safetensors")
-        path = Path(run_directory)
+        path = Path(run_directory).expanduser()
         home = path.resolve().parent if checkpoint.path == path else path  # a checkpoint may be given as "." or by a link
         trainer = cls(model, data, config, run_directory=home, tokenizer=load_tokenizer_of(checkpoint),
                       progress=progress, on_step=on_step)
