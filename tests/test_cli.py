@@ -221,6 +221,14 @@ def test_the_calls_of_the_readme(capsys, monkeypatch, text):
     refused(capsys, "train", "--model_size", "tiny", "--epochs", 0.1, "--batch_size", 4, says="--resume")
 
 
+def test_shakespeare_is_prepared_where_its_file_is_named(capsys, monkeypatch, text):
+    asked = []
+    monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda path, **options: asked.append(path) or text)
+    succeeds(capsys, "train", "--model_size", "demo", "--max_steps", 1, "--text_file", "data/shakespeare.txt")
+    assert asked == [Path("data/shakespeare.txt")]
+    refused(capsys, "train", "--model_size", "demo", "--max_steps", 1, "--text_file", "data/marlowe.txt", says="data/marlowe.txt")
+
+
 def test_shakespeare_trains_once_and_writes_again(capsys, tmp_path, monkeypatch):
     from transformer_llm import training
 

@@ -253,10 +253,13 @@ def machine_memory() -> int | None:
 
 # %% ../nbs/92_command_line.ipynb #92-028
 def find_text(text_file: str | None) -> Path:
-    "The text that was asked for, or Shakespeare, prepared on first use."
+    "The text that was asked for. Shakespeare, the default, is prepared on first use, also where its file is asked for by name."
     from transformer_llm.dataset import load_shakespeare
 
-    return load_shakespeare(progress=at_terminal()) if text_file is None else Path(text_file)
+    if text_file is None:
+        return load_shakespeare(progress=at_terminal())
+    path = Path(text_file)
+    return load_shakespeare(path, progress=at_terminal()) if path.name == "shakespeare.txt" and not path.exists() else path
 
 
 def default_vocab_size(text_bytes: int) -> int:
