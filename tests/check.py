@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import readme
-from execute import ROOT, fingerprint
+from execute import ROOT, fingerprints
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 # The order of the book: a module imports only from modules before it. (00, the overture, uses all of Part I.)
@@ -87,14 +87,19 @@ def imports_go_backwards() -> list[str]:
     return problems
 
 
+def stale(notebook: dict) -> str:
+    "What of an executed notebook is no longer as it was: its code, its outputs, or nothing."
+    noted = notebook["metadata"].get("executed", {})
+    return " and ".join(name for name, now in fingerprints(notebook).items() if noted.get(name) != now)
+
+
 def executed() -> list[str]:
-    "Every notebook was executed after its code last changed, and no cell raised."
+    "Every notebook was executed after its code last changed, its outputs are those of that run, and no cell raised."
     problems = []
     for path in NOTEBOOKS:
         notebook = load(path)
-        stamp = notebook["metadata"].get("executed", {}).get("code")
-        if stamp != fingerprint(notebook):
-            problems.append(f"{path.name} was not executed since its code changed; run python tests/execute.py {path.relative_to(ROOT).as_posix()}")
+        if what := stale(notebook):
+            problems.append(f"{path.name} was not executed as it stands (changed since: {what}); run python tests/execute.py {path.relative_to(ROOT).as_posix()}")
         for number, cell in enumerate(notebook["cells"]):
             for output in cell.get("outputs", []):
                 if output["output_type"] == "error":
@@ -120,7 +125,7 @@ def cells_are_well_formed() -> list[str]:
             text = source(cell)
             where = f"{path.name} cell {number}"
             if cell["cell_type"] != "code":
-                if re.search(r"\b(TODO|FIXME|TBD)\b", text):
+                if re.search(r"\b(TODO|FIXME|TBD|XXX)\b", text):
                     problems.append(f"{where}: something is left to do")
                 if re.search(r"^:::|\{#(eq|fig|tbl|sec)-|@(eq|fig|tbl|sec)-|```\{mermaid", text, re.M):
                     problems.append(f"{where}: markup that JupyterLab does not show")
@@ -140,6 +145,9 @@ def cells_are_well_formed() -> list[str]:
 
 
 SHAPED = {"Float", "Int", "Bool", "Shaped", "Num", "Integer", "UInt8"}
+UNTYPED = {"self", "cls", "ax", "tokenizer", "data", "meta", "params", "value",  # many kinds of things, none of them one tensor
+           "tokens", "train", "val"}  # arrays, memory maps or tensors alike
+NO_TENSORS = {"foundations", "cli", "__main__"}
 COLLECTIONS = {"dict", "list", "Mapping", "Sequence", "Iterable", "Callable"}  # of parameters, say, which have no shape in common
 
 
@@ -160,6 +168,9 @@ def shapes_are_annotated() -> list[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                for argument in arguments:
+                    if argument.annotation is None and argument.arg not in UNTYPED and name not in NO_TENSORS:
+                        problems.append(f"{name}.{node.name}: {argument.arg} has no annotation")
                 for what, note in [(a.arg, a.annotation) for a in arguments] + [("its result", node.returns)]:
                     if bare_tensors(note):
                         problems.append(f"{name}.{node.name}: {what} is a Tensor without a shape")

@@ -3,9 +3,11 @@
     python tests/execute.py                    # every notebook, in order
     python tests/execute.py nbs/01_attention.ipynb
 
-The stamp is a fingerprint of the code cells: a notebook whose code changed after it was executed fails `tests/check.py`.
+The stamp holds a fingerprint of the code cells and one of what they gave: a notebook whose code changed, or whose outputs
+were cleared or edited, after it was executed fails `tests/check.py`.
 """
 import hashlib
+import json
 import os
 import sys
 import time
@@ -18,10 +20,13 @@ from nbdev.clean import nbdev_clean
 ROOT = Path(__file__).parent.parent
 
 
-def fingerprint(notebook) -> str:
-    "A hash of all code cells' sources, in order."
-    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    return hashlib.sha256("\0".join(s.strip() for s in sources).encode("utf-8")).hexdigest()[:16]
+def fingerprints(notebook: dict) -> dict[str, str]:
+    "A hash of all code cells' sources, in order, and one of their outputs."
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]).strip() for cell in cells]
+    outputs = [cell.get("outputs", []) for cell in cells]
+    return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()[:16]
+            for name, value in (("code", sources), ("outputs", outputs))}
 
 
 def execute(path: Path) -> float:
@@ -36,10 +41,19 @@ def execute(path: Path) -> float:
         cell.metadata = {}
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "executed": {"code": fingerprint(notebook), "seconds": round(seconds)}}
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "executed": {"seconds": round(seconds)}}
     nbformat.write(notebook, path)
     nbdev_clean(str(path))
+    stamp(path)
     return seconds
+
+
+def stamp(path: Path) -> None:
+    "Note the fingerprints of a notebook that was executed and cleaned."
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["executed"].update(fingerprints(json.loads(path.read_text(encoding="utf-8"))))
+    nbformat.write(notebook, path)
+    nbdev_clean(str(path))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from transformer_llm.foundations import InputError
 from transformer_llm.tokenizer import CharTokenizer
 from transformer_llm.training import (Metrics, Trainer, TrainingConfig, TrainingError, accumulate_gradients, checkpoint_folders,
                                       cross_entropy, find_checkpoint, learning_rate, load_checkpoint, load_model, remove_leftovers,
-                                      save_checkpoint, steps_per_epoch, verify_checkpoint)
+                                      save_checkpoint, verify_checkpoint)
 from transformer_llm.transformer import GPT, GPTConfig
 
 TEXT = "the cat sat on the mat, and the dog sat on the cat. " * 40
@@ -563,11 +563,6 @@ def test_wsd_has_no_jump(decay):
     config = TrainingConfig(schedule="wsd", warmup_steps=40, max_steps=100, decay_fraction=decay, min_lr_fraction=0.0)
     factors = [learning_rate(step, config) for step in range(100)]
     assert factors[40] == 1.0 and all(abs(a - b) < 1 / 15 for a, b in zip(factors, factors[1:]))
-
-
-def test_steps_per_epoch():
-    assert steps_per_epoch(100_000, TrainingConfig(batch_size=10, accumulation=2), 50) == 100
-    assert steps_per_epoch(10, TrainingConfig(), 50) == 1
 
 
 @pytest.mark.parametrize("field, value", [

@@ -695,14 +695,12 @@ def beam_text(model, tokenizer, prompt: str, max_new_tokens: int, beams: int) ->
     "The prompt and its likeliest continuation that `beams` beams find."
     import torch
 
-    from transformer_llm.generation import beam_search, stop_ids
+    from transformer_llm.generation import beam_search, before_stop, stop_ids
 
     stops = stop_ids(tokenizer, None)
     ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long).view(1, -1)
     found = beam_search(model, ids, max_new_tokens, n_beams=beams, stop_tokens=stops)
-    written = found[0, ids.shape[1]:].tolist()
-    end = next((place for place, token in enumerate(written) if token in stops), len(written))
-    return prompt + tokenizer.decode(written[:end])
+    return prompt + tokenizer.decode(before_stop(found[0, ids.shape[1]:].tolist(), stops))
 
 # %% ../nbs/92_command_line.ipynb #92-048
 def command_play(args: argparse.Namespace) -> int:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['apply_temperature', 'keep_from', 'top_k_filter', 'top_p_filter', 'min_p_filter', 'mark_seen', 'penalise_seen',
            'repetition_penalty', 'filter_logits', 'sample', 'evaluating', 'check_prompt', 'TextWindow', 'stream',
-           'write_tokens', 'generate', 'left_pad', 'stop_ids', 'generate_text', 'stream_text', 'decode_pieces',
-           'keep_best', 'beam_candidates', 'beam_search']
+           'write_tokens', 'generate', 'left_pad', 'stop_ids', 'before_stop', 'generate_text', 'stream_text',
+           'decode_pieces', 'keep_best', 'beam_candidates', 'beam_search']
 
 # %% ../nbs/08_generation.ipynb #08-005
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -336,6 +337,14 @@ def stop_ids(
     return tuple(getattr(tokenizer, "special_tokens", {}).values() if stop_tokens is None else stop_tokens)
 
 
+def before_stop(
+    tokens: Sequence[int],  # New tokens
+    stops: Iterable[int],  # Tokens that end a text
+) -> list[int]:
+    "The tokens before the first stop token; all of them if there is none."
+    return list(takewhile(lambda token: token not in stops, tokens))
+
+
 def generate_text(
     model: nn.Module,
     tokenizer,  # The model's own `CharTokenizer` or `BPETokenizer`
@@ -355,8 +364,7 @@ def generate_text(
     written = generate(model, ids, max_new_tokens, stop_tokens=stops, attention_mask=is_token, **options)
     texts = []
     for start, row in zip(tokens, written[:, ids.shape[1]:].tolist()):
-        end = next((number for number, token in enumerate(row) if token in stops), len(row))
-        texts.append(tokenizer.decode([*start, *row[:end]]))
+        texts.append(tokenizer.decode([*start, *before_stop(row, stops)]))
     return texts
 
 # %% ../nbs/08_generation.ipynb #08-076

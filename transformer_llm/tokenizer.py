@@ -518,7 +518,7 @@ def tokenizer_from_parts(
         tokenizer_vocab = {tokens[text]: i for text, i in vocab.items() if text not in special_tokens}
         return BPETokenizer(tokenizer_vocab, [(tokens[a], tokens[b]) for a, b in merges], special_tokens)
     except InputError as error:
-        raise InputError(f"Can't use {name}: {error}.") from None
+        raise InputError(f"Can't use {name}: {str(error).rstrip('.')}.") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"Can't use {name}: it is damaged or holds tokens that are not byte-level ({type(error).__name__}: {ascii(str(error))[:60]}).") from None
 

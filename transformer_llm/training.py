@@ -9,8 +9,7 @@ __all__ = ['NEWTON_SCHULZ', 'OPTIMIZERS', 'SCHEDULES', 'FORMAT_VERSION', 'CHECKP
            'checkpoint_folders', 'find_checkpoint', 'remove_leftovers', 'prune_checkpoints', 'save_checkpoint',
            'verify_checkpoint', 'Checkpoint', 'load_checkpoint', 'check_tensors', 'load_weights', 'load_model',
            'load_tokenizer_of', 'optimizer_tensors', 'restore_optimizers', 'generator_states', 'restore_generators',
-           'soft_interrupt', 'steps_per_epoch', 'Metrics', 'Trainer', 'plot_history', 'find_learning_rate',
-           'suggest_learning_rate']
+           'soft_interrupt', 'Metrics', 'Trainer', 'plot_history', 'find_learning_rate', 'suggest_learning_rate']
 
 # %% ../nbs/07_training.ipynb #07-005
 import copy
@@ -515,7 +514,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is not a readable safetensors file; it is damaged or was not written by this package.") from error
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
+def load_checkpoint(
+    path: str | Path,  # A run, or one of its checkpoints
+    *,
+    training_state: bool = True,  # Also read the optimizers' states, which only resuming needs
+) -> Checkpoint:
     "Read the newest checkpoint of a run, or that very checkpoint, after verifying every byte of it. Nothing in it is ever executed."
     folder = find_checkpoint(path)
     manifest = verify_checkpoint(folder)
@@ -528,7 +531,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise InputError(f"{folder / 'training_state.json'} does not belong to this checkpoint; {_other_checkpoint(folder)}.")
         return Checkpoint(folder, manifest["step"], GPTConfig.from_dict(read_json(folder / "config.json")),
                           _read_tensors(folder / "model.safetensors"), read_json(folder / "training.json"),
-                          _read_tensors(folder / "training_state.safetensors"), state)
+                          _read_tensors(folder / "training_state.safetensors") if training_state else {}, state)
     except OSError as error:
         raise InputError(os_error_sentence("read", folder, error)) from error
 
@@ -554,7 +557,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str | Path
 
 def load_model(path: str | Path, device: str = "cpu"):
     "The model of a checkpoint, in evaluation mode, and its tokenizer (None if it has none)."
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, training_state=False)
     model = GPT(checkpoint.config)
     load_weights(model, checkpoint.weights, checkpoint.path / "model.safetensors")
     return model.to(pick_device(device)).eval(), load_tokenizer_of(checkpoint)
@@ -611,7 +614,7 @@ def soft_interrupt():
         yield asked
         return
 
-    def ask(number, frame):
+    def ask(number: int, frame: object):
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
@@ -623,15 +626,6 @@ def soft_interrupt():
         signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/07_training.ipynb #07-070
-def steps_per_epoch(
-    n_tokens: int,  # Tokens of the training text
-    config: TrainingConfig,
-    context_length: int,  # Tokens a sequence
-) -> int:
-    "The updates in which as many tokens are read as the text has; at least one."
-    return max(1, round(n_tokens / (config.batch_size * config.accumulation * context_length)))
-
-# %% ../nbs/07_training.ipynb #07-071
 class Metrics:
     "The history of a run: kept in memory, and, in a run directory, as one JSON object a line (and for TensorBoard on request)."
 
@@ -687,7 +681,7 @@ class Metrics:
                     self.board.add_scalar(name, value, record["step"])
             self.board.flush()
 
-# %% ../nbs/07_training.ipynb #07-073
+# %% ../nbs/07_training.ipynb #07-072
 class Trainer:
     "Trains a model: batches, updates, evaluation, history, checkpoints. Seeds PyTorch's global generator with `config.seed`."
 
@@ -922,7 +916,7 @@ class Trainer:
         self._loss_sum, self._loss_count = checkpoint.state["loss_sum"], checkpoint.state["loss_count"]
         self.metrics.read(self.step)
 
-# %% ../nbs/07_training.ipynb #07-074
+# %% ../nbs/07_training.ipynb #07-073
 def plot_history(history: Sequence[dict], ax=None):
     "Draw the training loss and, where it was measured, the validation loss over the steps; returns the axes."
     from transformer_llm.plots import new_axes
@@ -936,7 +930,7 @@ def plot_history(history: Sequence[dict], ax=None):
     ax.legend()
     return ax
 
-# %% ../nbs/07_training.ipynb #07-085
+# %% ../nbs/07_training.ipynb #07-084
 def find_learning_rate(
     model: GPT,  # Is copied; stays as it is
     data,  # As for the Trainer
@@ -973,7 +967,7 @@ def suggest_learning_rate(rates: Sequence[float], losses: Sequence[float]) -> fl
     "A tenth of the rate at which the loss was lowest: the minimum itself is already near the edge."
     return rates[min(range(len(losses)), key=lambda i: losses[i])] / 10
 
-# %% ../nbs/07_training.ipynb #07-097
+# %% ../nbs/07_training.ipynb #07-096
 SHAKESPEARE_CONFIG = TrainingConfig(
     max_steps=300, batch_size=32, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, schedule="linear", warmup_steps=20,
     min_lr_fraction=0.0, weight_decay=0.0, eval_every=50, eval_batches=20, checkpoint_every=100, log_every=10)
