@@ -17,3 +17,7 @@ start_bar = std.tqdm.__init__
 std.tqdm.__init__ = lambda bar, *args, **options: start_bar(bar, *args, **{**options, "disable": True})
 settings.register_profile("book", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("book")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "browser: needs Chromium and playwright (make test-browser); skipped where they are missing")
