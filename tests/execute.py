@@ -20,6 +20,12 @@ from nbdev.clean import nbdev_clean
 ROOT = Path(__file__).parent.parent
 
 
+def notebooks() -> list[Path]:
+    "Every notebook of the book, in order."
+    folder = ROOT / "nbs"
+    return [p for p in sorted(folder.rglob("*.ipynb")) if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
+
+
 def fingerprints(notebook: dict) -> dict[str, str]:
     "A hash of all code cells' sources, in order, and one of their outputs."
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -38,9 +44,9 @@ def execute(path: Path) -> float:
     seconds = time.perf_counter() - start
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        cell.metadata = {}
-        for output in cell.get("outputs", []):
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        cell.metadata = {"jupyter": {"source_hidden": True}} if "#| code-fold: true" in cell.source else {}  # folded there as on the site
+        if "outputs" in cell:  # a widget without its kernel is dead
+            cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "executed": {"seconds": round(seconds)}}
     nbformat.write(notebook, path)
     nbdev_clean(str(path))
@@ -57,9 +63,9 @@ def stamp(path: Path) -> None:
 
 
 def main() -> None:
-    paths = [Path(p) for p in sys.argv[1:]] or sorted((ROOT / "nbs").glob("*.ipynb"))
+    paths = [Path(p) for p in sys.argv[1:]] or notebooks()
     for path in paths:
-        print(f"{path.name}: executed in {execute(path):.1f} s", flush=True)
+        print(f"{path.stem if path.parent.name == 'nbs' else path.parent.name + '/' + path.stem}: executed in {execute(path):.1f} s", flush=True)
 
 
 if __name__ == "__main__":
