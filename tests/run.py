@@ -11,6 +11,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from execute import notebooks
+
 ROOT = Path(__file__).parent.parent
 TOOLS = Path(sys.executable).parent
 
@@ -22,19 +24,19 @@ def section(title: str) -> None:
 def run_notebooks(environment: dict[str, str]) -> tuple[int, int]:
     "Every notebook through nbdev_test; returns how many passed and failed."
     section("notebooks (nbdev_test)")
-    names = sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb"))
+    paths = notebooks()
     completed = set()
     command = [str(TOOLS / "nbdev_test"), "--n_workers", "2", "--timing", "--do_print"]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           encoding="utf-8", errors="replace") as process:
         for line in process.stdout:
             print(line, end="", flush=True)
-            if found := re.match(r"- Completed .*?([\w.-]+\.ipynb)\s*$", line):
-                completed.add(found.group(1))
-    failed = [name for name in names if name not in completed]
+            if found := re.match(r"- Completed (.*\.ipynb)\s*$", line):
+                completed.add((ROOT / found.group(1)).resolve())
+    failed = [path.relative_to(ROOT).as_posix() for path in paths if path.resolve() not in completed]
     if failed:
         print("failed:", ", ".join(failed), flush=True)
-    return len(names) - len(failed), len(failed) or int(process.returncode != 0)
+    return len(paths) - len(failed), len(failed) or int(process.returncode != 0)
 
 
 def run_pytest(environment: dict[str, str]) -> tuple[int, int, int]:

@@ -1,0 +1,106 @@
+"""Every exercise of every chapter: it stands in its chapter, its solution passes, and typical wrong answers are named."""
+import ast
+import re
+
+import pytest
+
+from check import NOTEBOOKS, ROOT, code_cells, load, source
+from transformer_llm import exercises
+from transformer_llm.exercises import CHAPTERS, Verdict, exercises_of, find_exercise, judge
+from transformer_llm.foundations import InputError
+
+STEMS = [next(p.stem for p in NOTEBOOKS if p.parent.name == "nbs" and p.name.startswith(f"{n:02d}_")) for n in range(len(CHAPTERS))]
+NUMBER = r'"(\d+\.\d+)"'
+
+
+def printed(cell: dict) -> str:
+    return "".join("".join(output.get("text", "")) for output in cell["outputs"])
+
+
+def calls(notebook: dict, name: str) -> list[ast.Call]:
+    "Every call of a function by this name, anywhere in a notebook's code."
+    trees = [ast.parse(re.sub(r"^[%!].*$", "pass", source(cell), flags=re.M)) for cell in code_cells(notebook)]
+    return [node for tree in trees for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name]
+
+
+@pytest.fixture(scope="module", params=range(len(CHAPTERS)), ids=STEMS)
+def chapter(request):
+    number = request.param
+    return number, load(ROOT / "nbs" / f"{STEMS[number]}.ipynb"), load(ROOT / "nbs" / "exercises" / f"{STEMS[number]}.ipynb")
+
+
+def test_a_chapter_has_at_least_four_exercises_in_order(chapter):
+    number, book, _ = chapter
+    text = "\n".join(source(cell) for cell in book["cells"] if cell["cell_type"] == "markdown")
+    stated = re.findall(r"^> \*\*Exercise (\d+\.\d+)\b", text, re.M)
+    assert stated == [f"{number}.{n + 1}" for n in range(len(stated))] and len(stated) >= 4
+    assert [one.number for one in exercises_of(number)] == stated
+    kinds = re.findall(r"^> \*\*Exercise \d+\.\d+ \((\w[\w ,]*)\)", text, re.M)
+    assert any("predict" in kind for kind in kinds) and any("write" in kind for kind in kinds), kinds
+
+
+def test_an_exercise_has_hints(chapter):
+    _, book, _ = chapter
+    text = "\n".join(source(cell) for cell in book["cells"] if cell["cell_type"] == "markdown")
+    parts = re.split(r"^> \*\*Exercise (\d+\.\d+)\b", text, flags=re.M)
+    for number, part in zip(parts[1::2], parts[2::2]):
+        assert 1 <= len(re.findall(r"<details>\s*<summary>Hint", part)) <= 3, number
+
+
+def test_the_readers_cell_waits_and_the_solution_passes(chapter):
+    number, book, _ = chapter
+    asked, solved = [], []
+    for cell in code_cells(book):
+        numbers = re.findall(rf"^check\({NUMBER}", source(cell), re.M)
+        for one in numbers:
+            folded = "#| code-fold: true" in source(cell)
+            (solved if folded else asked).append(one)
+            assert f"Exercise {one}: {'right' if folded else 'no answer yet'}." in printed(cell), f"{one}: {printed(cell)}"
+            if folded:
+                assert f'#| code-summary: "Solution {one}"' in source(cell)
+                assert cell["metadata"] == {"jupyter": {"source_hidden": True}}, f"the solution of {one} lies open in JupyterLab"
+    assert asked == solved == [one.number for one in exercises_of(number)]
+
+
+def test_wrong_answers_are_named(chapter):
+    number, _, checks = chapter
+    refused, accepted = {}, set()
+    for node in calls(checks, "refuses"):
+        refused.setdefault(node.args[0].value, set()).add(ast.unparse(node.args[2]).lower())
+    for node in calls(checks, "accepts"):
+        accepted.add(node.args[0].value)
+    for one in exercises_of(number):
+        assert len(refused.get(one.number, ())) >= 3, f"{one.number}: fewer than three mistakes are told apart"
+        assert one.number in accepted, f"{one.number}: no right answer is tried beside the solution"
+
+
+@pytest.mark.parametrize("answer", ["words", 10**30, -1, float("nan"), True, [1, 2], {}, object(), lambda: 1, lambda *x: "text", lambda x: x,
+                                    lambda *x, **y: 1 / 0, print, len], ids=repr)
+def test_no_answer_breaks_a_check(chapter, answer, capsys):
+    for one in exercises_of(chapter[0]):
+        verdict = judge(one.number, answer)
+        assert isinstance(verdict, Verdict) and verdict.message.strip().endswith((".", ")", "?", "!")), verdict
+        assert "can't use this answer" not in verdict.message or not callable(answer), verdict
+
+
+def test_a_chapter_has_a_widget(chapter):
+    _, book, _ = chapter
+    found = calls(book, "explore")
+    assert found
+    for cell in code_cells(book):
+        if re.search(r"^explore\(", source(cell), re.M):
+            assert not cell["outputs"], "a control without a kernel was saved"
+
+
+def test_numbers_that_lead_nowhere():
+    with pytest.raises(InputError, match=r"no exercise 1\.77; chapter 01 has 1\.1, "):
+        judge("1.77", 1)
+    with pytest.raises(InputError, match="chapter 77"):
+        find_exercise("77.1")
+    with pytest.raises(InputError, match="attention"):
+        find_exercise("attention")
+
+
+def test_inputs_are_drawn_afresh():
+    assert exercises.fresh("t").initial_seed() != exercises.fresh("t").initial_seed()
