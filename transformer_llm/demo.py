@@ -9,6 +9,7 @@ __all__ = ['TRAINING_STARTS', 'HELD_OUT_STARTS', 'TRAINING_LENGTH', 'HELD_OUT_LE
 # %% ../nbs/00_counting.ipynb #00-005
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from .plots import new_axes, plot_curves, show_attention, use_style
 from .training import AdamW
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/00_counting.ipynb #00-009
+# %% ../nbs/00_counting.ipynb #00-012
 def counting_sequences(
     starts: Int[Tensor, "batch"],  # First digit of each sequence
     length: int,  # Digits in each
@@ -30,13 +31,13 @@ def counting_sequences(
     "Sequences that count up from `starts`, digit by digit, 9 being followed by 0 (equation 0.1)."
     return (starts[:, None] + torch.arange(length)) % 10
 
-# %% ../nbs/00_counting.ipynb #00-012
+# %% ../nbs/00_counting.ipynb #00-018
 TRAINING_STARTS = (0, 1, 2, 3, 4, 5, 6)  # Every training sequence begins with one of these
 HELD_OUT_STARTS = (7, 8, 9)  # No training sequence does
 TRAINING_LENGTH = 24  # Digits of the longest training sequence
 HELD_OUT_LENGTHS = tuple(range(25, 33))  # Lengths that only the test has; 32 is the model's window
 
-# %% ../nbs/00_counting.ipynb #00-021
+# %% ../nbs/00_counting.ipynb #00-032
 def count_from(
     model: GPT,  # A model over the ten digits
     start: int,  # First digit
@@ -46,7 +47,7 @@ def count_from(
     digits = generate(model, torch.tensor([[start]]), length - 1, temperature=0.0)[0]
     return " → ".join(str(digit) for digit in digits.tolist())
 
-# %% ../nbs/00_counting.ipynb #00-024
+# %% ../nbs/00_counting.ipynb #00-035
 @dataclass
 class Counter:
     "A model that was trained to count, and how its training went."
@@ -64,6 +65,7 @@ def train_counter(
     starts: tuple[int, ...] = TRAINING_STARTS,  # First digits to train on
     length: int = TRAINING_LENGTH,  # Digits of a training sequence
     progress: bool = True,  # Show a progress bar
+    watch: Callable[[int, GPT], None] | None = None,  # Called before each step and after the last, with the steps done
 ) -> Counter:
     "Train the 5,162-parameter transformer to count, on the given starts and length only."
     from tqdm.auto import tqdm
@@ -76,6 +78,8 @@ def train_counter(
     choices, losses, began = torch.tensor(starts), [], time.perf_counter()
     with tqdm(range(steps), desc="training", unit="step", disable=not progress) as bar:
         for step in bar:
+            if watch is not None:
+                watch(step, model)
             batch = counting_sequences(choices[torch.randint(len(choices), (batch_size,), generator=generator)], length)
             _, loss = model(batch[:, :-1], batch[:, 1:])
             optimizer.zero_grad()
@@ -86,9 +90,11 @@ def train_counter(
             losses.append(loss.item())
             if step % 20 == 0 or step == steps - 1:
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
+    if watch is not None:
+        watch(steps, model)
     return Counter(model.eval(), losses, time.perf_counter() - began)
 
-# %% ../nbs/00_counting.ipynb #00-028
+# %% ../nbs/00_counting.ipynb #00-047
 def counting_accuracy(
     model: GPT,  # Any model over the ten digits
     starts: tuple[int, ...] = HELD_OUT_STARTS,  # First digits
@@ -103,7 +109,7 @@ def counting_accuracy(
         total += truth[:, 1:].numel()
     return right / total
 
-# %% ../nbs/00_counting.ipynb #00-032
+# %% ../nbs/00_counting.ipynb #00-054
 def attention_of(
     model: GPT,  # Any model
     ids: Int[Tensor, "1 seq"],  # One sequence
@@ -114,7 +120,7 @@ def attention_of(
     with torch.no_grad():
         return model.attention_maps(ids)[layer][0, head]
 
-# %% ../nbs/00_counting.ipynb #00-045
+# %% ../nbs/00_counting.ipynb #00-078
 def run_demo(
     out: str | Path = "demo",  # Folder for the pictures
     seed: int = 0,  # Of weights and data
