@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/01_attention.ipynb #01-018
+# %% ../nbs/01_attention.ipynb #01-021
 def softmax(
     x: Float[Tensor, "..."],  # Scores of any size
     dim: int = -1,  # The axis that is to add up to one
@@ -30,7 +30,7 @@ def softmax(
     weights = x.exp()
     return weights / weights.sum(dim, keepdim=True)
 
-# %% ../nbs/01_attention.ipynb #01-021
+# %% ../nbs/01_attention.ipynb #01-027
 Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]  # True: may attend; or numbers that are added to the scores
 
 
@@ -67,7 +67,7 @@ def sliding_window_mask(
     window: int,  # How many keys a query may see, itself included
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "queries keys"]:
-    "The causal mask that also forgets: True for the `window` most recent keys (Longformer, section 3.1)."
+    "The causal mask that also forgets: True for the `window` most recent keys, as in Beltagy et al. (2020), section 3.1."
     return causal_mask(n_queries, n_keys, window, device=device)
 
 
@@ -87,7 +87,7 @@ def combine_masks(
         return allowed
     return mask & allowed if is_boolean(mask) else mask.masked_fill(~allowed, -math.inf)
 
-# %% ../nbs/01_attention.ipynb #01-027
+# %% ../nbs/01_attention.ipynb #01-036
 def expand_kv(
     x: Float[Tensor, "batch kv_heads keys head_dim"],  # Keys or values
     n_heads: int,  # How many query heads share them
@@ -106,7 +106,7 @@ def attention_weights(
     causal: bool = False,  # Also apply the causal mask
     scale: float | None = None,  # None: 1 / sqrt(head_dim)
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """How much each query takes from each key: softmax(q kᵀ · scale), Vaswani et al. 2017, equation 1.
+    """How much each query takes from each key: softmax(q kᵀ · scale), Vaswani et al. (2017), equation 1.
 
     Each row adds up to one; the row of a query with no allowed key is zero.
     """
@@ -135,7 +135,7 @@ def attention_plain(
     weights = attention_weights(q, k, mask, causal=causal, scale=scale)
     return F.dropout(weights, dropout) @ expand_kv(v, q.shape[1])
 
-# %% ../nbs/01_attention.ipynb #01-031
+# %% ../nbs/01_attention.ipynb #01-045
 def attention_fused(
     q: Float[Tensor, "batch heads queries head_dim"],
     k: Float[Tensor, "batch kv_heads keys head_dim"],
@@ -146,7 +146,7 @@ def attention_fused(
     scale: float | None = None,  # None: 1 / sqrt(head_dim)
     dropout: float = 0.0,  # Probability with which a weight is dropped
 ) -> Float[Tensor, "batch heads queries head_dim"]:
-    "`attention_plain` in one fused kernel, which never stores the queries × keys weights (Dao et al. 2022)."
+    "`attention_plain` in one fused kernel, which never stores the queries × keys weights, as in Dao et al. (2022)."
     n_queries, n_keys = q.shape[2], k.shape[2]
     if n_queries == 1:  # a lone query is the last one: it sees every key
         causal = False
@@ -161,7 +161,7 @@ def attention_fused(
     mask = mask.masked_fill(lonely, True) if is_bool else mask.masked_fill(lonely, 0.0).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, **options).masked_fill(lonely, 0.0)
 
-# %% ../nbs/01_attention.ipynb #01-043
+# %% ../nbs/01_attention.ipynb #01-063
 class KVCache:
     """The keys and values of the tokens read so far, for one layer, in storage that is allocated once.
 
@@ -212,12 +212,12 @@ class KVCache:
         "Let sequence i become what sequence `index[i]` was, as beam search needs; there may be more or fewer of them."
         self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
 
-# %% ../nbs/01_attention.ipynb #01-044
+# %% ../nbs/01_attention.ipynb #01-064
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (q, k) -> (q, k), each batch, heads, seq, head_dim
 
 
 class MultiHeadAttention(nn.Module):
-    "Several attention heads side by side (Vaswani et al. 2017, section 3.2.2), with grouped queries (Ainslie et al. 2023)."
+    "Several attention heads side by side, as in Vaswani et al. (2017), section 3.2.2, with the grouped queries of Ainslie et al. (2023)."
 
     def __init__(
         self,
