@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab shakespeare notebooks readme clean
+.PHONY: help demo test test-browser lab site serve shakespeare notebooks readme clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */	/' | expand -t 16
@@ -37,6 +37,15 @@ lab: $(VENV)/.development  ## open the book in JupyterLab
 
 test: $(VENV)/.development  ## check that book and package agree, run every notebook and every test
 	@$(BIN)/python tests/run.py
+
+test-browser: $(VENV)/.development  ## read the site in headless Chromium, where there is one: links, accessibility, phone, dark
+	@$(BIN)/python -m pytest tests/test_site.py -q -rs
+
+site: $(VENV)/.development  ## build the site into _docs (DRAFT=1: even if pages or references are missing)
+	@$(BIN)/python book/build.py $(if $(DRAFT),--draft)
+
+serve: $(VENV)/.development  ## build the site and show it at 127.0.0.1:8000
+	@$(BIN)/python book/build.py --serve $(if $(DRAFT),--draft)
 
 notebooks: $(VENV)/.development  ## export, execute and clean every notebook (what authors do before they commit)
 	@$(BIN)/nbdev_export && $(BIN)/python tests/execute.py && $(BIN)/python tests/readme.py

@@ -1,0 +1,299 @@
+"""Build the site from the notebooks as they stand; nothing is executed.
+
+    python book/build.py             # _docs/, with Quarto where it is installed, otherwise with our own renderer
+    python book/build.py --serve     # and show it at 127.0.0.1:8000
+"""
+import argparse
+import functools
+import html
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from configparser import ConfigParser
+from pathlib import Path
+from urllib.parse import quote
+
+HERE = Path(__file__).resolve().parent
+PROCESS = "from nbdev.config import get_config; get_config().d['skip_procs'] = 'exec_show_docs'; from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
+NEEDED = ["nbdev", "bs4", "lxml", "yaml", "jinja2", "pygments", "markdown_it", "mdit_py_plugins", "math_core", "ziamath", "fontpkg_source_serif_4", "fontTools"]
+
+
+class BookError(Exception):
+    "What is wrong with the book, in a sentence."
+
+
+def check_tools() -> None:
+    "All that the build needs, before anything is done."
+    from importlib.util import find_spec
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise BookError(f"The site needs {', '.join(missing)}: install the book's tools with `pip install -c constraints.txt -e '.[dev]'`.")
+
+
+def settings(root: Path) -> dict[str, str]:
+    parsed = ConfigParser()
+    if not parsed.read(root / "settings.ini", encoding="utf-8"):
+        raise BookError(f"There is no settings.ini in {root}.")
+    return dict(parsed["DEFAULT"])
+
+
+def process(root: Path) -> Path:
+    "nbdev's own processing, less the execution of cells: hidden cells go, front matter and addresses come. Returns the folder `_proc`."
+    done = subprocess.run([sys.executable, "-c", PROCESS], cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONUTF8": "1"})
+    if done.returncode:
+        raise BookError(f"nbdev can't process the notebooks: {done.stderr.strip().splitlines()[-1]}")
+    return root / "_proc"
+
+
+def notebooks(folder: Path) -> dict[str, Path]:
+    "The processed notebooks by their addresses."
+    from render import front_matter
+    found = {}
+    for path in sorted(folder.rglob("*.ipynb")):
+        if "_docs" in path.parts or ".ipynb_checkpoints" in path.parts:
+            continue
+        name = Path(front_matter(load(path)["cells"]).get("output-file", path.stem + ".html")).name
+        found[(path.relative_to(folder).parent / name).as_posix()] = path
+    return found
+
+
+def load(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save(path: Path, cells: list[dict]) -> None:
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            cell.setdefault("execution_count", None)
+            cell.setdefault("outputs", [])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}},
+                                "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+
+
+def front(title: str, description: str) -> dict:
+    "The first cell of a page that the build makes."
+    return {"cell_type": "raw", "metadata": {}, "source": f"---\ntitle: {json.dumps(title)}\ndescription: {json.dumps(description)}\n---\n"}
+
+
+def ways_to_open(name: str, info: dict[str, str], up: str, seconds: int | None) -> str:
+    "Where a notebook can be opened: here, on its host, and in two services that run it."
+    where = f"{info['user']}/{info['repo']}"
+    path = quote(f"nbs/{name}")
+    links = [(f"{up}notebooks/{name}", "download", " download"), (f"{info['git_url']}/blob/{info['branch']}/{path}", "GitHub", ""),
+             (f"https://colab.research.google.com/github/{where}/blob/{info['branch']}/{path}", "Colab", ""),
+             (f"https://mybinder.org/v2/gh/{where}/{info['branch']}?urlpath=lab/tree/{path}", "Binder", "")]
+    duration = "" if seconds is None else f' <span class="seconds">All cells run in about {max(seconds, 1)} s.</span>'
+    return '<p class="open" id="open">Open this notebook: ' + " · ".join(f'<a href="{h}"{more}>{t}</a>' for h, t, more in links) + duration + "</p>"
+
+
+def source_pages(package: Path, folder: Path) -> None:
+    "A page for each generated module, with a numbered anchor at each line."
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+    from translate import markdown
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "File to edit" in text:
+            module = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
+            lines = highlight(text, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).rstrip("\n").split("\n")
+            numbered = "\n".join(f'<span id="L{i}">{line}</span>' for i, line in enumerate(lines, 1))
+            save(folder / "source" / f"{module}.ipynb", [front(f"{package.name}.{module}", f"The source of the module {module}, as nbdev exports it from its notebook."),
+                                                         markdown(f'<pre class="code numbered" tabindex="0"><code>{numbered}</code></pre>')])
+
+
+def index_page(entries: dict, addresses: dict[str, str], folder: Path) -> None:
+    "One alphabetical page of everything that is exported."
+    import api
+    from translate import markdown
+    rows = []
+    for item in sorted(entries.values(), key=lambda e: e.name.lower()):
+        page = addresses.get(item.notebook)
+        name = f'<a href="{page}#{item.anchor}"><code>{item.name}</code></a>' if page else f"<code>{item.name}</code>"
+        rows.append(f'<tr><td>{name}</td><td>{api.inline(item.summary)}</td><td><a href="source/{item.module}.html#L{item.line}">{item.module}<span class="unseen">, source of {item.name}</span></a></td></tr>')
+    table = '<table class="index"><thead><tr><th>Name</th><th>What it is</th><th>Module</th></tr></thead><tbody>' + "".join(rows) + "</tbody></table>"
+    text = f"The package exports {len(entries)} functions and classes. The name leads to the place in the book where it is built, the module to its source."
+    save(folder / "api.ipynb", [front("Index of the package", "Every exported function and class, in alphabetical order, with the place where it is built."), markdown(text), markdown(table)])
+
+
+def translate_all(root: Path, folder: Path, info: dict[str, str]) -> None:
+    "Translate the processed notebooks in place, and add the pages that the build makes."
+    import api
+    from translate import markdown, translate
+    package = root / info["lib_path"]
+    entries = api.read_package(package)
+    pages = notebooks(folder)
+    addresses = {path.relative_to(folder).as_posix(): address for address, path in pages.items()}
+    for address, path in pages.items():
+        notebook, name = load(path), path.relative_to(folder).as_posix()
+        cells = notebook["cells"]
+        seconds = notebook["metadata"].get("executed", {}).get("seconds")
+        first = markdown(ways_to_open(name, info, "../" * address.count("/"), seconds))
+        cells = translate([cells[0], first, *(c for c in cells[1:] if "AUTOGENERATED! DO NOT EDIT" not in "".join(c["source"]))], address, entries, folder / "figures")
+        for cell in cells:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = mend_links("".join(cell["source"]), name, addresses, info)
+            for output in cell.get("outputs", []):
+                if "text/markdown" in output.get("data", {}):
+                    output["data"]["text/markdown"] = mend_links("".join(output["data"]["text/markdown"]), name, addresses, info)
+        save(path, cells)
+    source_pages(package, folder)
+    index_page(entries, addresses, folder)
+
+
+def mend_links(text: str, name: str, addresses: dict[str, str], info: dict[str, str]) -> str:
+    "Links of one notebook to other notebooks, to nbdev's host and to files outside of nbs/, as the site needs them."
+    import posixpath
+    here = posixpath.dirname(name)
+    up = "../" * name.count("/")
+    text = text.replace(f"]({info['doc_host']}{info['doc_baseurl']}/", f"]({up}")
+
+    def mend(found: re.Match) -> str:
+        path, anchor = found.group(1), found.group(2) or ""
+        whole = posixpath.normpath(posixpath.join(here, path))
+        if whole in addresses:
+            return f"]({posixpath.relpath(addresses[whole], here or '.')}{anchor.lower()})"
+        return f"]({info['git_url']}/blob/{info['branch']}/{posixpath.normpath(whole[3:])})" if whole.startswith("../") else found.group()
+    return re.sub(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)", mend, text)
+
+
+def missing_pages(config: dict, pages: dict[str, Path], folder: Path) -> list[str]:
+    from render import sidebar
+    there = {path.relative_to(folder).as_posix() for path in pages.values()}
+    return [f"_quarto.yml lists {name}, which is not there" for _, names in sidebar(config) for name in names if name not in there]
+
+
+def search_index(title: str, address: str, soup) -> list[list[str]]:
+    "The sections of a page for the search: title, section, address, text."
+    from references import words
+    sections = [[title, "", address, ""]]
+    for node in soup.find(id="content-body").find_all(["h2", "h3", "p", "li", "td", "summary"]):
+        if node.name in ("h2", "h3"):
+            sections.append([title, words(node.get_text()), f"{address}#{node['id']}", ""])
+        elif not node.find(["p", "li"]) and node.get("class") != ["open"]:
+            sections[-1][3] += " " + words(node.get_text())
+    return sections
+
+
+def render_all(folder: Path, output: Path, config: dict, info: dict[str, str]) -> dict:
+    "The pages as our own renderer makes them, and the search index; returns their content by address."
+    from render import body, front_matter
+    pages = {}
+    for address, path in notebooks(folder).items():
+        cells = load(path)["cells"]
+        pages[address], held = body(cells)
+        pages[address].held = held
+        pages[address].front = front_matter(cells)
+    return pages
+
+
+def fill_template(pages: dict, order: list[tuple[str, list[str]]], paths: dict[str, str], output: Path, config: dict, info: dict[str, str]) -> None:
+    "Write the pages: the content with the book around it."
+    from jinja2 import Environment, FileSystemLoader
+    from references import relative
+    from render import contents, release
+    template = Environment(loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, autoescape=True).get_template("page.html")
+    flat = [paths[name] for _, names in order for name in names if name in paths]
+    book = [(section, [(paths[n], pages[paths[n]].front["title"], number(n)) for n in names if n in paths]) for section, names in order]
+    index = []
+    for address, soup in pages.items():
+        at = flat.index(address) if address in flat else None
+        neighbours = [flat[i] if at is not None and 0 <= i < len(flat) else None for i in ((at or 0) - 1, (at or 0) + 1)]
+        title = soup.front["title"]
+        description = soup.front.get("description", "")
+        name = next((n for n, a in paths.items() if a == address), "")
+        text = template.render(
+            site=config["website"]["title"], title=title, description=description, address=address, book=book, language="en", number=number(name),
+            content=soup.find(id="content-body").decode_contents(), contents=contents(soup), link=functools.partial(relative, page=address),
+            root="../" * address.count("/"), neighbours=[(n, pages[n].front["title"]) if n else None for n in neighbours], git_url=info["git_url"])
+        path = output / address
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(release(text, soup.held), encoding="utf-8")
+        if not address.startswith("source/"):
+            index += search_index(title, address, soup)
+    (output / "search.js").write_text("window.bookIndex = " + json.dumps(index, ensure_ascii=False) + ";\n", encoding="utf-8")
+
+
+def number(name: str) -> str:
+    "The number of a chapter, from its file's name: 01."
+    found = re.match(r"(?:.*/)?(\d\d)_", name)
+    return found.group(1) if found else ""
+
+
+def build(root: Path, output: Path, draft: bool = False) -> list[str]:
+    "The whole site. Returns what is wrong with the book; a draft is written nevertheless."
+    import yaml
+    import references
+    from assets import write_assets
+    from render import sidebar
+    info = settings(root)
+    config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
+    folder = process(root)
+    translate_all(root, folder, info)
+    paths = {path.relative_to(folder).as_posix(): address for address, path in notebooks(folder).items()}
+    problems = missing_pages(config, notebooks(folder), folder)
+    shutil.rmtree(output, ignore_errors=True)
+    order = sidebar(config)
+    pages = render_all(folder, output, config, info)
+    chapters = {int(number(n)): a for n, a in paths.items() if number(n) and "/" not in n}
+    targets = references.collect(pages, chapters)
+    for address, soup in pages.items():
+        problems += references.link(soup, address, targets)
+    for name in ("figures", "images"):
+        if (folder / name).exists():
+            shutil.copytree(folder / name, output / name)
+    for name in paths:
+        if (root / "nbs" / name).exists():
+            (output / "notebooks" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / "nbs" / name, output / "notebooks" / name)
+    fill_template(pages, order, paths, output, config, info)
+    symbols = {c for soup in pages.values() for text in soup.held if text.startswith("<math") for c in html.unescape(re.sub(r"<[^>]*>", "", text))}
+    write_assets(output, HERE, root / "build" / "fonts", symbols)
+    return problems + references.dead_links(output)
+
+
+def serve(output: Path, port: int) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(output))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+        print(f"The book is at http://127.0.0.1:{server.server_port}/ (stop with Ctrl+C)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--root", type=Path, default=HERE.parent, help="folder of settings.ini (default: this project)")
+    parser.add_argument("--output", type=Path, help="folder to write, emptied first (default: _docs in the root)")
+    parser.add_argument("--draft", action="store_true", help="write the site even if references or pages are missing, and only list them")
+    parser.add_argument("--serve", action="store_true", help="show the site at 127.0.0.1 when it is built")
+    parser.add_argument("--port", type=int, default=8000, help="port for --serve (default: 8000)")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    output = arguments.output or arguments.root / "_docs"
+    try:
+        check_tools()
+        problems = build(arguments.root.resolve(), output.resolve(), arguments.draft)
+    except BookError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    count = sum(1 for _ in output.rglob("*.html"))
+    print(f"{count} pages in {output} after {time.perf_counter() - start:.1f} s" + (f", {len(problems)} problems" if problems else ""), flush=True)
+    if problems and not arguments.draft:
+        return 1
+    if arguments.serve:
+        serve(output, arguments.port)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    sys.exit(main())

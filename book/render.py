@@ -1,0 +1,128 @@
+"""From translated notebooks to pages, without Quarto: markdown, mathematics as MathML, code in colours, one template."""
+import html
+import re
+from functools import cache
+from pathlib import Path
+
+import yaml
+from bs4 import BeautifulSoup
+from markdown_it import MarkdownIt
+from math_core import LatexToMathML
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+from pygments.util import ClassNotFound
+
+from translate import directives, source, without_directives
+
+TO_MATHML = LatexToMathML()
+
+
+def mathematics(latex: str, options: dict) -> str:
+    "LaTeX as MathML, which browsers show without a script."
+    return TO_MATHML.convert_with_local_state(latex.strip(), displaystyle=options["display_mode"])
+
+
+@cache
+def coloured(code: str, language: str = "python") -> str:
+    "Code as a block in colours."
+    try:
+        lexer = get_lexer_by_name(language or "text", stripnl=False)
+    except ClassNotFound:
+        lexer = get_lexer_by_name("text")
+    inner = highlight(code, lexer, HtmlFormatter(nowrap=True)).rstrip("\n")
+    return f'<pre class="code" tabindex="0"><code>{inner}</code></pre>'
+
+
+def parser() -> MarkdownIt:
+    "Markdown as JupyterLab reads it: CommonMark with tables and mathematics."
+    md = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    md.use(dollarmath_plugin, renderer=mathematics, double_inline=True, allow_space=False, allow_labels=False)
+    md.add_render_rule("fence", lambda self, tokens, i, options, env: coloured(tokens[i].content.rstrip("\n"), tokens[i].info.strip()) + "\n")
+    return md
+
+
+MARKDOWN = parser()
+
+
+def output(item: dict) -> str:
+    "One output of a cell: markdown, HTML, or text as it was printed."
+    data = item.get("data", {"text/plain": item.get("text", "")})
+    if "text/markdown" in data:
+        return MARKDOWN.render("".join(data["text/markdown"]))
+    if "text/html" in data:
+        return f'<div class="html-output">{"".join(data["text/html"])}</div>'
+    text = "".join(data.get("text/plain", "")).rstrip("\n")
+    return f'<pre class="output" tabindex="0">{html.escape(text, quote=False)}</pre>' if text.strip() and "application/vnd.jupyter.widget-view+json" not in data else ""
+
+
+def cell_html(cell: dict) -> str:
+    "A cell of a translated notebook."
+    if cell["cell_type"] == "markdown":
+        return MARKDOWN.render(source(cell))
+    if cell["cell_type"] != "code":
+        return ""
+    said, code = directives(source(cell)), without_directives(source(cell))
+    if said.get("include") == "false":
+        return ""
+    shown = coloured(code) if code and said.get("echo") != "false" else ""
+    outputs = "" if said.get("output") == "false" else "".join(output(o) for o in cell.get("outputs", []))
+    return f'<div class="cell">{shown}{outputs}</div>' if shown or outputs else ""
+
+
+def front_matter(cells: list[dict]) -> dict:
+    "What nbdev has noted of a page: title, description, output-file."
+    raw = source(cells[0]) if cells and cells[0]["cell_type"] == "raw" else ""
+    return yaml.safe_load(raw.strip().strip("-")) or {} if raw else {}
+
+
+def slug(text: str) -> str:
+    "A heading's anchor, as Pandoc makes it."
+    return re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text.lower()).strip()).lstrip("0123456789-._") or "section"
+
+
+HELD = re.compile(r'<pre class="(?:code|output).*?</pre>|<math.*?</math>', re.S)
+
+
+def body(cells: list[dict]) -> tuple[BeautifulSoup, list[str]]:
+    "The content of a page, with anchors at its headings and boxes around its tables; code and mathematics are held apart (to save time)."
+    held = []
+
+    def hold(found: re.Match) -> str:
+        held.append(found.group())
+        return f'<span data-held="{len(held) - 1}"></span>'
+    text = HELD.sub(hold, "\n".join(cell_html(cell) for cell in cells))
+    soup = BeautifulSoup(f'<div id="content-body">{text}</div>', "lxml")
+    taken = {tag["id"] for tag in soup.find_all(id=True)}
+    for heading in soup.find_all(["h2", "h3", "h4"]):
+        name, count = slug(heading.get_text()), 1
+        anchor = name
+        while anchor in taken:
+            anchor, count = f"{name}-{count}", count + 1
+        heading["id"] = anchor
+        taken.add(anchor)
+    for table in soup.find_all("table"):
+        table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
+    return soup, held
+
+
+def release(text: str, held: list[str]) -> str:
+    "Put back what `body` held apart."
+    return re.sub(r'<span data-held="(\d+)"></span>', lambda found: held[int(found.group(1))], text)
+
+
+def contents(page: BeautifulSoup) -> list[tuple[int, str, str]]:
+    "The headings of a page: level, anchor, inner HTML."
+    return [(int(h.name[1]), h["id"], h.decode_contents()) for h in page.find_all(["h2", "h3"]) if not h.find_parent("details")]
+
+
+def sidebar(config: dict) -> list[tuple[str, list[str]]]:
+    "The sections of the book and the notebooks of each, as `_quarto.yml` lists them."
+    sections = [("", [])]
+    for item in config["website"]["sidebar"]["contents"]:
+        if isinstance(item, dict):
+            sections += [(item["section"], item["contents"]), ("", [])]
+        else:
+            sections[-1][1].append(item)
+    return [section for section in sections if section[1]]

@@ -1,0 +1,174 @@
+"""From a notebook that was written for JupyterLab to one that a site can show: plain markdown and raw HTML, which Quarto and
+our own renderer show alike. Nothing is executed; outputs are those that the notebook holds."""
+import ast
+import base64
+import html
+import re
+import struct
+from pathlib import Path
+
+import api
+
+EQUATION = re.compile(r"^([ \t]*)\$\$((?:(?!\$\$).)*?)\\tag\{([\w.]+)\}((?:(?!\$\$).)*?)\$\$[ \t]*([.,;]?)[ \t]*$", re.S | re.M)
+EXERCISE = re.compile(r"^> \*\*Exercise (\d+\.\d+)(?: \(([^)]*)\))?\.\*\*([^\n]*(?:\n>[^\n]*)*)((?:\s*<details>.*?</details>)*)", re.M | re.S)
+DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?[ \t]*(.*)$", re.M)
+IMAGES = {"image/png": "png", "image/jpeg": "jpg"}
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def markdown(text: str) -> dict:
+    return {"cell_type": "markdown", "metadata": {}, "source": text}
+
+
+def directives(text: str) -> dict[str, str]:
+    "The `#| key: value` lines of a cell."
+    return {key: value.strip().strip('"') for key, value in DIRECTIVE.findall(text)}
+
+
+def without_directives(text: str, *names: str) -> str:
+    "A cell's text without the directives of these names, or without any."
+    return "\n".join(line for line in text.split("\n") if not ((found := DIRECTIVE.match(line)) and (not names or found.group(1) in names))).strip("\n")
+
+
+def outside_code(text: str, change) -> str:
+    "Apply `change` to what stands outside of fenced code."
+    parts = re.split(r"(^```.*?^```)", text, flags=re.S | re.M)
+    return "".join(part if i % 2 else change(part) for i, part in enumerate(parts))
+
+
+def equations(text: str) -> str:
+    r"Give each equation with a \tag an anchor, and set its number beside it."
+    def box(found: re.Match) -> str:
+        indent, before, number, after, stop = found.groups()
+        lines = ["", f'<div class="equation" id="equation-{number}">', "", f"$${(before + after).strip()}{stop}$$", "",
+                 f'<div class="number">({number})</div>', "", "</div>", ""]
+        return "\n".join(indent + line for line in "\n".join(lines).split("\n"))
+    return outside_code(text, lambda part: EQUATION.sub(box, part))
+
+
+def exercises(text: str) -> tuple[str, str]:
+    "Turn exercises in block quotes into boxes; also returns the number of one that the cell ends with, whose box stays open."
+    matches = list(EXERCISE.finditer(text))
+    last = matches[-1] if matches and not text[matches[-1].end():].strip() else None
+
+    def box(found: re.Match) -> str:
+        number, kind, quote, hints = found.groups()
+        body = re.sub(r"^> ?", "", quote.strip(), flags=re.M)
+        label = f' <span class="kind">{html.escape(kind)}</span>' if kind else ""
+        end = "" if last and found.start() == last.start() else "\n\n</div>"
+        return f'\n<div class="exercise" id="exercise-{number}">\n<p class="title">Exercise {number}{label}</p>\n\n{body}\n\n{hints.strip()}{end}\n\n'
+    return EXERCISE.sub(box, text), last.group(1) if last else ""
+
+
+def size_of_png(data: bytes) -> str:
+    "A picture's width and height as attributes, so that nothing moves when it arrives."
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        return ""
+    width, height = struct.unpack(">II", data[16:24])
+    return f' width="{width}" height="{height}"'
+
+
+def figures(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
+    "A cell's pictures as files in `folder`, and the cell (without them) followed by a figure with its caption and alternative text."
+    said = directives(source(cell))
+    images, rest = [], []
+    for output in cell.get("outputs", []):
+        kind = next((k for k in IMAGES if k in output.get("data", {})), None)
+        images.append((kind, output)) if kind else rest.append(output)
+    if not images:
+        return [cell]
+    up = "../" * page.count("/")
+    tags = []
+    for number, (kind, output) in enumerate(images):
+        data = base64.b64decode("".join(output["data"][kind]))
+        name = f"{page.removesuffix('.html').replace('/', '-')}-{count}{'abcdefghij'[number] if len(images) > 1 else ''}.{IMAGES[kind]}"
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+        tags.append(f'<img src="{up}{folder.name}/{name}" alt="{html.escape(said.get("fig-alt", ""))}"{size_of_png(data)} loading="lazy">')
+    caption = said.get("fig-cap", "")
+    numbered = re.match(r"Figure (\d+\.\d+)\.\s*(.*)", caption)
+    name = f' id="figure-{numbered.group(1)}"' if numbered else ""
+    text = f"**Figure {numbered.group(1)}.** {numbered.group(2)}" if numbered else caption
+    figure = f"<figure{name}>\n" + "\n".join(tags) + (f"\n<figcaption>\n\n{text}\n\n</figcaption>" if text else "") + "\n</figure>"
+    shown = {**cell, "outputs": rest, "source": without_directives(source(cell), "fig-alt", "fig-cap")}
+    return [shown, markdown(figure)]
+
+
+def shown_name(cell: dict) -> str:
+    "The name in `show_doc(name)`, where nbdev has put such a cell."
+    found = re.search(r"^show_doc\(([\w.]+)", source(cell), re.M) if cell["cell_type"] == "code" else None
+    return found.group(1) if found else ""
+
+
+def is_exported(cell: dict) -> bool:
+    return cell["cell_type"] == "code" and 'code-summary: "Exported source"' in source(cell)
+
+
+def defined_names(text: str) -> list[str]:
+    return [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+
+
+def reference(cells: list[dict], entries: dict[str, api.Entry], page: str) -> list[dict]:
+    "The source first, open, and behind it a card for each name that it defines (nbdev puts cards before and after, in no order)."
+    result, run = [], []
+
+    def card(name: str) -> dict:
+        return markdown(api.card(entries[name], "../" * page.count("/") + "source/"))
+
+    def flush() -> None:
+        waiting = [shown_name(c) for c in run if shown_name(c) in entries]
+        for cell in run:
+            if is_exported(cell):
+                text = without_directives(source(cell))
+                result.append({**cell, "source": text})
+                names = [n for n in defined_names(text) if n in waiting]
+                result.extend(card(n) for n in names)
+                waiting[:] = [n for n in waiting if n not in names]
+        result.extend(card(n) for n in waiting)
+        run.clear()
+
+    for cell in cells:
+        if shown_name(cell) or is_exported(cell):
+            run.append(cell)
+        else:
+            flush()
+            result.append(cell)
+    flush()
+    return result
+
+
+def code_cell(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
+    "A code cell with its pictures, fold and note about widgets."
+    text = source(cell)
+    said = directives(text)
+    if re.search(r"^explore\(", text, re.M):
+        note = '<p class="kernel">This control needs a kernel: <a href="#open">open the notebook</a> to move it.</p>'
+        return [{**cell, "outputs": [o for o in cell.get("outputs", []) if o["output_type"] == "stream"]}, markdown(note)]
+    cell = {**cell, "source": without_directives(text, "code-fold", "code-summary")}
+    cells = figures(cell, page, folder, count)
+    if said.get("code-fold") == "true":
+        summary = html.escape(said.get("code-summary") or "Code", quote=False)
+        kind = "solution" if summary.startswith("Solution") else "fold"
+        cells = [markdown(f'<details class="{kind}"><summary>{summary}</summary>\n'), *cells, markdown("\n</details>")]
+    return cells
+
+
+def translate(cells: list[dict], page: str, entries: dict[str, api.Entry], folder: Path) -> list[dict]:
+    "All cells of a notebook, as the site shows them at the address `page`; its pictures go to `folder`."
+    result, open_exercise, count = [], "", 0
+    for cell in reference(cells, entries, page):
+        if open_exercise and not (cell["cell_type"] == "code" and re.search(rf'\bcheck\(\s*"{re.escape(open_exercise)}"', source(cell))):
+            result.append(markdown("</div>"))
+            open_exercise = ""
+        if cell["cell_type"] == "markdown":
+            text, open_exercise = exercises(equations(source(cell)))
+            result.append(markdown(text))
+        elif cell["cell_type"] == "code":
+            count += any(k in o.get("data", {}) for k in IMAGES for o in cell.get("outputs", []))
+            result.extend(code_cell(cell, page, folder, count))
+        else:
+            result.append(cell)
+    return result + ([markdown("</div>")] if open_exercise else [])
