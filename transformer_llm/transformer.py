@@ -22,12 +22,12 @@ from .embeddings import LearnedPositions, Rotary, SinusoidalPositions, TokenEmbe
 from .feedforward import ACTIVATIONS, default_d_ff, feedforward_flops, make_feedforward
 from .foundations import InputError, check_choice, check_range
 
-# %% ../nbs/04_transformer.ipynb #04-016
+# %% ../nbs/04_transformer.ipynb #04-019
 NORMS = ("layernorm", "rmsnorm")
 
 
 class LayerNorm(nn.Module):
-    "Centre each vector and scale it to variance one, then apply a learned weight and bias (Ba et al. 2016, section 3)."
+    "Centre each vector and scale it to variance one, then apply a learned weight and bias: Ba et al. (2016, section 3)."
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    "Scale each vector to mean square one, then apply a learned weight (Zhang and Sennrich 2019, equation 4)."
+    "Scale each vector to mean square one, then apply a learned weight: Zhang and Sennrich (2019, equation 4)."
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ def make_norm(
     check_choice("norm", norm, NORMS)
     return LayerNorm(d_model, eps=eps, bias=bias) if norm == "layernorm" else RMSNorm(d_model, eps=eps)
 
-# %% ../nbs/04_transformer.ipynb #04-022
+# %% ../nbs/04_transformer.ipynb #04-031
 SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "window")
 MAY_BE_NONE = ("n_kv_heads", "head_dim", "d_ff", "window")
 CHOICES = {
@@ -177,7 +177,7 @@ class GPTConfig:
                 raise InputError(f"The model configuration has no field {name!r}; its fields are {', '.join(names)}.")
         return cls(**values)
 
-# %% ../nbs/04_transformer.ipynb #04-028
+# %% ../nbs/04_transformer.ipynb #04-037
 GPT2_STYLE = dict(norm="layernorm", position="learned", activation="gelu_tanh", bias=True)
 
 PRESETS: dict[str, dict] = {
@@ -191,7 +191,7 @@ PRESETS: dict[str, dict] = {
     "gpt2": GPT2_STYLE | dict(vocab_size=50257, context_length=1024, d_model=768, n_layers=12, n_heads=12),
 }
 
-# %% ../nbs/04_transformer.ipynb #04-030
+# %% ../nbs/04_transformer.ipynb #04-039
 class Block(nn.Module):
     "One layer of a transformer: attention, then a feed-forward network, each added to the residual stream."
 
@@ -217,7 +217,7 @@ class Block(nn.Module):
         rotate: Rotate | None = None,  # Rotary positions
         cache: KVCache | None = None,  # This layer's keys and values of earlier tokens
     ) -> Float[Tensor, "batch seq d_model"]:
-        "Equation (4.4) for pre-norm (Xiong et al. 2020), (4.5) for post-norm (Vaswani et al. 2017, section 3.1)."
+        "Equation (4.4) for pre-norm, Xiong et al. (2020, section 3.1); (4.5) for post-norm, Vaswani et al. (2017, section 3.1)."
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x), mask, rotate=rotate, cache=cache))
             return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
@@ -234,7 +234,7 @@ class Block(nn.Module):
         "The attention weights that `forward` uses on the same input, by the plain path."
         return self.attention.weights(self.attention_norm(x) if self.pre_norm else x, mask, rotate=rotate)
 
-# %% ../nbs/04_transformer.ipynb #04-034
+# %% ../nbs/04_transformer.ipynb #04-046
 class GPT(nn.Module):
     "A decoder-only transformer: token ids in, a score for each possible next token out."
 
@@ -312,7 +312,7 @@ class GPT(nn.Module):
         attention_mask = None if attention_mask is None else attention_mask.bool()  # ones and zeros will do
         positions = self._positions(ids, attention_mask, past) if positions is None else positions
         x = self.token_embedding(ids)
-        if c.position == "sinusoidal":  # the table's entries are of size one (Vaswani et al. 2017, section 3.4)
+        if c.position == "sinusoidal":  # the table's entries are of size one Vaswani et al. (2017, section 3.4)
             x = x * math.sqrt(c.d_model)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions).to(x.dtype)
@@ -379,9 +379,9 @@ class GPT(nn.Module):
             x = block(x, mask, rotate=rotate)
         return maps
 
-# %% ../nbs/04_transformer.ipynb #04-056
+# %% ../nbs/04_transformer.ipynb #04-075
 def parameter_table(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
-    "Each parameter's name, shape and count of numbers, in the order of use; `format_parameters` prints it."
+    "Each parameter's name, shape and count of numbers, in the order in which torch lists them; `format_parameters` prints it."
     return [(name, tuple(p.shape), p.numel()) for name, p in model.named_parameters()]
 
 
@@ -397,7 +397,7 @@ def format_parameters(model: nn.Module) -> str:
         lines.append(f"{name:<36}{size:>16}{len(counts):>7}{sum(counts):>14,}{sum(counts) / total:>8.1%}")
     return "\n".join([*lines, f"{'total':<36}{'':>16}{'':>7}{total:>14,}{1:>8.1%}"])
 
-# %% ../nbs/04_transformer.ipynb #04-064
+# %% ../nbs/04_transformer.ipynb #04-089
 def flops_per_token(
     config: GPTConfig,
     seq: int | None = None,  # Tokens read at once; None: context_length
@@ -414,7 +414,7 @@ def flops_per_token(
     layer = projections + attention + feedforward_flops(c.d_model, c.d_ff, c.activation)
     return (c.n_layers * layer + 2 * c.d_model * c.vocab_size) * (3 if training else 1)
 
-# %% ../nbs/04_transformer.ipynb #04-068
+# %% ../nbs/04_transformer.ipynb #04-093
 def activations_per_token(config: GPTConfig) -> int:
     "How many numbers the forward pass keeps for the backward pass, for each token (equation 4.7)."
     c, queries, keys = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
