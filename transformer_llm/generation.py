@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/08_generation.ipynb #08-014
+# %% ../nbs/08_generation.ipynb #08-016
 def apply_temperature(
     logits: Float[Tensor, "batch vocab"],
     temperature: float,  # Below 1: sharper; above 1: flatter
@@ -31,7 +31,7 @@ def apply_temperature(
         raise InputError(f"temperature must be at least 0.001 to divide by, not {temperature!r}; {way_out}.")
     return logits if temperature == 1 else logits / temperature
 
-# %% ../nbs/08_generation.ipynb #08-019
+# %% ../nbs/08_generation.ipynb #08-027
 def keep_from(
     logits: Float[Tensor, "batch vocab"],
     threshold: Float[Tensor, "batch 1"],  # The smallest logit that stays
@@ -44,7 +44,7 @@ def top_k_filter(
     logits: Float[Tensor, "batch vocab"],
     k: int,  # How many tokens stay; more than the vocabulary holds: all
 ) -> Float[Tensor, "batch vocab"]:
-    "Keep the `k` most probable tokens (Fan et al. 2018); `InputError` when `k` is less than 1."
+    "Keep the `k` most probable tokens, Fan et al. (2018); `InputError` when `k` is less than 1."
     k = int(check_range("top_k", k, 1, integer=True))
     return logits if k >= logits.shape[-1] else keep_from(logits, logits.topk(k).values[:, -1:])
 
@@ -53,7 +53,7 @@ def top_p_filter(
     logits: Float[Tensor, "batch vocab"],
     p: float,  # How much probability the kept tokens have together, at least
 ) -> Float[Tensor, "batch vocab"]:
-    """Keep the fewest most probable tokens that have probability `p` together (Holtzman et al. 2020), equation (8.2).
+    """Keep the fewest most probable tokens that have probability `p` together, Holtzman et al. (2020), equation (8.2).
 
     Raises `InputError` when `p` is not from 0 (one token stays) to 1 (all do).
     """
@@ -70,7 +70,7 @@ def min_p_filter(
     logits: Float[Tensor, "batch vocab"],
     p: float,  # The smallest allowed probability, as a fraction of the largest
 ) -> Float[Tensor, "batch vocab"]:
-    """Keep the tokens that are at least `p` times as probable as the most probable one (Nguyen et al. 2024), equation (8.3).
+    """Keep the tokens that are at least `p` times as probable as the most probable one, Nguyen et al. (2024), equation (8.3).
 
     Raises `InputError` when `p` is not from 0 (all tokens stay) to 1 (only the best does).
     """
@@ -78,7 +78,7 @@ def min_p_filter(
         return logits
     return keep_from(logits, logits.amax(-1, keepdim=True) + math.log(p))
 
-# %% ../nbs/08_generation.ipynb #08-024
+# %% ../nbs/08_generation.ipynb #08-042
 def mark_seen(
     ids: Int[Tensor, "batch seq"],
     vocab_size: int,
@@ -104,10 +104,10 @@ def repetition_penalty(
     ids: Int[Tensor, "batch seq"],  # The tokens so far
     penalty: float,  # Above 1: less probable than the model says
 ) -> Float[Tensor, "batch vocab"]:
-    "Make the tokens in `ids` less probable (Keskar et al. 2019, section 4.1, here with an eye on the sign)."
+    "Make the tokens in `ids` less probable, Keskar et al. (2019, section 4.1), here with an eye on the sign."
     return penalise_seen(logits, mark_seen(ids, logits.shape[-1]), penalty)
 
-# %% ../nbs/08_generation.ipynb #08-034
+# %% ../nbs/08_generation.ipynb #08-055
 def filter_logits(
     logits: Float[Tensor, "batch vocab"],
     *,
@@ -144,7 +144,7 @@ def sample(
     noise.exponential_(generator=generator)
     return (logits - noise.log().to(logits.device)).argmax(-1)
 
-# %% ../nbs/08_generation.ipynb #08-046
+# %% ../nbs/08_generation.ipynb #08-077
 @contextmanager
 def evaluating(
     model: nn.Module,  # Its modules get back the mode that they had
@@ -184,7 +184,7 @@ def check_prompt(
         raise InputError(f"The prompt holds token {int(low if low < 0 else high)}, but the model knows 0 to {vocab_size - 1} only; use its own tokenizer.")
     return lengths
 
-# %% ../nbs/08_generation.ipynb #08-047
+# %% ../nbs/08_generation.ipynb #08-078
 class TextWindow:
     """The tokens that the model sees while it writes: at most `context_length` of them for each row.
 
@@ -247,7 +247,7 @@ class TextWindow:
         for layer in self.cache or ():
             layer.reorder(index)
 
-# %% ../nbs/08_generation.ipynb #08-049
+# %% ../nbs/08_generation.ipynb #08-080
 def stream(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
@@ -305,7 +305,7 @@ def write_tokens(
             if bool(done.all()):
                 return
 
-# %% ../nbs/08_generation.ipynb #08-050
+# %% ../nbs/08_generation.ipynb #08-081
 def generate(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
@@ -316,7 +316,7 @@ def generate(
     new = [tokens[:, None] for tokens in stream(model, ids, max_new_tokens, **options)]
     return torch.cat([ids.long().to(model.device), *new], 1)
 
-# %% ../nbs/08_generation.ipynb #08-063
+# %% ../nbs/08_generation.ipynb #08-101
 def left_pad(
     prompts: Sequence[Sequence[int]],  # Token ids, of different lengths
     pad_token: int = 0,  # Any token of the vocabulary; it is never read
@@ -328,7 +328,7 @@ def left_pad(
     shape = (len(prompts), width)
     return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(is_token, dtype=torch.bool).view(shape)
 
-# %% ../nbs/08_generation.ipynb #08-075
+# %% ../nbs/08_generation.ipynb #08-116
 def stop_ids(
     tokenizer,  # A `CharTokenizer` or `BPETokenizer`
     stop_tokens: Iterable[int] | None,  # None: the tokenizer's special tokens
@@ -367,7 +367,7 @@ def generate_text(
         texts.append(tokenizer.decode([*start, *before_stop(row, stops)]))
     return texts
 
-# %% ../nbs/08_generation.ipynb #08-076
+# %% ../nbs/08_generation.ipynb #08-117
 def stream_text(
     model: nn.Module,
     tokenizer,  # The model's own `CharTokenizer` or `BPETokenizer`
@@ -398,7 +398,7 @@ def decode_pieces(
     if rest := decoder.flush():
         yield rest
 
-# %% ../nbs/08_generation.ipynb #08-087
+# %% ../nbs/08_generation.ipynb #08-132
 def keep_best(
     totals: Float[Tensor, "batch beams vocab"],  # Sums of log-probabilities, with each possible next token
     length: Float[Tensor, "batch beams"],  # New tokens, the next one included
@@ -410,7 +410,7 @@ def keep_best(
     best = scores.topk(min(n_beams, scores.shape[1])).indices
     return totals.flatten(1).gather(1, best), best // totals.shape[2], best % totals.shape[2]
 
-# %% ../nbs/08_generation.ipynb #08-088
+# %% ../nbs/08_generation.ipynb #08-133
 def beam_candidates(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts

@@ -5,26 +5,26 @@
 # %% auto #0
 __all__ = ['same_filter', 'check_twice_as_warm', 'temperature_mistakes', 'check_temperature', 'check_filters', 'top_p_mistakes',
            'check_top_p', 'check_min_p', 'penalty_mistakes', 'check_penalty', 'shares', 'check_draw', 'explain_draw',
-           'greedy_loop', 'loop_model', 'loop_mistakes', 'check_loop', 'judge_loop', 'read_per_token', 'check_window']
+           'greedy_loop', 'TableModel', 'loop_mistakes', 'check_loop', 'judge_loop', 'read_per_token', 'check_window']
 
 # %% ../../nbs/exercises/08_generation.ipynb #x08-005
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import Wrong, call, exercise, fresh, same_choice, same_number, same_shape, same_values
+from ..foundations import InputError
 from transformer_llm.generation import (
     apply_temperature,
-    generate,
     min_p_filter,
     repetition_penalty,
     top_k_filter,
     top_p_filter,
 )
-from ..transformer import GPT, GPTConfig
 
 # %% ../../nbs/exercises/08_generation.ipynb #x08-008
 def same_filter(
@@ -334,16 +334,29 @@ def greedy_loop(
     return ids
 
 
-def loop_model(
-    generator: torch.Generator,
-    context: int,
-) -> GPT:
-    "A random model with strong opinions."
-    state = torch.get_rng_state()
-    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-    model = GPT(GPTConfig(vocab_size=13, context_length=context, d_model=16, n_layers=2, n_heads=2, init_std=0.5)).eval()
-    torch.set_rng_state(state)
-    return model
+class TableModel(nn.Module):
+    "A stand-in for a GPT, made of random tables: its logits depend on all tokens that it is shown, and on where they stand."
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context_length: int,
+        generator: torch.Generator,
+    ):
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=vocab_size, context_length=context_length)
+        table = lambda *shape: nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
+        self.tokens, self.mixed, self.positions = table(vocab_size, vocab_size), table(vocab_size, vocab_size), table(context_length, vocab_size)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "batch seq"],
+    ) -> Float[Tensor, "batch seq vocab"]:
+        "Scores from each token, from all before it, and from its position."
+        seq = ids.shape[1]
+        if not 1 <= seq <= self.config.context_length:
+            raise InputError(f"The sequence has {seq} tokens, but the model's context_length is {self.config.context_length}; shorten it.")
+        return self.tokens[ids] + self.mixed[ids].cumsum(1) + self.positions[:seq]
 
 
 def loop_mistakes(
@@ -365,7 +378,7 @@ def check_loop(answer: object) -> str:
     generator, context, new = fresh("8.8"), 6, 14
     cases = 0
     while cases < 3:
-        model = loop_model(generator, context)
+        model = TableModel(13, context, generator)
         ids = torch.randint(13, (1, (3, 8, 1)[cases]), generator=generator)
         ways = [dict(view=lambda ids: ids[:, -context:]), *loop_mistakes(context).values()]
         texts = [tuple(greedy_loop(model, ids, new, -1, **way)[0].tolist()) for way in ways]
@@ -382,7 +395,7 @@ def check_loop(answer: object) -> str:
 
 def judge_loop(
     answer: object,
-    model: GPT,
+    model: nn.Module,
     ids: Int[Tensor, "1 seq"],
     new: int,
     stop: int,
