@@ -13,32 +13,32 @@ from torch.nn import functional as F
 
 from .foundations import InputError, check_choice, check_range
 
-# %% ../nbs/02_feedforward.ipynb #02-015
+# %% ../nbs/02_feedforward.ipynb #02-021
 def gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    "x · Φ(x), where Φ is the normal distribution function: a soft gate (Hendrycks and Gimpel 2016, section 2)."
+    "x · Φ(x), where Φ is the normal distribution function: a soft gate; Hendrycks and Gimpel (2016, section 2)."
     return F.gelu(x)
 
 
 def gelu_tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    "GELU with Φ approximated by a tanh, as GPT-2 was trained (Hendrycks and Gimpel 2016, section 2)."
+    "GELU with Φ approximated by a tanh, as GPT-2 was trained; Hendrycks and Gimpel (2016, section 2)."
     return F.gelu(x, approximate="tanh")
 
 
 def relu_squared(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    "max(0, x)², cheap and sparse (So et al. 2021)."
+    "max(0, x)², cheap and sparse; So et al. (2021)."
     return F.relu(x).square()
 
 
 def silu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    "x · sigmoid(x), also called swish: the gate of SwiGLU (Ramachandran et al. 2017)."
+    "x · sigmoid(x), also called swish: the gate of SwiGLU; Ramachandran et al. (2017, section 4)."
     return F.silu(x)
 
-# %% ../nbs/02_feedforward.ipynb #02-023
+# %% ../nbs/02_feedforward.ipynb #02-034
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu2": relu_squared, "swiglu": silu}  # names in configurations
 
 
 class FeedForward(nn.Module):
-    "Widen each token to `d_ff` numbers, bend them, narrow again: down(activation(up(x))), Vaswani et al. 2017, equation 2."
+    "Widen each token to `d_ff` numbers, bend them, narrow again: down(activation(up(x))); Vaswani et al. (2017, equation 2)."
 
     def __init__(
         self,
@@ -63,9 +63,9 @@ class FeedForward(nn.Module):
         "Transform every token alone; the result has the shape of `x`."
         return F.dropout(self.down(self.activation(self.up(x))), self.dropout, self.training)
 
-# %% ../nbs/02_feedforward.ipynb #02-030
+# %% ../nbs/02_feedforward.ipynb #02-044
 class SwiGLU(nn.Module):
-    "A feed-forward network whose hidden numbers are gated: down(silu(gate(x)) · up(x)), Shazeer 2020, equation 6."
+    "A feed-forward network whose hidden numbers are gated: down(silu(gate(x)) · up(x)); Shazeer (2020, equation 6)."
 
     def __init__(
         self,
@@ -101,14 +101,14 @@ def make_feedforward(
         return SwiGLU(d_model, d_ff, bias=bias, dropout=dropout)
     return FeedForward(d_model, d_ff, activation=activation, bias=bias, dropout=dropout)
 
-# %% ../nbs/02_feedforward.ipynb #02-036
+# %% ../nbs/02_feedforward.ipynb #02-055
 def n_matrices(activation: str) -> int:
     "How many d_model × d_ff matrices the network has: up and down, and a gate for SwiGLU."
     return 3 if check_choice("activation", activation, [*ACTIVATIONS]) == "swiglu" else 2
 
 
 def default_d_ff(d_model: int, activation: str) -> int:
-    "The usual width: 4 · d_model; for SwiGLU 8/3 · d_model, rounded up to a multiple of 16 (Shazeer 2020, section 2)."
+    "The usual width: 4 · d_model; for SwiGLU 8/3 · d_model, rounded up to a multiple of 16; Shazeer (2020, section 2)."
     return 4 * d_model if n_matrices(activation) == 2 else -(-8 * d_model // 48) * 16
 
 
