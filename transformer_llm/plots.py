@@ -81,7 +81,7 @@ def token_label(
 
 def show_matrix(
     matrix: Float[Tensor, "rows columns"],  # What to draw
-    rows: Sequence[str] | None = None,  # Names of the rows
+    rows: Sequence[str] | None = None,  # Names of the rows; tokens through `token_label`
     columns: Sequence[str] | None = None,  # Names of the columns
     *,
     title: str = "",  # Says what to see
@@ -294,7 +294,7 @@ def principal_components(
     count: int = 2,  # Axes to keep
 ) -> tuple[Float[Tensor, "rows components"], Float[Tensor, "components"]]:
     "Coordinates of the points along their directions of largest spread, and the share of the spread that each keeps (equation 91.1)."
-    x = matrix.detach().double().cpu()
+    x = matrix.detach().cpu().double()
     if not x.isfinite().all():
         raise InputError("The matrix holds NaN or inf, which has no place in a picture; look at what made it.")
     u, s, vt = torch.linalg.svd(x - x.mean(0), full_matrices=False)
