@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/03_embeddings.ipynb #03-011
+# %% ../nbs/03_embeddings.ipynb #03-014
 class TokenEmbedding(nn.Module):
     "One learned vector for each token of the vocabulary; the same vectors can score the next token (`unembed`)."
 
@@ -33,10 +33,10 @@ class TokenEmbedding(nn.Module):
         return F.embedding(ids, self.weight)
 
     def unembed(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens vocab"]:
-        "Score every token of the vocabulary by its dot product with `x`: tied output weights (Press and Wolf 2017)."
+        "Score every token of the vocabulary by its dot product with `x`: tied output weights, as in Press and Wolf (2017)."
         return F.linear(x, self.weight)
 
-# %% ../nbs/03_embeddings.ipynb #03-022
+# %% ../nbs/03_embeddings.ipynb #03-025
 class LearnedPositions(nn.Module):
     "One learned vector for each position, as in GPT-2; there is none for positions from `context_length` on."
 
@@ -51,28 +51,28 @@ class LearnedPositions(nn.Module):
         "The vectors to add to the token embeddings at these positions."
         return F.embedding(positions, self.weight)
 
-# %% ../nbs/03_embeddings.ipynb #03-027
+# %% ../nbs/03_embeddings.ipynb #03-030
 def check_even(name: str, value: int) -> int:
     "Return `value` if it can be cut into pairs. Raises `InputError` otherwise."
     if check_range(name, value, 2, integer=True) % 2:
         raise InputError(f"{name} must be even, because positions are written in pairs of numbers, not {value}.")
     return value
 
-# %% ../nbs/03_embeddings.ipynb #03-028
+# %% ../nbs/03_embeddings.ipynb #03-031
 def rotary_angles(
     positions: Int[Tensor, "*tokens"],
     head_dim: int,  # Even: a pair of numbers for each frequency
     base: float = 10000.0,  # Larger: slower turning
 ) -> tuple[Float[Tensor, "*tokens half"], Float[Tensor, "*tokens half"]]:
-    "Cosine and sine of position · base^(-2i / head_dim) for pair i (Su et al. 2021, section 3.2.2)."
+    "Cosine and sine of position · base^(-2i / head_dim) for pair i, as in Su et al. (2021), section 3.2.2."
     pairs = torch.arange(0, check_even("head_dim", head_dim), 2, device=positions.device)
     frequencies = base ** -(pairs.float() / head_dim)
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
-# %% ../nbs/03_embeddings.ipynb #03-029
+# %% ../nbs/03_embeddings.ipynb #03-032
 def sinusoidal_table(context_length: int, d_model: int) -> Float[Tensor, "context_length d_model"]:
-    """Sines and cosines of each position at d_model / 2 frequencies, in turn (Vaswani et al. 2017, section 3.5)."""
+    """Sines and cosines of each position at d_model / 2 frequencies, in turn: Vaswani et al. (2017), section 3.5."""
     check_range("context_length", context_length, 1, integer=True)
     cos, sin = rotary_angles(torch.arange(context_length), check_even("d_model", d_model))
     return torch.stack((sin, cos), -1).flatten(-2)
@@ -89,7 +89,7 @@ class SinusoidalPositions(nn.Module):
         "The vectors to add to the token embeddings at these positions."
         return F.embedding(positions, self.table)
 
-# %% ../nbs/03_embeddings.ipynb #03-041
+# %% ../nbs/03_embeddings.ipynb #03-055
 def apply_rotary(
     x: Float[Tensor, "batch heads seq head_dim"],  # Queries or keys
     cos: Float[Tensor, "*tokens half"],  # For each position (seq, half), or each sequence's own (batch, seq, half)
@@ -97,11 +97,11 @@ def apply_rotary(
     *,
     interleaved: bool = False,  # Pairs are (0, 1), (2, 3), ...; else (0, half), (1, half + 1), ...
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    "Turn each pair of numbers by its angle (Su et al. 2021, equation 34)."
+    "Turn each pair of numbers by its angle, as in Su et al. (2021), equation 34."
     if cos.ndim == 3:  # the same angle in every head
         cos, sin = cos[:, None], sin[:, None]
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-    turned = a * cos - b * sin, a * sin + b * cos
+    u, v = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    turned = u * cos - v * sin, u * sin + v * cos
     turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
     return turned.type_as(x)
 
@@ -138,7 +138,7 @@ class Rotary(nn.Module):
         "Turn queries and keys to their positions."
         return self.at(positions)(q, k)
 
-# %% ../nbs/03_embeddings.ipynb #03-051
+# %% ../nbs/03_embeddings.ipynb #03-076
 def split_pairs(weight: Float[Tensor, "rows ..."], n_heads: int, *, pairs_last: bool) -> Float[Tensor, "n_heads a b ..."]:
     "Rows of a projection as (heads, half, 2) or (heads, 2, half). Raises `InputError` if they don't divide so."
     if weight.shape[0] % (2 * check_range("n_heads", n_heads, 1, integer=True)):
@@ -161,9 +161,9 @@ def half_to_interleaved(
     "The inverse of `interleaved_to_half`."
     return split_pairs(weight, n_heads, pairs_last=False).transpose(1, 2).flatten(0, 2)
 
-# %% ../nbs/03_embeddings.ipynb #03-057
+# %% ../nbs/03_embeddings.ipynb #03-085
 def alibi_slopes(n_heads: int) -> Float[Tensor, "heads"]:
-    """How fast each head forgets: 2^(-8/n), 2^(-16/n), ... (Press et al. 2022, section 3).
+    """How fast each head forgets: 2^(-8/n), 2^(-16/n), ..., as in Press et al. (2022), section 3.
 
     When n is no power of two: those of the next smaller power of two, then every other one of the next larger.
     """
