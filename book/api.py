@@ -36,6 +36,11 @@ def comment(lines: list[str], node: ast.AST) -> str:
     return found.group(1).strip() if found else ""
 
 
+def written(node: ast.AST | None) -> str:
+    "An annotation or a default as the book writes it."
+    return ast.unparse(node).replace("'", '"') if node else ""
+
+
 def parameters(function: ast.FunctionDef, lines: list[str]) -> list[tuple[str, str, str, str]]:
     "A function's parameters with the annotation, default and comment of each, `self` left out."
     a = function.args
@@ -47,14 +52,14 @@ def parameters(function: ast.FunctionDef, lines: list[str]) -> list[tuple[str, s
         if argument is None or argument.arg in ("self", "cls"):
             continue
         star = "*" if argument is a.vararg else "**" if argument is a.kwarg else ""
-        rows.append((star + argument.arg, ast.unparse(argument.annotation) if argument.annotation else "",
-                     ast.unparse(default) if default else "", comment(lines, default or argument)))
+        rows.append((star + argument.arg, written(argument.annotation),
+                     written(default), comment(lines, default or argument)))
     return rows
 
 
 def fields(definition: ast.ClassDef, lines: list[str]) -> list[tuple[str, str, str, str]]:
     "A data class's fields, as parameters."
-    return [(node.target.id, ast.unparse(node.annotation), ast.unparse(node.value) if node.value else "", comment(lines, node))
+    return [(node.target.id, written(node.annotation), written(node.value), comment(lines, node))
             for node in definition.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
 
 
@@ -69,7 +74,7 @@ def entry(node: ast.FunctionDef | ast.ClassDef, lines: list[str], module: str, n
     else:
         made.parameters = parameters(node, lines)
         if node.returns:
-            made.returns = ast.unparse(node.returns), comment(lines, node.returns)
+            made.returns = written(node.returns), comment(lines, node.returns)
     return made
 
 

@@ -8,7 +8,7 @@ from fontTools import subset
 from fontTools.varLib.instancer import instantiateVariableFont
 
 LETTERS = [(0x20, 0x7E), (0xA0, 0x17F), (0x391, 0x3C9), (0x2010, 0x2030), (0x2032, 0x2033), (0x20AC, 0x20AC), (0x2190, 0x2192), (0x2212, 0x2212)]
-MATHEMATICS = [(0x20, 0x7E), (0x210E, 0x210E), (0x1D434, 0x1D467), (0x1D6E2, 0x1D71B)]  # and each character of the equations
+MATHEMATICS = [(0x20, 0x7E), (0x302, 0x304), (0x2032, 0x2032), (0x20D7, 0x20D7), (0x210E, 0x210E), (0x221A, 0x221C), (0x1D434, 0x1D467), (0x1D6E2, 0x1D71B)]  # and each character of the equations; roots and accents are drawn without one
 TEXT_AXES = {"opsz": 14, "wght": (400, 700)}  # one optical size, from regular to bold
 # name on the site: package, file in it, its SHA-256, code points, axes to fix
 FONTS = {

@@ -199,7 +199,7 @@ def fill_template(pages: dict, order: list[tuple[str, list[str]]], paths: dict[s
     from render import contents, release
     template = Environment(loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, autoescape=True).get_template("page.html")
     flat = [paths[name] for _, names in order for name in names if name in paths]
-    book = [(section, [(paths[n], pages[paths[n]].front["title"], number(n)) for n in names if n in paths]) for section, names in order]
+    book = [(section, [(paths[n], short(pages[paths[n]].front["title"], n), number(n)) for n in names if n in paths]) for section, names in order]
     index = []
     for address, soup in pages.items():
         at = flat.index(address) if address in flat else None
@@ -217,6 +217,11 @@ def fill_template(pages: dict, order: list[tuple[str, list[str]]], paths: dict[s
         if not address.startswith("source/"):
             index += search_index(title, address, soup)
     (output / "search.js").write_text("window.bookIndex = " + json.dumps(index, ensure_ascii=False) + ";\n", encoding="utf-8")
+
+
+def short(title: str, name: str) -> str:
+    "A page's name in the list of chapters."
+    return "Home" if name == "index.ipynb" else title.split(": ")[-1].capitalize() if name.startswith("exercises/") else title
 
 
 def number(name: str) -> str:

@@ -9,8 +9,8 @@ from urllib.parse import unquote
 from bs4 import BeautifulSoup, NavigableString, Tag
 
 CLOSED = {"a", "code", "pre", "h1", "h2", "h3", "h4", "math", "script", "style", "svg", "summary", "button", "nav", "dt"}
-NUMBERED = re.compile(r"\b(Figure|Exercise|[Ee]quation)(s?)\s+\(?\d+\.\d+\)?(?:(?:,\s+|\s+and\s+|,\s+and\s+|\s+or\s+|\s+to\s+)\(?\d+\.\d+\)?)*|\((\d+\.\d+)\)")
-NUMBER = re.compile(r"\d+\.\d+")
+NUMBER = re.compile(r"\(\d+\.\d+\)|\d+\.\d+")
+NUMBERED = re.compile(r"\b(Figure|Exercise|[Ee]quation)(s?)\s+(?:{0})(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)(?:{0}))*|\(\d+\.\d+\)".format(NUMBER.pattern))
 CHAPTER = re.compile(r"\b(?:[Cc]hapter|[Aa]ppendix)s?\s+(\d+)\b")
 CITATION = re.compile(r"\b((?:[A-Z][\w'’-]+)(?:\s+et\s+al\.|\s+and\s+[A-Z][\w'’-]+)?)\s+\(((?:19|20)\d\d[a-z]?)\b")
 
@@ -49,9 +49,9 @@ def collect_works(page: BeautifulSoup) -> dict[str, str]:
 def collect_terms(page: BeautifulSoup) -> dict[str, tuple[str, str]]:
     "The glossary's terms, each with its anchor and its definition."
     terms = {}
-    for heading in main_of(page).find_all("h3"):
+    for heading in main_of(page).find_all(["h2", "h3"]):
         paragraph = heading.find_next_sibling("p")
-        if paragraph:
+        if paragraph and (heading.name == "h3" or "small" in heading.get("class", ())):
             terms[words(heading.get_text()).removesuffix(" #")] = heading["id"], words(paragraph.get_text())
     return terms
 
@@ -98,13 +98,14 @@ def number_spans(text: str, page: str, targets: Targets, here: set[str], problem
     for found in NUMBERED.finditer(text):
         kind = (found.group(1) or "equation").lower()
         for i, number in enumerate(NUMBER.finditer(found.group())):
-            anchor = f"{kind}-{number.group()}"
+            digits = number.group().strip("()")
+            anchor = f"{kind}-{digits}"
             start = found.start() + (number.start() if i or found.group(2) or not found.group(1) else 0)
             if anchor in here:  # a caption doesn't refer to itself
                 continue
             if anchor in targets.anchors:
                 spans.append((start, found.start() + number.end(), {"href": relative(f"{targets.anchors[anchor]}#{anchor}", page), "class": "ref"}))
-            elif found.group(1) or page == targets.chapters.get(int(number.group().split(".")[0])):
+            elif found.group(1) or page == targets.chapters.get(int(digits.split(".")[0])):
                 problems.append(f"{page}: {words(found.group())!r} refers to nothing, in {words(text)[:90]!r}")
     return spans
 

@@ -102,6 +102,11 @@ def body(cells: list[dict]) -> tuple[BeautifulSoup, list[str]]:
             anchor, count = f"{name}-{count}", count + 1
         heading["id"] = anchor
         taken.add(anchor)
+    if not soup.find("h2"):  # no level is left out
+        for heading in soup.find_all("h3"):
+            heading.name, heading["class"] = "h2", "small"
+    for block in soup.select(".math.block"):
+        block["tabindex"] = "0"
     for table in soup.find_all("table"):
         table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
     return soup, held

@@ -29,9 +29,8 @@
   }
 
   // Only boxes that scroll take part in the tab order.
-  const boxes = document.querySelectorAll("pre[tabindex], .scroll");
-  const fit = () => { for (const box of boxes) box.scrollWidth > box.clientWidth ? box.tabIndex = 0 : box.removeAttribute("tabindex") };
-  addEventListener("resize", fit); fit();
+  const fit = new ResizeObserver(all => { for (const { target: box } of all) box.scrollWidth > box.clientWidth ? box.tabIndex = 0 : box.removeAttribute("tabindex") });
+  for (const box of document.querySelectorAll("pre[tabindex], .scroll, .math.block")) fit.observe(box);
 
   const links = new Map([...document.querySelectorAll(".contents a")].map(a => [a.hash.slice(1), a]));
   if (links.size) {
@@ -42,6 +41,9 @@
     };
     addEventListener("scroll", mark, { passive: true }); mark();
   }
+
+  const book = document.getElementById("book"), current = book.querySelector("[aria-current]");
+  if (current && current.offsetTop > book.clientHeight - 80) book.scrollTop = current.offsetTop - book.clientHeight / 2;
 
   const dialog = document.getElementById("search"), input = dialog.querySelector("input");
   const results = dialog.querySelector(".results"), count = dialog.querySelector(".count"), open = document.getElementById("search-open");

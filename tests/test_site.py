@@ -1,0 +1,369 @@
+"""The site: what its translation does, and what a reader's browser finds on every page.
+
+The browser's part needs Chromium and playwright; without them it is skipped, and says so.
+"""
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "book"))
+
+import api
+import references
+import render
+import translate
+
+PHONE, DESKTOP = {"width": 375, "height": 760}, {"width": 1280, "height": 900}
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+LARGEST = 1_500_000  # bytes of a page with all that it loads
+RAW = {"a fenced div": r"^:::", "a Quarto reference": r"@(fig|eq|tbl|sec)-", "dollars": r"\$\$", "an unrendered formula": r"\\[(\[]|\\(frac|operatorname|sqrt|tag)\b",
+       "question marks for a reference": r"\?\?", "a directive": r"^#\|"}
+
+
+# ---------------------------------------------------------------- translation, without a browser
+
+def code(source, *outputs):
+    return {"cell_type": "code", "metadata": {}, "source": source, "outputs": list(outputs)}
+
+
+def picture(data=b"\x89PNG\r\n\x1a\n" + b"\0" * 8 + (640).to_bytes(4, "big") + (480).to_bytes(4, "big")):
+    import base64
+    return {"output_type": "display_data", "metadata": {}, "data": {"image/png": base64.b64encode(data).decode()}}
+
+
+def page_of(*cells, address="attention.html", folder=Path("unused")):
+    "The rendered content of a page made of these cells."
+    soup, held = render.body(translate.translate(list(cells), address, {}, folder))
+    return soup, held
+
+
+def linked(pages, chapters=None):
+    "Pages of markdown, by address, after their references became links; also what leads nowhere."
+    soups = {address: render.body([translate.markdown(translate.exercises(translate.equations(text))[0])])[0] for address, text in pages.items()}
+    targets = references.collect(soups, chapters or {})
+    problems = [problem for address, soup in soups.items() for problem in references.link(soup, address, targets)]
+    return soups, problems
+
+
+def hrefs(soup):
+    return {references.words(a.get_text()): a["href"] for a in soup.find_all("a")}
+
+
+def test_equations_have_numbers_and_anchors():
+    soup, held = page_of(translate.markdown("Before.\n\n$$x = \\frac12\n\\tag{1.2}$$\n\nAfter $y$."))
+    assert soup.find(id="equation-1.2").find(class_="number").get_text() == "(1.2)"
+    assert sum("<math" in text for text in held) == 2 and not any("tag" in text for text in held)
+
+
+def test_equations_in_code_stay():
+    assert translate.equations("```\n$$x \\tag{1.2}$$\n```") == "```\n$$x \\tag{1.2}$$\n```"
+
+
+def test_exercises_become_boxes_with_hints_cell_and_solution():
+    soup, held = page_of(
+        translate.markdown("> **Exercise 1.1 (predict).** How *much*?\n> Say it.\n\n<details><summary>Hint 1</summary>\n\nThink of $x$.\n\n</details>"),
+        code('check("1.1", ...)'), code('#| code-fold: true\n#| code-summary: "Solution 1.1"\ncheck("1.1", 3)'), translate.markdown("Outside."))
+    box = soup.find(id="exercise-1.1")
+    assert box.find(class_="title").get_text() == "Exercise 1.1 predict" and box.find("em").get_text() == "much"
+    assert [s.get_text() for s in box.find_all("summary")] == ["Hint 1", "Solution 1.1"]
+    assert "Outside." in soup.get_text() and "Outside." not in box.get_text() and len(box.select(".cell")) == 2
+
+
+def test_an_exercise_between_paragraphs_closes_its_box():
+    soup, _ = page_of(translate.markdown("Before.\n\n> **Exercise 1.1.** Do.\n\nAfter."))
+    assert "After." not in soup.find(id="exercise-1.1").get_text() and "Do." in soup.find(id="exercise-1.1").get_text()
+
+
+def test_pictures_become_figures(tmp_path):
+    cell = code('#| fig-alt: "A <small> square"\n#| fig-cap: "Figure 1.3. What $x$ does."\ndraw();', picture(), picture())
+    soup, held = page_of(cell, folder=tmp_path / "figures")
+    figure = soup.find(id="figure-1.3")
+    assert [image["alt"] for image in figure.find_all("img")] == ["A <small> square"] * 2
+    assert figure.find("img")["width"] == "640" and (tmp_path / figure.find("img")["src"]).exists()
+    assert figure.find("figcaption").get_text(" ", strip=True).startswith("Figure 1.3.")
+    assert "fig-alt" not in "".join(held)
+
+
+def test_controls_become_a_note():
+    soup, held = page_of(code("explore(draw, window=(1, 8))", {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "interactive(...)"}}))
+    assert soup.select_one(".kernel a")["href"] == "#open" and "interactive" not in soup.get_text()
+
+
+def test_source_stands_before_its_cards():
+    entries = {n: api.Entry(n, "attention", "01_attention.ipynb", 1, f"About {n}.", [("x", 'Float[Tensor, "seq"]', "", "Of `seq`")]) for n in ("one", "two")}
+    cells = [code("#| echo: false\nshow_doc(two)"), code('#| code-fold: show\n#| code-summary: "Exported source"\n#| exports\ndef one(x): ...\ndef two(x): ...'), code("show_doc(one)")]
+    made = translate.translate(cells, "attention.html", entries, Path("unused"))
+    assert made[0]["source"].startswith("def one") and [re.search('id="(.*?)"', c["source"]).group(1) for c in made[1:]] == ["one", "two"]
+    assert "<td><code>Float[Tensor, \"seq\"]</code></td>" in made[1]["source"] and 'href="source/attention.html#L1"' in made[1]["source"]
+
+
+def test_parameters_are_read_with_their_comments(tmp_path):
+    (tmp_path / "attention.py").write_text('# File to edit: ../nbs/01_attention.ipynb.\nclass C:\n    "A class."\n    def __init__(self, *, a: int = 3):  # ignored\n        ...\n'
+                                           '    def step(self, b):\n        "Goes on."\n\ndef f(\n    x: Float[Tensor, "seq"],  # The `x`\n    y=(1, 2), z: int | None = None,  # Last, # and all\n) -> int:  # How many\n    "Counts."\n')
+    found = api.read_package(tmp_path)
+    assert found["f"].parameters == [("x", 'Float[Tensor, "seq"]', "", "The `x`"), ("y", "", "(1, 2)", ""), ("z", "int | None", "None", "Last, # and all")]
+    assert found["f"].returns == ("int", "How many") and found["f"].line == 9 and found["C"].methods[0].anchor == "c.step"
+
+
+def test_references_become_links():
+    soups, problems = linked({
+        "attention.html": "$$x \\tag{1.1}$$\n\n$$y \\tag{1.2}$$\n\n<figure id=\"figure-1.3\"><figcaption>\n\n**Figure 1.3.** As in Figure 1.3.\n\n</figcaption></figure>\n\n> **Exercise 1.1.** Do.",
+        "exercises/attention.html": "See (1.1), equations (1.1) and\n(1.2), Figure 1.3, Exercise 1.1 and chapter 02. Not `Figure 1.3`, not version (3.11), not chapter 40.",
+        "feedforward.html": "In chapter 02, [see chapter 02](x.html)."}, {1: "attention.html", 2: "feedforward.html"})
+    assert problems == []
+    up = "../attention.html#"
+    assert hrefs(soups["exercises/attention.html"]) == {"(1.1)": f"{up}equation-1.1", "(1.2)": f"{up}equation-1.2", "Figure 1.3": f"{up}figure-1.3",
+                                                        "Exercise 1.1": f"{up}exercise-1.1", "chapter 02": "../feedforward.html"}
+    assert len(soups["exercises/attention.html"].find_all("a")) == 6
+    assert hrefs(soups["feedforward.html"]) == {"see chapter 02": "x.html"} and not soups["attention.html"].find_all("a")
+
+
+@pytest.mark.parametrize("text, name", [("Figure 1.9 shows it.", "Figure 1.9"), ("By equation (1.8), so.", "equation (1.8)"), ("It is (1.7) again.", "(1.7)"), ("Exercise 2.4 asks.", "Exercise 2.4")])
+def test_a_reference_to_nothing_is_named_with_page_and_text(text, name):
+    _, problems = linked({"attention.html": text}, {1: "attention.html"})
+    assert len(problems) == 1 and problems[0].startswith(f"attention.html: {name!r} refers to nothing") and text[-9:] in problems[0]
+
+
+def test_citations_lead_to_the_bibliography():
+    soups, problems = linked({"bibliography.html": "- Vaswani et al. (2017). *Attention*. arXiv.\n- Shazeer (2019). *Fast*.\n- Milakov and Gimelshein (2018). *Online*.",
+                              "a.html": "Vaswani et al. (2017, section 3.2.1), then Shazeer (2019) and Milakov and Gimelshein (2018); Nobody et al. (2020) too."})
+    assert list(hrefs(soups["a.html"]).values()) == ["bibliography.html#vaswani-2017", "bibliography.html#shazeer-2019", "bibliography.html#milakov-2018"]
+    assert problems == ["a.html: Nobody et al. (2020) is not in the bibliography"]
+
+
+def test_the_first_mention_of_a_term_leads_to_the_glossary():
+    soups, _ = linked({"glossary.html": "### token\n\nA piece of text.\n\n### attention head\n\nOne of several.", "a.html": "## Tokens\n\n`token`. Tokens and\nattention heads; a token."})
+    assert [(a.get_text().replace("\n", " "), a["href"], a["title"]) for a in soups["a.html"].find_all("a")] == [
+        ("Tokens", "glossary.html#token", "A piece of text."), ("attention heads", "glossary.html#attention-head", "One of several.")]
+    assert not soups["glossary.html"].find_all("a")
+
+
+def test_dead_links_are_named(tmp_path):
+    (tmp_path / "a.html").write_text('<p id="here"><a href="#here">x</a><a href="b.html#there">y</a><a href="c.html">z</a><a href="https://example.org">w</a></p>', encoding="utf-8")
+    (tmp_path / "b.html").write_text("<p></p>", encoding="utf-8")
+    assert references.dead_links(tmp_path) == ["a.html: b.html#there has no such anchor", "a.html: c.html is not there"]
+
+
+def test_headings_and_tables():
+    soup, _ = render.body([translate.markdown("## The *size* of `x`: 3?\n\n## Twice\n\n## Twice\n\n| a |\n|---|\n| b |")])
+    assert [h["id"] for h in soup.find_all("h2")] == ["the-size-of-x-3", "twice", "twice-1"] and soup.table.parent["tabindex"] == "0"
+
+
+def run_build(*arguments, **options):
+    return subprocess.run([sys.executable, str(ROOT / "book" / "build.py"), *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", **options)
+
+
+def test_help_and_errors_are_short(tmp_path):
+    assert "--draft" in run_build("--help").stdout
+    done = run_build("--root", tmp_path)
+    assert done.returncode == 2 and "settings.ini" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- the site as built
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    "The site, built once, and what the build complained about."
+    folder = tmp_path_factory.mktemp("site") / "_docs"
+    done = run_build("--draft", "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_the_book_has_no_loose_ends(built):
+    assert not built[1].stderr, built[1].stderr
+
+
+def test_pages_are_light(built):
+    folder = built[0]
+    heavy = {}
+    for path in sorted(folder.rglob("*.html")):
+        text = path.read_text(encoding="utf-8")
+        loaded = {(path.parent / name).resolve() for name in re.findall(r'<(?:img|link|script)\b[^>]*?\s(?:src|href)="([^"]+)"', text)} | set((folder / "fonts").iterdir())
+        weight = path.stat().st_size + sum(p.stat().st_size for p in loaded if p.exists())
+        if weight > LARGEST:
+            heavy[path.relative_to(folder).as_posix()] = weight
+    assert not heavy
+
+
+def test_addresses_are_those_of_nbdev(built):
+    for name in ("index", "attention", "exercises/attention", "api", "glossary", "source/attention"):
+        assert (built[0] / f"{name}.html").exists(), name
+
+
+# ---------------------------------------------------------------- in a browser
+
+@pytest.fixture(scope="session")
+def browser():
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not chromium:
+        pytest.skip("there is no Chromium on this machine (Debian: apt-get install chromium)")
+    with sync.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="session")
+def site(built):
+    "The address at which the built site is served."
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(built[0])))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shots(tmp_path_factory):
+    "Where pictures of the pages go."
+    folder = Path(os.environ.get("BOOK_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def addresses(folder):
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.html"))]
+
+
+# Thousands of coloured tokens make axe slow: code is one colour here, and a test of its own looks at each kind of token once.
+FLATTEN = "for (const code of document.querySelectorAll('pre.code > code')) code.textContent = code.textContent"
+CHANGEABLE = ["color-contrast", "link-in-text-block", "scrollable-region-focusable", "target-size"]  # what colours and widths decide
+
+
+def axe():
+    from importlib.util import find_spec
+    if find_spec("axe_playwright_python") is None:
+        pytest.skip("axe-playwright-python is not installed")
+    return next(Path(find_spec("axe_playwright_python").origin).parent.rglob("axe.min.js")).read_text(encoding="utf-8")
+
+
+def violations(page, rules=None):
+    "What axe finds on a page as it stands."
+    options = {"resultTypes": ["violations"]} | ({"runOnly": {"type": "rule", "values": rules}} if rules else {})
+    found = page.evaluate("options => axe.run(document, options).then(r => r.violations)", options)
+    return [f"{item['id']}: {item['nodes'][0]['html'][:120]}" + (f" and {len(item['nodes']) - 1} more" if len(item["nodes"]) > 1 else "") for item in found]
+
+
+def test_every_page_in_a_browser(built, site, browser, shots):
+    "Nothing fails, nothing comes from elsewhere, nothing is left untranslated; accessible in light and dark; no page is wider than a phone."
+    problems, script = [], axe()
+    page = browser.new_context(viewport=DESKTOP, color_scheme="light").new_page()
+    here = ""
+
+    def note(text):
+        problems.append(f"{here}: {text}")
+    page.on("console", lambda message: message.type in ("error", "warning") and note(f"the console says {message.text}"))
+    page.on("pageerror", lambda error: note(f"a script fails: {error}"))
+    page.on("requestfailed", lambda request: note(f"{request.url} failed"))
+    page.on("response", lambda response: response.status >= 400 and note(f"{response.url} answers {response.status}"))
+    page.on("request", lambda request: request.url.startswith((site, "data:")) or note(f"{request.url} is asked for"))
+    for here in addresses(built[0]):
+        page.set_viewport_size(DESKTOP)
+        page.emulate_media(color_scheme="light")
+        page.goto(site + here)
+        text = page.evaluate("() => { const m = document.querySelector('main').cloneNode(true); m.querySelectorAll('code, pre, math').forEach(e => e.remove()); return m.textContent }")
+        for what, pattern in RAW.items():
+            if found := re.search(pattern, text, re.M):
+                note(f"{what}: {text[max(0, found.start() - 30):found.end() + 30]!r}")
+        if not page.title() or page.locator("main").count() != 1 or page.locator("h1").count() != 1 or not page.locator("meta[name=description]").get_attribute("content"):
+            note("no title, description, main part or heading")
+        if missing := page.evaluate("[...document.images].filter(i => !i.hasAttribute('alt') || !i.getAttribute('alt').trim()).map(i => i.src)"):
+            note(f"no alternative text: {missing}")
+        page.evaluate(FLATTEN)
+        page.evaluate(script)
+        problems.extend(f"{here}, light: {v}" for v in violations(page))
+        page.emulate_media(color_scheme="dark")
+        page.set_viewport_size(PHONE)
+        page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        if (width := page.evaluate("document.documentElement.scrollWidth")) > PHONE["width"]:
+            note(f"{width} pixels wide on a phone of {PHONE['width']}")
+        problems.extend(f"{here}, dark, phone: {v}" for v in violations(page, CHANGEABLE))
+        page.screenshot(path=shots / f"{here.replace('/', '-').removesuffix('.html')}-phone-dark.png")
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_code_colours_can_be_read(built, site, browser):
+    "Each kind of token, once, on the code's background, by axe's measure, light and dark."
+    kinds = {kind for path in built[0].rglob("*.html") for kind in re.findall(r'<span class="(\w{1,3})">', path.read_text(encoding="utf-8"))}
+    assert len(kinds) > 15
+    page = browser.new_page(viewport=DESKTOP)
+    page.goto(site + "api.html")
+    page.evaluate(axe())
+    page.evaluate("kinds => { document.querySelector('main').innerHTML = '<h1>Kinds</h1><pre class=\"sample code\" tabindex=\"0\">' + kinds.map(k => `<span class=\"${k}\">${k} token</span>`).join(' ') + '</pre>' }", sorted(kinds))
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert violations(page, ["color-contrast"]) == [], scheme
+
+
+def test_search_finds_a_section_without_a_mouse(site, browser):
+    page = browser.new_page(viewport=DESKTOP)
+    page.goto(site + "exercises/attention.html")
+    page.keyboard.press("/")
+    page.keyboard.type("attention")
+    page.wait_for_selector(".results a")
+    assert page.locator(".results a").count() > 5 and "attention" in page.locator(".results li").first.inner_text().lower()
+    with page.expect_navigation():
+        page.keyboard.press("Enter")
+    assert page.locator("main h1").count() == 1
+
+
+def test_dark_mode_follows_the_system_until_one_chooses(site, browser):
+    context = browser.new_context(viewport=DESKTOP, color_scheme="dark")
+    page = context.new_page()
+
+    def brightness():
+        return sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))[:3]))
+    page.goto(site + "index.html")
+    assert brightness() < 200 and page.locator("#theme").get_attribute("aria-pressed") == "true"
+    page.click("#theme")
+    assert brightness() > 600
+    page.goto(site + "attention.html")
+    assert brightness() > 600 and page.locator("#theme").get_attribute("aria-pressed") == "false"
+    context.close()
+
+
+def test_code_can_be_copied(site, browser):
+    context = browser.new_context(viewport=DESKTOP, permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(site + "attention.html")
+    page.locator(".cell .copy").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('.copy').textContent === 'Copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == page.locator(".cell pre.code").first.text_content()
+    context.close()
+
+
+def test_everything_can_be_read_without_scripts(site, browser, shots):
+    context = browser.new_context(viewport=PHONE, java_script_enabled=False)
+    page = context.new_page()
+    page.goto(site + "attention.html")
+    assert page.locator("main math").count() > 20 and page.locator("main p").count() > 30 and page.locator("#theme").is_hidden()
+    assert not page.locator("#book").is_visible()
+    page.click("a.menu")
+    assert page.locator("#book a", has_text="Training").first.is_visible()
+    page.click("#book .close")
+    assert not page.locator("#book").is_visible()
+    context.close()
+
+
+def test_a_page_prints(site, browser, shots):
+    page = browser.new_page(viewport=DESKTOP)
+    page.goto(site + "attention.html")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert not page.locator("#book").is_visible() and not page.locator(".bar").is_visible()
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(36, 38, 43)"
+    page.pdf(path=shots / "attention.pdf", format="A4")
+    assert (shots / "attention.pdf").stat().st_size > 100_000
