@@ -27,7 +27,7 @@ NORMS = ("layernorm", "rmsnorm")
 
 
 class LayerNorm(nn.Module):
-    "Centre each vector and scale it to variance one, then apply a learned weight and bias: Ba et al. (2016, section 3)."
+    "Centre each vector and scale it to variance one, then apply a learned weight and bias: Ba et al. (2016), section 3."
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    "Scale each vector to mean square one, then apply a learned weight: Zhang and Sennrich (2019, equation 4)."
+    "Scale each vector to mean square one, then apply a learned weight: Zhang and Sennrich (2019), equation 4."
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class Block(nn.Module):
         rotate: Rotate | None = None,  # Rotary positions
         cache: KVCache | None = None,  # This layer's keys and values of earlier tokens
     ) -> Float[Tensor, "batch seq d_model"]:
-        "Equation (4.4) for pre-norm, Xiong et al. (2020, section 3.1); (4.5) for post-norm, Vaswani et al. (2017, section 3.1)."
+        "Equation (4.4) for pre-norm, Xiong et al. (2020), section 3.1; (4.5) for post-norm, Vaswani et al. (2017), section 3.1."
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x), mask, rotate=rotate, cache=cache))
             return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
@@ -254,7 +254,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        "Draw the initial weights: Normal(0, init_std); for what a block adds, divided by sqrt(2 · n_layers), or zero."
+        "Draw the initial weights: Normal(0, init_std); for what a block adds, divided by √(2 · n_layers), or zero."
         c = self.config
         residual_std = 0.0 if c.zero_init_residual else c.init_std / math.sqrt(2 * c.n_layers)
         for name, parameter in self.named_parameters():
@@ -312,7 +312,7 @@ class GPT(nn.Module):
         attention_mask = None if attention_mask is None else attention_mask.bool()  # ones and zeros will do
         positions = self._positions(ids, attention_mask, past) if positions is None else positions
         x = self.token_embedding(ids)
-        if c.position == "sinusoidal":  # the table's entries are of size one Vaswani et al. (2017, section 3.4)
+        if c.position == "sinusoidal":  # the table's entries are of size one: Vaswani et al. (2017), section 3.4
             x = x * math.sqrt(c.d_model)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions).to(x.dtype)
