@@ -408,7 +408,7 @@ def singular(word: str) -> str:
 def is_word(word: str) -> bool:
     plain = singular(word)
     own = plain in own_words() or plain in names() or plain[0].isupper() and plain.lower() == plain[0].lower() + plain[1:] and plain.lower() in own_words()
-    return own or len(set(plain.lower())) == 1 or bool(re.fullmatch(r"[IVX]+|[A-F]{4}", plain)) or in_dictionary(plain.lower())
+    return own or len(set(plain.lower())) == 1 or bool(re.fullmatch(r"[IVX]+|[A-F]{2,4}", plain)) or in_dictionary(plain.lower())
 
 
 def written(page: str) -> str:
