@@ -10,7 +10,6 @@ __all__ = ['ADAMW_MISTAKES', 'SCHEDULE_MISTAKES', 'CLIP_MISTAKES', 'ACCUMULATION
 
 # %% ../../nbs/exercises/07_training.ipynb #x07-003
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
