@@ -111,14 +111,18 @@ def index_page(entries: dict, addresses: dict[str, str], folder: Path) -> None:
     "One alphabetical page of everything that is exported."
     import api
     from translate import markdown
-    rows = []
-    for item in sorted(entries.values(), key=lambda e: e.name.lower()):
-        page = addresses.get(item.notebook)
-        name = f'<a href="{page}#{item.anchor}"><code>{item.name}</code></a>' if page else f"<code>{item.name}</code>"
-        rows.append(f'<tr><td>{name}</td><td>{api.inline(item.summary)}</td><td><a href="source/{item.module}.html#L{item.line}">{item.module}<span class="unseen">, source of {item.name}</span></a></td></tr>')
-    table = '<table class="index"><thead><tr><th>Name</th><th>What it is</th><th>Module</th></tr></thead><tbody>' + "".join(rows) + "</tbody></table>"
+    def rows(checks: bool) -> str:
+        found = []
+        for item in sorted(entries.values(), key=lambda e: e.name.lower()):
+            if item.module.startswith("exercises.") == checks:
+                page = addresses.get(item.notebook)
+                name = f'<a href="{page}#{item.anchor}"><code>{item.name}</code></a>' if page else f"<code>{item.name}</code>"
+                found.append(f'<tr><td>{name}</td><td>{api.inline(item.summary)}</td><td><a href="source/{item.module}.html#L{item.line}">{item.module}'
+                             f'<span class="unseen">, source of {item.name}</span></a></td></tr>')
+        return ('<table class="index"><thead><tr><th>Name</th><th>What it is</th><th>Module</th></tr></thead><tbody>' + "".join(found) + "</tbody></table>")
     text = f"The package exports {len(entries)} functions and classes. The name leads to the place in the book where it is built, the module to its source."
-    save(folder / "api.ipynb", [front("Index of the package", "Every exported function and class, in alphabetical order, with the place where it is built."), markdown(text), markdown(table)])
+    save(folder / "api.ipynb", [front("Index of the package", "Every exported function and class, in alphabetical order, with the place where it is built."),
+                                markdown(f"{text}\n\n## The package\n\n{rows(False)}\n\n## What checks the exercises\n\n{rows(True)}")])
 
 
 def translate_all(root: Path, folder: Path, info: dict[str, str]) -> None:
@@ -208,7 +212,7 @@ def fill_template(pages: dict, order: list[tuple[str, list[str]]], paths: dict[s
         description = soup.front.get("description", "")
         name = next((n for n, a in paths.items() if a == address), "")
         text = template.render(
-            site=config["website"]["title"], title=title, description=description, address=address, book=book, language="en", number=number(name),
+            site=config["website"]["title"], title=title, description=description, address=address, book=book, language="en", eyebrow=eyebrow(name),
             content=soup.find(id="content-body").decode_contents(), contents=contents(soup), link=functools.partial(relative, page=address),
             root="../" * address.count("/"), neighbours=[(n, pages[n].front["title"]) if n else None for n in neighbours], git_url=info["git_url"])
         path = output / address
@@ -217,6 +221,12 @@ def fill_template(pages: dict, order: list[tuple[str, list[str]]], paths: dict[s
         if not address.startswith("source/"):
             index += search_index(title, address, soup)
     (output / "search.js").write_text("window.bookIndex = " + json.dumps(index, ensure_ascii=False) + ";\n", encoding="utf-8")
+
+
+def eyebrow(name: str) -> str:
+    "What stands above a page's title."
+    digits = number(name)
+    return "" if not digits or "/" in name or int(digits) > 96 else f"{'Chapter' if int(digits) < 90 else 'Appendix'} {digits}"
 
 
 def short(title: str, name: str) -> str:

@@ -11,7 +11,7 @@ from bs4 import BeautifulSoup, NavigableString, Tag
 CLOSED = {"a", "code", "pre", "h1", "h2", "h3", "h4", "math", "script", "style", "svg", "summary", "button", "nav", "dt"}
 NUMBER = re.compile(r"\(\d+\.\d+\)|\d+\.\d+")
 NUMBERED = re.compile(r"\b(Figure|Exercise|[Ee]quation)(s?)\s+(?:{0})(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)(?:{0}))*|\(\d+\.\d+\)".format(NUMBER.pattern))
-CHAPTER = re.compile(r"\b(?:[Cc]hapter|[Aa]ppendix)s?\s+(\d+)\b")
+CHAPTER = re.compile(r"\b(?:[Cc]hapter|[Aa]ppendi)(?:s|x|ces)?\s+\d+\b(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)\d\d\b)*")
 CITATION = re.compile(r"\b((?:[A-Z][\w'’-]+)(?:\s+et\s+al\.|\s+and\s+[A-Z][\w'’-]+)?)\s+\(((?:19|20)\d\d[a-z]?)\b")
 
 
@@ -47,12 +47,19 @@ def collect_works(page: BeautifulSoup) -> dict[str, str]:
 
 
 def collect_terms(page: BeautifulSoup) -> dict[str, tuple[str, str]]:
-    "The glossary's terms, each with its anchor and its definition."
+    """The glossary's terms and their other names, each with its anchor and the first sentence of its definition.
+
+    A heading that says in parentheses which of a word's meanings it explains is not one to link to from every mention.
+    """
     terms = {}
     for heading in main_of(page).find_all(["h2", "h3"]):
         paragraph = heading.find_next_sibling("p")
-        if paragraph and (heading.name == "h3" or "small" in heading.get("class", ())):
-            terms[words(heading.get_text()).removesuffix(" #")] = heading["id"], words(paragraph.get_text())
+        name = words(heading.get_text())
+        if paragraph and "(" not in name and (heading.name == "h3" or "small" in heading.get("class", ())):
+            also, definition = re.match(r"(?:Also: (.*?)\. )?(.*?[.!?](?=\s|$)|.*)", words(paragraph.get_text())).groups()
+            for term in [name, *(also or "").split(", ")]:
+                if term:
+                    terms[term] = heading["id"], definition
     return terms
 
 
@@ -111,9 +118,14 @@ def number_spans(text: str, page: str, targets: Targets, here: set[str], problem
 
 
 def chapter_spans(text: str, page: str, targets: Targets) -> list[tuple[int, int, dict]]:
-    "`chapter 03` and `appendix 91`, where they exist and are not this page."
-    return [(found.start(), found.end(), {"href": relative(address, page), "class": "ref"}) for found in CHAPTER.finditer(text)
-            if (address := targets.chapters.get(int(found.group(1)))) and address != page]
+    "`chapter 03`, `chapters 01, 02 and 07`, `appendix 91`: those that exist and are not this page."
+    spans = []
+    for found in CHAPTER.finditer(text):
+        for i, number in enumerate(re.finditer(r"\d+", found.group())):
+            address = targets.chapters.get(int(number.group()))
+            if address and address != page:
+                spans.append((found.start() + (number.start() if i else 0), found.start() + number.end(), {"href": relative(address, page), "class": "ref"}))
+    return spans
 
 
 def citation_spans(text: str, page: str, targets: Targets, problems: list[str]) -> list[tuple[int, int, dict]]:
@@ -137,8 +149,10 @@ def term_spans(text: str, page: str, targets: Targets, left: dict[str, tuple[str
         pattern = r"(?<![\w-])(" + "|".join(re.escape(t).replace(r"\ ", r"\s+") for t in sorted(known, key=len, reverse=True)) + r")s?(?![\w-])"
         for found in re.finditer(pattern, text, re.I):
             if (term := known.get(words(found.group(1)).lower())) in left:
-                anchor, definition = left.pop(term)
+                anchor, definition = left[term]
                 spans.append((found.start(), found.end(), {"href": relative(f"glossary.html#{anchor}", page), "class": "term", "title": definition}))
+                for name in [name for name in left if left[name][0] == anchor]:
+                    del left[name]
     return spans
 
 

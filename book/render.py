@@ -39,7 +39,8 @@ def parser() -> MarkdownIt:
     "Markdown as JupyterLab reads it: CommonMark with tables and mathematics."
     md = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     md.use(dollarmath_plugin, renderer=mathematics, double_inline=True, allow_space=False, allow_labels=False)
-    md.add_render_rule("fence", lambda self, tokens, i, options, env: coloured(tokens[i].content.rstrip("\n"), tokens[i].info.strip()) + "\n")
+    for kind in ("fence", "code_block"):
+        md.add_render_rule(kind, lambda self, tokens, i, options, env: coloured(tokens[i].content.rstrip("\n"), tokens[i].info.strip()) + "\n")
     return md
 
 
@@ -54,7 +55,9 @@ def output(item: dict) -> str:
     if "text/html" in data:
         return f'<div class="html-output">{"".join(data["text/html"])}</div>'
     text = "".join(data.get("text/plain", "")).rstrip("\n")
-    return f'<pre class="output" tabindex="0">{html.escape(text, quote=False)}</pre>' if text.strip() and "application/vnd.jupyter.widget-view+json" not in data else ""
+    verdict = re.match(r"Exercise \d+\.\d+: (right|not yet|no answer)", text)
+    kind = f" verdict {verdict.group(1).split()[0]}" if verdict else ""
+    return f'<pre class="output{kind}" tabindex="0">{html.escape(text, quote=False)}</pre>' if text.strip() and "application/vnd.jupyter.widget-view+json" not in data else ""
 
 
 def cell_html(cell: dict) -> str:
@@ -107,6 +110,9 @@ def body(cells: list[dict]) -> tuple[BeautifulSoup, list[str]]:
             heading.name, heading["class"] = "h2", "small"
     for block in soup.select(".math.block"):
         block["tabindex"] = "0"
+    for cell in soup.find_all("th"):
+        if not cell.get_text(strip=True) and not cell.find("span"):  # a header that says nothing is none
+            cell.name = "td"
     for table in soup.find_all("table"):
         table.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
     return soup, held

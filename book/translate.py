@@ -147,28 +147,49 @@ def code_cell(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
     if re.search(r"^explore\(", text, re.M):
         note = '<p class="kernel">This control needs a kernel: <a href="#open">open the notebook</a> to move it.</p>'
         return [{**cell, "outputs": [o for o in cell.get("outputs", []) if o["output_type"] == "stream"]}, markdown(note)]
-    cell = {**cell, "source": without_directives(text, "code-fold", "code-summary")}
-    cells = figures(cell, page, folder, count)
-    if said.get("code-fold") == "true":
-        summary = html.escape(said.get("code-summary") or "Code", quote=False)
-        kind = "solution" if summary.startswith("Solution") else "fold"
-        cells = [markdown(f'<details class="{kind}"><summary>{summary}</summary>\n'), *cells, markdown("\n</details>")]
-    return cells
+    shown, *pictures = figures({**cell, "source": without_directives(text, "code-fold", "code-summary")}, page, folder, count)
+    if said.get("code-fold") != "true":
+        return [shown, *pictures]
+    summary = html.escape(said.get("code-summary") or "Code", quote=False)
+    if summary.startswith("Solution"):  # what it prints says that it is right: that stays in the fold
+        return [markdown(f'<details class="solution"><summary>{summary}</summary>\n'), shown, *pictures, markdown("\n</details>")]
+    given = [{**shown, "source": "#| echo: false\n" + shown["source"]}] if shown.get("outputs") else []
+    return [markdown(f'<details class="fold"><summary>{summary}</summary>\n'), {**shown, "outputs": []}, markdown("\n</details>"), *given, *pictures]
+
+
+CHECKED = re.compile(r"^## Exercise (\d+\.\d+): .*$", re.M)
+
+
+def end_of_exercise(cells: list[dict], start: int, number: str) -> int:
+    "Where the box ends that the exercise before cell `start` opens: after its solution, or else after the cell that checks it."
+    end = start
+    for i in range(start, len(cells)):
+        if cells[i]["cell_type"] != "code":
+            break
+        if f'"Solution {number}"' in source(cells[i]):
+            return i + 1
+        if re.search(rf'\bcheck\(\s*"{re.escape(number)}"', source(cells[i])):
+            end = i + 1
+    return end
 
 
 def translate(cells: list[dict], page: str, entries: dict[str, api.Entry], folder: Path) -> list[dict]:
     "All cells of a notebook, as the site shows them at the address `page`; its pictures go to `folder`."
-    result, open_exercise, count = [], "", 0
-    for cell in reference(cells, entries, page):
-        if open_exercise and not (cell["cell_type"] == "code" and re.search(rf'\bcheck\(\s*"{re.escape(open_exercise)}"', source(cell))):
-            result.append(markdown("</div>"))
-            open_exercise = ""
+    result, count, end = [], 0, -1
+    cells = reference(cells, entries, page)
+    for i, cell in enumerate(cells):
         if cell["cell_type"] == "markdown":
-            text, open_exercise = exercises(equations(source(cell)))
+            text, exercise = exercises(equations(source(cell)))
+            if page.startswith("exercises/"):
+                text = CHECKED.sub(r"\g<0>\n\nThe exercise stands in its chapter: Exercise \1.", text)
             result.append(markdown(text))
+            end = end_of_exercise(cells, i + 1, exercise) if exercise else end
         elif cell["cell_type"] == "code":
             count += any(k in o.get("data", {}) for k in IMAGES for o in cell.get("outputs", []))
             result.extend(code_cell(cell, page, folder, count))
         else:
             result.append(cell)
-    return result + ([markdown("</div>")] if open_exercise else [])
+        if i + 1 == end:
+            result.append(markdown("</div>"))
+            end = -1
+    return result
