@@ -128,7 +128,7 @@ class Notebook:
                 break
         else:
             raise AssertionError("Run All was clicked for 30 s, and no cell ran")
-        self.page.wait_for_function(f"() => {PROMPTS}.every(prompt => !prompt || /[0-9]/.test(prompt))", timeout=PATIENCE)
+        self.page.wait_for_function(f"() => {PROMPTS}.every(prompt => !prompt || /[0-9]/.test(prompt))", timeout=PATIENCE, polling=300)
 
     def answer(self, number: int, text: str) -> str:
         "Put `text` into a cell as a reader does, run it, and give what it prints."
