@@ -305,8 +305,10 @@ def same_values(
     apart[(mine != aim) & ~(mine - aim).isfinite()] = torch.inf
     index = tuple(int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
     share = (apart > tolerance).double().mean().item()
-    where = f" at {place(apart == apart.max(), axes)}" if axes.split() else ""
-    raise Wrong(f"{start} has the right shape but not the right values: {share:.0%} of them differ, most{where}, where yours is {mine[index].item():.5g} and {aim[index].item():.5g} is right.")
+    values = f"yours is {mine[index].item():.5g} and {aim[index].item():.5g} is right."
+    if not axes.split():
+        raise Wrong(f"{start} is not right: {values}")
+    raise Wrong(f"{start} has the right shape but not the right values: {share:.0%} of them differ, most at {place(apart == apart.max(), axes)}, where {values}")
 
 
 def place(
