@@ -1,11 +1,15 @@
 """Styles, the script and the fonts of the site. Fonts come from pinned packages, are checked by their hash, and cut down to what the pages need."""
 import hashlib
+import html
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 from fontTools import subset
 from fontTools.varLib.instancer import instantiateVariableFont
+
+from errors import BookError
 
 LETTERS = [(0x20, 0x7E), (0xA0, 0x17F), (0x391, 0x3C9), (0x2010, 0x2030), (0x2032, 0x2033), (0x20AC, 0x20AC), (0x2190, 0x2192), (0x2212, 0x2212)]
 MATHEMATICS = [(0x20, 0x7E), (0x302, 0x304), (0x2032, 0x2032), (0x20D7, 0x20D7), (0x210E, 0x210E), (0x221A, 0x221C), (0x1D434, 0x1D467), (0x1D6E2, 0x1D71B)]  # and each character of the equations; roots and accents are drawn without one
@@ -18,15 +22,11 @@ FONTS = {
 }
 
 
-class FontError(Exception):
-    "A font that is not the tested one."
-
-
 def font_file(package: str, file: str, digest: str) -> Path:
     "A font file of an installed package, if it is the one that was tested."
     path = Path(find_spec(package).origin).parent / file
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        raise FontError(f"{file} of the package {package} is not the tested one: install what constraints.txt says.")
+        raise BookError(f"{file} of the package {package} is not the tested one: install what constraints.txt says.")
     return path
 
 
@@ -43,10 +43,11 @@ def cut(path: Path, target: Path, ranges: list[tuple[int, int]], axes: dict) -> 
     font.save(target)
 
 
-def write_assets(output: Path, here: Path, cache: Path, symbols: set[str]) -> None:
-    "All that the pages refer to besides each other; fonts that were cut before are taken from `cache`. `symbols` stand in equations."
+def write_assets(output: Path, here: Path, cache: Path, formulas: set[str]) -> None:
+    "All that the pages refer to besides each other; fonts that were cut before are taken from `cache`. `formulas` are the book's, in MathML."
     for name in ("content.css", "page.css", "script.js", "icon.svg"):
         shutil.copy(here / name, output / name)
+    symbols = set(html.unescape(re.sub(r"<[^>]*>", "", "".join(formulas))))
     for name, (package, file, digest, ranges, axes) in FONTS.items():
         if not axes:
             ranges = [*ranges, *((ord(symbol), ord(symbol)) for symbol in sorted(symbols))]

@@ -5,7 +5,6 @@
 """
 import argparse
 import functools
-import html
 import http.server
 import json
 import os
@@ -15,21 +14,21 @@ import subprocess
 import sys
 import time
 from configparser import ConfigParser
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from errors import BookError
+
 PROCESS = "from nbdev.config import get_config; get_config().d['skip_procs'] = 'exec_show_docs'; from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
 NEEDED = ["nbdev", "bs4", "lxml", "yaml", "jinja2", "pygments", "markdown_it", "mdit_py_plugins", "math_core", "ziamath", "fontpkg_source_serif_4", "fontTools"]
 
 
-class BookError(Exception):
-    "What is wrong with the book, in a sentence."
-
-
 def check_tools() -> None:
     "All that the build needs, before anything is done."
-    from importlib.util import find_spec
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise BookError(f"The site needs {', '.join(missing)}: install the book's tools with `pip install -c constraints.txt -e '.[dev]'`.")
 
@@ -166,60 +165,41 @@ def mend_links(text: str, name: str, addresses: dict[str, str], info: dict[str, 
     return re.sub(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)", mend, text)
 
 
-def missing_pages(config: dict, pages: dict[str, Path], folder: Path) -> list[str]:
-    from render import sidebar
-    there = {path.relative_to(folder).as_posix() for path in pages.values()}
-    return [f"_quarto.yml lists {name}, which is not there" for _, names in sidebar(config) for name in names if name not in there]
-
-
-def search_index(title: str, address: str, soup) -> list[list[str]]:
-    "The sections of a page for the search: title, section, address, text."
-    from references import words
-    sections = [[title, "", address, ""]]
-    for node in soup.find(id="content-body").find_all(["h2", "h3", "p", "li", "td", "summary"]):
-        if node.name in ("h2", "h3"):
-            sections.append([title, words(node.get_text()), f"{address}#{node['id']}", ""])
-        elif not node.find(["p", "li"]) and node.get("class") != ["open"]:
-            sections[-1][3] += " " + words(node.get_text())
-    return sections
-
-
-def render_all(folder: Path, output: Path, config: dict, info: dict[str, str]) -> dict:
-    "The pages as our own renderer makes them, and the search index; returns their content by address."
+def render_pages(folder: Path) -> dict:
+    "The content of the pages by address, as our own renderer makes it."
     from render import body, front_matter
     pages = {}
     for address, path in notebooks(folder).items():
         cells = load(path)["cells"]
-        pages[address], held = body(cells)
-        pages[address].held = held
-        pages[address].front = front_matter(cells)
+        try:
+            pages[address], held = body(cells)
+        except BookError as error:
+            raise BookError(f"{address}: {error}") from None
+        pages[address].held, pages[address].front = held, front_matter(cells)
     return pages
 
 
-def fill_template(pages: dict, order: list[tuple[str, list[str]]], paths: dict[str, str], output: Path, config: dict, info: dict[str, str]) -> None:
-    "Write the pages: the content with the book around it."
+def write_pages(pages: dict, order: list[tuple[str, list[str]]], paths: dict[str, str], output: Path, site: str, info: dict[str, str]) -> None:
+    "Write the pages, each with the book around it, and the search index."
+    from api import inline
     from jinja2 import Environment, FileSystemLoader
-    from references import relative
-    from render import contents, release
+    from references import relative, words
+    from render import contents, release, sections
     template = Environment(loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, autoescape=True).get_template("page.html")
     flat = [paths[name] for _, names in order for name in names if name in paths]
     book = [(section, [(paths[n], short(pages[paths[n]].front["title"], n), number(n)) for n in names if n in paths]) for section, names in order]
-    index = []
+    names, index = {address: name for name, address in paths.items()}, []
     for address, soup in pages.items():
-        at = flat.index(address) if address in flat else None
-        neighbours = [flat[i] if at is not None and 0 <= i < len(flat) else None for i in ((at or 0) - 1, (at or 0) + 1)]
-        title = soup.front["title"]
-        description = soup.front.get("description", "")
-        name = next((n for n, a in paths.items() if a == address), "")
-        text = template.render(
-            site=config["website"]["title"], title=title, description=description, address=address, book=book, language="en", eyebrow=eyebrow(name),
-            content=soup.find(id="content-body").decode_contents(), contents=contents(soup), link=functools.partial(relative, page=address),
-            root="../" * address.count("/"), neighbours=[(n, pages[n].front["title"]) if n else None for n in neighbours], git_url=info["git_url"])
+        title, description = soup.front["title"], words(soup.front.get("description") or soup.front["title"])
+        at = flat.index(address) if address in flat else -9
+        neighbours = [(flat[i], pages[flat[i]].front["title"]) if 0 <= i < len(flat) else None for i in (at - 1, at + 1)]
+        text = template.render(site=site, title=title, lead=inline(description), description=description.replace("`", ""), address=address, book=book,
+                               eyebrow=eyebrow(names[address]), content=soup.find(id="content-body").decode_contents(), contents=contents(soup),
+                               link=functools.partial(relative, page=address), root="../" * address.count("/"), neighbours=neighbours, git_url=info["git_url"])
         path = output / address
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(release(text, soup.held), encoding="utf-8")
-        if not address.startswith("source/"):
-            index += search_index(title, address, soup)
+        index += [] if address.startswith("source/") else sections(title, address, soup)
     (output / "search.js").write_text("window.bookIndex = " + json.dumps(index, ensure_ascii=False) + ";\n", encoding="utf-8")
 
 
@@ -240,10 +220,33 @@ def number(name: str) -> str:
     return found.group(1) if found else ""
 
 
-def build(root: Path, output: Path, draft: bool = False) -> list[str]:
-    "The whole site. Returns what is wrong with the book; a draft is written nevertheless."
-    import yaml
+def quarto_pages(folder: Path, output: Path) -> dict:
+    "The pages by address, as Quarto makes them: it brings its own navigation, search and dark mode."
+    from bs4 import BeautifulSoup
+    (folder / "book").mkdir(exist_ok=True)
+    shutil.copy(HERE / "content.css", folder / "book")
+    done = subprocess.run(["quarto", "render", ".", "--no-execute"], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise BookError(f"Quarto can't render the pages: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    shutil.move(folder / "_docs", output)
+    return {path.relative_to(output).as_posix(): BeautifulSoup(path.read_text(encoding="utf-8"), "lxml") for path in sorted(output.rglob("*.html"))}
+
+
+def copy_files(root: Path, folder: Path, output: Path, names: list[str]) -> None:
+    "Pictures, and the notebooks for download."
+    for name in ("figures", "images"):
+        if (folder / name).exists():
+            shutil.copytree(folder / name, output / name, dirs_exist_ok=True)
+    for name in names:
+        if (root / "nbs" / name).exists():
+            (output / "notebooks" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / "nbs" / name, output / "notebooks" / name)
+
+
+def build(root: Path, output: Path) -> list[str]:
+    "The whole site. Returns what is wrong with the book."
     import references
+    import yaml
     from assets import write_assets
     from render import sidebar
     info = settings(root)
@@ -251,24 +254,21 @@ def build(root: Path, output: Path, draft: bool = False) -> list[str]:
     folder = process(root)
     translate_all(root, folder, info)
     paths = {path.relative_to(folder).as_posix(): address for address, path in notebooks(folder).items()}
-    problems = missing_pages(config, notebooks(folder), folder)
-    shutil.rmtree(output, ignore_errors=True)
     order = sidebar(config)
-    pages = render_all(folder, output, config, info)
-    chapters = {int(number(n)): a for n, a in paths.items() if number(n) and "/" not in n}
-    targets = references.collect(pages, chapters)
+    problems = [f"_quarto.yml lists {name}, which is not there" for _, names in order for name in names if name not in paths]
+    shutil.rmtree(output, ignore_errors=True)
+    quarto = shutil.which("quarto") is not None
+    pages = quarto_pages(folder, output) if quarto else render_pages(folder)
+    targets = references.collect(pages, {int(number(n)): a for n, a in paths.items() if number(n) and "/" not in n})
     for address, soup in pages.items():
         problems += references.link(soup, address, targets)
-    for name in ("figures", "images"):
-        if (folder / name).exists():
-            shutil.copytree(folder / name, output / name)
-    for name in paths:
-        if (root / "nbs" / name).exists():
-            (output / "notebooks" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(root / "nbs" / name, output / "notebooks" / name)
-    fill_template(pages, order, paths, output, config, info)
-    symbols = {c for soup in pages.values() for text in soup.held if text.startswith("<math") for c in html.unescape(re.sub(r"<[^>]*>", "", text))}
-    write_assets(output, HERE, root / "build" / "fonts", symbols)
+    if quarto:
+        for address, soup in pages.items():
+            (output / address).write_text(str(soup), encoding="utf-8")
+    else:
+        write_pages(pages, order, paths, output, config["website"]["title"], info)
+        write_assets(output, HERE, root / "build" / "fonts", {text for soup in pages.values() for text in soup.held if text.startswith("<math")})
+    copy_files(root, folder, output, list(paths))
     return problems + references.dead_links(output)
 
 
@@ -294,8 +294,8 @@ def main() -> int:
     output = arguments.output or arguments.root / "_docs"
     try:
         check_tools()
-        problems = build(arguments.root.resolve(), output.resolve(), arguments.draft)
-    except BookError as error:
+        problems = build(arguments.root.resolve(), output.resolve())
+    except (BookError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     for problem in problems:
@@ -310,5 +310,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     sys.exit(main())

@@ -54,12 +54,12 @@ def collect_terms(page: BeautifulSoup) -> dict[str, tuple[str, str]]:
     terms = {}
     for heading in main_of(page).find_all(["h2", "h3"]):
         paragraph = heading.find_next_sibling("p")
-        name = words(heading.get_text())
+        name, anchor = words(heading.get_text()), heading.get("id") or heading.parent.get("id")
         if paragraph and "(" not in name and (heading.name == "h3" or "small" in heading.get("class", ())):
             also, definition = re.match(r"(?:Also: (.*?)\. )?(.*?[.!?](?=\s|$)|.*)", words(paragraph.get_text())).groups()
             for term in [name, *(also or "").split(", ")]:
                 if term:
-                    terms[term] = heading["id"], definition
+                    terms[term] = anchor, definition
     return terms
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import yaml
 from bs4 import BeautifulSoup
 from markdown_it import MarkdownIt
-from math_core import LatexToMathML
+from math_core import LatexError, LatexToMathML
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
+from errors import BookError
+from references import words
 from translate import directives, source, without_directives
 
 TO_MATHML = LatexToMathML()
@@ -21,7 +23,10 @@ TO_MATHML = LatexToMathML()
 
 def mathematics(latex: str, options: dict) -> str:
     "LaTeX as MathML, which browsers show without a script."
-    return TO_MATHML.convert_with_local_state(latex.strip(), displaystyle=options["display_mode"])
+    try:
+        return TO_MATHML.convert_with_local_state(latex.strip(), displaystyle=options["display_mode"])
+    except LatexError:
+        raise BookError(f"The formula {latex.strip()!r} can't be turned into MathML.") from None
 
 
 @cache
@@ -126,6 +131,17 @@ def release(text: str, held: list[str]) -> str:
 def contents(page: BeautifulSoup) -> list[tuple[int, str, str]]:
     "The headings of a page: level, anchor, inner HTML."
     return [(int(h.name[1]), h["id"], h.decode_contents()) for h in page.find_all(["h2", "h3"]) if not h.find_parent("details")]
+
+
+def sections(title: str, address: str, soup: BeautifulSoup) -> list[list[str]]:
+    "A page's entries in the search index: title, section, address and text of each section."
+    found = [[title, "", address, ""]]
+    for node in soup.find_all(["h2", "h3", "p", "li", "td", "summary"]):
+        if node.name in ("h2", "h3"):
+            found.append([title, words(node.get_text()), f"{address}#{node['id']}", ""])
+        elif not node.find(["p", "li"]) and node.get("class") != ["open"]:
+            found[-1][3] += " " + words(node.get_text())
+    return found
 
 
 def sidebar(config: dict) -> list[tuple[str, list[str]]]:
