@@ -182,7 +182,8 @@ def unchanged(
         return len(before) == len(after) and all(map(unchanged, before, after))
     if isinstance(before, dict):
         return before.keys() == after.keys() and all(unchanged(value, after[key]) for key, value in before.items())
-    return isinstance(before, nn.Module) or callable(before) or before == after
+    no_values = isinstance(before, nn.Module) or callable(before) or type(before).__eq__ is object.__eq__  # a tokenizer, say
+    return no_values or before == after
 
 
 def call(
@@ -201,13 +202,14 @@ def call(
         result = None
     except Exception as error:
         given = ", ".join([*map(describe, args), *(f"{name}={describe(value)}" for name, value in kwargs.items())])
-        raise Wrong(f"Your function was called with {given or 'nothing'} and raised {brief(error)}") from error
+        hint = " Was an axis lost on the way? `keepdim=True` keeps it." if "must match the size" in str(error) else ""
+        raise Wrong(f"Your function was called with {given or 'nothing'} and raised {brief(error)}{hint}") from error
     if result is None or result is ...:
         raise Unanswered("Your function gives back nothing; write it in place of the dots (and don't forget `return`).")
     if not in_place:
         for number, (before, after) in enumerate(zip((*args, *kwargs.values()), (*copies, *named.values())), start=1):
             if not unchanged(before, after):
-                raise Wrong(f"Your function changes its input number {number} in place. Whoever called it still needs that; work on a new tensor (`x = x + 1`, not `x += 1`).")
+                raise Wrong(f"Your function changes its input number {number} in place. Whoever called it still needs that; make a new one (`x = x + 1`, not `x += 1`).")
     return result
 
 # %% ../../nbs/95_exercises.ipynb #95-013
