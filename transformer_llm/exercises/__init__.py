@@ -269,7 +269,7 @@ def close(
         return False
     got, right = got.detach().double().cpu(), right.detach().double().cpu()
     same = (got == right) | (got.isnan() & right.isnan())
-    return bool((same | ((got - right).abs() <= tolerance * right.abs().clamp_min(1.0))).all())
+    return bool((same | ((got - right).abs() <= tolerance * right.abs().clamp_min(1.0)) & right.isfinite()).all())
 
 
 def kind_of(
