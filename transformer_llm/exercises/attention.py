@@ -32,6 +32,7 @@ def check_paper(answer) -> str:
             mean(share(match * seen)),
         "You took powers of e. On paper each point of match doubles the weight: powers of 2.": mean(share(match.exp() * seen)),
         "This is the second number of the output; the first one is asked for.": mean(share(powers * seen), 1),
+        "This is what cat gets with its old query, (0, 2).": mean(share(2 ** torch.tensor([0.0, 2.0, 2.0]) * seen)),
     }, tolerance=0.01)
     return "The weights are 8/10 for the and 2/10 for cat, because 2³ = 8 and 2¹ = 2; sat's value plays no part."
 
@@ -47,32 +48,39 @@ def check_softmax(answer) -> str:
         mistakes["The sum of all exponentials is one number for the whole tensor here. Each slice along `dim` needs its own sum."] = x.exp() / x.exp().sum()
         mistakes["The exponentials are right, but you don't divide by their sum: the weights have to add up to one."] = x.exp()
         mistakes["These are the exponentials after the shift. Divide them by their sum, so that they add up to one."] = (x - x.amax(dim, keepdim=True)).exp()
+        mistakes["These are powers of 2, as on paper. The softmax takes powers of e: `exp`."] = (x * math.log(2)).softmax(dim)
+        mistakes["The exponentials are missing: a score can be negative, and a weight can't."] = x / x.sum(dim, keepdim=True)
         mistakes["These are logarithms of the weights. The weights themselves are positive: don't take the log."] = x.log_softmax(dim)
         try:
             got = call(answer, x, dim)
         except Wrong as reason:
             hint = " Keep the axis that you add up along (`keepdim=True`), so that the sums stand beside their slices." if "must match the size" in str(reason) else ""
             raise Wrong(f"{reason}{hint}") from reason
-        same_values(got, x.softmax(dim), "batch queries keys", "the weights", mistakes)
+        same_values(got, x.softmax(dim), "batch queries keys", "the table of weights", mistakes)
     square = torch.randn(4, 4, generator=generator)
     powers = square.exp()
-    same_values(call(answer, square, -1), square.softmax(-1), "queries keys", "the weights", {
+    same_values(call(answer, square, -1), square.softmax(-1), "queries keys", "the table of weights", {
         "For a square of scores, column j is divided by the sum of row j. Keep the axis that you add up along (`keepdim=True`), so that each row is divided by its own sum.":
             powers / powers.sum(-1),
     })
     large = torch.tensor([1000.0, 999.0, 998.0])
     got = call(answer, large, -1)
-    same_shape(got, large, "keys", "the weights")
+    same_shape(got, large, "keys", "the table of weights")
     if not got.isfinite().all():
         raise Wrong(f"For the scores 1000, 999 and 998 your weights are {got.tolist()}: exp(1000) overflows to inf, and inf / inf is NaN. "
                     "Subtract the largest score first, as equation (1.2) does.")
-    same_values(got, large.softmax(-1), "keys", "the weights of the scores 1000, 999 and 998")
+    same_values(got, large.softmax(-1), "keys", "the result for the scores 1000, 999 and 998")
+    got = call(answer, torch.tensor([1000.0, 0.0, -1000.0]), -1)
+    if not (isinstance(got, torch.Tensor) and got.isfinite().all()):
+        raise Wrong("For the scores 1000, 0 and -1000 your weights are not finite: after your shift, one score is still so large that exp overflows. "
+                    "Subtract the largest score, not the mean or the smallest.")
+    same_values(got, torch.tensor([1.0, 0.0, 0.0]), "keys", "the result for the scores 1000, 0 and -1000")
     apart = torch.tensor([[1.0, 0.0], [-1000.0, -1001.0]])
     got = call(answer, apart, -1)
     if not (got.isfinite().all() and close(got.sum(-1), torch.ones(2))):
         raise Wrong("When one row lies 1000 below another, all its exponentials become zero, and it gets 0/0 or no weight at all. "
                     "Subtract the largest score of each slice along `dim`, not the largest of the whole tensor.")
-    same_values(got, apart.softmax(-1), "queries keys", "the weights of rows that lie 1000 apart")
+    same_values(got, apart.softmax(-1), "queries keys", "the result for rows that lie 1000 apart")
     gradient_reaches(lambda scores: answer(scores, -1), x)
     return "It adds up to one along any axis, stands scores of 1000, and lets the gradient through."
 
@@ -87,6 +95,7 @@ def check_mask(answer) -> str:
         got, right, every = call(answer, n_queries, n_keys), causal_mask(n_queries, n_keys), torch.ones(n_queries, n_keys)
         same_shape(got, right, "queries keys", f"the mask of {n_queries} queries and {n_keys} keys")
         earlier = n_keys - n_queries
+        added = got.is_floating_point() and got.min() < -1e3  # to the scores
         for value, sentence in (
             (every.tril().bool(), f"Your first query stands at the first key. With {n_queries} queries and {n_keys} keys, {earlier} tokens were read before: "
                                   f"the first query is token {earlier}, and the last query stands at the last key."),
@@ -95,10 +104,10 @@ def check_mask(answer) -> str:
             (every.tril(earlier + 1).bool(), f"The mask leaks by one: the query at position {earlier} may look at key {earlier + 1}, the token it has to predict."),
             (every.bool(), "Your mask closes nothing: every query sees the future."),
         ):
-            if not torch.equal(value, right) and (got.bool() if got.dtype != torch.bool and not got.isinf().any() else got).equal(value):
+            if not torch.equal(value, right) and (got.bool() if got.dtype != torch.bool and not added else got).equal(value):
                 raise Wrong(sentence)
-        if got.isinf().any():
-            raise Wrong("This mask is made to be added to the scores: 0 and -inf. The exercise asks for the other form, True where a query may look and False where not.")
+        if added:
+            raise Wrong("This mask is made to be added to the scores: 0 and -inf (or a very low number). The exercise asks for the other form, True where a query may look and False where not.")
         if got.dtype != torch.bool:
             raise Wrong(f"The mask should hold True and False; yours has the type {str(got.dtype).removeprefix('torch.')}. "
                         "Numbers are added to the scores, where 1 and 0 would close nothing.")
@@ -132,6 +141,8 @@ def check_one_head(answer) -> str:
             (scores / root + mask).softmax(-1) @ v,
         "The mask is the wrong way round: it is True where a query may look, and you close those keys.": weigh(scores / root, ~mask) @ v,
         "You don't use the mask.": (scores / root).softmax(-1) @ v,
+        "You have taken the mean of the keys. The weights come from the keys; what they weigh is the values.": weigh(scores / root) @ k,
+        "The softmax is missing: the open scores themselves are the weights here.": (scores / root * mask) @ v,
     }
     same_values(call(answer, q, k, v, mask), right, "queries head_dim", "the output", mistakes)
     lonely = mask.clone()
@@ -143,12 +154,24 @@ def check_one_head(answer) -> str:
     if close(got[2], v.mean(0)):
         raise Wrong("Query 2 may look nowhere, and its output is the mean of all values: it sees every key after all. Give it zeros.")
     same_values(got, right.index_fill(0, torch.tensor([2]), 0.0), "queries head_dim", "the output, when query 2 may look nowhere,")
-    same_values(call(answer, 60 * q, k, v, mask), attention_plain(60 * q[None, None], k[None, None], v[None, None], mask)[0, 0], "queries head_dim",
-                "the output for scores in the hundreds", tolerance=1e-3)
+    for what, queries, its_keys in (("scores in the hundreds", 60 * q, k), ("scores far below zero", -200 * q.abs(), k.abs())):
+        got = call(answer, queries, its_keys, v, mask)
+        if isinstance(got, torch.Tensor) and not got.isfinite().all():
+            raise Wrong(f"For {what} your output is not finite: exp overflows, or all of a row's exponentials become zero. Subtract each row's largest score first, as `softmax` does.")
+        same_values(got, attention_plain(queries[None, None], its_keys[None, None], v[None, None], mask)[0, 0], "queries head_dim", f"the output for {what}",
+                    {"For scores far below zero, closed keys get the weight: what you write into their scores is not low enough. Take -inf.": v.new_zeros(5, 8)}, tolerance=1e-3)
+    narrow = q[:, :3], k[:, :3], v[:, :3]
+    same_values(call(answer, *narrow, mask), attention_plain(*(t[None, None] for t in narrow), mask)[0, 0], "queries head_dim", "the output for a head_dim of 3",
+                {"For a head_dim of 3 your scale is that of 8. Take the width from the input: `q.shape[-1]`.": (q[:, :3] @ k[:, :3].T / root).masked_fill(~mask, -math.inf).softmax(-1) @ v[:, :3]})
     every = torch.ones(1, 1, dtype=torch.bool)
     same_values(call(answer, q[:1], k[:1], v[:1], every), v[:1], "queries head_dim", "the output of a single token, which is its own value,")
-    gradient_reaches(lambda x: answer(x, k, v, lonely), q)
-    return "Scale, mask and softmax stand in the right order, and a query with nowhere to look gets zeros."
+    gradient_reaches(lambda x: answer(x, k, v, mask), q)
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    for name, gradient in zip(("queries", "keys", "values"), torch.autograd.grad(answer(*inputs, lonely).sum(), inputs, allow_unused=True)):
+        if gradient is None or gradient.isnan().any():
+            raise Wrong(f"The output is right, but with a query that may look nowhere the gradient of the {name} is {'missing' if gradient is None else 'NaN'}: "
+                        "zeros over a NaN don't keep it from flowing back. Don't let it arise: write 0 into the scores of such a row, and 0 over its weights after the softmax.")
+    return "Scale, mask and softmax stand in the right order, a query with nowhere to look gets zeros, and no NaN flows back."
 
 # %% ../../nbs/exercises/01_attention.ipynb #x01-020
 @exercise("1.5", "Split the heads")
@@ -165,6 +188,7 @@ def check_split(answer) -> str:
             "not (head_dim, heads).":
                 x.unflatten(-1, (head_dim, n_heads)).permute(0, 3, 1, 2),
         })
+        gradient_reaches(lambda x: answer(x, n_heads), x)
     return "Each head holds its own part of every token, and the axes are batch, heads, seq, head_dim."
 
 # %% ../../nbs/exercises/01_attention.ipynb #x01-023
@@ -179,6 +203,7 @@ def check_cache(answer) -> str:
         "You counted query heads, and only keys or only values. The cache keeps both, for each key/value head.": right * heads / kv_heads / 2,
         "This is one layer. Each layer has a cache of its own, because its keys and values differ.": right / layers,
         "You counted numbers; each takes four bytes.": right / size,
+        "This is in millions of bytes; the bytes are asked for.": right / 1e6,
         "You counted bits. A byte is eight of them.": right * 8,
         "This is one token (or you counted thousands of bytes); the bytes of all 1,000 are asked for.": right / tokens,
     })
@@ -188,12 +213,13 @@ def check_cache(answer) -> str:
 def layer_with(
     mistakes: tuple[bool, bool, bool],  # Scale, mask, merge: whether each is made
     inputs: tuple,  # x, w_q, w_k, w_v, w_o, n_heads
+    divisor: float | None = None,  # Of the scores, if it is another mistake than the chapter's
 ) -> torch.Tensor:
     "Causal multi-head attention with some of the three mistakes of exercise 1.7."
     wrong_scale, wrong_mask, wrong_merge = mistakes
     x, w_q, w_k, w_v, w_o, n_heads = inputs
     q, k, v = ((x @ w).unflatten(-1, (n_heads, -1)).transpose(1, 2) for w in (w_q, w_k, w_v))
-    scores = q @ k.transpose(-2, -1) / math.sqrt(x.shape[-1] if wrong_scale else q.shape[-1])
+    scores = q @ k.transpose(-2, -1) / (divisor or math.sqrt(x.shape[-1] if wrong_scale else q.shape[-1]))
     allowed = causal_mask(x.shape[1])
     weights = scores.softmax(-1) * allowed if wrong_mask else scores.masked_fill(~allowed, -math.inf).softmax(-1)
     heads = weights @ v
@@ -219,8 +245,12 @@ def check_mended(answer) -> str:
             if any(made) and close(got, layer_with(made, inputs)):
                 left = [name for name, is_made in zip(names, made) if is_made]
                 raise Wrong(f"{['', 'One mistake is', 'Two mistakes are', 'All three mistakes are'][len(left)]} left: {'; '.join(left)}.")
+        for divisor, what in ((1.0, "none"), (head_dim, "head_dim itself"), (math.sqrt(n_heads), "the root of the number of heads"), (math.sqrt(seq), "the root of the length")):
+            if close(got, layer_with((False, False, False), inputs, divisor)):
+                raise Wrong(f"One mistake is left: the scale. Yours is {what} now, and the scores are divided by the square root of head_dim.")
         no_leak(lambda x: answer(x, *inputs[1:]), x)
         same_values(got, right, "batch seq d_model", "the output")
+    gradient_reaches(lambda x: answer(x, *inputs[1:]), x)
     return "All three are mended: the scale, the mask before the softmax, and the transpose on the way back."
 
 # %% ../../nbs/exercises/01_attention.ipynb #x01-029
@@ -233,6 +263,7 @@ def check_reach(answer) -> str:
     same_number(answer, layers, {
         f"You divided by the window. It counts the token itself, so a layer reaches only {step} tokens back.": math.ceil(way / window),
         f"With so many layers the last token reaches {step * (layers - 1)} tokens back, and the first stands {way} back: round up.": layers - 1,
+        "A number of layers is whole; the last one reaches a little further than it has to.": way / step,
         f"That would be one token a layer. A window of {window} reaches {step} tokens back.": way,
     })
     return f"Each layer reaches {step} tokens further back, and the first token stands {way} back."

@@ -49,6 +49,7 @@ def check_sequences(answer: object) -> str:
             "Going down from 0, your sentences hold negative numbers: this modulo keeps the sign (as `torch.fmod` does). Use `%`, which gives 9 for -1.": torch.fmod(column + step * positions, 10),
             f"Your sentences count in steps of one whatever `step` is; here it was {step}.": (column + positions) % 10,
             f"Your sentences step the wrong way: with step {step} they go as with step {-step}.": (column - step * positions) % 10,
+            "The modulo takes in the position only: `%` binds more tightly than `+`. Put the sum in brackets.": column + step * positions % 10,
             "The start is multiplied by the step too. Only the position is: x = start + position · step.": (step * (column + positions)) % 10,
             "The first token should be the start itself: positions begin at 0, not at 1.": (column + step * (positions + 1)) % 10,
             "Every row is the sentence of the first start: each row should begin with its own.": ((starts[0] + step * positions) % 10).expand(batch, length),
@@ -86,18 +87,30 @@ def check_accuracy(answer: object) -> str:
     wrong = torch.cat((truth[:, :1], (truth[:, 1:] + 5) % 10), 1)
     for written, right in ((mixed, truth), (mixed[:2, :2], truth[:2, :2]), (truth, truth), (wrong, truth), (wrong[:1, :2], truth[:1, :2])):
         hits = written == right
+        fraction = hits[:, 1:].double().mean().item()
         value = call(answer, written, right)
         if isinstance(value, Tensor) and value.numel() > 1:
             raise Wrong(f"One number is asked for, and this is a tensor of shape {tuple(value.shape)}: the mean is taken over both axes at once.")
-        same_number(value, hits[:, 1:].double().mean().item(), {
+        mistakes = {
             "The digit that was given counts as right, so the accuracy is too good: leave the first column out of both the right ones and the total.": hits.double().mean().item(),
             "The right digits are counted without the first column, but they are divided by all digits, the given ones included.": hits[:, 1:].sum().item() / hits.numel(),
             "This is the fraction of whole sentences without a mistake; the exercise asks for the fraction of digits.": hits.all(1).double().mean().item(),
             "This is the number of right digits; divide by how many there are.": float(hits[:, 1:].sum()),
-            "This is the fraction of wrong digits.": 1 - hits[:, 1:].double().mean().item(),
-            "This is a percentage; a fraction from 0 to 1 is asked for.": 100 * hits[:, 1:].double().mean().item(),
+            "This is the fraction of wrong digits.": 1 - fraction,
+            "This is a percentage; a fraction from 0 to 1 is asked for.": 100 * fraction,
+            "The first row is left out. The given digits are the first column: `[:, 1:]`.": hits[1:].double().mean().item(),
+            "The last column is left out. The given digits are the first one: `[:, 1:]`.": hits[:, :-1].double().mean().item(),
+            "The fraction is right and then rounded; give all its digits.": round(fraction, 2),
             "The digits are shifted against each other: compare each written digit with the true one at its own position.": (written[:, 1:] == right[:, :-1]).double().mean().item(),
-        }, tolerance=1e-5)
+        }
+        try:
+            same_number(value, fraction, mistakes, tolerance=1e-5)
+        except Wrong as reason:
+            if str(reason) in mistakes or written is not mixed or " is too " not in str(reason):
+                raise
+            small = written[:3, :5], right[:3, :5]
+            raise Wrong(f"{reason} Try it on paper: for written = {small[0].tolist()} and truth = {small[1].tolist()} yours gives {call(answer, *small)}, "
+                        f"and {hits[:3, 1:5].sum()} of the 12 digits that the model wrote itself are right.") from reason
     return "Tried with digits some, none and all of which are right; the given first digits never count."
 
 # %% ../../nbs/exercises/00_counting.ipynb #x00-020
@@ -118,7 +131,7 @@ def check_counting_down(answer: object) -> str:
     if isinstance(getattr(answer, "model", None), nn.Module):
         raise Wrong("This is a model and its losses together; hand over the model alone (`.model`).")
     if not isinstance(answer, GPT):
-        kind = "a function" if callable(answer) and not isinstance(answer, nn.Module) else type(answer).__name__
+        kind = "a class" if isinstance(answer, type) else "a function" if callable(answer) and not isinstance(answer, nn.Module) else f"of type {type(answer).__name__}"
         raise Wrong(f"A trained model of class GPT is asked for, and this is {kind}. Hand over the model itself, after its training.")
     if answer.config.vocab_size != 10 or answer.config.context_length < TRAINING_LENGTH:
         raise Wrong(f"The model should know ten digits and have room for {TRAINING_LENGTH}; this one has a vocabulary of {answer.config.vocab_size} and room for {answer.config.context_length}.")
@@ -131,7 +144,7 @@ def check_counting_down(answer: object) -> str:
     answer.train(training)
     right = written[:, 1:] == (written[:, :-1] - 1) % 10
     if right.all():
-        return f"From each of the ten digits it wrote {TRAINING_LENGTH} digits, every one of them one less than the one before, and 9 after 0."
+        return f"Given any of the ten digits, it counts on to {TRAINING_LENGTH} digits, every one of them one less than the one before, and 9 after 0."
     if p.amax(1).mean() < 0.2:
         raise Wrong(f"This model knows nothing yet: it gives its favourite digit a probability of {p.amax(1).mean():.2f} on average, and a guess has 0.10. Are its parameters the ones that the optimizer moves?")
     says = p.argmax(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from transformer_llm.exercises import (
-    Unanswered, Wrong, call, exercise, fresh, gradient_reaches, same_number, same_shape, same_values,
+    Unanswered, Wrong, call, close, describe, exercise, fresh, gradient_reaches, same_number, same_shape, same_values,
 )
 from ..feedforward import default_d_ff, feedforward_parameters, gelu, gelu_tanh
 
@@ -27,19 +27,27 @@ def check_on_paper(answer: object) -> str:
     if isinstance(answer, list | tuple) and any(number is ... or number is None for number in answer):
         raise Unanswered("Put both numbers in place of the dots.")
     try:
-        got = torch.as_tensor(answer, dtype=torch.float32)
+        got = torch.as_tensor(answer, dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):
         raise Wrong("A list of two numbers is asked for, like `[3, 3]`.") from None
-    same_values(got, down @ bent, "d_model", "your result", {
+    right = down @ bent
+    if close(got, right):
+        return f"The hidden numbers are {', '.join(f'{number:g}' for number in bent)}; only the second unit speaks, and adds its column."
+    for sentence, value in {
         "The curve is missing: between the matrices every negative number becomes zero and the others are squared.": down @ asked,
         "Your curve sets negative numbers to zero but does not square the others: ReLU, and ReLU² is asked for.": down @ asked.relu(),
         "Your curve squares the negative numbers too. They have to become zero; only positive ones are squared.": down @ asked**2,
         "The curve stands between the matrices only; you have applied it to the result again.": (down @ bent).relu() ** 2,
         "These are the hidden numbers. They still have to go through the second matrix.": bent,
         "These are the answers to the three questions. The curve and the second matrix are still missing.": asked,
-        "The two numbers are exchanged: the first row of the second matrix gives the first number.": (down @ bent).flip(0),
-    })
-    return f"The hidden numbers are {', '.join(f'{number:g}' for number in bent)}; only the second unit speaks, and adds its column."
+        "The two numbers are exchanged: the first row of the second matrix gives the first number.": right.flip(0),
+    }.items():
+        if close(got, value):
+            raise Wrong(sentence)
+    if got.shape != right.shape:
+        raise Wrong(f"Two numbers are asked for, like `[3, 3]`, and this is {describe(answer)}.")
+    wrong = [place for place, is_wrong in zip(("first", "second"), (got != right).tolist()) if is_wrong]
+    raise Wrong(f"The {' and the '.join(wrong)} of your numbers {'are' if len(wrong) == 2 else 'is'} not right. Write down the three answers, what the curve makes of each, and then the sums.")
 
 # %% ../../nbs/exercises/02_feedforward.ipynb #x02-011
 @exercise("2.2", "The other approximation")
@@ -80,6 +88,7 @@ def check_feedforward(answer: object) -> str:
             "The curve is missing: without it the two matrices are one.": asked @ down.T + down_bias,
             "The curve is ReLU, without the square: ReLU² is asked for.": asked.relu() @ down.T + down_bias,
             "Your curve squares negative numbers too. First the maximum with zero, then the square.": asked**2 @ down.T + down_bias,
+            "The curve is GELU: ReLU² is asked for.": gelu(asked) @ down.T + down_bias,
             "`up_bias` is missing: it is added before the curve.": (x @ up.T).relu() ** 2 @ down.T + down_bias,
             "`up_bias` is added after the curve. It shifts the question, so it has to stand inside.": ((x @ up.T).relu() ** 2 + up_bias) @ down.T + down_bias,
             "`down_bias` is missing.": bent @ down.T,
@@ -91,6 +100,7 @@ def check_feedforward(answer: object) -> str:
             mistakes |= {
                 "Neither matrix is transposed: `weight` has shape (out, in), so a token is multiplied by `weight.T`. (Only because this test has d_ff = d_model does it not raise.)": (x @ up + up_bias).relu() ** 2 @ down + down_bias,
                 "The first matrix is not transposed: `up_weight` has shape (d_ff, d_model), so it is `x @ up_weight.T`.": (x @ up + up_bias).relu() ** 2 @ down.T + down_bias,
+                "These are the hidden numbers: the second matrix and its bias are missing.": bent,
                 "The second matrix is not transposed: `down_weight` has shape (d_model, d_ff), so it is `@ down_weight.T`.": bent @ down + down_bias,
             }
         weights = up, up_bias, down, down_bias
@@ -118,10 +128,16 @@ def check_swiglu(answer: object) -> str:
             "The gate is ReLU: this is ReGLU. SwiGLU's gate is SiLU.": (g.relu() * u) @ down.T,
             "There is no curve at all: the gate has to go through `silu`.": (g * u) @ down.T,
             "Gate and up are added; equation (2.5) multiplies them, number by number.": (F.silu(g) + u) @ down.T,
+            "`silu` is applied to the token, before the gate's matrix; the gate's answer goes through it.": ((F.silu(x) @ gate.T) * u) @ down.T,
+            "The token itself is added to the result. That is what a block does around the network (chapter 04), not the network.": (F.silu(g) * u) @ down.T + x,
             "`up` is not used: the gate alone is only a feed-forward network with SiLU.": F.silu(g) @ down.T,
         }
         if d_ff == d_model:
-            mistakes["The matrices are not transposed: they have shape (out, in), so a token is multiplied by `gate.T`, `up.T` and `down.T`."] = (F.silu(x @ gate) * (x @ up)) @ down
+            mistakes |= {
+                "The matrices are not transposed: they have shape (out, in), so a token is multiplied by `gate.T`, `up.T` and `down.T`.": (F.silu(x @ gate) * (x @ up)) @ down,
+                "The last matrix is not transposed: `down` has shape (d_model, d_ff), so it is `@ down.T`.": (F.silu(g) * u) @ down,
+                "Brackets are missing around `x @ up.T`: `*` and `@` bind equally tightly, from left to right, so the gate was multiplied by x.": (F.silu(g) * x) @ up.T @ down.T,
+            }
         same_values(call(answer, x, gate, up, down), (F.silu(g) * u) @ down.T, "batch seq d_model", mistakes=mistakes)
         gradient_reaches(lambda x: answer(x, gate, up, down), x)
     return "The gate alone goes through SiLU, and is multiplied by up before the last matrix."
@@ -161,16 +177,17 @@ def square_network(
 def check_memory(answer: object) -> str:
     "A function of keys, values and a threshold that returns up_weight, up_bias and down_weight."
     generator = fresh("2.6")
-    for facts, d_model in ((3, 8), (int(torch.randint(2, 6, (), generator=generator)), 12), (1, 4)):
+    for facts, d_model, low in ((3, 8, 0.6), (int(torch.randint(2, 6, (), generator=generator)), 12, 0.2), (1, 4, 0.4)):
         directions = torch.linalg.qr(torch.randn(d_model, d_model, generator=generator))[0]
         keys, others, values = directions[:facts], directions[facts:], torch.randn(facts, d_model, generator=generator)
-        threshold = 0.2 + 0.5 * torch.rand((), generator=generator).item()
+        threshold = low + 0.2 * torch.rand((), generator=generator).item()
         result = call(answer, keys, values, threshold)
         if not isinstance(result, tuple | list) or len(result) != 3:
             raise Wrong("Three tensors are asked for, up_weight, up_bias and down_weight: `return up_weight, up_bias, down_weight`.")
         for part, shape, axes, what in zip(result, ((facts, d_model), (facts,), (d_model, facts)), ("facts d_model", "facts", "d_model facts"),
-                                           ("up_weight", "up_bias", "down_weight")):
+                                           ("`up_weight`", "`up_bias`", "`down_weight`")):
             same_shape(part, shape, axes, what)
+        result = [part.to(keys.dtype) for part in result]
         answers = square_network(keys, *result)
         if (result[1] > 0).all():
             raise Wrong("The bias is positive: then every unit fires for every token. It has to hold a unit back until its key matches, so it is negative.")
@@ -179,6 +196,8 @@ def check_memory(answer: object) -> str:
             "The answers are too weak: after the bias and the curve, a unit that meets its key gives only (1 - threshold)². The value has to be divided by that.": values * left**2,
             "The answers are still too weak by a factor of 1 - threshold: the curve squares what is left after the bias.": values * left,
             "The answers are right for a threshold of one half only: the factor 4 is 1 / (1 - threshold)², so it changes with the threshold.": values * 4 * left**2,
+            "Keys and values have changed places: the keys are the rows of `up_weight`, the values the columns of `down_weight`.":
+                square_network(keys, values, torch.full((facts,), -threshold), keys.T / left**2),
             "The answers are the keys: the columns of `down_weight` should hold the values.": keys,
             "The answers are in the wrong order: the columns of `down_weight` go with the rows of `up_weight`.": values.flip(0),
         })
@@ -199,6 +218,8 @@ def check_collapse(answer: object) -> str:
         result = call(answer, up, up_bias, down, down_bias)
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise Wrong("Two tensors are asked for, weight and bias: `return weight, bias`.")
+        if any(part is None or part is ... for part in result):
+            raise Unanswered("One of the two is still missing: give back the weight and the bias.")
         weights, biases = {}, {
             "The first bias is lost. It goes through the second matrix, like everything that the first map gives.": down_bias,
             "The second bias is lost: it is added after everything else.": down @ up_bias,
@@ -211,6 +232,7 @@ def check_collapse(answer: object) -> str:
             biases |= {
                 "The biases are added as they are. But the first one goes through the second matrix.": up_bias + down_bias,
                 "The first bias is multiplied by the second matrix from the wrong side.": up_bias @ down + down_bias,
+                "Both biases go through the second matrix in yours; only the first one meets it, the second is added after it.": down @ (up_bias + down_bias),
                 "The first bias is multiplied by the first matrix, which it never meets; it goes through the second one.": up @ up_bias + down_bias,
             }
         same_values(result[0], down @ up, "d_out d_model", "the weight", weights)
