@@ -38,8 +38,8 @@ lab: $(VENV)/.development  ## open the book in JupyterLab
 test: $(VENV)/.development  ## check that book and package agree, run every notebook and every test
 	@$(BIN)/python tests/run.py
 
-test-browser: $(VENV)/.development  ## read the site in headless Chromium, where there is one: links, accessibility, phone, dark
-	@$(BIN)/python -m pytest tests/test_site.py -q -rs
+test-browser: $(VENV)/.development  ## read the site and run JupyterLab in headless Chromium, where there is one
+	@$(BIN)/python -m pytest tests/test_site.py tests/test_lab.py -m browser -q -rs --durations=5
 
 site: $(VENV)/.development  ## build the site into _docs (DRAFT=1: even if pages or references are missing)
 	@$(BIN)/python book/build.py $(if $(DRAFT),--draft)

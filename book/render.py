@@ -52,6 +52,9 @@ def parser() -> MarkdownIt:
 MARKDOWN = parser()
 
 
+VERDICT = r"^Exercise \d+\.\d+: (right|not yet|no answer)"
+
+
 def output(item: dict) -> str:
     "One output of a cell: markdown, HTML, or text as it was printed."
     data = item.get("data", {"text/plain": item.get("text", "")})
@@ -60,9 +63,12 @@ def output(item: dict) -> str:
     if "text/html" in data:
         return f'<div class="html-output">{"".join(data["text/html"])}</div>'
     text = "".join(data.get("text/plain", "")).rstrip("\n")
-    verdict = re.match(r"Exercise \d+\.\d+: (right|not yet|no answer)", text)
-    kind = f" verdict {verdict.group(1).split()[0]}" if verdict else ""
-    return f'<pre class="output{kind}" tabindex="0">{html.escape(text, quote=False)}</pre>' if text.strip() and "application/vnd.jupyter.widget-view+json" not in data else ""
+    if not text.strip() or "application/vnd.jupyter.widget-view+json" in data:
+        return ""
+    if re.match(VERDICT, text):  # sentences rather than a table of numbers: they may wrap
+        lines = [f'<span class="line {"".join(re.findall(VERDICT, line)[:1]).split(" ")[0]}">{html.escape(line, quote=False)}</span>' for line in text.split("\n")]
+        return f'<pre class="output verdict" tabindex="0">{"".join(lines)}</pre>'
+    return f'<pre class="output" tabindex="0">{html.escape(text, quote=False)}</pre>'
 
 
 def cell_html(cell: dict) -> str:
