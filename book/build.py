@@ -220,11 +220,13 @@ def number(name: str) -> str:
     return found.group(1) if found else ""
 
 
-def quarto_pages(folder: Path, output: Path) -> dict:
-    "The pages by address, as Quarto makes them: it brings its own navigation, search and dark mode."
+def quarto_pages(folder: Path, output: Path, config: dict) -> dict:
+    "The pages by address, as Quarto makes them: it brings its own navigation, search and dark mode, and takes our style for what stands in the text."
+    import yaml
     from bs4 import BeautifulSoup
-    (folder / "book").mkdir(exist_ok=True)
-    shutil.copy(HERE / "content.css", folder / "book")
+    shutil.copy(HERE / "content.css", folder)
+    config.setdefault("format", {}).setdefault("html", {})["css"] = "content.css"
+    (folder / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     done = subprocess.run(["quarto", "render", ".", "--no-execute"], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise BookError(f"Quarto can't render the pages: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
@@ -258,7 +260,7 @@ def build(root: Path, output: Path) -> list[str]:
     problems = [f"_quarto.yml lists {name}, which is not there" for _, names in order for name in names if name not in paths]
     shutil.rmtree(output, ignore_errors=True)
     quarto = shutil.which("quarto") is not None
-    pages = quarto_pages(folder, output) if quarto else render_pages(folder)
+    pages = quarto_pages(folder, output, config) if quarto else render_pages(folder)
     targets = references.collect(pages, {int(number(n)): a for n, a in paths.items() if number(n) and "/" not in n})
     for address, soup in pages.items():
         problems += references.link(soup, address, targets)
@@ -267,7 +269,7 @@ def build(root: Path, output: Path) -> list[str]:
             (output / address).write_text(str(soup), encoding="utf-8")
     else:
         write_pages(pages, order, paths, output, config["website"]["title"], info)
-        write_assets(output, HERE, root / "build" / "fonts", {text for soup in pages.values() for text in soup.held if text.startswith("<math")})
+        write_assets(output, HERE, HERE.parent / "build" / "fonts", {text for soup in pages.values() for text in soup.held if text.startswith("<math")})
     copy_files(root, folder, output, list(paths))
     return problems + references.dead_links(output)
 

@@ -11,7 +11,7 @@ from bs4 import BeautifulSoup, NavigableString, Tag
 CLOSED = {"a", "code", "pre", "h1", "h2", "h3", "h4", "math", "script", "style", "svg", "summary", "button", "nav", "dt"}
 NUMBER = re.compile(r"\(\d+\.\d+\)|\d+\.\d+")
 NUMBERED = re.compile(r"\b(Figure|Exercise|[Ee]quation)(s?)\s+(?:{0})(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)(?:{0}))*|\(\d+\.\d+\)".format(NUMBER.pattern))
-CHAPTER = re.compile(r"\b(?:[Cc]hapter|[Aa]ppendi)(?:s|x|ces)?\s+\d+\b(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)\d\d\b)*")
+CHAPTER = re.compile(r"\b(?:[Cc]hapter|[Aa]ppendi)(?:s|x|ces)?\s+\d\d\b(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)\d\d\b)*")
 CITATION = re.compile(r"\b((?:[A-Z][\w'’-]+)(?:\s+et\s+al\.|\s+and\s+[A-Z][\w'’-]+)?)\s+\(((?:19|20)\d\d[a-z]?)\b")
 
 
@@ -118,7 +118,7 @@ def number_spans(text: str, page: str, targets: Targets, here: set[str], problem
 
 
 def chapter_spans(text: str, page: str, targets: Targets) -> list[tuple[int, int, dict]]:
-    "`chapter 03`, `chapters 01, 02 and 07`, `appendix 91`: those that exist and are not this page."
+    "`chapter 03`, `chapters 01, 02 and 07`, `appendix 91`, in two digits (chapter 3 is another book's): those that exist and are not this page."
     spans = []
     for found in CHAPTER.finditer(text):
         for i, number in enumerate(re.finditer(r"\d+", found.group())):

@@ -119,7 +119,7 @@ def test_parameters_are_read_with_their_comments(tmp_path):
 def test_references_become_links():
     soups, problems = linked({
         "attention.html": "$$x \\tag{1.1}$$\n\n$$y \\tag{1.2}$$\n\n<figure id=\"figure-1.3\"><figcaption>\n\n**Figure 1.3.** As in Figure 1.3.\n\n</figcaption></figure>\n\n> **Exercise 1.1.** Do.",
-        "exercises/attention.html": "See (1.1), equations (1.1) and\n(1.2), Figure 1.3, Exercise 1.1 and chapter 02. Not `Figure 1.3`, not version (3.11), not chapter 40.",
+        "exercises/attention.html": "See (1.1), equations (1.1) and\n(1.2), Figure 1.3, Exercise 1.1 and chapter 02. Not `Figure 1.3`, not version (3.11), not chapter 40, not chapter 2.",
         "feedforward.html": "In chapter 02, [see chapter 02](x.html)."}, {1: "attention.html", 2: "feedforward.html"})
     assert problems == []
     up = "../attention.html#"
@@ -200,7 +200,7 @@ from pathlib import Path
 sys.path.insert(0, {book!r})
 from build import load, notebooks
 from render import body, release
-assert sys.argv[1:] == ["render", ".", "--no-execute"] and Path("book/content.css").exists()
+assert sys.argv[1:] == ["render", ".", "--no-execute"] and "css: content.css" in Path("_quarto.yml").read_text() and Path("content.css").exists()
 for address, path in notebooks(Path.cwd()).items():
     soup, held = body(load(path)["cells"])
     target = Path("_docs", address)
