@@ -324,6 +324,7 @@ def addresses(folder):
 # axe looks at each text's contrast anew, which takes seconds on a long page. Contrast is decided by a text's colour and size and by what is
 # behind it: one text of each kind is enough. (Tokens of code have a test of their own; here code is one text, and so is a formula.)
 FLATTEN = "for (const inner of document.querySelectorAll('pre.code > code, math')) inner.textContent = inner.textContent"
+COLOURS = ["color-contrast", "link-in-text-block"]
 KINDS = """() => {
   const seen = new Set();
   for (const element of document.querySelectorAll("[data-kind]")) element.removeAttribute("data-kind");
@@ -354,7 +355,7 @@ def violations(page, where=None, **options):
 def contrasts(page):
     "Texts of this page, one of each kind, that are hard to read."
     assert page.evaluate(KINDS) > 3
-    return violations(page, "[data-kind]", runOnly=["color-contrast"])
+    return violations(page, "[data-kind]", runOnly=COLOURS)
 
 
 def read_pages(browser, pages, site, shots):
@@ -380,7 +381,7 @@ def read_pages(browser, pages, site, shots):
             note(f"no alternative text: {missing}")
         page.evaluate(FLATTEN)
         page.evaluate(script)
-        problems.extend(f"{here}: {v}" for v in violations(page, rules={"color-contrast": {"enabled": False}}) + contrasts(page))
+        problems.extend(f"{here}: {v}" for v in violations(page, rules={rule: {"enabled": False} for rule in COLOURS}) + contrasts(page))
         page.emulate_media(color_scheme="dark")
         page.set_viewport_size(PHONE)
         page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
