@@ -234,6 +234,14 @@ def quarto_pages(folder: Path, output: Path, config: dict) -> dict:
     return {path.relative_to(output).as_posix(): BeautifulSoup(path.read_text(encoding="utf-8"), "lxml") for path in sorted(output.rglob("*.html"))}
 
 
+def empty(output: Path) -> None:
+    "Remove the site that was built before, and nothing else."
+    if output.is_dir() and (output.name == "_docs" or (output / "index.html").exists() or not any(output.iterdir())):
+        shutil.rmtree(output)
+    elif output.exists():
+        raise BookError(f"{output} is there and is no site: choose another --output, or remove it.")
+
+
 def copy_files(root: Path, folder: Path, output: Path, names: list[str]) -> None:
     "Pictures, and the notebooks for download."
     for name in ("figures", "images"):
@@ -258,7 +266,7 @@ def build(root: Path, output: Path) -> list[str]:
     paths = {path.relative_to(folder).as_posix(): address for address, path in notebooks(folder).items()}
     order = sidebar(config)
     problems = [f"_quarto.yml lists {name}, which is not there" for _, names in order for name in names if name not in paths]
-    shutil.rmtree(output, ignore_errors=True)
+    empty(output)
     quarto = shutil.which("quarto") is not None
     pages = quarto_pages(folder, output, config) if quarto else render_pages(folder)
     targets = references.collect(pages, {int(number(n)): a for n, a in paths.items() if number(n) and "/" not in n})
@@ -287,7 +295,7 @@ def serve(output: Path, port: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, default=HERE.parent, help="folder of settings.ini (default: this project)")
-    parser.add_argument("--output", type=Path, help="folder to write, emptied first (default: _docs in the root)")
+    parser.add_argument("--output", type=Path, help="folder to write; a site that is there is removed first (default: _docs in the root)")
     parser.add_argument("--draft", action="store_true", help="write the site even if references or pages are missing, and only list them")
     parser.add_argument("--serve", action="store_true", help="show the site at 127.0.0.1 when it is built")
     parser.add_argument("--port", type=int, default=8000, help="port for --serve (default: 8000)")
@@ -307,7 +315,11 @@ def main() -> int:
     if problems and not arguments.draft:
         return 1
     if arguments.serve:
-        serve(output, arguments.port)
+        try:
+            serve(output, arguments.port)
+        except OSError as error:
+            print(f"The book can't be shown at port {arguments.port} ({error.strerror}): choose another with --port.", file=sys.stderr)
+            return 2
     return 0
 
 

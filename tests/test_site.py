@@ -251,6 +251,13 @@ def test_what_is_wrong_with_a_book_is_named(small, name, old, new, code, told):
     assert code == 2 or run_build("--root", small, "--draft").returncode == 0
 
 
+def test_only_a_site_is_overwritten(small):
+    (small / "mine").mkdir()
+    (small / "mine" / "thesis.txt").write_text("...")
+    done = run_build("--root", small, "--output", small / "mine")
+    assert done.returncode == 2 and "is no site" in done.stderr and (small / "mine" / "thesis.txt").exists()
+
+
 # ---------------------------------------------------------------- the site as built
 
 @pytest.fixture(scope="session")
