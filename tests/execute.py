@@ -9,6 +9,7 @@ were cleared or edited, after it was executed fails `tests/check.py`.
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -44,7 +45,8 @@ def execute(path: Path) -> float:
     seconds = time.perf_counter() - start
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        cell.metadata = {"jupyter": {"source_hidden": True}} if "#| code-fold: true" in cell.source else {}  # folded there as on the site
+        folded = re.search(r"^#\| (code-fold: true|hide)$", cell.source, re.M)
+        cell.metadata = {"jupyter": {"source_hidden": True}} if folded else {}  # in JupyterLab as on the site
         if "outputs" in cell:  # a widget without its kernel is dead
             cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "executed": {"seconds": round(seconds)}}
