@@ -6,7 +6,7 @@
 __all__ = ['Mask', 'Rotate', 'softmax', 'is_boolean', 'causal_mask', 'sliding_window_mask', 'padding_mask', 'combine_masks',
            'expand_kv', 'attention_weights', 'attention_plain', 'attention_fused', 'KVCache', 'MultiHeadAttention']
 
-# %% ../nbs/01_attention.ipynb #01-005
+# %% ../nbs/01_attention.ipynb #01-006
 import math
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/01_attention.ipynb #01-021
+# %% ../nbs/01_attention.ipynb #01-022
 def softmax(
     x: Float[Tensor, "..."],  # Scores of any size
     dim: int = -1,  # The axis that is to add up to one
@@ -30,7 +30,7 @@ def softmax(
     weights = x.exp()
     return weights / weights.sum(dim, keepdim=True)
 
-# %% ../nbs/01_attention.ipynb #01-027
+# %% ../nbs/01_attention.ipynb #01-028
 Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]  # True: may attend; or numbers that are added to the scores
 
 
@@ -87,7 +87,7 @@ def combine_masks(
         return allowed
     return mask & allowed if is_boolean(mask) else mask.masked_fill(~allowed, -math.inf)
 
-# %% ../nbs/01_attention.ipynb #01-036
+# %% ../nbs/01_attention.ipynb #01-037
 def expand_kv(
     x: Float[Tensor, "batch kv_heads keys head_dim"],  # Keys or values
     n_heads: int,  # How many query heads share them
@@ -135,7 +135,7 @@ def attention_plain(
     weights = attention_weights(q, k, mask, causal=causal, scale=scale)
     return F.dropout(weights, dropout) @ expand_kv(v, q.shape[1])
 
-# %% ../nbs/01_attention.ipynb #01-045
+# %% ../nbs/01_attention.ipynb #01-046
 def attention_fused(
     q: Float[Tensor, "batch heads queries head_dim"],
     k: Float[Tensor, "batch kv_heads keys head_dim"],
@@ -161,7 +161,7 @@ def attention_fused(
     mask = mask.masked_fill(lonely, True) if is_bool else mask.masked_fill(lonely, 0.0).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, **options).masked_fill(lonely, 0.0)
 
-# %% ../nbs/01_attention.ipynb #01-063
+# %% ../nbs/01_attention.ipynb #01-064
 class KVCache:
     """The keys and values of the tokens read so far, for one layer, in storage that is allocated once.
 
@@ -212,7 +212,7 @@ class KVCache:
         "Let sequence i become what sequence `index[i]` was, as beam search needs; there may be more or fewer of them."
         self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
 
-# %% ../nbs/01_attention.ipynb #01-064
+# %% ../nbs/01_attention.ipynb #01-065
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (q, k) -> (q, k), each batch, heads, seq, head_dim
 
 

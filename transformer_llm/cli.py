@@ -15,7 +15,7 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'FREE_ON_RESUME', 'SAMPLING', 'P
            'machine_rows', 'config_rows', 'preset_rows', 'checkpoint_rows', 'command_demo', 'sentence_for', 'main',
            'run']
 
-# %% ../nbs/92_command_line.ipynb #92-005
+# %% ../nbs/92_command_line.ipynb #92-006
 import argparse
 import os
 import re
@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-# %% ../nbs/92_command_line.ipynb #92-006
+# %% ../nbs/92_command_line.ipynb #92-007
 from .foundations import InputError, atomic_write, check_range, os_error_sentence, read_json, write_json
 
-# %% ../nbs/92_command_line.ipynb #92-011
+# %% ../nbs/92_command_line.ipynb #92-012
 class Parser(argparse.ArgumentParser):
     "An `ArgumentParser` that takes no abbreviated flags and raises `InputError` for a mistake."
 
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument ([^:]+): must be", r"\1 must be", message).removeprefix("argument ").rstrip(".")
         raise InputError(f"{message} (see {self.prog} --help).")
 
-# %% ../nbs/92_command_line.ipynb #92-013
+# %% ../nbs/92_command_line.ipynb #92-014
 LARGEST = 10**9  # no flag takes a larger number
 
 
@@ -70,7 +70,7 @@ def whole(low: float, high: float | None = None) -> Callable[[str], float]:
     "A converter for `argparse` from text to a whole number within `[low, high]`."
     return number(low, high, integer=True)
 
-# %% ../nbs/92_command_line.ipynb #92-016
+# %% ../nbs/92_command_line.ipynb #92-017
 def one_spelling(words: Iterable[str]) -> list[str]:
     "Write each flag's name with underscores: `--model-size=x-y` becomes `--model_size=x-y`."
     result, flags = [], True
@@ -82,7 +82,7 @@ def one_spelling(words: Iterable[str]) -> list[str]:
         result.append(word)
     return result
 
-# %% ../nbs/92_command_line.ipynb #92-019
+# %% ../nbs/92_command_line.ipynb #92-020
 MODEL_SIZES = ("demo", "nano", "tiny", "small", "medium", "gpt2")  # the presets of chapter 04
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -99,7 +99,7 @@ def add_split_flag(parser: argparse.ArgumentParser) -> None:
     "Add the flag that says how much text is kept for validation."
     parser.add_argument("--val_fraction", type=number(0, 0.9), metavar="X", help="share of the text kept for validation (default: 0.1)")
 
-# %% ../nbs/92_command_line.ipynb #92-020
+# %% ../nbs/92_command_line.ipynb #92-021
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     "Add the flags of `train` that shape the model and the length of the run."
     add = parser.add_argument
@@ -129,7 +129,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="compile the model first: slower to start, faster to run")
     add("--tensorboard", action="store_true", help="write TensorBoard logs too (needs tensorboard)")
 
-# %% ../nbs/92_command_line.ipynb #92-021
+# %% ../nbs/92_command_line.ipynb #92-022
 def add_train(commands) -> None:
     "Add `train`. A flag that is not typed is absent from the result, so that `--resume` can tell what was asked."
     parser = commands.add_parser("train", help="train a model, or continue a run", argument_default=argparse.SUPPRESS)
@@ -163,7 +163,7 @@ def add_generate(commands) -> None:
     add("--device", choices=DEVICES, default="auto", help="where to compute (default: auto)")
     parser.set_defaults(command=command_generate)
 
-# %% ../nbs/92_command_line.ipynb #92-022
+# %% ../nbs/92_command_line.ipynb #92-023
 def add_data(commands) -> None:
     "Add `data` with its three parts."
     parts = commands.add_parser("data", help="prepare text for training").add_subparsers(metavar="WHAT", required=True)
@@ -190,7 +190,7 @@ def add_tokenizer(commands) -> None:
     part.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     part.set_defaults(command=command_tokenizer)
 
-# %% ../nbs/92_command_line.ipynb #92-023
+# %% ../nbs/92_command_line.ipynb #92-024
 def make_parser() -> Parser:
     "The parser of the whole command line."
     from transformer_llm import __version__
@@ -214,7 +214,7 @@ def make_parser() -> Parser:
     info.set_defaults(command=command_info)
     return parser
 
-# %% ../nbs/92_command_line.ipynb #92-025
+# %% ../nbs/92_command_line.ipynb #92-026
 def human_bytes(count: float) -> str:
     "Bytes in the largest decimal unit that leaves at least one before the point."
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -251,7 +251,7 @@ def machine_memory() -> int | None:
     except (AttributeError, ValueError, OSError):
         return None
 
-# %% ../nbs/92_command_line.ipynb #92-028
+# %% ../nbs/92_command_line.ipynb #92-029
 def find_text(text_file: str | None) -> Path:
     "The text that was asked for. Shakespeare, the default, is prepared on first use, also where its file is asked for by name."
     from transformer_llm.dataset import load_shakespeare
@@ -312,7 +312,7 @@ def prepare(
     made.save(folder)
     return data, made
 
-# %% ../nbs/92_command_line.ipynb #92-029
+# %% ../nbs/92_command_line.ipynb #92-030
 def command_shakespeare(args: argparse.Namespace) -> None:
     "Prepare the plays."
     from transformer_llm.dataset import load_shakespeare
@@ -357,7 +357,7 @@ def command_tokenizer(args: argparse.Namespace) -> None:
     tokenizer.save(out)
     print(f"{target}: {tokenizer.vocab_size:,} tokens. Next: transformer-llm train --tokenizer {shlex.quote(str(target))}")
 
-# %% ../nbs/92_command_line.ipynb #92-031
+# %% ../nbs/92_command_line.ipynb #92-032
 def holds_run(out: Path) -> bool:
     "Whether a run has left a checkpoint in this folder."
     return any(out.glob("step-*/checkpoint.json"))
@@ -409,7 +409,7 @@ def run_folder(given: dict) -> Path:
     text = Path(given["text_file"]).resolve().stem if given.get("text_file") else "shakespeare"
     return Path("runs") / f"{text}-{given.get('model_size', 'tiny')}"
 
-# %% ../nbs/92_command_line.ipynb #92-033
+# %% ../nbs/92_command_line.ipynb #92-034
 def count_steps(epochs: float, tokens: int, tokens_per_step: int) -> int:
     "How many steps read `tokens` tokens `epochs` times, equation (92.1)."
     return max(1, -int(-epochs * tokens // tokens_per_step))
@@ -446,7 +446,7 @@ def make_config(given: dict, vocab_size: int):
     changes = {name: given[name] for name in ("context_length", "dropout") if name in given}
     return GPTConfig.preset(given.get("model_size", "tiny"), vocab_size=vocab_size, **changes)
 
-# %% ../nbs/92_command_line.ipynb #92-036
+# %% ../nbs/92_command_line.ipynb #92-037
 FREE_ON_RESUME = {"command", "out", "resume", "device", "compile", "tensorboard", "epochs", "max_steps"}
 
 
@@ -500,7 +500,7 @@ def changed_settings(given: dict, checkpoint: Path) -> dict:
         changes["max_steps"] = count_steps(given["epochs"], tokens, per_step)
     return changes
 
-# %% ../nbs/92_command_line.ipynb #92-038
+# %% ../nbs/92_command_line.ipynb #92-039
 def check_memory(config, settings) -> int:
     "The estimated bytes of a training step; raises `InputError` if they are over twice the machine's memory."
     from transformer_llm.transformer import training_memory_bytes
@@ -532,7 +532,7 @@ def print_plan(trainer, out: Path) -> None:
     print_rows(rows)
     sys.stdout.flush()
 
-# %% ../nbs/92_command_line.ipynb #92-040
+# %% ../nbs/92_command_line.ipynb #92-041
 class TimeEstimate:
     "Called with the step's number after each step; says once, after the first ones, how long the run will take."
 
@@ -594,7 +594,7 @@ def print_above_bar(line: str) -> None:
 
     tqdm.write(line, file=sys.stdout)
 
-# %% ../nbs/92_command_line.ipynb #92-044
+# %% ../nbs/92_command_line.ipynb #92-045
 def command_train(args: argparse.Namespace) -> int:
     "Train, or continue a run."
     given = vars(args)
@@ -647,7 +647,7 @@ def save_curve(history: list[dict], path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
-# %% ../nbs/92_command_line.ipynb #92-046
+# %% ../nbs/92_command_line.ipynb #92-047
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -702,7 +702,7 @@ def beam_text(model, tokenizer, prompt: str, max_new_tokens: int, beams: int) ->
     found = beam_search(model, ids, max_new_tokens, n_beams=beams, stop_tokens=stops)
     return prompt + tokenizer.decode(before_stop(found[0, ids.shape[1]:].tolist(), stops))
 
-# %% ../nbs/92_command_line.ipynb #92-048
+# %% ../nbs/92_command_line.ipynb #92-049
 def command_play(args: argparse.Namespace) -> int:
     "Train the small character model on the plays, measure it on the held-out ones and let it write."
     from dataclasses import asdict
@@ -723,7 +723,7 @@ def command_play(args: argparse.Namespace) -> int:
     sample = ["generate", "--checkpoint", args.out, "--prompt", "ROMEO:", "--temperature", "0.8", "--max_new_tokens", "400", "--stream"]
     return main([*sample, "--device", trainer.config.device])
 
-# %% ../nbs/92_command_line.ipynb #92-050
+# %% ../nbs/92_command_line.ipynb #92-051
 def command_info(args: argparse.Namespace) -> None:
     "Describe a preset, a checkpoint or the machine."
     if args.what is None:
@@ -791,7 +791,7 @@ def command_demo(args: argparse.Namespace) -> None:
 
     run_demo(out=args.out, seed=args.seed, progress=True)
 
-# %% ../nbs/92_command_line.ipynb #92-052
+# %% ../nbs/92_command_line.ipynb #92-053
 def sentence_for(error: Exception) -> str | None:
     "One sentence for an error that a person can mend, None for a bug."
     if isinstance(error, InputError):

@@ -6,7 +6,7 @@
 __all__ = ['TRAINING_STARTS', 'HELD_OUT_STARTS', 'TRAINING_LENGTH', 'HELD_OUT_LENGTHS', 'counting_sequences', 'count_from',
            'Counter', 'train_counter', 'counting_accuracy', 'attention_of', 'run_demo', 'save_demo_pictures']
 
-# %% ../nbs/00_counting.ipynb #00-005
+# %% ../nbs/00_counting.ipynb #00-006
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from .plots import new_axes, plot_curves, show_attention, use_style
 from .training import AdamW
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/00_counting.ipynb #00-012
+# %% ../nbs/00_counting.ipynb #00-013
 def counting_sequences(
     starts: Int[Tensor, "batch"],  # First digit of each sequence
     length: int,  # Digits in each
@@ -31,13 +31,13 @@ def counting_sequences(
     "Sequences that count up from `starts`, digit by digit, 9 being followed by 0 (equation 0.1)."
     return (starts[:, None] + torch.arange(length)) % 10
 
-# %% ../nbs/00_counting.ipynb #00-018
+# %% ../nbs/00_counting.ipynb #00-019
 TRAINING_STARTS = (0, 1, 2, 3, 4, 5, 6)  # Every training sequence begins with one of these
 HELD_OUT_STARTS = (7, 8, 9)  # No training sequence does
 TRAINING_LENGTH = 24  # Digits of the longest training sequence
 HELD_OUT_LENGTHS = tuple(range(25, 33))  # Lengths that only the test has; 32 is the model's window
 
-# %% ../nbs/00_counting.ipynb #00-032
+# %% ../nbs/00_counting.ipynb #00-033
 def count_from(
     model: GPT,  # A model over the ten digits
     start: int,  # First digit
@@ -47,7 +47,7 @@ def count_from(
     digits = generate(model, torch.tensor([[start]]), length - 1, temperature=0.0)[0]
     return " → ".join(str(digit) for digit in digits.tolist())
 
-# %% ../nbs/00_counting.ipynb #00-035
+# %% ../nbs/00_counting.ipynb #00-036
 @dataclass
 class Counter:
     "A model that was trained to count, and how its training went."
@@ -94,7 +94,7 @@ def train_counter(
         watch(steps, model)
     return Counter(model.eval(), losses, time.perf_counter() - began)
 
-# %% ../nbs/00_counting.ipynb #00-047
+# %% ../nbs/00_counting.ipynb #00-048
 def counting_accuracy(
     model: GPT,  # Any model over the ten digits
     starts: tuple[int, ...] = HELD_OUT_STARTS,  # First digits
@@ -109,7 +109,7 @@ def counting_accuracy(
         total += truth[:, 1:].numel()
     return right / total
 
-# %% ../nbs/00_counting.ipynb #00-054
+# %% ../nbs/00_counting.ipynb #00-055
 def attention_of(
     model: GPT,  # Any model
     ids: Int[Tensor, "1 seq"],  # One sequence
@@ -120,7 +120,7 @@ def attention_of(
     with torch.no_grad():
         return model.attention_maps(ids)[layer][0, head]
 
-# %% ../nbs/00_counting.ipynb #00-078
+# %% ../nbs/00_counting.ipynb #00-079
 def run_demo(
     out: str | Path = "demo",  # Folder for the pictures
     seed: int = 0,  # Of weights and data

@@ -7,7 +7,7 @@ __all__ = ['InputError', 'check_range', 'check_choice', 'os_error_sentence', 'sy
            'read_json', 'sha256_of', 'cache_dir', 'set_seed', 'pick_device', 'largest_difference', 'shape_checker',
            'check_shapes']
 
-# %% ../nbs/90_foundations.ipynb #90-003
+# %% ../nbs/90_foundations.ipynb #90-004
 import errno
 import hashlib
 import json
@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/90_foundations.ipynb #90-005
+# %% ../nbs/90_foundations.ipynb #90-006
 class InputError(ValueError):
     "Something that was given to the package can't be used; the message says what, and what to do instead."
 
-# %% ../nbs/90_foundations.ipynb #90-006
+# %% ../nbs/90_foundations.ipynb #90-007
 def check_range(
     name: str,  # What the person calls it: `top_p`, `--max_steps`
     value: float,  # What was given
@@ -47,7 +47,7 @@ def check_range(
         limits = f" of at most {high}" if high is not None else ""
     raise InputError(f"{name} must be {kind}{limits}, not {value!r}.")
 
-# %% ../nbs/90_foundations.ipynb #90-007
+# %% ../nbs/90_foundations.ipynb #90-008
 def check_choice(
     name: str,  # What the person calls it
     value: str,  # What was given
@@ -59,7 +59,7 @@ def check_choice(
         raise InputError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
     return value
 
-# %% ../nbs/90_foundations.ipynb #90-011
+# %% ../nbs/90_foundations.ipynb #90-012
 def os_error_sentence(action: str, path: str | Path, error: OSError) -> str:
     "Say in one sentence what the system refused, and the way out."
     no_permission = "you have no permission; choose another folder or change its permissions"
@@ -75,7 +75,7 @@ def os_error_sentence(action: str, path: str | Path, error: OSError) -> str:
     }
     return f"Can't {action} {path}: {hints.get(error.errno, error.strerror or str(error))}."
 
-# %% ../nbs/90_foundations.ipynb #90-012
+# %% ../nbs/90_foundations.ipynb #90-013
 def sync_folder(path: Path) -> None:
     "Put a folder's entries on the disk, so that a rename inside it survives a power cut (a no-op on Windows)."
     if os.name == "nt":
@@ -86,7 +86,7 @@ def sync_folder(path: Path) -> None:
     finally:
         os.close(descriptor)
 
-# %% ../nbs/90_foundations.ipynb #90-013
+# %% ../nbs/90_foundations.ipynb #90-014
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator:
     "Give a binary file to write to, which takes the name `path` only when all of it is on the disk."
@@ -109,7 +109,7 @@ def atomic_write(path: str | Path) -> Iterator:
         if temporary is not None and os.path.exists(temporary):
             os.remove(temporary)
 
-# %% ../nbs/90_foundations.ipynb #90-014
+# %% ../nbs/90_foundations.ipynb #90-015
 def write_json(path: str | Path, value: object) -> None:
     "Write `value` as indented JSON, atomically."
     with atomic_write(path) as file:
@@ -126,7 +126,7 @@ def read_json(path: str | Path) -> object:
     except ValueError as error:
         raise InputError(f"{path} is not a readable JSON file; it is damaged or was not written by this package.") from error
 
-# %% ../nbs/90_foundations.ipynb #90-015
+# %% ../nbs/90_foundations.ipynb #90-016
 def sha256_of(path: str | Path) -> str:
     "The SHA-256 of a file's bytes, as 64 hexadecimal digits; how the book tells whether a file is the one it was."
     try:
@@ -135,7 +135,7 @@ def sha256_of(path: str | Path) -> str:
     except OSError as error:
         raise InputError(os_error_sentence("read", path, error)) from error
 
-# %% ../nbs/90_foundations.ipynb #90-022
+# %% ../nbs/90_foundations.ipynb #90-023
 def cache_dir() -> Path:
     "The folder for downloads: `$TRANSFORMER_LLM_CACHE`, or `transformer_llm` in the user's cache folder."
     if os.environ.get("TRANSFORMER_LLM_CACHE"):
@@ -143,7 +143,7 @@ def cache_dir() -> Path:
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "transformer_llm"
 
-# %% ../nbs/90_foundations.ipynb #90-024
+# %% ../nbs/90_foundations.ipynb #90-025
 def set_seed(seed: int = 0):
     "Seed Python's, NumPy's and PyTorch's global generators; return a new `torch.Generator` with the same seed, from 0 to 2⁶³ − 1."
     import numpy
@@ -168,7 +168,7 @@ def pick_device(name: str = "auto"):
         raise InputError(f"device {name!r} is not available on this machine; use --device cpu or auto.")
     return torch.device(name)
 
-# %% ../nbs/90_foundations.ipynb #90-028
+# %% ../nbs/90_foundations.ipynb #90-029
 def largest_difference(a, b) -> float:
     """The largest absolute difference between two tensors, or between two equally long sequences of tensors.
 
@@ -188,7 +188,7 @@ def largest_difference(a, b) -> float:
     largest = [(x - y).abs().masked_fill(x == y, 0.0).max() for x, y in pairs]
     return torch.stack(largest).max().item() if largest else 0.0  # torch's max keeps a NaN, Python's can lose it
 
-# %% ../nbs/90_foundations.ipynb #90-031
+# %% ../nbs/90_foundations.ipynb #90-032
 def shape_checker(function):
     "Decorate `function` with beartype's run-time type check, where a whole number may stand for a `float`."
     from beartype import BeartypeConf, beartype
