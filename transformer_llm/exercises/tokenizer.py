@@ -235,10 +235,11 @@ def check_token_count(answer) -> str:
 def encoded(
     ids: Sequence[int],
     merges: Sequence[tuple[int, int]],
+    first: int = 256,  # The id that the first merge makes
 ) -> list[int]:
     "Encode by applying all merges in their order; merge number r makes the id 256 + r."
     for rank, pair in enumerate(merges):
-        ids = merged(ids, pair, 256 + rank)
+        ids = merged(ids, pair, first + rank)
     return list(ids)
 
 
@@ -291,6 +292,9 @@ def check_encode(answer) -> str:
             "You merge the leftmost pair that has a merge. The order of the merges decides, not the place: look for the pair that was learned first, in the whole word.": leftmost(ids, merges),
             "You begin with the merge that was learned last. The first one learned comes first.": leftmost(ids, merges, backwards=True),
             "You go through the merges backwards. The first one learned comes first.": reversed_pass(ids, merges),
+            "You turn the list of merges round. The first one learned comes first, and the ids count along: merges[k] makes 256 + k.": encoded(ids, merges[::-1]),
+            "Your first merge makes the id 257. The bytes take 0 to 255, so merges[0] makes 256.": encoded(ids, merges, first=257),
+            "Your merges make the ids 0, 1, 2, ..., which are those of bytes. The bytes take 0 to 255, so merges[k] makes 256 + k.": encoded(ids, merges, first=0),
             "Each merge is applied at one place only; it applies wherever its pair stands.": once,
             "Only the first merge is applied; the others follow, in their order.": first,
         }, f"{ids} with the merges {merges}"))
@@ -362,7 +366,7 @@ def check_stream(answer) -> str:
         if len(got) == len(pieces):
             raise Wrong(f"You give {len(got)} texts for {len(pieces)} pieces; one more is asked for: what is left when the stream ends, even if it is empty.")
         if len(got) != len(pieces) + 1:
-            raise Wrong(f"You give {len(got)} texts for {len(pieces)} pieces; {len(pieces) + 1} are asked for, one a piece and one for the end.")
+            raise Wrong(f"You give a list of {len(got)} for {len(pieces)} pieces; {len(pieces) + 1} texts are asked for, one a piece and one for the end.")
         judge_stream(list(got), pieces, streamed(pieces), kind)
     return "Text comes as soon as its bytes are complete, nothing is lost or invented, and bytes that never become a character come out as �."
 
