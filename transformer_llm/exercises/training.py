@@ -10,6 +10,7 @@ __all__ = ['ADAMW_MISTAKES', 'SCHEDULE_MISTAKES', 'CLIP_MISTAKES', 'ACCUMULATION
 
 # %% ../../nbs/exercises/07_training.ipynb #x07-003
 import math
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,8 @@ def check_first_loss(answer: object) -> str:
 def check_first_step(answer: object) -> str:
     "The learning rate, whatever the gradient."
     lr, g, beta1, beta2 = 0.01, 0.0003, 0.9, 0.95
-    answer = abs(answer) if isinstance(answer, int | float) and not isinstance(answer, bool) else answer
+    answer = answer.item() if isinstance(answer, Tensor) and answer.numel() == 1 else answer
+    answer = abs(float(answer)) if isinstance(answer, Real) and not isinstance(answer, bool) else answer
     same_number(answer, lr, {
         "That is gradient descent's step, the rate times the gradient. Adam divides by the root of the mean square, and so the gradient's size drops out.": lr * g,
         "That is the step without bias correction: both memories start at zero, and at step 1 they hold only a small part of the gradient. Divide them by 1 − β, as in (7.5).": lr * (1 - beta1) / math.sqrt(1 - beta2),
@@ -152,7 +154,7 @@ def check_adamw_step(answer: object) -> str:
             same_values(got[1], new_m, "weights", f"m after step {t}", {
                 "The decay is coupled: λw was added to the gradient (L2), so it passes through the memories and is divided by √v̂ with them. In AdamW it acts on the weight alone.": give("coupled")[1],
                 "You give back the corrected m. The next step would correct it once more: keep m itself, and correct a copy.": new_m / (1 - 0.8**t),
-                "The factor 1 − β₁ on the gradient is missing: m would grow to ten times a gradient's size.": 0.8 * m + g}, tolerance=1e-5)
+                "The factor 1 − β₁ on the gradient is missing: m would grow to 1/(1 − β₁) times a gradient's size.": 0.8 * m + g}, tolerance=1e-5)
             same_values(got[2], new_v, "weights", f"v after step {t}", {
                 "v is a mean of squares: the gradient must be squared.": 0.9 * v + 0.1 * g,
                 "You give back the corrected v. The next step would correct it once more: keep v itself, and correct a copy.": new_v / (1 - 0.9**t),
@@ -199,7 +201,7 @@ def check_schedule(answer: object) -> str:
     for warmup, total, minimum in [*cases, (0, 12, 0.2), (5, 25, 0.0), (1, 10, 0.1)]:
         got = [call(answer, step, warmup, total, minimum) for step in range(total + 1)]
         for step, share in enumerate(got):
-            if isinstance(share, bool) or not isinstance(share, int | float) and not (isinstance(share, Tensor) and share.numel() == 1):
+            if isinstance(share, bool) or not isinstance(share, Real) and not (isinstance(share, Tensor) and share.numel() == 1):
                 raise Wrong(f"A number is asked for, and at step {step} your function gives {describe(share)}.")
         same_values(torch.tensor([float(share) for share in got]), cosine_curve(warmup, total, minimum), "step", f"the curve (warmup {warmup}, total {total}, minimum {minimum:g})",
                     {sentence: cosine_curve(warmup, total, minimum, change) for change, sentence in SCHEDULE_MISTAKES.items()}, tolerance=1e-5)
@@ -262,6 +264,7 @@ def part_gradients(model: nn.Module, parts: list[tuple[Int[Tensor, "_ _"], Int[T
     "The gradients of the mean loss over all targets of all parts, or what a mistake makes of them."
     counts = [int((targets != -100).sum()) for _, targets in parts]
     divisor = {"of parts": [count * len(parts) for count in counts], "means": counts, "sums": [1] * len(parts),
+               "by rows": [count * sum(map(len, (inputs for inputs, _ in parts))) / len(inputs) for count, (inputs, _) in zip(counts, parts)],
                "padding too": [sum(targets.numel() for _, targets in parts)] * len(parts)}.get(change, [sum(counts)] * len(parts))
     model.zero_grad()
     for (inputs, targets), number in zip(parts, divisor):
@@ -277,6 +280,7 @@ ACCUMULATION_MISTAKES = {
     "of parts": "That is the mean of the parts' means. The parts hold different numbers of targets, so those in a small part count for more. Divide every part's sum by the targets of all parts.",
     "means": "The parts' means were added and nothing was divided: with more parts the gradient, and so the step, would grow.",
     "sums": "The sums were added and nothing was divided: the gradient would grow with the size of the batch. Divide by the number of targets of all parts.",
+    "by rows": "The parts' means were weighted by their sequences. Sequences hold different numbers of targets, because of those marked −100: weight by the targets that count.",
     "padding too": "The number of targets includes those marked −100. They have no loss, so they must not count in the divisor either.",
     "cleared": "Only the last part is left: the gradients are cleared inside the loop. Clear them once, before it; `backward()` adds."}
 
@@ -339,7 +343,7 @@ LOOP_MISTAKES = {
     "not cleared": "The gradients are never cleared: `backward()` adds, so each step still contains the gradients of all batches before it. Call `optimizer.zero_grad()` before each `backward()`.",
     "no eval": "The held-out loss was measured in training mode, where dropout is at work. Call `model.eval()` before you measure.",
     "never trains": "The model came in evaluation mode and was trained in it, without dropout. Call `model.train()` before the loop.",
-    "cleared late": "The weights have not moved: the gradients are cleared between `backward()` and `step()`.",
+    "cleared late": "That is the loss of weights that have not moved: either the gradients are cleared between `backward()` and `step()`, or you measure before the loop.",
     "wrong text": "That is the loss on the last training batch. Measure on the held-out one."}
 
 
@@ -356,7 +360,7 @@ def check_loop(answer: object) -> str:
         got = call(answer, model, batches, held_out, 2.0)
         got = got.detach().float() if isinstance(got, Tensor) else got
         if not isinstance(got, Tensor):
-            if isinstance(got, bool) or not isinstance(got, int | float):
+            if isinstance(got, bool) or not isinstance(got, Real):
                 raise Wrong(f"A number is asked for, the held-out loss, and this is {describe(got)}.")
             got = torch.tensor(float(got))
         both = {f"There are two mistakes left. {LOOP_MISTAKES['not cleared']} And the loss was measured in training mode.": both_mistakes(make(), batches, held_out, 2.0)}
