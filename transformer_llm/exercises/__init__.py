@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'EXERCISES', 'ATTEMPTS', 'Wrong', 'Unanswered', 'Exercise', 'Verdict', 'exercise', 'exercises_of',
            'find_exercise', 'judge', 'check', 'accepts', 'refuses', 'brief', 'describe', 'cloned', 'unchanged', 'call',
-           'named_shape', 'same_shape', 'swapped', 'close', 'kind_of', 'same_values', 'place', 'same_number',
-           'same_choice', 'no_leak', 'gradient_reaches', 'fresh']
+           'named_shape', 'verb', 'same_shape', 'swapped', 'close', 'kind_of', 'same_values', 'place', 'as_python',
+           'same_number', 'same_choice', 'no_leak', 'gradient_reaches', 'fresh']
 
 # %% ../../nbs/95_exercises.ipynb #95-005
 import copy
 import importlib
+import math
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ class Exercise:
 
     number: str  # "1.3"
     title: str
-    judge: Callable[[object], str]  # Gets the answer, returns praise, raises `Wrong`
+    judge: Callable[[object], str]  # Gets the answer, returns what was tried, raises `Wrong`
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ def exercises_of(
 
 
 def find_exercise(
-    number: str,  # "1.3"
+    number: str | float,  # "1.3"; without the quotes it is refused with a hint
 ) -> Exercise:
     "The exercise of this number; `InputError` if there is none."
+    if not isinstance(number, str):
+        raise InputError(f'Write the number of an exercise in quotes: check("{number}", ...).')
     if number not in EXERCISES:
-        chapter = str(number).split(".")[0]
+        chapter = number.split(".")[0]
         if not chapter.isdigit():
             raise InputError(f'An exercise is called like "1.3", chapter and number, not {number!r}.')
         there = [one.number for one in exercises_of(int(chapter))]
@@ -93,7 +97,7 @@ def find_exercise(
 
 # %% ../../nbs/95_exercises.ipynb #95-009
 def judge(
-    number: str,  # "1.3"
+    number: str | float,  # "1.3"; without the quotes it is refused with a hint
     answer: object,  # The reader's function, number or choice
 ) -> Verdict:
     "Judge an answer and say why; use this to mark a class's notebooks."
@@ -107,11 +111,11 @@ def judge(
     except Wrong as reason:
         return Verdict(number, "wrong", str(reason))
     except Exception as error:
-        return Verdict(number, "wrong", f"The check can't use this answer: {brief(error)}")
+        return Verdict(number, "wrong", f"The check itself failed on this answer, so it can't say what is wrong with it: {brief(error)}")
 
 
 def check(
-    number: str,  # "1.3"
+    number: str | float,  # "1.3"; without the quotes it is refused with a hint
     answer: object,  # Your function, number or choice; `...` while you have none
 ) -> None:
     "Print whether an answer is right and, if it isn't, what is wrong with it and why."
@@ -221,6 +225,16 @@ def named_shape(
     return "(" + ", ".join(f"{name} {size}" for name, size in zip(axes, shape)) + ")" if axes else "() (a single number)"
 
 
+def verb(
+    what: str,  # "the result", "the logits of a batch"
+    one: str,  # "has"
+    many: str,  # "have"
+) -> str:
+    "The form of a verb that goes with a thing or with several."
+    noun = re.split(r" (?:of|for|at|in|on|to|after|when) |,", what)[0]
+    return many if noun.endswith("s") and not noun.endswith(("ss", "us", "is", "bias")) else one
+
+
 def same_shape(
     got: object,  # The reader's result
     wanted: Tensor | Sequence[int],  # The shape it should have, or a tensor of that shape
@@ -229,7 +243,7 @@ def same_shape(
 ) -> None:
     "Raise `Wrong`, with the names of the axes, unless `got` is a tensor of the wanted shape."
     names, shape = axes.split(), tuple(wanted.shape if isinstance(wanted, Tensor) else wanted)
-    what = what[0].upper() + what[1:]
+    has, what = verb(what, "has", "have"), what[0].upper() + what[1:]
     aim = f"{named_shape(names, shape)} is asked for"
     if not isinstance(got, Tensor):
         raise Wrong(f"{what} should be a tensor; {aim}, and this is {describe(got)}, of type {type(got).__name__}.")
@@ -238,14 +252,14 @@ def same_shape(
         return
     pair = next(((i, j) for i in range(len(shape)) for j in range(i) if mine == swapped(shape, i, j)), None)
     if pair:
-        raise Wrong(f"{what} has the axes {names[pair[1]]} and {names[pair[0]]} swapped: its shape is {mine}, and {aim}.")
+        raise Wrong(f"{what} {has} the axes {names[pair[1]]} and {names[pair[0]]} swapped: its shape is {mine}, and {aim}.")
     lost = [name for i, name in enumerate(names) if mine == shape[:i] + shape[i + 1:]]
     if len(lost) == 1:
-        raise Wrong(f"{what} has lost the axis {lost[0]}: its shape is {mine}, and {aim}.")
+        raise Wrong(f"{what} {has} lost the axis {lost[0]}: its shape is {mine}, and {aim}.")
     kept = [name for i, name in enumerate(names) if mine == (*shape[:i], 1, *shape[i + 1:])]
     if kept:
-        raise Wrong(f"{what} has only one entry along {kept[0]}: its shape is {mine}, and {aim}.")
-    raise Wrong(f"{what} has shape {mine}, and {aim}.")
+        raise Wrong(f"{what} {has} only one entry along {kept[0]}: its shape is {mine}, and {aim}.")
+    raise Wrong(f"{what} {has} shape {mine}, and {aim}.")
 
 
 def swapped(
@@ -302,15 +316,16 @@ def same_values(
         raise Wrong(f"{start} should hold {kind_of(right)}; yours holds {kind_of(got)} ({str(got.dtype).removeprefix('torch.')}).")
     mine, aim = got.detach().double().cpu(), right.detach().double().cpu()
     if mine.isnan().any() and not aim.isnan().any():
-        raise Wrong(f"{start} holds NaN at {place(mine.isnan(), axes)}: something like 0/0 or inf - inf happened on the way there.")
+        raise Wrong(f"{start} {verb(what, 'holds', 'hold')} NaN at {place(mine.isnan(), axes)}: something like 0/0 or inf - inf happened on the way there.")
     apart = ((mine - aim).abs() / aim.abs().clamp_min(1.0)).nan_to_num(0.0, posinf=torch.inf)
     apart[(mine != aim) & ~(mine - aim).isfinite()] = torch.inf
     index = tuple(int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
-    share = (apart > tolerance).double().mean().item()
+    part = (apart > tolerance).double().mean().item()
+    share = f"{part:.0%}" if part >= 0.005 else "less than 1%"
     values = f"yours is {mine[index].item():.5g} and {aim[index].item():.5g} is right."
     if not axes.split():
-        raise Wrong(f"{start} is not right: {values}")
-    raise Wrong(f"{start} has the right shape but not the right values: {share:.0%} of them differ, most at {place(apart == apart.max(), axes)}, where {values}")
+        raise Wrong(f"{start} {verb(what, 'is', 'are')} not right: {values}")
+    raise Wrong(f"{start} {verb(what, 'has', 'have')} the right shape but not the right values: {share} of them differ, most at {place(apart == apart.max(), axes)}, where {values}")
 
 
 def place(
@@ -322,6 +337,13 @@ def place(
     return ", ".join(f"{name} {i}" for name, i in zip(axes.split(), index)) or "its only entry"
 
 # %% ../../nbs/95_exercises.ipynb #95-017
+def as_python(
+    value: object,
+) -> object:
+    "A tensor or an array of one entry as a number of Python; anything else as it is."
+    return value.item() if isinstance(shape := getattr(value, "shape", None), tuple) and math.prod(shape) == 1 else value
+
+
 def same_number(
     answer: object,  # The reader's number
     right: float,  # What it should be
@@ -329,8 +351,7 @@ def same_number(
     tolerance: float = 0.0,  # Allowed difference, relative to the right number
 ) -> None:
     "Raise `Wrong` unless the answer is the right number: with the sentence of a known mistake or, failing that, whether it is too large or too small."
-    if isinstance(answer, Tensor) and answer.numel() == 1:
-        answer = answer.item()
+    answer = as_python(answer)
     if isinstance(answer, bool) or not isinstance(answer, int | float):
         raise Wrong(f"A number is asked for, and this is {describe(answer)}.")
     allowed = lambda aim: abs(answer - aim) <= tolerance * abs(aim) + 1e-9
@@ -351,6 +372,9 @@ def same_choice(
 ) -> None:
     "Raise `Wrong`, with the reason, unless the answer is the right one of several choices (capitals and blanks don't matter)."
     plain = lambda choice: choice.strip().lower() if isinstance(choice, str) else choice
+    answer = as_python(answer)
+    if isinstance(answer, Tensor) or hasattr(answer, "__array__"):
+        raise Wrong(f"A single choice is asked for, and this is {describe(answer)}.")
     if plain(answer) == plain(right) and isinstance(answer, bool) == isinstance(right, bool):
         return
     for option, why in options.items():
@@ -369,6 +393,8 @@ def no_leak(
     "Raise `Wrong`, with the positions, if an earlier output changes when a later input does."
     at = axes.split().index(axis)
     before = call(function, x)
+    if not isinstance(before, Tensor) or before.ndim <= at or before.shape[at] != x.shape[at]:
+        raise Wrong(f"A tensor with {x.shape[at]} entries along {axis} is asked for, one for each of the input's, and this is {describe(before)}.")
     for later in range(1, x.shape[at]):
         changed = x.clone()
         changed.select(at, later).add_(1.0)
@@ -384,7 +410,8 @@ def gradient_reaches(
 ) -> None:
     "Raise `Wrong` if no gradient flows from the result back to `x`."
     x = x.detach().clone().requires_grad_()
-    call(function, x)  # what it raises is reported there
+    if not isinstance(result := call(function, x), Tensor):  # what it raises is reported there
+        raise Wrong(f"A tensor is asked for, or no gradient can flow back, and this is {describe(result)}.")
     result = function(x)
     if not result.requires_grad:
         raise Wrong("No gradient can flow back through your function: somewhere it leaves torch (`.item()`, `.tolist()`, `.detach()`, numpy), so a model could not be trained through it.")
