@@ -10,7 +10,7 @@ __all__ = ['BYTES', 'BYTE_IDS', 'SHOWN', 'BYTE_CHARACTERS', 'CHARACTER_BYTES', '
            'tokenizer_json', 'load_tokenizer', 'tokenizer_from_json', 'tokenizer_from_parts', 'check_parts',
            'check_settings']
 
-# %% ../nbs/05_tokenizer.ipynb #05-007
+# %% ../nbs/05_tokenizer.ipynb #05-008
 import codecs
 import heapq
 import json
@@ -24,7 +24,7 @@ import regex
 
 from .foundations import InputError, atomic_write, check_range, read_json
 
-# %% ../nbs/05_tokenizer.ipynb #05-015
+# %% ../nbs/05_tokenizer.ipynb #05-016
 def refuse_half_characters(
     text: str,  # The text to check
     start: int = 0,  # Characters that stood before it
@@ -38,7 +38,7 @@ def refuse_half_characters(
             "read the file as UTF-8, or replace it with text.encode('utf-8', 'replace').decode('utf-8')."
         ) from None
 
-# %% ../nbs/05_tokenizer.ipynb #05-018
+# %% ../nbs/05_tokenizer.ipynb #05-019
 class StreamDecoder:
     "Decode tokens one at a time: text comes out as soon as its bytes are complete."
 
@@ -54,7 +54,7 @@ class StreamDecoder:
         "End the stream: bytes that never became a character come out as U+FFFD, as in `decode`."
         return self.waiting.decode(b"", final=True)
 
-# %% ../nbs/05_tokenizer.ipynb #05-019
+# %% ../nbs/05_tokenizer.ipynb #05-020
 def tokenizer_file(
     path: str | Path,  # A file, or a folder for `tokenizer.json`
 ) -> Path:
@@ -109,7 +109,7 @@ def token_values(
     except KeyError as error:
         raise InputError(f"Token id {error.args[0]} is not in the vocabulary, whose ids run from 0 to {max(values)}.") from None
 
-# %% ../nbs/05_tokenizer.ipynb #05-020
+# %% ../nbs/05_tokenizer.ipynb #05-021
 class CharTokenizer(Tokenizer):
     "One token for each character that the training text holds."
 
@@ -165,7 +165,7 @@ class CharTokenizer(Tokenizer):
         "The `tokenizer.json` text: BPE without a merge, which Hugging Face `tokenizers` reads too."
         return tokenizer_json(self.ids, [], {}, pre_tokenizer=None, decoder={"type": "Fuse"})
 
-# %% ../nbs/05_tokenizer.ipynb #05-028
+# %% ../nbs/05_tokenizer.ipynb #05-029
 BYTES = sorted(range(256), key=lambda b: (not chr(b).isprintable() or chr(b) == " ", b))  # id -> byte, in GPT-2's order
 BYTE_IDS = {byte: i for i, byte in enumerate(BYTES)}
 SHOWN = BYTES.index(0)  # this many bytes are shown as the character of the same number, the others as U+0100 and up
@@ -177,7 +177,7 @@ def visible(token: bytes) -> str:
     "Write a token's bytes as GPT-2's files do: one visible character for each byte, `Ġ` for the space."
     return "".join(map(BYTE_CHARACTERS.__getitem__, token))
 
-# %% ../nbs/05_tokenizer.ipynb #05-039
+# %% ../nbs/05_tokenizer.ipynb #05-040
 def merge_pair(
     words: list[list[int]],  # Token ids of each word; changed in place
     counts: Sequence[int],  # How often each word occurs
@@ -242,7 +242,7 @@ def learn_merges(
             bar.update()
     return merges
 
-# %% ../nbs/05_tokenizer.ipynb #05-047
+# %% ../nbs/05_tokenizer.ipynb #05-048
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORDS = regex.compile(GPT2_PATTERN)
 
@@ -254,7 +254,7 @@ def special_pattern(
     names = sorted(names, key=len, reverse=True)
     return regex.compile("(" + "|".join(map(regex.escape, names)) + ")") if names else None
 
-# %% ../nbs/05_tokenizer.ipynb #05-052
+# %% ../nbs/05_tokenizer.ipynb #05-053
 def possible_special(
     text: str,  # Text whose continuation isn't known yet
     start: int,  # Where to begin looking
@@ -307,7 +307,7 @@ def split_stream(
     for piece, name in zip(pieces[::2], pieces[1::2] + [None]):
         yield WORDS.findall(piece), name
 
-# %% ../nbs/05_tokenizer.ipynb #05-053
+# %% ../nbs/05_tokenizer.ipynb #05-054
 def count_words(
     texts: Iterable[str],  # Documents
     names: Sequence[str] = (),  # Special tokens, which are cut out
@@ -328,7 +328,7 @@ def count_words(
                 bar.update(sum(map(len, words)))
     return counts
 
-# %% ../nbs/05_tokenizer.ipynb #05-062
+# %% ../nbs/05_tokenizer.ipynb #05-063
 def apply_merges(
     ids: Sequence[int],  # Ids of a word's bytes
     ranks: Mapping[tuple[int, int], tuple[int, int]],  # pair -> (rank, id of the merged token)
@@ -366,7 +366,7 @@ class WordCache(dict):
             self[word] = ids
         return ids
 
-# %% ../nbs/05_tokenizer.ipynb #05-065
+# %% ../nbs/05_tokenizer.ipynb #05-066
 def check_special_tokens(
     names: Sequence[str],  # Special tokens
     vocab: Iterable[bytes] = (),  # The other tokens
@@ -378,7 +378,7 @@ def check_special_tokens(
         if len(name) < 2 or names.count(name) > 1 or name in taken:
             raise InputError(f"{name!r} can't be a special token; give each a name of its own of two or more characters, such as '<|endoftext|>'.")
 
-# %% ../nbs/05_tokenizer.ipynb #05-066
+# %% ../nbs/05_tokenizer.ipynb #05-067
 class BPETokenizer(Tokenizer):
     "Byte-level byte-pair encoding with GPT-2's pre-tokenization: encodes any text, and decodes to exactly that text."
 
@@ -467,7 +467,7 @@ class BPETokenizer(Tokenizer):
         merges = [[visible(left), visible(right)] for left, right in self.merges]
         return tokenizer_json(vocab, merges, self.special_tokens, pre_tokenizer=BYTE_LEVEL, decoder=BYTE_LEVEL)
 
-# %% ../nbs/05_tokenizer.ipynb #05-085
+# %% ../nbs/05_tokenizer.ipynb #05-086
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -489,7 +489,7 @@ def tokenizer_json(
              "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
     return json.dumps(parts, ensure_ascii=False, indent=1) + "\n"
 
-# %% ../nbs/05_tokenizer.ipynb #05-086
+# %% ../nbs/05_tokenizer.ipynb #05-087
 def load_tokenizer(
     path: str | Path,  # `tokenizer.json`, or the folder that holds it
 ) -> Tokenizer:

@@ -7,7 +7,7 @@ __all__ = ['NORMS', 'SIZES', 'MAY_BE_NONE', 'CHOICES', 'GPT2_STYLE', 'PRESETS', 
            'Block', 'GPT', 'parameter_table', 'format_parameters', 'flops_per_token', 'activations_per_token',
            'training_memory_bytes']
 
-# %% ../nbs/04_transformer.ipynb #04-005
+# %% ../nbs/04_transformer.ipynb #04-006
 import math
 import re
 from dataclasses import asdict, dataclass, fields
@@ -22,7 +22,7 @@ from .embeddings import LearnedPositions, Rotary, SinusoidalPositions, TokenEmbe
 from .feedforward import ACTIVATIONS, default_d_ff, feedforward_flops, make_feedforward
 from .foundations import InputError, check_choice, check_range
 
-# %% ../nbs/04_transformer.ipynb #04-019
+# %% ../nbs/04_transformer.ipynb #04-020
 NORMS = ("layernorm", "rmsnorm")
 
 
@@ -76,7 +76,7 @@ def make_norm(
     check_choice("norm", norm, NORMS)
     return LayerNorm(d_model, eps=eps, bias=bias) if norm == "layernorm" else RMSNorm(d_model, eps=eps)
 
-# %% ../nbs/04_transformer.ipynb #04-031
+# %% ../nbs/04_transformer.ipynb #04-032
 SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "window")
 MAY_BE_NONE = ("n_kv_heads", "head_dim", "d_ff", "window")
 CHOICES = {
@@ -177,7 +177,7 @@ class GPTConfig:
                 raise InputError(f"The model configuration has no field {name!r}; its fields are {', '.join(names)}.")
         return cls(**values)
 
-# %% ../nbs/04_transformer.ipynb #04-037
+# %% ../nbs/04_transformer.ipynb #04-038
 GPT2_STYLE = dict(norm="layernorm", position="learned", activation="gelu_tanh", bias=True)
 
 PRESETS: dict[str, dict] = {
@@ -191,7 +191,7 @@ PRESETS: dict[str, dict] = {
     "gpt2": GPT2_STYLE | dict(vocab_size=50257, context_length=1024, d_model=768, n_layers=12, n_heads=12),
 }
 
-# %% ../nbs/04_transformer.ipynb #04-039
+# %% ../nbs/04_transformer.ipynb #04-040
 class Block(nn.Module):
     "One layer of a transformer: attention, then a feed-forward network, each added to the residual stream."
 
@@ -234,7 +234,7 @@ class Block(nn.Module):
         "The attention weights that `forward` uses on the same input, by the plain path."
         return self.attention.weights(self.attention_norm(x) if self.pre_norm else x, mask, rotate=rotate)
 
-# %% ../nbs/04_transformer.ipynb #04-046
+# %% ../nbs/04_transformer.ipynb #04-047
 class GPT(nn.Module):
     "A decoder-only transformer: token ids in, a score for each possible next token out."
 
@@ -379,7 +379,7 @@ class GPT(nn.Module):
             x = block(x, mask, rotate=rotate)
         return maps
 
-# %% ../nbs/04_transformer.ipynb #04-075
+# %% ../nbs/04_transformer.ipynb #04-076
 def parameter_table(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
     "Each parameter's name, shape and count of numbers, in the order in which torch lists them; `format_parameters` prints it."
     return [(name, tuple(p.shape), p.numel()) for name, p in model.named_parameters()]
@@ -397,7 +397,7 @@ def format_parameters(model: nn.Module) -> str:
         lines.append(f"{name:<36}{size:>16}{len(counts):>7}{sum(counts):>14,}{sum(counts) / total:>8.1%}")
     return "\n".join([*lines, f"{'total':<36}{'':>16}{'':>7}{total:>14,}{1:>8.1%}"])
 
-# %% ../nbs/04_transformer.ipynb #04-089
+# %% ../nbs/04_transformer.ipynb #04-090
 def flops_per_token(
     config: GPTConfig,
     seq: int | None = None,  # Tokens read at once; None: context_length
@@ -414,7 +414,7 @@ def flops_per_token(
     layer = projections + attention + feedforward_flops(c.d_model, c.d_ff, c.activation)
     return (c.n_layers * layer + 2 * c.d_model * c.vocab_size) * (3 if training else 1)
 
-# %% ../nbs/04_transformer.ipynb #04-093
+# %% ../nbs/04_transformer.ipynb #04-094
 def activations_per_token(config: GPTConfig) -> int:
     "How many numbers the forward pass keeps for the backward pass, for each token (equation 4.7)."
     c, queries, keys = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
