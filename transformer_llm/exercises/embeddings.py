@@ -75,11 +75,14 @@ def check_match(answer) -> str:
     "The dot product of (1, 0) turned to position 9 and (1, 0) turned to position 5, at 30 degrees a token."
     query, key, step = 9, 5, math.radians(30)
     same_number(answer, math.cos((query - key) * step), {
-        "You added the positions. The dot product sees the angle between the two arrows: the difference of the positions.": math.cos((query + key) * step),
+        "You added the positions, or lost the minus of the cosine of an angle beyond 90 degrees. The dot product sees the angle between the two arrows: the difference of the positions.": math.cos((query + key) * step),
         "You turned the query only. Its key is turned too, to its own position.": math.cos(query * step),
         "You turned the key only. The query is turned too, to its own position.": math.cos(key * step),
         "This is the sine of the angle between them. The dot product of two arrows of length one is the cosine.": math.sin((query - key) * step),
         "This is the angle between them. The match is its cosine.": math.degrees((query - key) * step),
+        "This is the angle between them, in radians. The match is its cosine.": (query - key) * step,
+        "This is the match before anything is turned. At positions 9 and 5 the two arrows point in different directions.": 1,
+        "This is the distance. Each token of it turns the one arrow against the other by 30 degrees.": query - key,
         "You took the degrees for radians: math.cos wants radians.": math.cos(math.degrees((query - key) * step)),
     }, tolerance=0.01)
     return "The two arrows stand four times 30 = 120 degrees apart, and cos 120° = -1/2, wherever the pair stands in the text."
@@ -153,7 +156,7 @@ def check_reorder(answer) -> str:
     generator = fresh("3.6")
     for n_heads, head_dim in ((2, 6), (4, 8), (1, 10), (3, 2)):
         rows = n_heads * head_dim
-        weight = torch.randn(rows, rows, generator=generator)
+        weight = torch.randn(rows, rows + 2 * n_heads, generator=generator)  # not square
         right, by_heads = interleaved_to_half(weight, n_heads), weight.unflatten(0, (n_heads, head_dim))
         got = call(answer, weight, n_heads)
         same_shape(got, right, "rows d_model", "the new weight")
