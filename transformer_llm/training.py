@@ -11,7 +11,7 @@ __all__ = ['NEWTON_SCHULZ', 'OPTIMIZERS', 'SCHEDULES', 'FORMAT_VERSION', 'CHECKP
            'load_tokenizer_of', 'optimizer_tensors', 'restore_optimizers', 'generator_states', 'restore_generators',
            'soft_interrupt', 'Metrics', 'Trainer', 'plot_history', 'find_learning_rate', 'suggest_learning_rate']
 
-# %% ../nbs/07_training.ipynb #07-005
+# %% ../nbs/07_training.ipynb #07-006
 import copy
 import json
 import math
@@ -36,7 +36,7 @@ from .foundations import (InputError, atomic_write, check_choice, check_range, o
                                          set_seed, sha256_of, sync_folder, write_json)
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/07_training.ipynb #07-016
+# %% ../nbs/07_training.ipynb #07-017
 def cross_entropy(
     logits: Float[Tensor, "*batch vocab"],  # Scores before the softmax
     targets: Int[Tensor, "*batch"],  # The token that came; `ignore_index`: no target here
@@ -52,7 +52,7 @@ def cross_entropy(
     total = (torch.logsumexp(logits, dim=-1) - picked).where(counts, 0.0).sum()
     return total if reduction == "sum" else total / counts.sum().clamp(min=1)
 
-# %% ../nbs/07_training.ipynb #07-043
+# %% ../nbs/07_training.ipynb #07-044
 class AdamW(torch.optim.Optimizer):
     "Adam with decoupled weight decay (Loshchilov and Hutter (2019), algorithm 2), all tensors of a group at once."
 
@@ -99,7 +99,7 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_addcdiv_(params, averages, scales, [-lr / (1 - beta1 ** s["step"]) for s in states])
 
-# %% ../nbs/07_training.ipynb #07-049
+# %% ../nbs/07_training.ipynb #07-050
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Coefficients of x, x^3 and x^5 from Jordan et al. (2024)
 
 
@@ -126,7 +126,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     has = [getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")]
     return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and any(has)) else torch.float32
 
-# %% ../nbs/07_training.ipynb #07-052
+# %% ../nbs/07_training.ipynb #07-053
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised by Newton–Schulz iteration: for the hidden matrices, after Jordan et al. (2024). Matrices of one shape are done together."
 
@@ -173,7 +173,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"])
 
-# %% ../nbs/07_training.ipynb #07-055
+# %% ../nbs/07_training.ipynb #07-056
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
@@ -248,7 +248,7 @@ class TrainingConfig:
             raise InputError(f"Unknown training setting {', '.join(unknown)}; the settings are {', '.join(f.name for f in fields(cls))}.")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
-# %% ../nbs/07_training.ipynb #07-058
+# %% ../nbs/07_training.ipynb #07-059
 def learning_rate(
     step: int,  # Number of updates made before this one
     config: TrainingConfig,
@@ -267,7 +267,7 @@ def learning_rate(
         return 1 - (1 - low) * min(1.0, max(0.0, step - config.max_steps + decay) / decay)
     return 1.0
 
-# %% ../nbs/07_training.ipynb #07-072
+# %% ../nbs/07_training.ipynb #07-073
 def clip_gradients(
     parameters: Iterable[Tensor],  # Those without a gradient are left out
     max_norm: float,  # 0: measure only
@@ -281,7 +281,7 @@ def clip_gradients(
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
-# %% ../nbs/07_training.ipynb #07-078
+# %% ../nbs/07_training.ipynb #07-079
 def accumulate_gradients(
     model: Callable,  # From ids "batch seq" to logits "batch seq vocab"
     batches: Sequence[tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]],  # Inputs and targets "batch seq"; sizes may differ
@@ -295,7 +295,7 @@ def accumulate_gradients(
         total = total + loss.detach()
     return total
 
-# %% ../nbs/07_training.ipynb #07-085
+# %% ../nbs/07_training.ipynb #07-086
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     "The optimizers that `config` asks for. Matrices are decayed, vectors (norms, biases) are not; Muon takes the matrices inside the blocks."
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -319,7 +319,7 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float
         for group in optimizer.param_groups:
             group["lr"] = group["top_lr"] * factor
 
-# %% ../nbs/07_training.ipynb #07-088
+# %% ../nbs/07_training.ipynb #07-089
 def overfit_one_batch(
     model: nn.Module,  # Trained in place
     inputs: Int[Tensor, "batch seq"],
@@ -337,7 +337,7 @@ def overfit_one_batch(
         optimizer.step()
     return losses
 
-# %% ../nbs/07_training.ipynb #07-091
+# %% ../nbs/07_training.ipynb #07-092
 FORMAT_VERSION = 1
 CHECKPOINT_NAME = re.compile(r"step-(\d{7,})")
 
@@ -376,7 +376,7 @@ def find_checkpoint(path: str | Path) -> Path:
         raise InputError(f"There is no checkpoint in {path}; give a run directory that holds a step-… folder, or train first.")
     return folders[-1]
 
-# %% ../nbs/07_training.ipynb #07-092
+# %% ../nbs/07_training.ipynb #07-093
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -408,7 +408,7 @@ def prune_checkpoints(run_directory: str | Path, keep: int) -> None:
     for folder in checkpoint_folders(run_directory)[: -max(1, keep)]:
         _discard(folder)
 
-# %% ../nbs/07_training.ipynb #07-093
+# %% ../nbs/07_training.ipynb #07-094
 def save_checkpoint(
     run_directory: str | Path,  # The folder `step-…` appears in it
     step: int,  # Updates made so far
@@ -456,7 +456,7 @@ def save_checkpoint(
     prune_checkpoints(run_directory, keep)
     return final
 
-# %% ../nbs/07_training.ipynb #07-095
+# %% ../nbs/07_training.ipynb #07-096
 def _other_checkpoint(folder: Path) -> str:
     others = [p for p in checkpoint_folders(folder.parent) if p != folder]
     return f"use {others[-1]} instead" if others else "it can't be used"
@@ -490,7 +490,7 @@ def verify_checkpoint(folder: str | Path) -> dict:
             raise InputError(f"{file} is damaged: its content is not what was written; {_other_checkpoint(folder)}.")
     return manifest
 
-# %% ../nbs/07_training.ipynb #07-096
+# %% ../nbs/07_training.ipynb #07-097
 @dataclass
 class Checkpoint:
     "What a checkpoint holds, read and verified."
@@ -570,7 +570,7 @@ def load_tokenizer_of(checkpoint: Checkpoint):
     path = checkpoint.path / "tokenizer.json"
     return load_tokenizer(path) if path.exists() else None
 
-# %% ../nbs/07_training.ipynb #07-101
+# %% ../nbs/07_training.ipynb #07-102
 def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     "All states of all optimizers under readable names: optimizer, key, parameter. Numbers become tensors of one element."
     tensors = {}
@@ -605,7 +605,7 @@ def restore_generators(generator: torch.Generator, device: torch.device, tensors
     if f"generator.{device.type}" in tensors and device.type in ("cuda", "mps"):
         getattr(torch, device.type).set_rng_state(tensors[f"generator.{device.type}"].clone())
 
-# %% ../nbs/07_training.ipynb #07-103
+# %% ../nbs/07_training.ipynb #07-104
 @contextmanager
 def soft_interrupt():
     "Inside, the first Ctrl-C only sets the event that is given, so that a step can be finished; a second one interrupts at once."
@@ -625,7 +625,7 @@ def soft_interrupt():
     finally:
         signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/07_training.ipynb #07-104
+# %% ../nbs/07_training.ipynb #07-105
 class Metrics:
     "The history of a run: kept in memory, and, in a run directory, as one JSON object a line (and for TensorBoard on request)."
 
@@ -681,7 +681,7 @@ class Metrics:
                     self.board.add_scalar(name, value, record["step"])
             self.board.flush()
 
-# %% ../nbs/07_training.ipynb #07-106
+# %% ../nbs/07_training.ipynb #07-107
 class Trainer:
     "Trains a model: batches, updates, evaluation, history, checkpoints. Seeds PyTorch's global generator with `config.seed`."
 
@@ -916,14 +916,14 @@ class Trainer:
         self._loss_sum, self._loss_count = checkpoint.state["loss_sum"], checkpoint.state["loss_count"]
         self.metrics.read(self.step)
 
-# %% ../nbs/07_training.ipynb #07-107
+# %% ../nbs/07_training.ipynb #07-108
 def plot_history(history: Sequence[dict], ax=None):
     "Draw the training loss and, where it was measured, the validation loss over the steps; returns the axes."
     from transformer_llm.plots import plot_training
 
     return plot_training(history, ("loss",), title="Loss over the steps", axes=None if ax is None else [ax])[0]
 
-# %% ../nbs/07_training.ipynb #07-118
+# %% ../nbs/07_training.ipynb #07-119
 def find_learning_rate(
     model: GPT,  # Is copied; stays as it is
     data,  # As for the Trainer
@@ -960,7 +960,7 @@ def suggest_learning_rate(rates: Sequence[float], losses: Sequence[float]) -> fl
     "A tenth of the rate at which the loss was lowest: the minimum itself is already near the edge."
     return rates[min(range(len(losses)), key=lambda i: losses[i])] / 10
 
-# %% ../nbs/07_training.ipynb #07-133
+# %% ../nbs/07_training.ipynb #07-134
 SHAKESPEARE_CONFIG = TrainingConfig(
     max_steps=300, batch_size=32, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, schedule="linear", warmup_steps=20,
     min_lr_fraction=0.0, weight_decay=0.0, eval_every=50, eval_batches=20, checkpoint_every=100, log_every=10)
