@@ -7,7 +7,7 @@ __all__ = ['TokenEmbedding', 'LearnedPositions', 'check_even', 'rotary_angles', 
            'apply_rotary', 'Rotary', 'split_pairs', 'interleaved_to_half', 'half_to_interleaved', 'alibi_slopes',
            'alibi_bias']
 
-# %% ../nbs/03_embeddings.ipynb #03-005
+# %% ../nbs/03_embeddings.ipynb #03-006
 from collections.abc import Callable
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/03_embeddings.ipynb #03-014
+# %% ../nbs/03_embeddings.ipynb #03-015
 class TokenEmbedding(nn.Module):
     "One learned vector for each token of the vocabulary; the same vectors can score the next token (`unembed`)."
 
@@ -36,7 +36,7 @@ class TokenEmbedding(nn.Module):
         "Score every token of the vocabulary by its dot product with `x`: tied output weights, as in Press and Wolf (2017)."
         return F.linear(x, self.weight)
 
-# %% ../nbs/03_embeddings.ipynb #03-025
+# %% ../nbs/03_embeddings.ipynb #03-026
 class LearnedPositions(nn.Module):
     "One learned vector for each position, as in GPT-2; there is none for positions from `context_length` on."
 
@@ -51,14 +51,14 @@ class LearnedPositions(nn.Module):
         "The vectors to add to the token embeddings at these positions."
         return F.embedding(positions, self.weight)
 
-# %% ../nbs/03_embeddings.ipynb #03-030
+# %% ../nbs/03_embeddings.ipynb #03-031
 def check_even(name: str, value: int) -> int:
     "Return `value` if it can be cut into pairs. Raises `InputError` otherwise."
     if check_range(name, value, 2, integer=True) % 2:
         raise InputError(f"{name} must be even, because positions are written in pairs of numbers, not {value}.")
     return value
 
-# %% ../nbs/03_embeddings.ipynb #03-031
+# %% ../nbs/03_embeddings.ipynb #03-032
 def rotary_angles(
     positions: Int[Tensor, "*tokens"],
     head_dim: int,  # Even: a pair of numbers for each frequency
@@ -70,7 +70,7 @@ def rotary_angles(
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
-# %% ../nbs/03_embeddings.ipynb #03-032
+# %% ../nbs/03_embeddings.ipynb #03-033
 def sinusoidal_table(context_length: int, d_model: int) -> Float[Tensor, "context_length d_model"]:
     """Sines and cosines of each position at d_model / 2 frequencies, in turn: Vaswani et al. (2017), section 3.5."""
     check_range("context_length", context_length, 1, integer=True)
@@ -89,7 +89,7 @@ class SinusoidalPositions(nn.Module):
         "The vectors to add to the token embeddings at these positions."
         return F.embedding(positions, self.table)
 
-# %% ../nbs/03_embeddings.ipynb #03-055
+# %% ../nbs/03_embeddings.ipynb #03-056
 def apply_rotary(
     x: Float[Tensor, "batch heads seq head_dim"],  # Queries or keys
     cos: Float[Tensor, "*tokens half"],  # For each position (seq, half), or each sequence's own (batch, seq, half)
@@ -138,7 +138,7 @@ class Rotary(nn.Module):
         "Turn queries and keys to their positions."
         return self.at(positions)(q, k)
 
-# %% ../nbs/03_embeddings.ipynb #03-076
+# %% ../nbs/03_embeddings.ipynb #03-077
 def split_pairs(weight: Float[Tensor, "rows ..."], n_heads: int, *, pairs_last: bool) -> Float[Tensor, "n_heads a b ..."]:
     "Rows of a projection as (heads, half, 2) or (heads, 2, half). Raises `InputError` if they don't divide so."
     if weight.shape[0] % (2 * check_range("n_heads", n_heads, 1, integer=True)):
@@ -161,7 +161,7 @@ def half_to_interleaved(
     "The inverse of `interleaved_to_half`."
     return split_pairs(weight, n_heads, pairs_last=False).transpose(1, 2).flatten(0, 2)
 
-# %% ../nbs/03_embeddings.ipynb #03-085
+# %% ../nbs/03_embeddings.ipynb #03-086
 def alibi_slopes(n_heads: int) -> Float[Tensor, "heads"]:
     """How fast each head forgets: 2^(-8/n), 2^(-16/n), ..., as in Press et al. (2022), section 3.
 

@@ -8,7 +8,7 @@ __all__ = ['PALETTE', 'STYLES', 'Axes', 'Figure', 'QUANTITIES', 'LAYERS', 'use_s
            'plot_next_token', 'position_similarity', 'plot_positions', 'principal_components', 'plot_embedding',
            'tensor_statistics', 'collect_statistics', 'plot_statistics', 'model_boxes', 'draw_model']
 
-# %% ../nbs/91_plots.ipynb #91-005
+# %% ../nbs/91_plots.ipynb #91-006
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/91_plots.ipynb #91-008
+# %% ../nbs/91_plots.ipynb #91-009
 PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#949494", "#56b4e9")
 STYLES = ("-", "--", "-.", ":")  # of lines, in turn, so that a grey print can be read
 Axes = NewType("Axes", object)  # a matplotlib.axes.Axes; not imported from there, because that takes most of a second
@@ -64,7 +64,7 @@ def _panels(count: int, columns: int, width: float, height: float, title: str, *
     axes[0].figure.suptitle(title, fontweight="bold")
     return axes[0].figure, list(axes[:count])
 
-# %% ../nbs/91_plots.ipynb #91-015
+# %% ../nbs/91_plots.ipynb #91-016
 def token_label(
     token: object,  # A token's text, or anything with a text of its own, such as a number
     length: int = 14,  # Longer ones are cut
@@ -152,7 +152,7 @@ def show_attention_grid(
     figure.supylabel("query (looks)", fontsize=10)
     return figure
 
-# %% ../nbs/91_plots.ipynb #91-025
+# %% ../nbs/91_plots.ipynb #91-026
 def plot_curves(
     x: Sequence[float],  # Where the values stand
     curves: Mapping[str, Sequence[float]],  # A name and its values, one for each `x`
@@ -176,7 +176,7 @@ def plot_curves(
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return ax
 
-# %% ../nbs/91_plots.ipynb #91-028
+# %% ../nbs/91_plots.ipynb #91-029
 QUANTITIES = {"loss": "loss (nats a token)", "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens a second"}
 
 
@@ -208,7 +208,7 @@ def plot_training(
     axes[0].set_title(best if title is None else title)
     return axes
 
-# %% ../nbs/91_plots.ipynb #91-032
+# %% ../nbs/91_plots.ipynb #91-033
 def next_token_probabilities(
     logits: Mapping[str, Float[Tensor, "*batch vocab"]],  # One distribution each; probabilities p can be handed in as p.log()
 ) -> dict[str, Float[Tensor, "vocab"]]:
@@ -259,7 +259,7 @@ def plot_next_token(
     figure.supxlabel("probability", fontsize=11)
     return figure
 
-# %% ../nbs/91_plots.ipynb #91-036
+# %% ../nbs/91_plots.ipynb #91-037
 def position_similarity(
     table: Float[Tensor, "context_length d_model"],
 ) -> tuple[Float[Tensor, "context_length context_length"], Float[Tensor, "context_length"]]:
@@ -288,7 +288,7 @@ def plot_positions(
     figure.suptitle(title, fontweight="bold")
     return figure
 
-# %% ../nbs/91_plots.ipynb #91-042
+# %% ../nbs/91_plots.ipynb #91-043
 def principal_components(
     matrix: Float[Tensor, "rows columns"],  # One point a row
     count: int = 2,  # Axes to keep
@@ -339,7 +339,7 @@ def plot_embedding(
             text.remove()
     return ax
 
-# %% ../nbs/91_plots.ipynb #91-048
+# %% ../nbs/91_plots.ipynb #91-049
 LAYERS = r"(?:(?!\d+\.)[^.]+\.)*\d+"  # a submodule with a number for a name, inside none that has one
 
 
@@ -420,7 +420,7 @@ def plot_statistics(
     figure.supxlabel(f"layer ({re.sub('[0-9]+', '*', names[0])})" if re.search(r"\d", names[0]) else "layer", fontsize=11)
     return figure
 
-# %% ../nbs/91_plots.ipynb #91-057
+# %% ../nbs/91_plots.ipynb #91-058
 def model_boxes(
     config: object,  # A `GPTConfig`
 ) -> list[tuple[str, str, int, int]]:

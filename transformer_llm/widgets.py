@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['picture_text', 'as_html', 'explore']
 
-# %% ../nbs/94_widgets.ipynb #94-005
+# %% ../nbs/94_widgets.ipynb #94-006
 import base64
 import html
 import io
 from collections.abc import Callable
 from types import SimpleNamespace
 
-# %% ../nbs/94_widgets.ipynb #94-007
+# %% ../nbs/94_widgets.ipynb #94-008
 def picture_text(
     figure: object,  # A matplotlib figure
 ) -> str:
@@ -37,7 +37,7 @@ def as_html(
     data = base64.b64encode(file.getvalue()).decode("ascii")
     return f'<img style="max-width: 100%" alt="{html.escape(picture_text(figure), quote=True)}" src="data:image/png;base64,{data}">'
 
-# %% ../nbs/94_widgets.ipynb #94-009
+# %% ../nbs/94_widgets.ipynb #94-010
 def explore(
     draw: Callable,  # Draws a figure, or returns a text, from named settings
     **controls,  # A control for each setting: `(low, high[, step])`, a list, a truth value, a text or an ipywidgets control

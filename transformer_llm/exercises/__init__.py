@@ -8,7 +8,7 @@ __all__ = ['CHAPTERS', 'EXERCISES', 'ATTEMPTS', 'Wrong', 'Unanswered', 'Exercise
            'named_shape', 'verb', 'same_shape', 'swapped', 'close', 'kind_of', 'same_values', 'place', 'as_python',
            'same_number', 'same_choice', 'no_leak', 'gradient_reaches', 'fresh']
 
-# %% ../../nbs/95_exercises.ipynb #95-005
+# %% ../../nbs/95_exercises.ipynb #95-006
 import copy
 import importlib
 import math
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..foundations import InputError
 
-# %% ../../nbs/95_exercises.ipynb #95-007
+# %% ../../nbs/95_exercises.ipynb #95-008
 CHAPTERS = ("counting", "attention", "feedforward", "embeddings", "transformer", "tokenizer", "dataset", "training", "generation")
 EXERCISES: dict[str, "Exercise"] = {}  # by number; a chapter's are added when its checks are imported
 
@@ -95,7 +95,7 @@ def find_exercise(
             raise InputError(f"There is no exercise {number}; chapter {int(chapter):02d} has {', '.join(there)}.")
     return EXERCISES[number]
 
-# %% ../../nbs/95_exercises.ipynb #95-009
+# %% ../../nbs/95_exercises.ipynb #95-010
 def judge(
     number: str | float,  # "1.3"; without the quotes it is refused with a hint
     answer: object,  # The reader's function, number or choice
@@ -143,7 +143,7 @@ def refuses(
     assert phrase.lower() in verdict.message.lower(), f"{phrase!r} is not in: {verdict}"
     print(verdict)
 
-# %% ../../nbs/95_exercises.ipynb #95-011
+# %% ../../nbs/95_exercises.ipynb #95-012
 def brief(
     error: Exception,
 ) -> str:
@@ -216,7 +216,7 @@ def call(
                 raise Wrong(f"Your function changes its input number {number} in place. Whoever called it still needs that; make a new one (`x = x + 1`, not `x += 1`).")
     return result
 
-# %% ../../nbs/95_exercises.ipynb #95-013
+# %% ../../nbs/95_exercises.ipynb #95-014
 def named_shape(
     axes: Sequence[str],
     shape: Sequence[int],
@@ -272,7 +272,7 @@ def swapped(
     order[i], order[j] = order[j], order[i]
     return tuple(order)
 
-# %% ../../nbs/95_exercises.ipynb #95-015
+# %% ../../nbs/95_exercises.ipynb #95-016
 def close(
     got: Tensor,
     right: Tensor,
@@ -319,7 +319,7 @@ def same_values(
         raise Wrong(f"{start} {verb(what, 'holds', 'hold')} NaN at {place(mine.isnan(), axes)}: something like 0/0 or inf - inf happened on the way there.")
     apart = ((mine - aim).abs() / aim.abs().clamp_min(1.0)).nan_to_num(0.0, posinf=torch.inf)
     apart[(mine != aim) & ~(mine - aim).isfinite()] = torch.inf
-    index = tuple(int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
+    index = tuple((apart == apart.max()).nonzero()[0].tolist())
     part = (apart > tolerance).double().mean().item()
     share = f"{part:.0%}" if part >= 0.005 else "less than 1%"
     values = f"yours is {mine[index].item():.5g} and {aim[index].item():.5g} is right."
@@ -336,7 +336,7 @@ def place(
     index = [int(i) for i in found.nonzero()[0]]
     return ", ".join(f"{name} {i}" for name, i in zip(axes.split(), index)) or "its only entry"
 
-# %% ../../nbs/95_exercises.ipynb #95-017
+# %% ../../nbs/95_exercises.ipynb #95-018
 def as_python(
     value: object,
 ) -> object:
@@ -383,7 +383,7 @@ def same_choice(
     choices = sorted(repr(choice) for choice in (right, *options))
     raise Wrong(f"Choose one of {', '.join(choices)}; this is {describe(answer)}.")
 
-# %% ../../nbs/95_exercises.ipynb #95-019
+# %% ../../nbs/95_exercises.ipynb #95-020
 def no_leak(
     function: object,  # The reader's: gets x, gives a tensor with the same axis
     x: Tensor,  # An input of random numbers
@@ -415,7 +415,10 @@ def gradient_reaches(
     result = function(x)
     if not result.requires_grad:
         raise Wrong("No gradient can flow back through your function: somewhere it leaves torch (`.item()`, `.tolist()`, `.detach()`, numpy), so a model could not be trained through it.")
-    (gradient,) = torch.autograd.grad(result.double().sin().sum(), x, allow_unused=True)
+    try:
+        (gradient,) = torch.autograd.grad(result.double().sin().sum(), x, allow_unused=True)
+    except RuntimeError as error:
+        raise Wrong("No gradient can flow back through your function: an in-place operation (`exp_()`, `x /= ...`) overwrites numbers that the backward pass needs. Make new tensors instead.") from error
     if gradient is None or not gradient.abs().sum() > 0:
         raise Wrong("The gradient that reaches the input is zero or NaN: the result does not depend on the input in a way that training could use.")
 
