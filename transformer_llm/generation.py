@@ -8,7 +8,7 @@ __all__ = ['apply_temperature', 'keep_from', 'top_k_filter', 'top_p_filter', 'mi
            'write_tokens', 'generate', 'left_pad', 'stop_ids', 'before_stop', 'generate_text', 'stream_text',
            'decode_pieces', 'keep_best', 'beam_candidates', 'beam_search']
 
-# %% ../nbs/08_generation.ipynb #08-005
+# %% ../nbs/08_generation.ipynb #08-006
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/08_generation.ipynb #08-016
+# %% ../nbs/08_generation.ipynb #08-017
 def apply_temperature(
     logits: Float[Tensor, "batch vocab"],
     temperature: float,  # Below 1: sharper; above 1: flatter
@@ -31,7 +31,7 @@ def apply_temperature(
         raise InputError(f"temperature must be at least 0.001 to divide by, not {temperature!r}; {way_out}.")
     return logits if temperature == 1 else logits / temperature
 
-# %% ../nbs/08_generation.ipynb #08-027
+# %% ../nbs/08_generation.ipynb #08-028
 def keep_from(
     logits: Float[Tensor, "batch vocab"],
     threshold: Float[Tensor, "batch 1"],  # The smallest logit that stays
@@ -78,7 +78,7 @@ def min_p_filter(
         return logits
     return keep_from(logits, logits.amax(-1, keepdim=True) + math.log(p))
 
-# %% ../nbs/08_generation.ipynb #08-042
+# %% ../nbs/08_generation.ipynb #08-043
 def mark_seen(
     ids: Int[Tensor, "batch seq"],
     vocab_size: int,
@@ -107,7 +107,7 @@ def repetition_penalty(
     "Make the tokens in `ids` less probable, Keskar et al. (2019, section 4.1), here with an eye on the sign."
     return penalise_seen(logits, mark_seen(ids, logits.shape[-1]), penalty)
 
-# %% ../nbs/08_generation.ipynb #08-055
+# %% ../nbs/08_generation.ipynb #08-056
 def filter_logits(
     logits: Float[Tensor, "batch vocab"],
     *,
@@ -144,7 +144,7 @@ def sample(
     noise.exponential_(generator=generator)
     return (logits - noise.log().to(logits.device)).argmax(-1)
 
-# %% ../nbs/08_generation.ipynb #08-077
+# %% ../nbs/08_generation.ipynb #08-079
 @contextmanager
 def evaluating(
     model: nn.Module,  # Its modules get back the mode that they had
@@ -184,7 +184,7 @@ def check_prompt(
         raise InputError(f"The prompt holds token {int(low if low < 0 else high)}, but the model knows 0 to {vocab_size - 1} only; use its own tokenizer.")
     return lengths
 
-# %% ../nbs/08_generation.ipynb #08-078
+# %% ../nbs/08_generation.ipynb #08-080
 class TextWindow:
     """The tokens that the model sees while it writes: at most `context_length` of them for each row.
 
@@ -247,7 +247,7 @@ class TextWindow:
         for layer in self.cache or ():
             layer.reorder(index)
 
-# %% ../nbs/08_generation.ipynb #08-080
+# %% ../nbs/08_generation.ipynb #08-082
 def stream(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
@@ -305,7 +305,7 @@ def write_tokens(
             if bool(done.all()):
                 return
 
-# %% ../nbs/08_generation.ipynb #08-081
+# %% ../nbs/08_generation.ipynb #08-083
 def generate(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
@@ -316,7 +316,7 @@ def generate(
     new = [tokens[:, None] for tokens in stream(model, ids, max_new_tokens, **options)]
     return torch.cat([ids.long().to(model.device), *new], 1)
 
-# %% ../nbs/08_generation.ipynb #08-101
+# %% ../nbs/08_generation.ipynb #08-103
 def left_pad(
     prompts: Sequence[Sequence[int]],  # Token ids, of different lengths
     pad_token: int = 0,  # Any token of the vocabulary; it is never read
@@ -328,7 +328,7 @@ def left_pad(
     shape = (len(prompts), width)
     return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(is_token, dtype=torch.bool).view(shape)
 
-# %% ../nbs/08_generation.ipynb #08-116
+# %% ../nbs/08_generation.ipynb #08-118
 def stop_ids(
     tokenizer,  # A `CharTokenizer` or `BPETokenizer`
     stop_tokens: Iterable[int] | None,  # None: the tokenizer's special tokens
@@ -367,7 +367,7 @@ def generate_text(
         texts.append(tokenizer.decode([*start, *before_stop(row, stops)]))
     return texts
 
-# %% ../nbs/08_generation.ipynb #08-117
+# %% ../nbs/08_generation.ipynb #08-119
 def stream_text(
     model: nn.Module,
     tokenizer,  # The model's own `CharTokenizer` or `BPETokenizer`
@@ -398,7 +398,7 @@ def decode_pieces(
     if rest := decoder.flush():
         yield rest
 
-# %% ../nbs/08_generation.ipynb #08-132
+# %% ../nbs/08_generation.ipynb #08-134
 def keep_best(
     totals: Float[Tensor, "batch beams vocab"],  # Sums of log-probabilities, with each possible next token
     length: Float[Tensor, "batch beams"],  # New tokens, the next one included
@@ -410,7 +410,7 @@ def keep_best(
     best = scores.topk(min(n_beams, scores.shape[1])).indices
     return totals.flatten(1).gather(1, best), best // totals.shape[2], best % totals.shape[2]
 
-# %% ../nbs/08_generation.ipynb #08-133
+# %% ../nbs/08_generation.ipynb #08-135
 def beam_candidates(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
