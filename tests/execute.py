@@ -45,8 +45,9 @@ def execute(path: Path) -> float:
     seconds = time.perf_counter() - start
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        folded = re.search(r"^#\| (code-fold: true|hide)$", cell.source, re.M)
-        cell.metadata = {"jupyter": {"source_hidden": True}} if folded else {}  # in JupyterLab as on the site
+        solution, hidden = (re.search(rf"^#\| {mark}$", cell.source, re.M) for mark in ("code-fold: true", "hide"))
+        closed = {"source_hidden": True, "outputs_hidden": True} if solution else {"source_hidden": True} if hidden else {}
+        cell.metadata = {"jupyter": closed} if closed else {}  # in JupyterLab as on the site; what a solution prints stays closed until it is run
         if "outputs" in cell:  # a widget without its kernel is dead
             cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "executed": {"seconds": round(seconds)}}

@@ -59,7 +59,7 @@ def test_the_readers_cell_waits_and_the_solution_passes(chapter):
             assert f"Exercise {one}: {'right' if folded else 'no answer yet'}." in printed(cell), f"{one}: {printed(cell)}"
             if folded:
                 assert f'#| code-summary: "Solution {one}"' in source(cell)
-                assert cell["metadata"] == {"jupyter": {"source_hidden": True}}, f"the solution of {one} lies open in JupyterLab"
+                assert cell["metadata"] == {"jupyter": {"outputs_hidden": True, "source_hidden": True}}, f"the solution of {one} lies open in JupyterLab"
     assert asked == solved == [one.number for one in exercises_of(number)]
 
 
