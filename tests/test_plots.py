@@ -324,7 +324,7 @@ def test_many_layers_of_different_names_are_drawn():
 # --- the diagram
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(n_layers=1), dict(norm_placement="post"), dict(norm_placement="post", norm="layernorm", bias=True), dict(tied_embeddings=False, output_bias=True),
+    {}, dict(n_layers=1), dict(norm_placement="post"), dict(norm_placement="output", qk_norm=True, qk_norm_whole=True), dict(qkv_bias=True), dict(norm_placement="post", norm="layernorm", bias=True), dict(tied_embeddings=False, output_bias=True),
     dict(n_kv_heads=1, head_dim=6, qk_norm=True, window=3), dict(activation="gelu", bias=True, norm="layernorm"), *[dict(position=p) for p in CHOICES["position"]],
 ], ids=str)
 def test_the_diagram_counts_what_the_model_holds(changes):

@@ -233,6 +233,7 @@ class MultiHeadAttention(nn.Module):
         window: int | None = None,  # A query sees only the so many most recent keys
         q_norm: nn.Module | None = None,  # Applied to each query head, before rotation
         k_norm: nn.Module | None = None,  # Applied to each key head, before rotation
+        norm_whole: bool = False,  # The two norms take all heads' numbers as one vector, as in OLMo 2
     ):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
@@ -252,7 +253,13 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=bias if output_bias is None else output_bias)
-        self.q_norm, self.k_norm = q_norm, k_norm
+        self.q_norm, self.k_norm, self.norm_whole = q_norm, k_norm, norm_whole
+
+    def normalise(
+        self, q: Float[Tensor, "batch ..."], k: Float[Tensor, "batch ..."]
+    ) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch ..."]]:
+        "Queries and keys after their norms, where they have one."
+        return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k)
 
     def project(
         self,
@@ -264,12 +271,12 @@ class MultiHeadAttention(nn.Module):
         Float[Tensor, "batch kv_heads seq head_dim"],
     ]:
         "Queries, keys and values of each head, the first two normalised and rotated if that is wanted."
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.norm_whole:
+            q, k = self.normalise(q, k)
+        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for heads in (q, k, v))
+        if not self.norm_whole:
+            q, k = self.normalise(q, k)
         return (q, k, v) if rotate is None else (*rotate(q, k), v)
 
     def full_mask(

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['TokenEmbedding', 'LearnedPositions', 'check_even', 'rotary_angles', 'sinusoidal_table', 'SinusoidalPositions',
-           'apply_rotary', 'Rotary', 'split_pairs', 'interleaved_to_half', 'half_to_interleaved', 'alibi_slopes',
-           'alibi_bias']
+           'RopeScaling', 'apply_rotary', 'Rotary', 'split_pairs', 'interleaved_to_half', 'half_to_interleaved',
+           'alibi_slopes', 'alibi_bias']
 
 # %% ../nbs/03_embeddings.ipynb #03-006
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .foundations import InputError, check_range
+from .foundations import InputError, check_choice, check_range
 
 # %% ../nbs/03_embeddings.ipynb #03-015
 class TokenEmbedding(nn.Module):
@@ -63,10 +65,12 @@ def rotary_angles(
     positions: Int[Tensor, "*tokens"],
     head_dim: int,  # Even: a pair of numbers for each frequency
     base: float = 10000.0,  # Larger: slower turning
+    scaling: "RopeScaling | None" = None,  # Slows some pairs for longer texts
 ) -> tuple[Float[Tensor, "*tokens half"], Float[Tensor, "*tokens half"]]:
     "Cosine and sine of position · base^(-2i / head_dim) for pair i, as in Su et al. (2021), section 3.2.2."
     pairs = torch.arange(0, check_even("head_dim", head_dim), 2, device=positions.device)
     frequencies = base ** -(pairs.float() / head_dim)
+    frequencies = frequencies if scaling is None else scaling.slow(frequencies)
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
@@ -90,6 +94,53 @@ class SinusoidalPositions(nn.Module):
         return F.embedding(positions, self.table)
 
 # %% ../nbs/03_embeddings.ipynb #03-056
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a rotary model reads longer texts than those it was first trained on: each pair's frequency is divided by a number.
+
+    Raises `InputError` that names the field, the value and what is allowed.
+    """
+
+    kind: str  # "linear": all pairs by `factor`; "llama3": slow pairs only (equation 3.7); "divisors": each by its own
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # For "llama3": a pair with fewer turns in the original context is slowed by `factor`
+    high_freq_factor: float = 4.0  # For "llama3": a pair with more turns stays as it is
+    original_context_length: int = 8192  # For "llama3": tokens that the model was first trained on
+    divisors: tuple[float, ...] = ()  # For "divisors": one number for each pair
+
+    def __post_init__(self):
+        check_choice("rope_scaling kind", self.kind, ("linear", "llama3", "divisors"))
+        check_range("rope_scaling factor", self.factor, 1)
+        check_range("rope_scaling original_context_length", self.original_context_length, 1, integer=True)
+        check_range("rope_scaling high_freq_factor", self.high_freq_factor, 0)
+        if not 0 <= self.low_freq_factor < self.high_freq_factor:
+            raise InputError(f"rope_scaling low_freq_factor must be from 0 to below high_freq_factor={self.high_freq_factor}, not {self.low_freq_factor!r}.")
+        object.__setattr__(self, "divisors", tuple(float(check_range("rope_scaling divisors", d, 1e-6)) for d in self.divisors))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RopeScaling":
+        "From its fields as a dictionary; one that is missing or unknown raises `InputError`."
+        names = [field.name for field in fields(cls)]
+        if "kind" not in values or not set(values) <= set(names):
+            raise InputError(f"rope_scaling needs a kind and has the fields {', '.join(names)}, not {', '.join(map(str, values))}.")
+        return cls(**values)
+
+    def check_head(self, head_dim: int) -> None:
+        "Raise `InputError` if there is not a divisor for each pair of a head, where each has its own."
+        if self.kind == "divisors" and len(self.divisors) != head_dim // 2:
+            raise InputError(f"rope_scaling needs {head_dim // 2} divisors for head_dim={head_dim}, one for each pair, not {len(self.divisors)}.")
+
+    def slow(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
+        "The frequencies after scaling: Chen et al. (2023) for \"linear\", equation (3.7) for \"llama3\"."
+        if self.kind == "divisors":
+            return frequencies / torch.tensor(self.divisors, device=frequencies.device)
+        if self.kind == "linear":
+            return frequencies / self.factor
+        turns = self.original_context_length * frequencies / (2 * math.pi)
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+# %% ../nbs/03_embeddings.ipynb #03-057
 def apply_rotary(
     x: Float[Tensor, "batch heads seq head_dim"],  # Queries or keys
     cos: Float[Tensor, "*tokens half"],  # For each position (seq, half), or each sequence's own (batch, seq, half)
@@ -118,15 +169,18 @@ class Rotary(nn.Module):
         *,
         base: float = 10000.0,  # Larger: slower turning, for longer texts
         interleaved: bool = False,  # How pairs are laid out: GPT-J and the original Llama; else as Hugging Face
+        scaling: RopeScaling | None = None,  # For a model that was stretched to longer texts
     ):
         super().__init__()
-        self.head_dim, self.base, self.interleaved = check_even("head_dim", head_dim), base, interleaved
+        self.head_dim, self.base, self.interleaved, self.scaling = check_even("head_dim", head_dim), base, interleaved, scaling
         if not base > 0:
             raise InputError(f"base must be above 0, not {base}.")
+        if scaling is not None:
+            scaling.check_head(head_dim)
 
     def at(self, positions: Int[Tensor, "*tokens"]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         "A function (q, k) -> (q, k) for these positions; the angles are computed once, for all layers that call it."
-        cos, sin = rotary_angles(positions, self.head_dim, self.base)
+        cos, sin = rotary_angles(positions, self.head_dim, self.base, self.scaling)
         return lambda q, k: tuple(apply_rotary(x, cos, sin, interleaved=self.interleaved) for x in (q, k))
 
     def forward(
@@ -138,7 +192,7 @@ class Rotary(nn.Module):
         "Turn queries and keys to their positions."
         return self.at(positions)(q, k)
 
-# %% ../nbs/03_embeddings.ipynb #03-077
+# %% ../nbs/03_embeddings.ipynb #03-078
 def split_pairs(weight: Float[Tensor, "rows ..."], n_heads: int, *, pairs_last: bool) -> Float[Tensor, "n_heads a b ..."]:
     "Rows of a projection as (heads, half, 2) or (heads, 2, half). Raises `InputError` if they don't divide so."
     if weight.shape[0] % (2 * check_range("n_heads", n_heads, 1, integer=True)):
@@ -161,7 +215,7 @@ def half_to_interleaved(
     "The inverse of `interleaved_to_half`."
     return split_pairs(weight, n_heads, pairs_last=False).transpose(1, 2).flatten(0, 2)
 
-# %% ../nbs/03_embeddings.ipynb #03-086
+# %% ../nbs/03_embeddings.ipynb #03-087
 def alibi_slopes(n_heads: int) -> Float[Tensor, "heads"]:
     """How fast each head forgets: 2^(-8/n), 2^(-16/n), ..., as in Press et al. (2022), section 3.
 

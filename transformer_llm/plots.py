@@ -432,18 +432,20 @@ def model_boxes(
     order = {"rotary": f"rotary positions, base {c.rope_base:,.0f}", "alibi": "ALiBi: less for far tokens"}.get(c.position)
     notes = [f"{c.n_heads} query and {c.n_kv_heads} key/value heads × {c.head_dim}", f"causal, window {c.window:,}" if c.window else "causal",
              order, "RMSNorm on queries and keys" if c.qk_norm else None]
+    normed = (queries + keys if c.qk_norm_whole else 2 * c.head_dim) * c.qk_norm
     attention = ("attention", "\n".join(filter(None, notes)),
-                 2 * c.d_model * (queries + keys) + bias * (queries + 2 * keys + c.d_model) + 2 * c.head_dim * c.qk_norm, n)
+                 2 * c.d_model * (queries + keys) + int(c.qkv_bias) * (queries + 2 * keys) + bias * c.d_model + normed, n)
     feedforward = ("feed-forward", f"{c.d_model:,} → {c.d_ff:,} → {c.d_model:,}, {c.activation}",
                    (gates + 1) * c.d_model * c.d_ff + bias * (gates * c.d_ff + c.d_model), n)
-    add, norm_of_block, pre = ("+", "", 0, n), (*norm, n), c.norm_placement == "pre"
+    add, norm_of_block = ("+", "", 0, n), (*norm, n)
+    places = {"pre": lambda part: [norm_of_block, part, add], "post": lambda part: [part, add, norm_of_block], "output": lambda part: [part, norm_of_block, add]}
     positions = {"learned": [("add learned positions", f"{c.context_length:,} × {c.d_model:,}", c.context_length * c.d_model, 1)],
                  "sinusoidal": [("add sinusoidal positions", "a fixed table; embeddings × √d_model", 0, 1)]}.get(c.position, [])
-    block = [box for part in (attention, feedforward) for box in ([norm_of_block, part, add] if pre else [part, add, norm_of_block])]
+    block = [box for part in (attention, feedforward) for box in places[c.norm_placement](part)]
     matrix = "the embedding's own matrix (tied)" if c.tied_embeddings else f"{c.d_model:,} × {c.vocab_size:,}"
     unembedding = ("unembedding", matrix + " + bias" * c.output_bias, c.vocab_size * (c.d_model * (not c.tied_embeddings) + c.output_bias), 1)
     return [("token embedding", f"{c.vocab_size:,} × {c.d_model:,}", c.vocab_size * c.d_model, 1), *positions, *block,
-            *([(*norm, 1)] if pre else []), unembedding]
+            *([(*norm, 1)] if c.norm_placement != "post" else []), unembedding]
 
 
 def draw_model(

@@ -11,6 +11,7 @@ __all__ = ['NORMS', 'SIZES', 'MAY_BE_NONE', 'CHOICES', 'GPT2_STYLE', 'PRESETS', 
 import math
 import re
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import KVCache, Mask, MultiHeadAttention, Rotate, combine_masks, padding_mask
-from .embeddings import LearnedPositions, Rotary, SinusoidalPositions, TokenEmbedding, alibi_bias
+from .embeddings import LearnedPositions, RopeScaling, Rotary, SinusoidalPositions, TokenEmbedding, alibi_bias
 from .feedforward import ACTIVATIONS, default_d_ff, feedforward_flops, make_feedforward
 from .foundations import InputError, check_choice, check_range
 
@@ -81,7 +82,7 @@ SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv
 MAY_BE_NONE = ("n_kv_heads", "head_dim", "d_ff", "window")
 CHOICES = {
     "norm": NORMS,
-    "norm_placement": ("pre", "post"),
+    "norm_placement": ("pre", "post", "output"),
     "position": ("learned", "sinusoidal", "rotary", "alibi", "none"),
     "activation": tuple(ACTIVATIONS),
 }
@@ -103,16 +104,19 @@ class GPTConfig:
     head_dim: int | None = None  # Width of a head; None: d_model // n_heads
     d_ff: int | None = None  # Hidden width of the feed-forward network; None: `default_d_ff`
     norm: str = "rmsnorm"  # "layernorm" or "rmsnorm"
-    norm_placement: str = "pre"  # "pre": x + f(norm(x)); "post": norm(x + f(x))
+    norm_placement: str = "pre"  # "pre": x + f(norm(x)); "post": norm(x + f(x)); "output": x + norm(f(x))
     norm_eps: float = 1e-5
     position: str = "rotary"  # "learned", "sinusoidal", "rotary", "alibi" or "none"
     rope_base: float = 10000.0  # Base of the rotary angles
     rope_interleaved: bool = False  # Rotate neighbours (True) or the two halves of a head (False)
+    rope_scaling: RopeScaling | None = None  # How the model was stretched to longer texts; a dictionary of its fields will do
     activation: str = "swiglu"  # One of `ACTIVATIONS`
     bias: bool = False  # In every linear layer and LayerNorm
+    qkv_bias: bool | None = None  # In the projections to queries, keys and values; None: as `bias`
     output_bias: bool = False  # On the logits
     tied_embeddings: bool = True  # The output matrix is the embedding matrix
     qk_norm: bool = False  # An RMSNorm on each head's queries and keys
+    qk_norm_whole: bool = False  # That norm takes all heads' numbers as one vector
     window: int | None = None  # Attention sees only the so many most recent tokens
     dropout: float = 0.0  # While training: embeddings, attention weights, what each sublayer adds
     init_std: float = 0.02  # Standard deviation of the initial weights
@@ -128,8 +132,10 @@ class GPTConfig:
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         for field in fields(self):
-            if field.type is bool and not isinstance(getattr(self, field.name), bool):
+            if field.type in (bool, bool | None) and not isinstance(getattr(self, field.name), field.type):
                 raise InputError(f"{field.name} must be True or False, not {getattr(self, field.name)!r}.")
+        if isinstance(self.rope_scaling, dict):
+            self._set("rope_scaling", RopeScaling.from_dict(self.rope_scaling))
         self._fill()
 
     def _set(self, name: str, value) -> None:
@@ -149,10 +155,15 @@ class GPTConfig:
             raise InputError(f"head_dim must be even for rotary positions, not {self.head_dim}.")
         if self.position == "sinusoidal" and self.d_model % 2:
             raise InputError(f"d_model must be even for sinusoidal positions, not {self.d_model}.")
+        if self.rope_scaling is not None:
+            if not isinstance(self.rope_scaling, RopeScaling):
+                raise InputError(f"rope_scaling must be None, a RopeScaling or a dictionary of its fields, not {self.rope_scaling!r}.")
+            self.rope_scaling.check_head(self.head_dim)
 
     def _defaults(self) -> dict[str, int]:
         "What the fields that may be None stand for."
-        return dict(n_kv_heads=self.n_heads, head_dim=self.d_model // self.n_heads, d_ff=default_d_ff(self.d_model, self.activation))
+        sizes = dict(n_kv_heads=self.n_heads, head_dim=self.d_model // self.n_heads, d_ff=default_d_ff(self.d_model, self.activation))
+        return sizes | dict(qkv_bias=self.bias)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "GPTConfig":
@@ -198,12 +209,13 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         c = config
-        self.pre_norm = c.norm_placement == "pre"
-        head_norms = [RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None for _ in range(2)]
+        self.placement = c.norm_placement
+        widths = [c.head_dim * (heads if c.qk_norm_whole else 1) for heads in (c.n_heads, c.n_kv_heads)]
+        head_norms = [RMSNorm(width, eps=c.norm_eps) if c.qk_norm else None for width in widths]
         self.attention_norm = make_norm(c.d_model, c.norm, eps=c.norm_eps, bias=c.bias)
         self.attention = MultiHeadAttention(
-            c.d_model, c.n_heads, c.n_kv_heads, head_dim=c.head_dim, bias=c.bias, dropout=c.dropout,
-            window=c.window, q_norm=head_norms[0], k_norm=head_norms[1],
+            c.d_model, c.n_heads, c.n_kv_heads, head_dim=c.head_dim, bias=c.qkv_bias, output_bias=c.bias, dropout=c.dropout,
+            window=c.window, q_norm=head_norms[0], k_norm=head_norms[1], norm_whole=c.qk_norm_whole,
         )
         self.feedforward_norm = make_norm(c.d_model, c.norm, eps=c.norm_eps, bias=c.bias)
         self.feedforward = make_feedforward(c.d_model, c.d_ff, c.activation, bias=c.bias, dropout=0.0)
@@ -218,9 +230,12 @@ class Block(nn.Module):
         cache: KVCache | None = None,  # This layer's keys and values of earlier tokens
     ) -> Float[Tensor, "batch seq d_model"]:
         "Equation (4.4) for pre-norm, Xiong et al. (2020), section 3.1; (4.5) for post-norm, Vaswani et al. (2017), section 3.1."
-        if self.pre_norm:
+        if self.placement == "pre":
             x = x + self.dropout(self.attention(self.attention_norm(x), mask, rotate=rotate, cache=cache))
             return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+        if self.placement == "output":
+            x = x + self.dropout(self.attention_norm(self.attention(x, mask, rotate=rotate, cache=cache)))
+            return x + self.dropout(self.feedforward_norm(self.feedforward(x)))
         x = self.attention_norm(x + self.dropout(self.attention(x, mask, rotate=rotate, cache=cache)))
         return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
 
@@ -232,7 +247,7 @@ class Block(nn.Module):
         rotate: Rotate | None = None,
     ) -> Float[Tensor, "batch heads queries keys"]:
         "The attention weights that `forward` uses on the same input, by the plain path."
-        return self.attention.weights(self.attention_norm(x) if self.pre_norm else x, mask, rotate=rotate)
+        return self.attention.weights(self.attention_norm(x) if self.placement == "pre" else x, mask, rotate=rotate)
 
 # %% ../nbs/04_transformer.ipynb #04-047
 class GPT(nn.Module):
@@ -244,10 +259,10 @@ class GPT(nn.Module):
         self.token_embedding = TokenEmbedding(c.vocab_size, c.d_model)
         tables = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions}
         self.position_embedding = tables[c.position](c.context_length, c.d_model) if c.position in tables else None
-        self.rotary = Rotary(c.head_dim, base=c.rope_base, interleaved=c.rope_interleaved) if c.position == "rotary" else None
+        self.rotary = Rotary(c.head_dim, base=c.rope_base, interleaved=c.rope_interleaved, scaling=c.rope_scaling) if c.position == "rotary" else None
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList([Block(c) for _ in range(c.n_layers)])
-        self.final_norm = make_norm(c.d_model, c.norm, eps=c.norm_eps, bias=c.bias) if c.norm_placement == "pre" else nn.Identity()
+        self.final_norm = make_norm(c.d_model, c.norm, eps=c.norm_eps, bias=c.bias) if c.norm_placement != "post" else nn.Identity()
         self.lm_head = None if c.tied_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.output_bias else None
         self.reset_parameters()
@@ -268,6 +283,25 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         "Where the weights are."
         return self.token_embedding.weight.device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,  # "smollm2", a folder as Hugging Face keeps models, a GGUF file, or a name on the hub
+        *,
+        dtype: torch.dtype | None = torch.float32,  # None: as in the file
+        device: str = "cpu",
+    ) -> "GPT":
+        "A model with weights that somebody else trained, in evaluation mode: the door to chapter 09."
+        from transformer_llm.pretrained import load_pretrained
+
+        return load_pretrained(name, dtype=dtype, device=device)
+
+    def save_pretrained(self, directory: str | Path, tokenizer=None, **options) -> Path:
+        "Write the model (and its tokenizer) as Hugging Face's libraries read it: the door to `transformer_llm.export`."
+        from transformer_llm.export import save_pretrained
+
+        return save_pretrained(self, directory, tokenizer, **options)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         "How many numbers the model has learned or can learn; tied weights count once."
