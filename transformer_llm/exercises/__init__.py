@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..foundations import InputError
 
 # %% ../../nbs/95_exercises.ipynb #95-008
-CHAPTERS = ("counting", "attention", "feedforward", "embeddings", "transformer", "tokenizer", "dataset", "training", "generation")
+CHAPTERS = ("counting", "attention", "feedforward", "embeddings", "transformer", "tokenizer", "dataset", "training", "generation",
+            "pretrained", "evaluation")
 ATTEMPTS: dict[str, int] = {}  # how often each exercise drew inputs in this process
 EXERCISES: dict[str, "Exercise"] = {}  # by number; a chapter's are added when its checks are imported
 
