@@ -17,7 +17,7 @@ from check import ROOT, SHAPED
 
 PAGES = {path.relative_to(ROOT / "nbs").as_posix(): path for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
          if not any(part.startswith((".", "_")) for part in path.parts)}
-CHAPTERS = [name for name in PAGES if re.match(r"0\d_", name)]
+CHAPTERS = [name for name in PAGES if re.match(r"[01]\d_", name)]
 NUMBERED = [name for name in PAGES if re.match(r"\d\d_", name)]
 NOTATION, GLOSSARY, BIBLIOGRAPHY = "96_notation.ipynb", "97_glossary.ipynb", "98_bibliography.ipynb"
 DOCUMENTS = [*PAGES, "README.md", "data/README.md"]
