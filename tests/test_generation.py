@@ -484,3 +484,17 @@ def test_texts_that_cannot_be():
         generate_text(model, tokenizer, "a", 5, num_samples=0)
     with pytest.raises(InputError, match="n_beams"):
         beam_search(model, prompts(), 5, n_beams=0)
+
+
+def test_a_prompt_stands_behind_the_tokenizers_prefix():
+    "Llama 3's texts begin with a token of their own; the model reads it, and nobody sees it."
+    text = "the old ox and the old fox " * 9
+    plain = BPETokenizer.train(text, 262, special_tokens=["<|begin|>"])
+    begin = plain.special_tokens["<|begin|>"]
+    marked = BPETokenizer(plain.vocab, plain.merges, plain.special_tokens, prefix=(begin,))
+    model = tiny(vocab_size=plain.vocab_size)
+    ids = torch.tensor([[begin, *plain.encode("the ")]])
+    wanted = plain.decode(generate(model, ids, 9, temperature=0)[0, 1:])
+    assert generate_text(model, marked, "the ", 9, temperature=0, stop_tokens=())[0] == wanted
+    assert "the " + "".join(stream_text(model, marked, "the ", 9, temperature=0, stop_tokens=())) == wanted
+    assert wanted != generate_text(model, plain, "the ", 9, temperature=0, stop_tokens=())[0]

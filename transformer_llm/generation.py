@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['apply_temperature', 'keep_from', 'top_k_filter', 'top_p_filter', 'min_p_filter', 'mark_seen', 'penalise_seen',
            'repetition_penalty', 'filter_logits', 'sample', 'evaluating', 'check_prompt', 'TextWindow', 'stream',
-           'write_tokens', 'generate', 'left_pad', 'stop_ids', 'before_stop', 'generate_text', 'stream_text',
-           'decode_pieces', 'keep_best', 'beam_candidates', 'beam_search']
+           'write_tokens', 'generate', 'left_pad', 'stop_ids', 'before_stop', 'prompt_ids', 'generate_text',
+           'stream_text', 'decode_pieces', 'keep_best', 'beam_candidates', 'beam_search']
 
 # %% ../nbs/08_generation.ipynb #08-006
 import math
@@ -345,6 +345,14 @@ def before_stop(
     return list(takewhile(lambda token: token not in stops, tokens))
 
 
+def prompt_ids(
+    tokenizer,  # A `CharTokenizer` or `BPETokenizer`
+    text: str,
+) -> list[int]:
+    "A prompt's token ids, behind those that begin every text where the tokenizer has such a `prefix` (Llama 3)."
+    return [*getattr(tokenizer, "prefix", ()), *tokenizer.encode(text)]
+
+
 def generate_text(
     model: nn.Module,
     tokenizer,  # The model's own `CharTokenizer` or `BPETokenizer`
@@ -358,14 +366,12 @@ def generate_text(
     "Continue the prompts; each text begins with its prompt and ends before its stop token. A prompt's samples stand together."
     check_range("num_samples", num_samples, 1, integer=True)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    tokens = [tokenizer.encode(text) for text in prompts for _ in range(num_samples)]
+    tokens = [prompt_ids(tokenizer, text) for text in prompts for _ in range(num_samples)]
     ids, is_token = left_pad(tokens)
     stops = stop_ids(tokenizer, stop_tokens)
     written = generate(model, ids, max_new_tokens, stop_tokens=stops, attention_mask=is_token, **options)
-    texts = []
-    for start, row in zip(tokens, written[:, ids.shape[1]:].tolist()):
-        texts.append(tokenizer.decode([*start, *before_stop(row, stops)]))
-    return texts
+    hidden = len(getattr(tokenizer, "prefix", ()))  # the reader's text does not show it
+    return [tokenizer.decode([*start[hidden:], *before_stop(row, stops)]) for start, row in zip(tokens, written[:, ids.shape[1]:].tolist())]
 
 # %% ../nbs/08_generation.ipynb #08-119
 def stream_text(
@@ -379,7 +385,7 @@ def stream_text(
 ) -> Iterator[str]:
     "Continue one prompt and give the new text piece by piece, whole characters only."
     stops = stop_ids(tokenizer, stop_tokens)
-    ids = torch.tensor([tokenizer.encode(prompt)], dtype=torch.long).view(1, -1)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long).view(1, -1)
     tokens = stream(model, ids, max_new_tokens, stop_tokens=stops, **options)
     return decode_pieces(tokenizer, tokens, stops)
 
