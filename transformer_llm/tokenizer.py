@@ -487,9 +487,8 @@ def check_choices(tokenizer: "BPETokenizer") -> None:
     "Raise `InputError` if a tokenizer's settings and vocabulary do not fit each other."
     check_choice("pattern", tokenizer.pattern, PATTERNS)
     check_choice("normalization", tokenizer.normalization, (None, "NFC"))
-    lacking = sum(byte not in RARE_BYTES for byte in tokenizer.missing)
-    if lacking:
-        raise InputError(f"its vocabulary lacks {lacking} of the 256 bytes; train it with ByteLevel.alphabet() as its initial alphabet")
+    if not set(tokenizer.missing) <= RARE_BYTES:
+        raise InputError(f"its vocabulary lacks {len(tokenizer.missing)} of the 256 bytes; train it with ByteLevel.alphabet() as its initial alphabet")
     ids = [*tokenizer.vocab.values(), *tokenizer.special_tokens.values()]
     if any(type(i) is not int or i < 0 for i in ids) or len(set(ids)) < len(ids):
         raise InputError("its token ids are not whole numbers that differ from each other")
@@ -605,7 +604,9 @@ class BPETokenizer(Tokenizer):
 
     def to_json(self) -> str:
         "The `tokenizer.json` text, in the form that Hugging Face `tokenizers` reads."
-        vocab = {visible(token): i for token, i in self.vocab.items()} | self.special_tokens
+        vocab, names = {visible(token): i for token, i in self.vocab.items()}, sorted(self.special_tokens.values())
+        if not (self.ignore_merges and names == list(range(len(vocab), len(vocab) + len(names)))):  # as a word, such a name is an ordinary one
+            vocab |= self.special_tokens
         merges = [[visible(left), visible(right)] for left, right in self.merges]
         return tokenizer_json(
             vocab, merges, self.special_tokens, pre_tokenizer=PRE_TOKENIZERS[self.pattern], decoder=BYTE_LEVEL, ignore_merges=self.ignore_merges,
@@ -723,6 +724,9 @@ def check_parts(parts: object) -> tuple[dict, list, dict]:
     ids = {**vocab, **special_tokens}.values()
     if any(type(i) is not int or i < 0 for i in ids) or len(set(ids)) < len(ids) or any(vocab.get(name, i) != i for name, i in special_tokens.items()):
         raise InputError("its token ids are not whole numbers that differ from each other")
+    behind = [i for name, i in special_tokens.items() if name not in vocab]
+    if behind != list(range(len(vocab), len(vocab) + len(behind))):  # Hugging Face's library numbers them so, whatever the file says
+        raise InputError(f"the ids of its added tokens should follow its {len(vocab)} others without a gap")
     if parts.get("pre_tokenizer") is None:
         changed = parts.get("normalizer") or parts.get("post_processor") or model.get("ignore_merges")
         if model["merges"] or special_tokens or changed or any(len(text) != 1 for text in vocab) or set(ids) != set(range(len(ids))):
