@@ -391,6 +391,13 @@ def test_words_that_are_tokens_need_no_merges(small):
         assert (len(ours.encode(" unreachable")) == 1) == ignore_merges
 
 
+def test_a_special_name_is_no_word(bpe):
+    "Written with bytes' characters it looks like the word ' q'; Hugging Face's library looks words up by that writing."
+    ours = BPETokenizer(bpe.vocab, bpe.merges, {"Ġq": 415, "<|x|>": 416}, ignore_merges=True)
+    theirs = tokenizers.Tokenizer.from_str(ours.to_json())
+    assert ours.encode("a q<|x|>Ġq q") == theirs.encode("a q<|x|>Ġq q").ids and tokenizer_from_json(ours.to_json()).to_json() == ours.to_json()
+
+
 def test_every_setting_comes_back_from_a_file_and_from_pickle(small, tmp_path):
     for ours, _ in small.values():
         ours.save(tmp_path)
@@ -407,6 +414,8 @@ def test_every_setting_comes_back_from_a_file_and_from_pickle(small, tmp_path):
 def test_settings_that_cannot_be_are_refused(bpe, settings, say):
     with pytest.raises(InputError, match=say):
         BPETokenizer(bpe.vocab, bpe.merges, bpe.special_tokens, **settings)
+    with pytest.raises(InputError, match="lacks 255 of the 256 bytes"):
+        BPETokenizer({b"a": 0}, [], {})
 
 
 # The files that the models come with
@@ -489,7 +498,7 @@ def test_what_the_forms_say(forms):
     ("llama3", "post_processor.processors.1.special_tokens.<|begin_of_text|>.ids", [10**9], "prefix"), ("llama3", "post_processor.processors.1.type", "RobertaProcessing", "RobertaProcessing"),
     ("smollm2", "pre_tokenizer.pretokenizers.0.individual_digits", False, "Digits"), ("smollm2", "pre_tokenizer.pretokenizers.1.use_regex", False, "Digits"),
     ("qwen3", "normalizer.type", "NFKC", "NFKC"), ("qwen3", "added_tokens.0.normalized", True, "normalized"), ("qwen3", "added_tokens.1.rstrip", True, "rstrip"),
-    ("gpt2", "added_tokens.0.id", 5, "ids"),
+    ("gpt2", "added_tokens.0.id", 5, "ids"), ("qwen3", "added_tokens.2.id", 10**6, "without a gap"), ("llama3", "added_tokens.0.id", 10**6, "without a gap"),
 ])
 def test_forms_with_anything_else_are_refused(forms, tmp_path, form, path, value, say):
     parts = json.loads(json.dumps(forms[form][-1]))
@@ -679,7 +688,7 @@ def change(parts, path, value):
     "path, value, say",
     [
         ("model", {"type": "WordPiece", "vocab": {"a": 0}}, "WordPiece"), ("model", {"type": "Unigram", "vocab": []}, "Unigram"), ("model", 3, "model"),
-        ("model.vocab", {}, "vocabulary"), ("model.vocab", None, "vocabulary"), ("model.vocab", {"a": 0}, "255 of the 256"), ("model.merges", None, "merges"),
+        ("model.vocab", {}, "vocabulary"), ("model.vocab", None, "vocabulary"), ("model.vocab", {"a": 0}, "without a gap"), ("model.merges", None, "merges"),
         ("model.merges", [["h"]], "damaged"), ("model.merges", [["h", "nowhere"]], "merge 'h' 'nowhere' names a token"), ("model.merges", ["a b c"], "damaged"), ("model.merges", [7], "damaged"),
         ("model.vocab.!", "zero", "ids"), ("model.vocab.!", 1, "ids"), ("model.vocab.日", 999, "byte-level"), ("model.dropout", 0.1, "dropout"),
         ("model.byte_fallback", True, "byte_fallback"), ("model.continuing_subword_prefix", "##", "continuing"),
