@@ -1,0 +1,305 @@
+"""What chapter 10 can't try on its own page: windows of every size, batches, random n-gram tables, bad input, and a real model's answers."""
+import math
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transformer_llm.evaluation import (NGram, Scores, binomial_error, bootstrap_error, choose, compare_samples, encode_options, join_scores,
+                                        reliability, score_options, score_text, score_tokens, window_spans)
+from transformer_llm.foundations import InputError, set_seed
+from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
+from transformer_llm.transformer import GPT, GPTConfig
+
+WORDS = "the quick brown fox jumps over the lazy dog; the dog sleeps and the fox, being quick, is gone before noon\n" * 4
+
+
+def small_model(vocab_size: int = 11, **changes) -> GPT:
+    "A random model with strong opinions."
+    set_seed(5)
+    shape = dict(vocab_size=vocab_size, context_length=16, d_model=16, n_layers=2, n_heads=2, init_std=0.4)
+    return GPT(GPTConfig(**shape | changes))
+
+
+MODEL = small_model()
+CHARACTERS = CharTokenizer.train(WORDS)
+READER = small_model(CHARACTERS.vocab_size, context_length=64)
+PIECES = BPETokenizer.train(WORDS, 300)
+PIECES_READER = small_model(PIECES.vocab_size, context_length=64)
+
+
+def score_plainly(model, ids: list[int], context_length: int, stride: int, start_token: int | None = None) -> list[float]:
+    "Token by token, each in the first window that predicts it."
+    nats = [] if start_token is not None else [math.log(model.config.vocab_size)]
+    ids = ids if start_token is None else [start_token, *ids]
+    for t in range(1, len(ids)):
+        begin = max(0, -(-(t - context_length) // stride)) * stride
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[begin:t]]))[0, -1]
+        nats.append(-logits.double().log_softmax(-1)[ids[t]].item())
+    return nats
+
+
+# Windows ---------------------------------------------------------------------------------------------------------------
+
+@given(st.integers(0, 200), st.integers(1, 40), st.data())
+def test_each_token_counts_once_in_the_first_window_that_predicts_it(n_tokens, context_length, data):
+    stride = data.draw(st.integers(1, context_length))
+    spans = window_spans(n_tokens, context_length, stride)
+    assert [t for _, first, end in spans for t in range(first, end)] == list(range(1, n_tokens))
+    assert [begin for begin, _, _ in spans] == [number * stride for number in range(len(spans))]
+    for begin, first, end in spans:
+        assert begin < first < end <= n_tokens and end - begin - 1 <= context_length
+        assert first - begin >= (context_length - stride + 1 if begin else 1)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 16), st.integers(1, 9), st.booleans(), st.data())
+def test_scores_are_those_of_the_plain_form(n_tokens, context_length, batch_size, start, data):
+    stride = data.draw(st.integers(1, context_length))
+    ids = data.draw(st.lists(st.integers(0, 10), min_size=n_tokens, max_size=n_tokens))
+    start_token = 3 if start else None
+    scores = score_tokens(MODEL, torch.tensor(ids), context_length=context_length, stride=stride, batch_size=batch_size, start_token=start_token)
+    assert len(scores.nats) == len(scores.ranks) == len(scores.confidence) == len(scores.context) == n_tokens
+    assert torch.allclose(scores.nats, torch.tensor(score_plainly(MODEL, ids, context_length, stride, start_token), dtype=torch.double), atol=2e-5)
+    assert (scores.context[1:] > 0).all() and (scores.context[0] == 0) == (not start) and scores.context.max() <= context_length
+    assert ((scores.ranks == 0) <= ((scores.nats + scores.confidence.log()).abs() < 1e-5)).all()  # the first choice has the confidence
+
+
+def test_a_wide_vocabulary_is_judged_in_slices(monkeypatch):
+    ids = torch.randint(0, 11, (60,), generator=torch.Generator().manual_seed(1))
+    whole = score_tokens(MODEL, ids)
+    monkeypatch.setattr("transformer_llm.evaluation.SLICE", 1)
+    sliced = score_tokens(MODEL, ids)
+    assert torch.allclose(whole.nats, sliced.nats, atol=1e-6) and torch.equal(whole.ranks, sliced.ranks)
+
+
+def test_the_model_is_given_back_as_it_was():
+    model = small_model(dropout=0.5).train()
+    ids = torch.arange(11).repeat(4)
+    first, second = score_tokens(model, ids), score_tokens(model, ids)
+    assert model.training and torch.equal(first.nats, second.nats) and not first.nats.requires_grad
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary", "alibi", "none"])
+def test_options_don_t_depend_on_what_else_is_in_the_batch(position):
+    model = small_model(CHARACTERS.vocab_size, context_length=64, position=position)
+    options = [" dog", " quick brown fox", " a", " the lazy dog sleeps"]
+    together = score_options(model, CHARACTERS, "over the", options)
+    for number, option in enumerate(options):
+        pair = score_options(model, CHARACTERS, "over the", [option, " x"])
+        text = score_text(model, CHARACTERS, "over the" + option)
+        assert abs(pair.totals[0] - together.totals[number]) < 1e-4
+        assert abs(text.nats[len("over the"):].sum() + together.totals[number]) < 1e-4
+    assert together.n_tokens.tolist() == together.n_bytes.tolist() == [len(option) for option in options]
+    lengths = {"sum": torch.ones(4), "token": together.n_tokens, "byte": together.n_bytes}
+    for by in ("sum", "token", "byte"):
+        assert choose(model, CHARACTERS, "over the", options, by=by) == (together.totals / lengths[by]).argmax()
+
+
+@given(st.text("the dogfx ", min_size=1, max_size=12), st.lists(st.text("the dogfx ", min_size=1, max_size=8), min_size=2, max_size=4))
+def test_question_and_option_are_tokenized_together(question, options):
+    try:
+        wholes, shared = encode_options(PIECES, question, options)
+    except InputError as error:
+        assert "too short" in str(error)
+        return
+    for whole, option in zip(wholes, options):
+        assert whole == PIECES.encode(question + option) and PIECES.decode(whole) == question + option
+        assert whole[:shared] == PIECES.encode(question)[:shared] and len(whole) > shared
+        assert len(PIECES.decode(whole[:shared])) <= len(question)
+    found = score_options(PIECES_READER, PIECES, question, options)
+    for number, whole in enumerate(wholes):
+        assert abs(found.totals[number] + sum(score_plainly(PIECES_READER, whole, 64, 1)[shared:])) < 1e-3
+
+
+# Numbers ---------------------------------------------------------------------------------------------------------------
+
+def test_units_of_a_uniform_model():
+    "A model that knows nothing: the perplexity is the vocabulary's size, and one token in that many is right."
+    model = small_model()
+    with torch.no_grad():
+        model.token_embedding.weight.zero_()
+    ids = torch.randint(0, 11, (400,), generator=torch.Generator().manual_seed(0))
+    scores = score_tokens(model, ids, n_bytes=400)
+    assert math.isclose(scores.perplexity, 11, rel_tol=1e-5) and math.isclose(scores.bits_per_byte, math.log2(11), rel_tol=1e-5)
+    assert scores.accuracy() == (ids[1:] == 0).double().mean() and scores.accuracy(11) == 1  # of equal logits the lower id ranks first
+
+
+def test_bits_per_byte_count_bytes():
+    tokenizer = CharTokenizer.train("é日🙂")
+    model = small_model(3)
+    scores = score_text(model, tokenizer, "é日🙂é")
+    assert scores.n_bytes == 2 + 3 + 4 + 2
+    assert math.isclose(scores.bits_per_byte, scores.nats.sum().item() / 11 / math.log(2))
+
+
+def test_special_names_in_a_strangers_text_are_text():
+    tokenizer = BPETokenizer.train(WORDS, 300, special_tokens=["<|endoftext|>"])
+    model = small_model(tokenizer.vocab_size, context_length=64)
+    scores = score_text(model, tokenizer, "the <|endoftext|> fox")
+    assert len(scores.nats) == len(tokenizer.encode("the <|endoftext|> fox", special=False)) > 6
+    wholes, _ = encode_options(tokenizer, "the", [" <|endoftext|>", " fox"])
+    assert tokenizer.special_tokens["<|endoftext|>"] not in wholes[0]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60), st.integers(1, 12))
+def test_reliability_counts_each_prediction_once(pairs, bins):
+    confidence = torch.tensor([p for p, _ in pairs], dtype=torch.double)
+    ranks = torch.tensor([0 if right else 3 for _, right in pairs])
+    rows = reliability(Scores(torch.zeros(len(pairs), dtype=torch.double), ranks, confidence, torch.ones(len(pairs), dtype=torch.long)), bins)
+    assert sum(n for _, _, n in rows) == len(pairs) and [row[0] for row in rows] == sorted(row[0] for row in rows)
+    assert abs(sum(right * n for _, right, n in rows) - sum(right for _, right in pairs)) < 1e-6
+
+
+def test_errors_shrink_with_the_root():
+    assert math.isclose(binomial_error(0.3, 100), 10 * binomial_error(0.3, 10_000)) and binomial_error(1, 5) == 0
+    draw = np.random.default_rng(0)
+    few, many = (bootstrap_error(draw.normal(2, 1, n), np.ones(n), draws=2000) for n in (25, 2500))
+    assert 7 < few / many < 14
+    assert bootstrap_error([2, 4, 6], [1, 2, 3]) == 0  # the same ratio everywhere
+    assert bootstrap_error([1, 2, 5], [1, 1, 1], seed=1) == bootstrap_error([1, 2, 5], [1, 1, 1], seed=1)
+
+
+# The n-gram table ------------------------------------------------------------------------------------------------------
+
+def witten_bell(tokens: list[int], history: tuple, w: int, vocab_size: int) -> float:
+    "Equation (10.4), by going through the text again for every history."
+    lower = witten_bell(tokens, history[1:], w, vocab_size) if history else 1 / vocab_size
+    followers = Counter(tokens[end] for end in range(len(history), len(tokens)) if tuple(tokens[end - len(history):end]) == history)
+    if not followers:
+        return lower
+    return (followers[w] + len(followers) * lower) / (followers.total() + len(followers))
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 6))
+def test_ngram_is_the_recursion_and_adds_up_to_one(tokens, ids, order):
+    table = NGram(order, 5).fit(tokens)
+    p = table(torch.tensor([ids]))[0].exp()
+    assert torch.allclose(p.sum(-1), torch.ones(len(ids), dtype=torch.double)) and (p > 0).all()
+    for end in range(1, len(ids) + 1):
+        history = tuple(ids[max(0, end - order + 1):end]) if order > 1 else ()
+        assert torch.allclose(p[end - 1], torch.tensor([witten_bell(tokens, history, w, 5) for w in range(5)], dtype=torch.double), atol=1e-12)
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=60), st.integers(1, 5))
+def test_sorting_and_counting_give_the_same_table(tokens, order):
+    from transformer_llm import evaluation
+
+    dense, kept = NGram(order, 301).fit(tokens), evaluation.DENSE
+    evaluation.DENSE = 0
+    try:
+        by_sorting = NGram(order, 301).fit(tokens)
+    finally:
+        evaluation.DENSE = kept
+    for one, other in zip(dense.levels, by_sorting.levels, strict=True):
+        for name in ("codes", "tokens", "counts", "first", "total"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_ngram_reads_padded_batches_and_its_window_changes_nothing():
+    table = NGram(4, CHARACTERS.vocab_size, context_length=32).fit(CHARACTERS.encode(WORDS))
+    ids = torch.tensor(CHARACTERS.encode(WORDS[:150]))
+    nats = score_tokens(table, ids, stride=16).nats
+    assert torch.equal(nats, score_tokens(table, ids, stride=29).nats)  # at least three tokens before each that counts
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[None, :10]], 1)
+    mask = torch.arange(15)[None] >= 5
+    assert torch.allclose(table(padded, attention_mask=mask)[:, 5:], table(ids[None, :10]))
+    assert torch.allclose(table(ids[None, :10], last_only=True), table(ids[None, :10])[:, -1:])
+    assert choose(table, CHARACTERS, "jumps over the", [" lazy", " noon"]) == 0
+    assert table.fit([0, 1]).num_parameters() == 3 and table.fit([0, 1]) is table  # counts anew
+
+
+@pytest.mark.parametrize("vocab_size", [69, 49_152])
+def test_memory_for_a_table_is_bounded(vocab_size):
+    tokens = np.random.default_rng(0).zipf(1.4, 200_000).clip(max=vocab_size) - 1
+    tracemalloc.start()
+    try:
+        NGram(8, vocab_size).fit(tokens)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 250 * len(tokens) + 150e6
+
+
+# Samples ---------------------------------------------------------------------------------------------------------------
+
+def test_samples_stand_side_by_side_and_are_repeatable():
+    models = {"counts": (NGram(3, CHARACTERS.vocab_size).fit(CHARACTERS.encode(WORDS)), CHARACTERS), "network": (READER, CHARACTERS), "pieces": (PIECES_READER, PIECES)}
+    rows = compare_samples(models, ["the fox", "dog"], 20, seed=3)
+    assert [row[:2] for row in rows] == [(prompt, name) for prompt in ("the fox", "dog") for name in models]
+    assert all(len(row[2]) == 20 for row in rows) and rows == compare_samples(models, ["the fox", "dog"], 20, seed=3)
+    assert rows != compare_samples(models, ["the fox", "dog"], 20, seed=4)
+
+
+# Bad input -------------------------------------------------------------------------------------------------------------
+
+ODD = CharTokenizer(["a", "b"])
+BAD = {
+    "empty": (lambda: score_text(READER, CHARACTERS, ""), "text is empty"),
+    "unknown character": (lambda: score_text(READER, CHARACTERS, "the Fox"), "Character 'F' at position 4"),
+    "half a character": (lambda: score_text(PIECES_READER, PIECES, "the \ud800"), "lone surrogate"),
+    "another tokenizer": (lambda: score_text(small_model(3), CHARACTERS, "the"), "use its own tokenizer"),
+    "negative id": (lambda: score_tokens(MODEL, torch.tensor([1, -2])), "token -2"),
+    "stride 0": (lambda: score_tokens(MODEL, torch.arange(5), stride=0), "stride must be a whole number from 1 to 16, not 0"),
+    "stride too long": (lambda: score_tokens(MODEL, torch.arange(5), context_length=4, stride=5), "stride must be a whole number from 1 to 4, not 5"),
+    "context too long": (lambda: score_tokens(MODEL, torch.arange(5), context_length=17), "context_length must be a whole number from 1 to 16"),
+    "batch size": (lambda: score_tokens(MODEL, torch.arange(5), batch_size=0), "batch_size"),
+    "start token": (lambda: score_tokens(MODEL, torch.arange(5), start_token=11), "start_token must be a whole number from 0 to 10"),
+    "no bytes": (lambda: score_tokens(MODEL, torch.arange(5)).bits_per_byte, "number of bytes"),
+    "accuracy of one token": (lambda: score_tokens(MODEL, torch.tensor([4])).accuracy(), "at least two tokens"),
+    "top 0": (lambda: score_tokens(MODEL, torch.arange(5)).accuracy(0), "k must be"),
+    "nothing to join": (lambda: join_scores([]), "no scores"),
+    "order 0": (lambda: NGram(0, 5), "order must be a whole number from 1"),
+    "no vocabulary": (lambda: NGram(2, 0), "vocab_size"),
+    "nothing to count": (lambda: NGram(2, 5).fit([]), "at least one token"),
+    "token outside": (lambda: NGram(2, 5).fit([0, 5]), "all from 0 to 4"),
+    "not fitted": (lambda: NGram(2, 5)(torch.tensor([[1]])), "counted nothing yet"),
+    "foreign prompt": (lambda: NGram(2, 5).fit([1])(torch.tensor([[5]])), "knows 0 to 4 only"),
+    "one option": (lambda: choose(READER, CHARACTERS, "the", [" fox"]), "at least two texts"),
+    "options in one text": (lambda: choose(READER, CHARACTERS, "the", "fox"), "at least two texts"),
+    "empty option": (lambda: choose(READER, CHARACTERS, "the", ["", " fox"]), "aren't empty"),
+    "no question": (lambda: choose(READER, CHARACTERS, "", [" dog", " fox"]), "too short"),
+    "merged question": (lambda: choose(PIECES_READER, PIECES, "t", ["he", "o"]), "too short"),
+    "long question": (lambda: choose(READER, CHARACTERS, "the " * 16, ["dog", "fox"]), "context_length is 64"),
+    "unknown rule": (lambda: choose(READER, CHARACTERS, "the", [" dog", " fox"], by="luck"), "by must be one of sum, token, byte"),
+    "share": (lambda: binomial_error(1.5, 10), "share must be"),
+    "no questions": (lambda: binomial_error(0.5, 0), "n must be"),
+    "one piece": (lambda: bootstrap_error([1.0], [1.0]), "two pieces or more"),
+    "different lengths": (lambda: bootstrap_error([1.0, 2.0], [1.0]), "not 2 and 1 numbers"),
+    "empty piece": (lambda: bootstrap_error([1.0, 2.0], [1.0, 0.0]), "above zero"),
+    "no bins": (lambda: reliability(score_tokens(MODEL, torch.arange(5)), 0), "bins"),
+    "no length": (lambda: compare_samples({"x": (READER, CHARACTERS)}, ["the"], 0), "length"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_a_sentence(case):
+    function, words = BAD[case]
+    with pytest.raises(InputError) as found:
+        function()
+    message = str(found.value)
+    assert words in message and message.endswith(".") and "\n" not in message, message
+
+
+# A real model ----------------------------------------------------------------------------------------------------------
+
+FACTS = [("The capital of France is", " Paris", " Rome"), ("The opposite of hot is", " cold", " green"), ("Honey is made by", " bees", " cows"),
+         ("The day after Monday is", " Tuesday", " Friday"), ("We see with our", " eyes", " knees"), ("The sun rises in the", " east", " north")]
+
+
+def test_smollm2_prefers_what_is_right():
+    from transformer_llm.pretrained import load_pretrained, load_pretrained_tokenizer
+
+    try:
+        model, tokenizer = load_pretrained("smollm2"), load_pretrained_tokenizer("smollm2")
+    except InputError as error:
+        pytest.skip(f"SmolLM2 can't be fetched: {error}")
+    for question, right, wrong in FACTS:
+        assert choose(model, tokenizer, question, [wrong, right]) == 1, question
+    sense, nonsense = (score_text(model, tokenizer, text).bits_per_byte for text in ("The cat sat on the mat.", "Mat the on sat cat the."))
+    assert sense < nonsense - 0.5
