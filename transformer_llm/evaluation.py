@@ -9,7 +9,7 @@ __all__ = ['DENSE', 'SLICE', 'Scores', 'join_scores', 'count_codes', 'Followers'
 
 # %% ../nbs/10_evaluation.ipynb #10-006
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from types import SimpleNamespace
@@ -115,7 +115,7 @@ class Followers:
 class NGram(nn.Module):
     """A table of counts with the smoothing of Witten and Bell (1991), equation (10.4), that can be called like a `GPT`.
 
-    `fit` needs about 60 bytes of memory for each token of the text, whatever the order. Raises `InputError` for an order
+    `fit` needs about 100 bytes of memory for each token of the text, and 150 MB at most besides. Raises `InputError` for an order
     or tokens that can't be.
     """
 
@@ -311,19 +311,19 @@ def binomial_error(
 
 
 def bootstrap_error(
-    numerators: Sequence[float],  # One for each piece of text: its surprise, say
-    denominators: Sequence[float],  # Its bytes or tokens
+    numerators: Iterable,  # One for each piece of text: its surprise, say
+    denominators: Iterable,  # Its bytes or tokens
     draws: int = 1000,
     seed: int = 0,
 ) -> float:
     "Standard error of `sum(numerators) / sum(denominators)` when pieces are drawn anew, after Efron (1979). `InputError` for fewer than two pieces."
-    above, below = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
+    above, below = np.array([*numerators], dtype=float), np.array([*denominators], dtype=float)
     if len(above) != len(below) or len(above) < 2 or (below <= 0).any():
         raise InputError(f"A bootstrap needs two pieces or more, each with a denominator above zero, not {len(above)} and {len(below)} numbers.")
     chosen = np.random.default_rng(seed).integers(0, len(above), (check_range("draws", draws, 2, integer=True), len(above)))
     return float((above[chosen].sum(1) / below[chosen].sum(1)).std(ddof=1))
 
-# %% ../nbs/10_evaluation.ipynb #10-085
+# %% ../nbs/10_evaluation.ipynb #10-088
 def reliability(
     scores: Scores,
     bins: int = 10,  # Of equal width, from 0 to 1
@@ -336,7 +336,7 @@ def reliability(
     masks = [number == one for one in range(bins)]
     return [(confidence[mask].mean().item(), right[mask].mean().item(), int(mask.sum())) for mask in masks if mask.any()]
 
-# %% ../nbs/10_evaluation.ipynb #10-089
+# %% ../nbs/10_evaluation.ipynb #10-092
 def encode_options(
     tokenizer,  # A `CharTokenizer` or `BPETokenizer`
     question: str,
@@ -402,7 +402,7 @@ def choose(
     "The place of the option that the model finds most probable after the question; errors as in `score_options`."
     return score_options(model, tokenizer, question, options).best(by)
 
-# %% ../nbs/10_evaluation.ipynb #10-100
+# %% ../nbs/10_evaluation.ipynb #10-105
 def compare_samples(
     models: Mapping[str, tuple],  # A name, and a model with its tokenizer
     prompts: Sequence[str],
