@@ -94,7 +94,7 @@ def somewhere_else(tmp_path, monkeypatch):
 # --- the command itself -------------------------------------------------------------------------------------------
 
 COMMANDS = [[], ["demo"], ["data"], ["data", "shakespeare"], ["data", "patterns"], ["data", "prepare"], ["tokenizer"], ["tokenizer", "train"],
-            ["train"], ["generate"], ["info"]]
+            ["train"], ["generate"], ["chat"], ["export"], ["info"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -608,6 +608,50 @@ def test_demo_gets_its_flags(capsys, monkeypatch):
     monkeypatch.setattr(demo, "run_demo", lambda **options: calls.append(options))
     succeeds(capsys, "demo", "--out", "here", "--seed", 3)
     assert calls == [{"out": "here", "seed": 3, "progress": True}]
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, run) -> Path:
+    "A small model as a folder that Hugging Face reads, written by `export`."
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    text = tmp_path_factory.mktemp("words") / "words.txt"
+    text.write_text(make_text(), encoding="utf-8")
+    run_folder = folder.parent / "run"
+    arguments = ["--model_size", "tiny", "--text_file", text, "--vocab_size", 300, "--context_length", 16, "--batch_size", 2, "--max_steps", 2, "--out", run_folder]
+    assert main(["train", *map(str, arguments)]) == 0
+    assert main(["export", "--checkpoint", str(run_folder), "--hf", str(folder)]) == 0
+    return folder
+
+
+def test_generate_and_info_take_a_model_of_others(capsys, pretrained):
+    out = succeeds(capsys, "generate", "--checkpoint", pretrained, "--prompt", "the cat", "--max_new_tokens", 5)
+    assert out.startswith("the cat")
+    assert succeeds(capsys, "generate", "--checkpoint", pretrained, "--prompt", "the cat", "--max_new_tokens", 5, "--beams", 2).startswith("the cat")
+    out = succeeds(capsys, "info", pretrained)
+    assert re.search(r"^vocab_size +300$", out, re.MULTILINE) and re.search(r"^answers +no: ", out, re.MULTILINE)
+    refused(capsys, "chat", "--model", pretrained, "--prompt", "a", says="has no chat template.* generate")
+    refused(capsys, "chat", "--model", pretrained.parent / "run", "--prompt", "a", says="has no chat template; use .*generate")
+
+
+def test_export(capsys, pretrained, tmp_path):
+    refused(capsys, "export", "--checkpoint", pretrained, says="one of the arguments --hf --onnx is required")
+    refused(capsys, "export", "--checkpoint", pretrained, "--hf", "a", "--onnx", "b", says="not allowed with")
+    refused(capsys, "export", "--checkpoint", pretrained, "--hf", "a", "--with_cache", says="--onnx only")
+    refused(capsys, "export", "--checkpoint", "nowhere", "--hf", "a", says="nowhere")
+    Path("there").write_text("mine", encoding="utf-8")
+    refused(capsys, "export", "--checkpoint", pretrained, "--onnx", "there", says="--overwrite")
+    assert Path("there").read_text(encoding="utf-8") == "mine"
+    assert "copy: " in succeeds(capsys, "export", "--checkpoint", pretrained, "--hf", "copy")
+    assert fingerprint(Path("copy")) == fingerprint(pretrained)
+    refused(capsys, "export", "--checkpoint", pretrained, "--hf", "copy", says="overwrite")
+    succeeds(capsys, "export", "--checkpoint", pretrained, "--hf", "copy", "--overwrite")
+
+
+def test_export_onnx(capsys, pretrained):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    assert "model.onnx: " in succeeds(capsys, "export", "--checkpoint", pretrained, "--onnx", "model.onnx")
+    assert Path("model.onnx").stat().st_size > 100_000
 
 
 # --- the process --------------------------------------------------------------------------------------------------

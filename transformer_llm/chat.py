@@ -38,7 +38,7 @@ from .tokenizer import special_pattern
 from .transformer import GPT
 
 # %% ../nbs/88_chat.ipynb #88-006
-MOST_STEPS = 500_000  # what one rendering may evaluate
+MOST_STEPS = 200_000  # what one rendering may evaluate
 MOST_CHARACTERS = 10_000_000  # and how much text it may make
 
 
@@ -269,8 +269,8 @@ def attribute(value: object, name: str) -> object:
 
 def item(value: object, key: object) -> object:
     "`value[key]`: an entry of a dictionary, a list or a text; undefined where there is none."
-    if isinstance(value, dict) and isinstance(key, str | int | float | None):
-        return value[key] if key in value else Undefined(str(key))
+    if isinstance(value, dict) and not isinstance(key, str):
+        return value.get(key, Undefined()) if isinstance(key, int | float | None) else Undefined()
     if isinstance(value, list | tuple | str) and isinstance(key, int):
         return value[key] if -len(value) <= key < len(value) else Undefined(str(key))
     return attribute(value, key if isinstance(key, str) else "")

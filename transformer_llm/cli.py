@@ -19,6 +19,8 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'FREE_ON_RESUME', 'SAMPLING', 'C
 
 # %% ../nbs/92_command_line.ipynb #92-006
 import argparse
+import contextlib
+import importlib
 import os
 import re
 import shlex
@@ -811,6 +813,8 @@ def talk(conversation, settings: dict) -> None:
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     if at_keyboard:
+        with contextlib.suppress(ImportError):  # where there is readline, `input` takes arrow keys and remembers lines
+            importlib.import_module("readline")
         note("Say something. /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.")
     while (line := next_line(at_keyboard)) is not None:
         try:
