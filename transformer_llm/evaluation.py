@@ -213,7 +213,7 @@ def window_spans(
     return spans
 
 # %% ../nbs/10_evaluation.ipynb #10-058
-SLICE = 2**24  # logits that are in memory at once, at most: 64 MiB
+SLICE = 2**24  # logits that are in memory at once, at most: 64 megabytes
 
 
 def judge_logits(
