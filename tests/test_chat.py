@@ -985,6 +985,7 @@ def test_a_session_at_a_terminal(folder):
     terminal.until("there is no command '/foo'.*> $")
     terminal.type("/help\n")
     assert all(name in terminal.until("/quit.*> $") for name in ("/reset", "/temperature", "/system"))
+    time.sleep(1)
     terminal.type("\x04")
     terminal.until("nothing more", 60)
     assert terminal.end() == 0 and "Traceback" not in terminal.seen
