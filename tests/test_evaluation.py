@@ -32,16 +32,15 @@ PIECES = BPETokenizer.train(WORDS, 300)
 PIECES_READER = small_model(PIECES.vocab_size, context_length=64)
 
 
-def score_plainly(model, ids: list[int], context_length: int, stride: int, start_token: int | None = None) -> list[float]:
+def score_plainly(model, ids: list[int], context_length: int, stride: int, start: tuple = ()) -> list[float]:
     "Token by token, each in the first window that predicts it."
-    nats = [] if start_token is not None else [math.log(model.config.vocab_size)]
-    ids = ids if start_token is None else [start_token, *ids]
+    nats, ids = [math.log(model.config.vocab_size)], [*start, *ids]
     for t in range(1, len(ids)):
         begin = max(0, -(-(t - context_length) // stride)) * stride
         with torch.no_grad():
             logits = model(torch.tensor([ids[begin:t]]))[0, -1]
         nats.append(-logits.double().log_softmax(-1)[ids[t]].item())
-    return nats
+    return nats[len(start):]
 
 
 # Windows ---------------------------------------------------------------------------------------------------------------
@@ -58,14 +57,13 @@ def test_each_token_counts_once_in_the_first_window_that_predicts_it(n_tokens, c
 
 
 @settings(max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 16), st.integers(1, 9), st.booleans(), st.data())
+@given(st.integers(1, 40), st.integers(1, 16), st.integers(1, 9), st.sampled_from([(), (3,), (3, 7)]), st.data())
 def test_scores_are_those_of_the_plain_form(n_tokens, context_length, batch_size, start, data):
     stride = data.draw(st.integers(1, context_length))
     ids = data.draw(st.lists(st.integers(0, 10), min_size=n_tokens, max_size=n_tokens))
-    start_token = 3 if start else None
-    scores = score_tokens(MODEL, torch.tensor(ids), context_length=context_length, stride=stride, batch_size=batch_size, start_token=start_token)
+    scores = score_tokens(MODEL, torch.tensor(ids), context_length=context_length, stride=stride, batch_size=batch_size, start=start)
     assert len(scores.nats) == len(scores.ranks) == len(scores.confidence) == len(scores.context) == n_tokens
-    assert torch.allclose(scores.nats, torch.tensor(score_plainly(MODEL, ids, context_length, stride, start_token), dtype=torch.double), atol=2e-5)
+    assert torch.allclose(scores.nats, torch.tensor(score_plainly(MODEL, ids, context_length, stride, start), dtype=torch.double), atol=2e-5)
     assert (scores.context[1:] > 0).all() and (scores.context[0] == 0) == (not start) and scores.context.max() <= context_length
     assert ((scores.ranks == 0) <= ((scores.nats + scores.confidence.log()).abs() < 1e-5)).all()  # the first choice has the confidence
 
@@ -145,6 +143,21 @@ def test_special_names_in_a_strangers_text_are_text():
     assert len(scores.nats) == len(tokenizer.encode("the <|endoftext|> fox", special=False)) > 6
     wholes, _ = encode_options(tokenizer, "the", [" <|endoftext|>", " fox"])
     assert tokenizer.special_tokens["<|endoftext|>"] not in wholes[0]
+
+
+def test_a_text_stands_behind_the_tokens_that_begin_every_text():
+    plain = BPETokenizer.train(WORDS, 300, special_tokens=["<|begin|>"])
+    model, begin = small_model(plain.vocab_size, context_length=64), plain.special_tokens["<|begin|>"]
+    tokenizer = BPETokenizer(plain.vocab, plain.merges, plain.special_tokens, prefix=(begin,))
+    scores = score_text(model, tokenizer, "the fox")
+    ids = plain.encode("the fox")
+    assert scores.context.tolist() == [*range(1, len(ids) + 1)]
+    assert torch.allclose(scores.nats, torch.tensor(score_plainly(model, ids, 64, 1, (begin,)), dtype=torch.double), atol=2e-5)
+    assert score_text(model, tokenizer, "the fox", start=()).context[0] == 0
+    wholes, shared = encode_options(tokenizer, "", ["the", "fox"])  # the question may be empty then
+    assert shared == 1 and wholes[0] == [begin, *plain.encode("the")]
+    found = score_options(model, tokenizer, "the", [" fox", " dog"])
+    assert abs(found.totals[0] + sum(score_plainly(model, plain.encode("the fox"), 64, 1, (begin,))[len(plain.encode("the")):])) < 1e-4
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60), st.integers(1, 12))
@@ -249,7 +262,7 @@ BAD = {
     "stride too long": (lambda: score_tokens(MODEL, torch.arange(5), context_length=4, stride=5), "stride must be a whole number from 1 to 4, not 5"),
     "context too long": (lambda: score_tokens(MODEL, torch.arange(5), context_length=17), "context_length must be a whole number from 1 to 16"),
     "batch size": (lambda: score_tokens(MODEL, torch.arange(5), batch_size=0), "batch_size"),
-    "start token": (lambda: score_tokens(MODEL, torch.arange(5), start_token=11), "start_token must be a whole number from 0 to 10"),
+    "start token": (lambda: score_tokens(MODEL, torch.arange(5), start=(11,)), "A start token must be a whole number from 0 to 10"),
     "no bytes": (lambda: score_tokens(MODEL, torch.arange(5)).bits_per_byte, "number of bytes"),
     "accuracy of one token": (lambda: score_tokens(MODEL, torch.tensor([4])).accuracy(), "at least two tokens"),
     "top 0": (lambda: score_tokens(MODEL, torch.arange(5)).accuracy(0), "k must be"),

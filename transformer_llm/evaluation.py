@@ -253,7 +253,7 @@ def score_tokens(
     *,
     context_length: int | None = None,  # Tokens that the model reads at once; None: as many as it can
     stride: int | None = None,  # Tokens between the beginnings of two windows; None: half a window
-    start_token: int | None = None,  # Put before the text; None: the first token counts as drawn from the whole vocabulary
+    start: Sequence[int] = (),  # Tokens put before the text; none: the first token counts as drawn from the whole vocabulary
     batch_size: int = 8,  # Windows that are read together
     n_bytes: int = 0,  # Of the text in UTF-8, for bits per byte
     progress: bool = False,  # Show a bar
@@ -271,7 +271,7 @@ def score_tokens(
     check_range("batch_size", batch_size, 1, integer=True)
     if not len(ids):
         raise InputError("The text is empty; give at least one character to score.")
-    start = [] if start_token is None else [check_range("start_token", start_token, 0, vocab_size - 1, integer=True)]
+    start = [check_range("A start token", token, 0, vocab_size - 1, integer=True) for token in start]
     ids = torch.cat([torch.tensor(start, dtype=torch.long), ids.long().cpu()])
     low, high = map(int, ids.aminmax())
     if low < 0 or high >= vocab_size:
@@ -295,11 +295,11 @@ def score_text(
     model: nn.Module,  # A `GPT`, an `NGram`, or what can be called like one
     tokenizer,  # The model's own `CharTokenizer` or `BPETokenizer`
     text: str,  # Names of special tokens in it are read as plain text
-    **options,  # As for `score_tokens`
+    **options,  # As for `score_tokens`; `start` is the tokenizer's `prefix` where it has one (Llama 3)
 ) -> Scores:
     "Score every token of a text. Raises `InputError` for an empty text, and for a character that a `CharTokenizer` doesn't know."
     ids = torch.tensor(tokenizer.encode(text, special=False), dtype=torch.long)
-    return score_tokens(model, ids, n_bytes=len(text.encode("utf-8")), **options)
+    return score_tokens(model, ids, n_bytes=len(text.encode("utf-8")), **{"start": getattr(tokenizer, "prefix", ())} | options)
 
 # %% ../nbs/10_evaluation.ipynb #10-071
 def binomial_error(
@@ -348,10 +348,9 @@ def encode_options(
     """
     if isinstance(options, str) or len(options) < 2 or not all(options):
         raise InputError("Options must be a list of at least two texts that aren't empty.")
-    wholes = [tokenizer.encode(question + option, special=False) for option in options]
-    columns = zip(tokenizer.encode(question, special=False), *wholes)
-    shared = next((number for number, column in enumerate(columns) if len(set(column)) > 1), None)
-    shared = len(tokenizer.encode(question, special=False)) if shared is None else shared
+    asked, *wholes = ([*getattr(tokenizer, "prefix", ()), *tokenizer.encode(text, special=False)] for text in (question, *(question + option for option in options)))
+    columns = enumerate(zip(asked, *wholes))
+    shared = next((number for number, column in columns if len(set(column)) > 1), min(len(asked), *map(len, wholes)))
     if shared < 1:
         raise InputError("The question is too short: its first token depends on the option, and nothing stands before that; put a word in front.")
     return wholes, shared
