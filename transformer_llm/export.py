@@ -214,7 +214,7 @@ def folder_in_one_step(
 ) -> Iterator[Path]:
     "Give an empty folder to write files to, which takes the name `folder` only when all of them are on the disk."
     final = Path(folder).expanduser().resolve()
-    part, old = (final.with_name(f".{final.name}.{kind}.part") for kind in ("new", "old"))
+    part, old = (final.parent / f".{final.name}.{kind}.part" for kind in ("new", "old"))
     try:
         if old.exists() and not final.exists():  # a process was killed between the two renames below
             os.rename(old, final)
