@@ -396,7 +396,7 @@ def choose(state: State, values: list, path: str, test: str | None, arguments: t
     return [value for value in values if check(state, pick(value, path) if path else value, *arguments) == wanted]
 
 
-def to_json(state: State, value: object, indent: int | None = None, ensure_ascii: bool = False, separators=None, sort_keys: bool = False) -> Text:
+def to_json(state: State, value: object, indent: int | None = None, ensure_ascii: bool = False, separators: Sequence[str] | None = None, sort_keys: bool = False) -> Text:
     "A value as JSON."
     state.weigh(value)
     if not (indent is None or isinstance(indent, int) and 0 <= indent <= 8):
