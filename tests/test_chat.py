@@ -317,6 +317,14 @@ def test_templates_render_something():
         assert "It is user." in render_template(template, messages, bos_token=BOS, eos_token=EOS), family
 
 
+@pytest.mark.parametrize("leave", ["break", "continue"])
+def test_else_of_a_loop_that_was_left(leave):
+    "jinja2 runs it when no pass came to its end."
+    for number in (0, 1, 2):
+        template = "{% for i in [1, 2] %}{{ i }}{% if i > NUMBER %}{% LEAVE %}{% endif %}.{% else %}else{% endfor %}".replace("NUMBER", str(number)).replace("LEAVE", leave)
+        assert ours(template, []) == reference(template, []) is not None
+
+
 def test_names_that_a_template_may_be_given():
     messages = [{"role": "user", "content": "Hi"}]
     tools = [{"name": "clock", "parameters": {"zone": "Öland"}}]

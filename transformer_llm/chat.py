@@ -655,10 +655,13 @@ def read_for(state: State, node: nodes.For) -> None:
 
     values = state.made(as_list(read(state, node.iter)))
     values = [value for value in values if with_scope(state, lambda: passes(value))]
+    ended = False
     for index in range(len(values)):
-        if with_scope(state, lambda: one_pass(index)) == "break":
+        leaves = with_scope(state, lambda: one_pass(index))
+        ended = ended or leaves is None
+        if leaves == "break":
             break
-    if not values:
+    if not ended:  # as in jinja2: no pass came to its end
         with_scope(state, lambda: run_body(state, node.else_))
 
 # %% ../nbs/88_chat.ipynb #88-035
