@@ -123,7 +123,7 @@ def read_json(path: str | Path) -> object:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(os_error_sentence("read", path, error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable JSON file; it is damaged or was not written by this package.") from error
 
 # %% ../nbs/90_foundations.ipynb #90-016
