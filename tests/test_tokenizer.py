@@ -16,8 +16,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from transformer_llm.foundations import InputError
 from transformer_llm.tokenizer import (
-    GGUF_PATTERNS, PATTERNS, SPLITTERS, WORDS, BPETokenizer, CharTokenizer, apply_merges, begins_anew, bpe_from_lists, learn_merges, load_tokenizer,
-    settled_words, special_pattern, split_stream, tokenizer_from_json, visible,
+    GGUF_PATTERNS, PATTERNS, SPLITTERS, WORDS, BPETokenizer, CharTokenizer, apply_merges, begins_anew, bpe_from_lists, check_special_tokens, compose, learn_merges,
+    load_tokenizer, settled_words, special_pattern, split_stream, tokenizer_from_json, visible,
 )
 
 PROSE = (
@@ -220,12 +220,26 @@ def test_stream_is_lazy_and_small(bpe):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("word", ["harbour", " ", "\n ", "e\u0301", "\u0301", "'"])
+@pytest.mark.parametrize("word", ["harbour", " ", "\n ", "e\u0301", "\u0301", "\u0301\u0323", "'"])
 def test_one_huge_word_does_not_take_quadratic_time(bpe, pattern, word):
     tokenizer = BPETokenizer(bpe.vocab, bpe.merges, bpe.special_tokens, pattern=pattern, normalization="NFC")
     text, start = word * (60_000 // len(word)), time.process_time()
     assert list(tokenizer.encode_iterable(text[i : i + 50] for i in range(0, len(text), 50))) == tokenizer.encode(text)
     assert time.process_time() - start < 15  # less than a second
+
+
+@given(st.lists(st.sampled_from("ae\u00e9\u1ea5\u0301\u0323\u0327\u0344\u0345\u05b4\u0f71\u0f72\u0f73\u0f81\u0b47\u0b57\u3099\u0dd9\u0dcf\u0dca\u1100\u1161\u11a8") | st.characters(categories=["Mn", "Mc"]), min_size=1, max_size=6), st.data())
+def test_piled_accents_are_composed_as_python_does(letters, data):
+    text = "".join(data.draw(st.lists(st.sampled_from(letters), min_size=30, max_size=150)))
+    assert compose(text) == unicodedata.normalize("NFC", text)
+
+
+def test_thousands_of_special_tokens_do_not_take_quadratic_time(bpe):
+    start = time.process_time()
+    check_special_tokens([f"<|{i}|>" for i in range(50_000)])
+    assert time.process_time() - start < 10  # a tenth of a second
+    with pytest.raises(InputError, match="name of its own"):
+        check_special_tokens(["<|a|>", "<|b|>", "<|a|>"])
 
 
 # Training
@@ -288,7 +302,7 @@ def test_same_merges_as_hugging_face(pattern, texts, vocab_size):
 
 
 def test_training_refuses_a_pattern_it_does_not_know():
-    with pytest.raises(InputError, match="pattern is .* it should be one of 'gpt2', 'smollm'"):
+    with pytest.raises(InputError, match="pattern must be one of gpt2, smollm"):
         BPETokenizer.train(PROSE, 300, pattern=r"\p{L}")
 
 
