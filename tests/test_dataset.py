@@ -412,6 +412,48 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path, monkeypatch, f
     assert not list(tmp_path.rglob("*.whl"))
 
 
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from transformer_llm import dataset
+
+threading.Timer(2, os.kill, [os.getpid(), signal.SIGINT]).start()  # this process alone, as a window's stop button may do
+start = time.monotonic()
+try:
+    dataset.run_pip(["download"], Path(sys.argv[1]), name="x", n_bytes=1000, seconds=100, progress=True)
+except KeyboardInterrupt:
+    print(time.monotonic() - start)
+"""
+
+
+def test_an_interruption_ends_pip(tmp_path):
+    "And a talkative pip does not stop because nobody listens."
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()
+    (tmp_path / "pip" / "__main__.py").write_text("import os, time\nprint('x' * 300_000, flush=True)\nprint(os.getpid(), file=open('pid', 'w'), flush=True)\ntime.sleep(60)")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, tmp_path], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50)
+    assert float(done.stdout) < 30 and "fetching x" in done.stderr  # two seconds; it was sixty
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_folder_is_measured_while_it_changes(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(b"12345")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert dataset.folder_size(tmp_path) == 5
+    listed = os.scandir
+
+    def vanishing(path):
+        if str(path).endswith("b"):
+            raise FileNotFoundError(path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert dataset.folder_size(tmp_path) == 0 == dataset.folder_size(tmp_path / "never was")
+
+
 def test_shakespeare_splits_between_plays(tmp_path):
     path = ROOT / "data" / "shakespeare.txt"
     if not path.exists() or sha256_of(path) != dataset.SHAKESPEARE_SHA256:

@@ -27,11 +27,12 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from itertools import chain, groupby
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
@@ -182,9 +183,10 @@ def play_text(
 def folder_size(folder: Path) -> int:
     "Bytes of all files below a folder, whatever comes and goes meanwhile."
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size
+    for parent, _, names in os.walk(folder):  # which passes over a folder that is gone; Path.rglob raises
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).stat().st_size
     return total
 
 
@@ -192,21 +194,30 @@ def run_pip(
     arguments: list[str],
     folder: Path,  # For pip's temporary files, which show how far it is
     *,
+    name: str,  # What it fetches, for the bar
     n_bytes: int,  # What will have been fetched
     seconds: float,  # Raises `subprocess.TimeoutExpired` after so many
     progress: bool,
 ) -> subprocess.CompletedProcess:
-    "Run pip, with a bar that follows the files in its folder."
+    "Run pip, with a bar that follows the files in its folder. It ends with this function, also when that is interrupted."
     from tqdm.auto import tqdm
 
+    ended = Event()
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     command = [sys.executable, "-m", "pip", *arguments]
-    with tqdm(total=n_bytes, desc="fetching", unit="B", unit_scale=True, disable=not progress) as bar, ThreadPoolExecutor(1) as pool:
-        running = pool.submit(subprocess.run, command, capture_output=True, text=True, timeout=seconds, env=environment)
-        while not running.done():
-            wait([running], timeout=0.2)
+
+    def follow() -> None:
+        last = False
+        while not last:
+            last = ended.wait(0.2)
             bar.update(min(folder_size(folder), n_bytes) - bar.n)
-        return running.result()
+
+    with tqdm(total=n_bytes, desc=f"fetching {name}", unit="B", unit_scale=True, disable=not progress) as bar, ThreadPoolExecutor(1) as pool:
+        pool.submit(follow)
+        try:  # in this thread, because only here an interruption reaches `run`, which then ends pip
+            return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment)
+        finally:
+            ended.set()
 
 
 def fetch_wheel(
@@ -227,7 +238,7 @@ def fetch_wheel(
         arguments = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet",
                      "--retries", "1", "--timeout", "15", "--dest", temporary, f"{name}=={version}"]
         try:
-            done = run_pip(arguments, Path(temporary), n_bytes=n_bytes, seconds=300 + n_bytes / 50_000, progress=progress)
+            done = run_pip(arguments, Path(temporary), name=name, n_bytes=n_bytes, seconds=300 + n_bytes / 50_000, progress=progress)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise InputError(f"{what} can't be fetched (pip does not answer); {way_out}.") from error
         fetched = Path(temporary) / wheel
@@ -415,7 +426,7 @@ def run_in_workers(
     workers: int,  # How many processes
 ) -> Iterator[int]:
     "Tokenize shards in several processes, at most two waiting for each; yields the characters done, as they are done."
-    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
+    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
