@@ -9,7 +9,7 @@ __all__ = ['TokenEmbedding', 'LearnedPositions', 'check_even', 'rotary_angles', 
 
 # %% ../nbs/03_embeddings.ipynb #03-006
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -106,16 +106,23 @@ class RopeScaling:
     low_freq_factor: float = 1.0  # For "llama3": a pair with fewer turns in the original context is slowed by `factor`
     high_freq_factor: float = 4.0  # For "llama3": a pair with more turns stays as it is
     original_context_length: int = 8192  # For "llama3": tokens that the model was first trained on
-    divisors: tuple[float, ...] = ()  # For "divisors": one number for each pair
+    divisors: Sequence[float] = ()  # For "divisors": one number for each pair; kept as a tuple
 
     def __post_init__(self):
         check_choice("rope_scaling kind", self.kind, ("linear", "llama3", "divisors"))
-        check_range("rope_scaling factor", self.factor, 1)
-        check_range("rope_scaling original_context_length", self.original_context_length, 1, integer=True)
-        check_range("rope_scaling high_freq_factor", self.high_freq_factor, 0)
-        if not 0 <= self.low_freq_factor < self.high_freq_factor:
-            raise InputError(f"rope_scaling low_freq_factor must be from 0 to below high_freq_factor={self.high_freq_factor}, not {self.low_freq_factor!r}.")
-        object.__setattr__(self, "divisors", tuple(float(check_range("rope_scaling divisors", d, 1e-6)) for d in self.divisors))
+        if not isinstance(self.divisors, tuple | list):
+            raise InputError(f"rope_scaling divisors must be a list of numbers, not {self.divisors!r}.")
+        checked = {
+            "factor": float(check_range("rope_scaling factor", self.factor, 1)),
+            "low_freq_factor": float(check_range("rope_scaling low_freq_factor", self.low_freq_factor, 0)),
+            "high_freq_factor": float(check_range("rope_scaling high_freq_factor", self.high_freq_factor, 0)),
+            "original_context_length": check_range("rope_scaling original_context_length", self.original_context_length, 1, integer=True),
+            "divisors": tuple(float(check_range("rope_scaling divisors", d, 1e-6)) for d in self.divisors),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(f"rope_scaling low_freq_factor must be below high_freq_factor={self.high_freq_factor}, not {self.low_freq_factor}.")
 
     @classmethod
     def from_dict(cls, values: dict) -> "RopeScaling":
@@ -133,7 +140,7 @@ class RopeScaling:
     def slow(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
         "The frequencies after scaling: Chen et al. (2023) for \"linear\", equation (3.7) for \"llama3\"."
         if self.kind == "divisors":
-            return frequencies / torch.tensor(self.divisors, device=frequencies.device)
+            return frequencies / frequencies.new_tensor(self.divisors)
         if self.kind == "linear":
             return frequencies / self.factor
         turns = self.original_context_length * frequencies / (2 * math.pi)

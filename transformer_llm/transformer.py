@@ -90,7 +90,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model. Every field is checked; `n_kv_heads`, `head_dim` and `d_ff` follow from others when None.
+    """The shape of a model. Every field is checked; `n_kv_heads`, `head_dim`, `d_ff` and `qkv_bias` follow from others when None.
 
     Raises `InputError` that names the field, the value and what is allowed.
     """
@@ -109,7 +109,7 @@ class GPTConfig:
     position: str = "rotary"  # "learned", "sinusoidal", "rotary", "alibi" or "none"
     rope_base: float = 10000.0  # Base of the rotary angles
     rope_interleaved: bool = False  # Rotate neighbours (True) or the two halves of a head (False)
-    rope_scaling: RopeScaling | None = None  # How the model was stretched to longer texts; a dictionary of its fields will do
+    rope_scaling: RopeScaling | dict | None = None  # How the model was stretched to longer texts; a dictionary of its fields becomes one
     activation: str = "swiglu"  # One of `ACTIVATIONS`
     bias: bool = False  # In every linear layer and LayerNorm
     qkv_bias: bool | None = None  # In the projections to queries, keys and values; None: as `bias`
@@ -160,7 +160,7 @@ class GPTConfig:
                 raise InputError(f"rope_scaling must be None, a RopeScaling or a dictionary of its fields, not {self.rope_scaling!r}.")
             self.rope_scaling.check_head(self.head_dim)
 
-    def _defaults(self) -> dict[str, int]:
+    def _defaults(self) -> dict[str, int | bool]:
         "What the fields that may be None stand for."
         sizes = dict(n_kv_heads=self.n_heads, head_dim=self.d_model // self.n_heads, d_ff=default_d_ff(self.d_model, self.activation))
         return sizes | dict(qkv_bias=self.bias)
@@ -171,7 +171,7 @@ class GPTConfig:
         return cls.from_dict(PRESETS[check_choice("preset", name, PRESETS)] | changes)
 
     def replace(self, **changes) -> "GPTConfig":
-        "A copy with some fields changed; sizes that stand at their default follow the fields they come from."
+        "A copy with some fields changed; those that follow from others still do where they stand at their default."
         derived = {name: None for name, value in self._defaults().items() if getattr(self, name) == value}
         return self.from_dict(self.to_dict() | derived | changes)
 
