@@ -422,7 +422,7 @@ def test_every_setting_comes_back_from_a_file_and_from_pickle(small, tmp_path):
 
 
 @pytest.mark.parametrize("settings, say", [
-    ({"pattern": "gpt3"}, "pattern is 'gpt3'"), ({"normalization": "NFKC"}, "normalization is 'NFKC'"),
+    ({"pattern": "gpt3"}, "pattern must be one of .*, not 'gpt3'"), ({"normalization": "NFKC"}, "normalization must be one of None, NFC, not 'NFKC'"),
     ({"prefix": [0]}, "prefix"), ({"prefix": [10**6]}, "prefix"),
 ])
 def test_settings_that_cannot_be_are_refused(bpe, settings, say):
