@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser lab site serve shakespeare notebooks readme clean
+.PHONY: help demo test test-browser lab site serve shakespeare chat notebooks readme clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */	/' | expand -t 16
@@ -31,6 +31,9 @@ demo: $(VENV)/.package  ## train a 5,162-parameter transformer to count, in seco
 
 shakespeare: $(VENV)/.package  ## train a small character model on Shakespeare, in about a minute
 	@$(BIN)/transformer-llm shakespeare
+
+chat: $(VENV)/.package  ## fetch SmolLM2, a real language model (93 MB), and talk to it
+	@$(BIN)/transformer-llm chat --model smollm2
 
 lab: $(VENV)/.development  ## open the book in JupyterLab
 	@$(BIN)/jupyter lab nbs/index.ipynb
