@@ -14,6 +14,7 @@ import json
 import numbers
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def check_range(
 ) -> float:
     "Return `value` (as an `int` where `integer`) if it is a finite number within `[low, high]`; raise `InputError` naming all three otherwise."
     kind = "a whole number" if integer else "a number"
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < float("inf")
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if is_number and not (integer and value != int(value)):
         if (low is None or value >= low) and (high is None or value <= high):
             return int(value) if integer else value
@@ -45,7 +46,7 @@ def check_range(
         limits = f" of at least {low}"
     else:
         limits = f" of at most {high}" if high is not None else ""
-    raise InputError(f"{name} must be {kind}{limits}, not {value!r}.")
+    raise InputError(f"{name} must be {kind}{limits}, not {value!r:.60}.")
 
 # %% ../nbs/90_foundations.ipynb #90-008
 def check_choice(
