@@ -40,11 +40,11 @@ def run_notebooks(environment: dict[str, str]) -> tuple[int, int]:
 
 
 def run_pytest(environment: dict[str, str]) -> tuple[int, int, int]:
-    "The tests in tests/; returns how many passed, failed and were skipped."
+    "The tests in tests/, two files at a time; returns how many passed, failed and were skipped."
     section("tests (pytest)")
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        code = subprocess.run([sys.executable, "-m", "pytest", "tests", "-q", "--durations=8", f"--junitxml={report}"], cwd=ROOT, env=environment).returncode
+        code = subprocess.run([sys.executable, "-m", "pytest", "tests", "-q", "-n", "2", "--dist", "loadfile", "--durations=8", f"--junitxml={report}"], cwd=ROOT, env=environment).returncode
         if not report.exists():
             return 0, 1, 0
         suite = ElementTree.parse(report).getroot().find("testsuite")
