@@ -68,6 +68,8 @@ def check_file_size(answer: object) -> str:
         "A code takes four bits, half a byte; you count a whole one.": size(BLOCK + 2 * HALF),
         "Give the size in bytes, not in millions of bytes.": right / 1e6,
         "Give the size in bytes, not in gigabytes.": right / 1e9,
+        "Give the size in bytes, not in mebibytes.": right / 2**20,
+        "This is the number of blocks; each takes bytes.": count // BLOCK,
     }, tolerance=1e-3)
     return f"{right:,} bytes: {BLOCK // 2 + 2 * HALF} for each block of {BLOCK}, or {8 * right / count:g} bits a number."
 
@@ -78,7 +80,8 @@ def as_numbers(
     "Lists and arrays as a tensor; anything else as it is."
     if isinstance(result, np.ndarray) and result.dtype.kind in "fiu":
         return torch.from_numpy(result.astype(np.float32))
-    if isinstance(result, list | tuple) and result and all(isinstance(x, int | float | np.floating) for x in result):
+    single = lambda x: isinstance(x, int | float | np.floating) or isinstance(x, Tensor) and x.ndim == 0
+    if isinstance(result, list | tuple) and result and all(map(single, result)):
         return torch.tensor([float(x) for x in result])
     return result.float() if isinstance(result, Tensor) and result.is_floating_point() else result
 
@@ -99,6 +102,10 @@ def q4_1_mistakes(
         "You subtract 8 from the codes, as Q4_0 does, which has no minimum. Here code 0 stands for the minimum.": scale * (codes - 8),
         "You subtract 8 from the codes, as Q4_0 does. Here code 0 stands for the minimum.": scale * (codes - 8) + least,
         "Scale and minimum are read with the wrong end first. In the file the less significant byte comes first: struct's '<'.": wrong_end[0] * codes + wrong_end[1],
+        "You subtract the minimum. Equation (9.3) adds it.": scale * codes - least,
+        "The high halves are not moved down: byte & 240 is sixteen times the code; take byte >> 4.": scale * torch.cat([low, 16 * high]) + least,
+        "You read a code as a number with a sign. Codes run from 0 to 15.": scale * torch.where(codes > 7, codes - 16, codes) + least,
+        "You compute in half precision, which rounds the results. Turn scale and minimum into single precision first.": (codes.half() * scale + least).float(),
         "You treat a byte as one code. It holds two of them, of four bits each.": scale * torch.from_numpy(packed) + least,
         "Only the low four bits of each byte are read: 16 numbers of the 32.": scale * low + least,
         "These are the codes themselves. Scale them and add the minimum, equation (9.3).": codes,
@@ -141,6 +148,7 @@ def error_mistakes(
     columns = restored(weight.T.contiguous(), block).T - weight
     largest = weight.reshape(-1, block).abs().amax(1, keepdim=True) / 7
     centred = ((weight.reshape(-1, block) / largest).round() * largest).view_as(weight) - weight
+    of_blocks = [x.reshape(-1, block).double().pow(2).mean(1).sqrt() for x in (error, weight)]
     return {
         "The error is not set in relation to the matrix: divide by the root mean square of the weights.": rms(error),
         "The whole matrix shares one scale. Each block has its own: view the matrix as rows of `block` numbers first.": rms(restored(weight, weight.numel()) - weight) / rms(weight),
@@ -148,6 +156,11 @@ def error_mistakes(
         "Sixteen codes have fifteen steps between them; you divide the range by 16, and the largest number is never met.": rms(restored(weight, block, 16).double() - weight.double()) / rms(weight),
         "You take the mean of the absolute errors. The root of the mean square weighs large errors more.": error.abs().mean().item() / weight.abs().mean().item(),
         "You compare the largest error with the root mean square; take the root mean square of both.": error.abs().max().item() / rms(weight),
+        "You take a ratio for each block and then their mean. Take the mean square of the whole matrix, once for the error and once for the weights.": (of_blocks[0] / of_blocks[1]).mean().item(),
+        "You take a root for each block and then their mean. Take the mean square of the whole error, then one root.": of_blocks[0].mean().item() / rms(weight),
+        "The ratio is upside down: the error is divided by the weights.": rms(weight) / rms(error),
+        "These are per cent; give the ratio itself.": 100 * rms(error) / rms(weight),
+        "These are three bits, eight levels; four bits are sixteen levels.": rms(restored(weight, block, 7) - weight) / rms(weight),
         "The root is missing: this is the ratio of the mean squares.": (rms(error) / rms(weight)) ** 2,
         "The blocks run down the columns. In the file they run along the rows, where the numbers are neighbours.": rms(columns) / rms(weight),
         "Your codes are centred on zero and the minimum is not used; a block that is not centred loses by it.": rms(centred) / rms(weight),
@@ -191,7 +204,7 @@ def check_cache(answer: object) -> str:
     layers, heads, kv_heads, head_dim, context, size = 30, 9, 3, 64, 8192, 4
     right = 2 * layers * kv_heads * head_dim * context * size
     same_number(answer, right, {
-        "Keys and values are kept, two numbers where you count one.": right // 2,
+        "Half of it is missing: keys and values are kept, both of them, and a number in single precision takes four bytes, not two.": right // 2,
         "All nine query heads are counted. Only keys and values are kept, and they have three heads.": right // kv_heads * heads,
         "Every layer has keys and values of its own; you count one layer.": right // layers,
         "Single precision takes four bytes a number; you count numbers.": right // size,
@@ -199,7 +212,8 @@ def check_cache(answer: object) -> str:
         "This is one token's share; the cache holds the whole context.": right // context,
         "Give the size in bytes, not in millions of bytes.": right / 1e6,
         "Give the size in bytes, not in mebibytes.": right / 2**20,
-    }, tolerance=1e-3)
+        "Give the size in bytes, not in gigabytes.": right / 1e9,
+    }, tolerance=3e-3)
     return f"{right:,} bytes: 2 · {layers} layers · {kv_heads} heads · {head_dim} numbers · {context:,} tokens · {size} bytes."
 
 # %% ../../nbs/exercises/09_pretrained.ipynb #x09-025
@@ -214,9 +228,11 @@ def check_rows(answer: object) -> str:
             "The rows are still in the file's order: neighbours 0 and 1 form a pair there, and here a pair is 0 and half a head further.": weight,
             "This is the permutation's inverse: it makes half-split rows interleaved, and they are interleaved already.": half_to_interleaved(weight, heads),
             "All rows are reordered as if they were one head. Each head is a block of rows of its own.": interleaved_to_half(weight, 1),
+            "The second numbers of the pairs come first. Rows 0, 2, 4, ... of a head are the first ones.": torch.cat([torch.cat([head[1::2], head[0::2]]) for head in weight.chunk(heads)]),
+            "You take heads and pairs for each other: a head's rows stand together, so the heads are the outermost axis.": weight.unflatten(0, (-1, heads, 2)).transpose(1, 2).flatten(0, 2),
         }
-        if columns == heads * head_dim:
-            mistakes["The columns are reordered. They belong to the layer's input; the rows are its output, the heads' numbers."] = interleaved_to_half(weight.T, heads).T
+        if columns:
+            mistakes["The columns are reordered. They belong to the layer's input; the rows are its output, the heads' numbers."] = torch.cat([weight[:, 0::2], weight[:, 1::2]], 1)
         axes = "rows columns" if columns else "rows"
         same_values(call(answer, weight, heads), right, axes, "the result" if columns else "the result for a bias", mistakes, tolerance=0)
     return "In every head the first numbers of all pairs come first, then the second ones; a bias is reordered like a weight."
