@@ -221,6 +221,14 @@ PUBLISHED = {  # what well-known models' config.json says, in the spelling of th
         model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
         max_position_embeddings=131072, rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=True, attention_bias=False, mlp_bias=False,
         rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192, rope_type="llama3"))),
+    "Llama-2-7B": (6_738_415_616, dict(
+        model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, hidden_act="silu",
+        max_position_embeddings=4096, rope_scaling=None, rms_norm_eps=1e-5, tie_word_embeddings=False, pretraining_tp=1)),
+    "Mistral-7B-v0.3": (7_248_023_552, dict(model_type="mistral", vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                                            num_key_value_heads=8, max_position_embeddings=32768, rope_theta=1000000.0, sliding_window=None, rms_norm_eps=1e-5, tie_word_embeddings=False)),
+    "Qwen2.5-0.5B-Instruct": (494_032_768, dict(
+        model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, hidden_act="silu",
+        max_position_embeddings=32768, rope_theta=1000000.0, rms_norm_eps=1e-6, sliding_window=32768, use_sliding_window=False, max_window_layers=21, tie_word_embeddings=True)),
     "Mistral-7B-v0.1": (7_241_732_096, dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                                             num_key_value_heads=8, max_position_embeddings=32768, rope_theta=10000.0, sliding_window=4096, rms_norm_eps=1e-5, tie_word_embeddings=False)),
     "Qwen2.5-0.5B": (494_032_768, dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
@@ -241,6 +249,8 @@ def test_published_models_have_their_tensors(name, tmp_path):
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     config = config_from_hf(values)
+    assert config.window == (4096 if name == "Mistral-7B-v0.1" else None)
+    assert config.rope_base == values.get("rope_theta", 10000.0) and config.norm_eps == values.get("rms_norm_eps", 1e-6 if name != "gpt2" else 1e-5)
     shapes = parameter_shapes(config)
     assert sum(math.prod(shape) for shape in shapes.values()) == n_parameters == sum(p.numel() for p in theirs.parameters())
     wanted = {key: tuple(p.shape) for key, p in theirs.named_parameters()}
@@ -300,6 +310,22 @@ def test_saved_without_the_head(name, tmp_path):
     ids = some_ids(2, 20)
     with torch.no_grad():
         assert largest_difference(theirs(ids).logits, GPT.from_pretrained(tmp_path)(ids)) < 2e-4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_links_as_in_the_cache_of_the_hub(tmp_path):
+    "There, a snapshot's files are links to others with a hash for a name."
+    theirs = make_theirs(*CASES["llama 3"])
+    theirs.save_pretrained(tmp_path / "blobs", max_shard_size="20KB")
+    (tmp_path / "snapshot").mkdir()
+    for i, path in enumerate(sorted((tmp_path / "blobs").iterdir())):
+        (tmp_path / "snapshot" / path.name).symlink_to(Path("..") / "blobs" / f"{i}abc")
+        path.rename(path.with_name(f"{i}abc"))
+    assert len(list((tmp_path / "snapshot").glob("*.safetensors"))) > 2
+    (tmp_path / "link").symlink_to(tmp_path / "snapshot")
+    tokens = torch.arange(20)[None]
+    for name in (tmp_path / "snapshot", str(tmp_path / "snapshot") + "/", tmp_path / "link"):
+        assert torch.allclose(GPT.from_pretrained(name)(tokens), theirs(tokens).logits, atol=2e-4)
 
 
 def test_an_untied_model_without_its_head_is_incomplete(tmp_path):
@@ -886,6 +912,34 @@ def test_folders_that_hold_no_model(good_folders, tmp_path):
     refused(tmp_path / "folder.gguf")
 
 
+def test_a_name_with_a_tilde(good_folders, monkeypatch):
+    monkeypatch.setenv("HOME", str(good_folders["llama"].parent))
+    monkeypatch.setenv("USERPROFILE", str(good_folders["llama"].parent))
+    assert find_pretrained("~/" + good_folders["llama"].name) == good_folders["llama"]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "m\0x", "x" * 9999])
+def test_names_that_can_not_be(name):
+    refused(name, "Can't look for the model .*'smollm2'")
+
+
+OTHER_TYPES = """
+import sys, torch
+from transformer_llm.foundations import InputError
+from transformer_llm.pretrained import load_pretrained
+for options in (dict(name=None), dict(name=5), dict(name=sys.argv[1], dtype="float16"), dict(name=sys.argv[1], device="tpu")):
+    try:
+        load_pretrained(**options)
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_arguments_of_another_type_where_no_types_are_checked(good_folders):
+    lines = in_subprocess(OTHER_TYPES, good_folders["llama"]).splitlines()
+    assert len(lines) == 4 and all(word in line for word, line in zip(("None", "5", "'float16'", "'tpu'"), lines)), lines
+
+
 def test_wrong_dtype_and_device(good_folders):
     refused(good_folders["llama"], "dtype", lambda path: load_pretrained(path, dtype=torch.int64))
     refused(good_folders["llama"], "device", lambda path: load_pretrained(path, device="tpu"))
@@ -1135,6 +1189,59 @@ def test_gguf_settings_that_can_not_be(tmp_path, llama_tied, ends_of):
     ends = ends_of(tmp_path.glob("*.gguf"))
     assert len(ends) == n and not (wrong := {name: end for name, end in ends.items() if not end.startswith("refused")}), wrong
     assert "yarn" in ends["llama.rope.scaling.type 0.gguf"] and "dimension_count" in ends["llama.rope.dimension_count 0.gguf"]
+
+
+def with_settings(**settings):
+    "Give a writer other settings, or leave some out (None)."
+    def spoil(writer):
+        for name, value in settings.items():
+            writer.kv_data[0].pop(name.replace("__", "."), None)
+            if value is not None:
+                writer.kv_data[0][name.replace("__", ".")] = value
+    return spoil
+
+
+def test_olmo3_does_not_pass_for_olmo2(tmp_path):
+    "llama.cpp gives both one name, and notes which layers have a window."
+    pattern = kept([True, True, False], KINDS.ARRAY, KINDS.BOOL)
+    write_gguf(tmp_path / "x.gguf", "olmo2", make_theirs(*CASES["olmo2"]), spoil=with_settings(
+        olmo2__attention__sliding_window=kept(7, KINDS.UINT32), olmo2__attention__sliding_window_pattern=pattern))
+    refused(tmp_path / "x.gguf", "Some layers")
+
+
+@pytest.mark.parametrize("settings, factor", [
+    (dict(), None), (dict(llama__rope__scaling__type=kept("none", KINDS.STRING), llama__rope__scaling__factor=kept(4.0, KINDS.FLOAT32)), None),
+    (dict(llama__rope__scaling__type=kept("linear", KINDS.STRING), llama__rope__scaling__factor=kept(4.0, KINDS.FLOAT32)), 4),
+    (dict(llama__rope__scaling__factor=kept(4.0, KINDS.FLOAT32)), 4), (dict(llama__rope__scale_linear=kept(2.0, KINDS.FLOAT32)), 2),
+    (dict(llama__rope__scale_linear=kept(1.0, KINDS.FLOAT32)), None),
+])
+def test_linear_scaling_in_a_gguf_file(tmp_path, llama_tied, settings, factor):
+    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=with_settings(**settings))
+    scaling = GPT.from_pretrained(tmp_path / "x.gguf").config.rope_scaling
+    assert (scaling and (scaling.kind, scaling.factor)) == (factor and ("linear", factor))
+
+
+@pytest.mark.parametrize("pre, add, begins", [
+    ("llama-bpe", None, True), ("llama-bpe", False, False), ("llama-bpe", True, True), ("llama3", None, True), ("gpt-2", None, False), ("gpt-2", True, True),
+])
+def test_the_token_that_begins_a_text_as_llama_cpp_has_it(tmp_path, llama_tied, pre, add, begins):
+    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=with_settings(
+        tokenizer__ggml__pre=kept(pre, KINDS.STRING), tokenizer__ggml__add_bos_token=None if add is None else kept(add, KINDS.BOOL)))
+    tokenizer = load_pretrained_tokenizer(tmp_path / "x.gguf")
+    assert tokenizer.prefix == ((WORDS.special_tokens["<|endoftext|>"],) if begins else ())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_a_pre_tokenizer_that_is_not_named(tmp_path, family):
+    "For GPT-2 it is GPT-2's; for others it would be a guess. The model can be loaded all the same."
+    theirs = make_theirs(family, CASES[family][1] | dict(vocab_size=WORDS.vocab_size))
+    write_gguf(tmp_path / "x.gguf", family, theirs, spoil=with_settings(tokenizer__ggml__pre=None))
+    if family == "gpt2":
+        assert load_pretrained_tokenizer(tmp_path / "x.gguf").encode(PROSE) == WORDS.encode(PROSE)
+    else:
+        refused(tmp_path / "x.gguf", "pre-tokenizer 'default'", load_pretrained_tokenizer)
+    tokens = torch.arange(20)[None]
+    assert torch.allclose(GPT.from_pretrained(tmp_path / "x.gguf")(tokens), theirs(tokens).logits, atol=2e-4)
 
 
 def spoil_tensors(**changes):
