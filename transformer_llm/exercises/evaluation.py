@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_sure_half_of_the_time', 'check_bits_per_byte', 'witten_bell_mistakes', 'check_witten_bell',
            'check_how_many_windows', 'check_spans', 'check_counted_once', 'check_how_many_questions', 'option_sums',
-           'check_option_sums']
+           'check_option_sums', 'paired_error', 'unpaired_error', 'related_answers', 'check_paired_error']
 
 # %% ../../nbs/exercises/10_evaluation.ipynb #x10-005
 import math
@@ -81,7 +81,7 @@ def check_witten_bell(answer: object) -> str:
     generator = fresh("10.3")
     for size in (6, 11, 40):
         counts = torch.randint(1, 9, (size,), generator=generator).float()
-        counts[torch.randperm(size, generator=generator)[: size // 2]] = 0
+        counts[torch.randperm(size, generator=generator)[: size // 3]] = 0
         lower = torch.rand(size, generator=generator).softmax(-1)
         only = torch.zeros(size)
         only[int(counts.argmax())] = counts.max()
@@ -122,8 +122,9 @@ def check_spans(
     "Raise `Wrong` where spans are not those of `window_spans`, with what is wrong about them."
     case = f"for {n_tokens} tokens, a context of {context_length} and a stride of {stride}"
     try:
-        spans = [tuple(int(number) for number in span) for span in spans]
-        assert all(len(span) == 3 for span in spans)
+        given = [[as_python(number) for number in span] for span in spans]
+        spans = [tuple(int(number) for number in span) for span in given]
+        assert all(len(span) == 3 for span in spans) and [list(span) for span in given] == [list(span) for span in spans]
     except (TypeError, ValueError, AssertionError) as error:
         raise Wrong(f"A list of (begin, first, end) is asked for; {case} yours gives {describe(spans)}.") from error
     for begin, first, end in spans:
@@ -213,3 +214,57 @@ def check_option_sums(answer: object) -> str:
             "All rows were taken to be as long as the longest option. Each row has its own number of tokens.": option_sums(logits, ids, torch.full_like(n_tokens, int(n_tokens.max()))),
         })
     return "Tried on three batches, with options of one token and of several."
+
+# %% ../../nbs/exercises/10_evaluation.ipynb #x10-029
+def paired_error(
+    right_a: Float[Tensor, "batch"],
+    right_b: Float[Tensor, "batch"],
+) -> float:
+    "What the bootstrap of the mean difference comes to with very many draws."
+    return math.sqrt((right_b - right_a).var(correction=0).item() / len(right_a))
+
+
+def unpaired_error(
+    right_a: Float[Tensor, "batch"],
+    right_b: Float[Tensor, "batch"],
+) -> float:
+    "The same, if each model were asked other questions."
+    return math.sqrt((right_a.var(correction=0) + right_b.var(correction=0)).item() / len(right_a))
+
+
+def related_answers(
+    m: int,  # Questions
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    "Random answers of two models that find the same questions hard, so that pairing matters, and no mistake looks like another."
+    while True:
+        hard = torch.rand(m, generator=generator)
+        right_a, right_b = ((hard + 0.2 * torch.rand(m, generator=generator) < level).double() for level in (0.5, 0.65))
+        if 0 < 1.5 * paired_error(right_a, right_b) < unpaired_error(right_a, right_b) < (right_b - right_a).mean() / 1.5:
+            return right_a, right_b
+
+
+@exercise("10.8", "The error of a difference")
+def check_paired_error(answer: object) -> str:
+    "The reader's function measures the standard error of a difference on the same questions."
+    generator = fresh("10.8")
+    for m in (40, 60, 90):
+        right_a, right_b = related_answers(m, generator)
+        result = call(answer, right_a, right_b)
+        if not isinstance(as_python(result), int | float):
+            raise Wrong(f"Your function should return one number, and it returned {describe(result)}.")
+        if abs(as_python(result)) < 1e-9:
+            raise Wrong("Your draws all gave the same. Draw with replacement: some questions come twice, others not at all.")
+        gain, right = right_b - right_a, paired_error(right_a, right_b)
+        apart = unpaired_error(right_a, right_b)
+        spread = gain.std().item()
+        same_number(result, right, {
+            "You drew other questions for each model. Both answer the same ones, and what is hard for both cancels: draw the places once, for both.": apart,
+            "That is the spread of a single question's difference. The mean over the questions varies less.": spread,
+            "You divided by the number of questions instead of its root, or divided the draws' spread once more.": spread / m,
+            "That is the difference itself. Its error is asked for: the spread over the draws.": gain.mean().item(),
+            "That is the error in numbers of questions. Take the mean over the questions of each draw, not the sum.": right * m,
+            "That is the variance of the draws. The standard error is its root.": right**2,
+            "That is two standard errors.": 2 * right,
+        }, tolerance=0.15)
+    return "Tried on three sets of questions; drawing each model's questions apart would have given a larger error."
