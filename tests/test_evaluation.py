@@ -68,6 +68,34 @@ def test_scores_are_those_of_the_plain_form(n_tokens, context_length, batch_size
     assert ((scores.ranks == 0) <= ((scores.nats + scores.confidence.log()).abs() < 1e-5)).all()  # the first choice has the confidence
 
 
+def test_tokens_may_be_a_list_or_an_array():
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    wanted = score_tokens(MODEL, torch.tensor(ids)).nats
+    for given in (ids, tuple(ids), np.array(ids), np.array(ids, dtype=np.int16), torch.tensor(ids, dtype=torch.int32)):
+        assert torch.equal(score_tokens(MODEL, given).nats, wanted)
+        assert NGram(3, 11).fit(given).num_parameters() == NGram(3, 11).fit(ids).num_parameters()
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 3), st.integers(1, 60))
+def test_a_model_that_looks_back_a_little_is_scored_as_it_predicts(window, n_tokens):
+    model = small_model(window=window)
+    ids = torch.randint(0, 11, (n_tokens,), generator=torch.Generator().manual_seed(n_tokens))
+    for stride in (1, 5, 16):
+        wanted = torch.tensor(score_plainly(model, ids.tolist(), 16, stride), dtype=torch.double)
+        assert torch.allclose(score_tokens(model, ids, stride=stride).nats, wanted, atol=2e-5)
+
+
+def test_logits_of_a_table_over_many_tokens_stay_few(monkeypatch):
+    table, most = NGram(2, 3000, context_length=64).fit(range(3000)), []
+    forward = NGram.forward
+    monkeypatch.setattr(NGram, "forward", lambda self, ids, **options: most.append(ids.numel()) or forward(self, ids, **options))
+    monkeypatch.setattr("transformer_llm.evaluation.SLICE", 200 * 3000)
+    ids = torch.arange(1000)
+    scores = score_tokens(table, ids, batch_size=64)
+    assert max(most) <= 200 and len(scores.nats) == 1000
+
+
 def test_a_wide_vocabulary_is_judged_in_slices(monkeypatch):
     ids = torch.randint(0, 11, (60,), generator=torch.Generator().manual_seed(1))
     whole = score_tokens(MODEL, ids)
@@ -83,9 +111,9 @@ def test_the_model_is_given_back_as_it_was():
     assert model.training and torch.equal(first.nats, second.nats) and not first.nats.requires_grad
 
 
-@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary", "alibi", "none"])
-def test_options_don_t_depend_on_what_else_is_in_the_batch(position):
-    model = small_model(CHARACTERS.vocab_size, context_length=64, position=position)
+@pytest.mark.parametrize("changes", [*({"position": kind} for kind in ("learned", "sinusoidal", "rotary", "alibi", "none")), {"window": 3}], ids=str)
+def test_options_don_t_depend_on_what_else_is_in_the_batch(changes):
+    model = small_model(CHARACTERS.vocab_size, context_length=64, **changes)
     options = [" dog", " quick brown fox", " a", " the lazy dog sleeps"]
     together = score_options(model, CHARACTERS, "over the", options)
     for number, option in enumerate(options):
@@ -93,6 +121,8 @@ def test_options_don_t_depend_on_what_else_is_in_the_batch(position):
         text = score_text(model, CHARACTERS, "over the" + option)
         assert abs(pair.totals[0] - together.totals[number]) < 1e-4
         assert abs(text.nats[len("over the"):].sum() + together.totals[number]) < 1e-4
+    last = score_options(model, CHARACTERS, "over the" + " dog" * 12, [" fox" + " dog" + "s", " x"])  # 65 characters, of which 64 are read
+    assert last.n_tokens[0] == 9 and last.totals.isfinite().all()
     assert together.n_tokens.tolist() == together.n_bytes.tolist() == [len(option) for option in options]
     lengths = {"sum": torch.ones(4), "token": together.n_tokens, "byte": together.n_bytes}
     for by in ("sum", "token", "byte"):
@@ -251,7 +281,13 @@ def test_samples_stand_side_by_side_and_are_repeatable():
 
 # Bad input -------------------------------------------------------------------------------------------------------------
 
-ODD = CharTokenizer(["a", "b"])
+def broken_model(vocab_size: int = 11) -> GPT:
+    "One whose training has failed: all weights of its embedding are NaN."
+    model = small_model(vocab_size)
+    torch.nn.init.constant_(model.token_embedding.weight, math.nan)
+    return model
+
+
 BAD = {
     "empty": (lambda: score_text(READER, CHARACTERS, ""), "text is empty"),
     "unknown character": (lambda: score_text(READER, CHARACTERS, "the Fox"), "Character 'F' at position 4"),
@@ -263,6 +299,11 @@ BAD = {
     "context too long": (lambda: score_tokens(MODEL, torch.arange(5), context_length=17), "context_length must be a whole number from 1 to 16"),
     "batch size": (lambda: score_tokens(MODEL, torch.arange(5), batch_size=0), "batch_size"),
     "start token": (lambda: score_tokens(MODEL, torch.arange(5), start=(11,)), "A start token must be a whole number from 0 to 10"),
+    "NaN": (lambda: score_tokens(broken_model(), torch.arange(5)), "hold NaN or infinity"),
+    "NaN in a choice": (lambda: choose(broken_model(CHARACTERS.vocab_size), CHARACTERS, "the", [" fox", " dog"]), "hold NaN or infinity"),
+    "rows of tokens": (lambda: score_tokens(MODEL, torch.arange(6).view(2, 3)), "one row of whole numbers, not torch.int64 of shape (2, 3)"),
+    "fractions": (lambda: score_tokens(MODEL, torch.tensor([0.5, 1.0])), "one row of whole numbers"),
+    "text for tokens": (lambda: score_tokens(MODEL, "the"), "one row of whole numbers, not str"),
     "no bytes": (lambda: score_tokens(MODEL, torch.arange(5)).bits_per_byte, "number of bytes"),
     "accuracy of one token": (lambda: score_tokens(MODEL, torch.tensor([4])).accuracy(), "at least two tokens"),
     "top 0": (lambda: score_tokens(MODEL, torch.arange(5)).accuracy(0), "k must be"),
@@ -270,6 +311,9 @@ BAD = {
     "order 0": (lambda: NGram(0, 5), "order must be a whole number from 1"),
     "no vocabulary": (lambda: NGram(2, 0), "vocab_size"),
     "nothing to count": (lambda: NGram(2, 5).fit([]), "at least one token"),
+    "fractions to count": (lambda: NGram(2, 5).fit([0.5, 1.7]), "one row of whole numbers"),
+    "text to count": (lambda: NGram(2, 5).fit("the fox"), "one row of whole numbers, not str"),
+    "rows to count": (lambda: NGram(2, 5).fit([[0, 1], [2, 3]]), "one row of whole numbers"),
     "token outside": (lambda: NGram(2, 5).fit([0, 5]), "all from 0 to 4"),
     "not fitted": (lambda: NGram(2, 5)(torch.tensor([[1]])), "counted nothing yet"),
     "foreign prompt": (lambda: NGram(2, 5).fit([1])(torch.tensor([[5]])), "knows 0 to 4 only"),
@@ -285,7 +329,10 @@ BAD = {
     "one piece": (lambda: bootstrap_error([1.0], [1.0]), "two pieces or more"),
     "different lengths": (lambda: bootstrap_error([1.0, 2.0], [1.0]), "not 2 and 1 numbers"),
     "empty piece": (lambda: bootstrap_error([1.0, 2.0], [1.0, 0.0]), "above zero"),
+    "NaN piece": (lambda: bootstrap_error([1.0, math.nan], [1.0, 1.0]), "NaN or infinite"),
+    "seed below zero": (lambda: bootstrap_error([1.0, 2.0], [1.0, 1.0], seed=-1), "seed must be"),
     "no bins": (lambda: reliability(score_tokens(MODEL, torch.arange(5)), 0), "bins"),
+    "one prompt as text": (lambda: compare_samples({"x": (READER, CHARACTERS)}, "the", 5), "prompts must be a list"),
     "no length": (lambda: compare_samples({"x": (READER, CHARACTERS)}, ["the"], 0), "length"),
 }
 
