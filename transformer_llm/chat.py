@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MOST_STEPS', 'MOST_CHARACTERS', 'NODES', 'ARITHMETIC', 'COMPARISONS', 'FILTERS', 'TESTS', 'SPELLINGS', 'METHODS',
-           'FUNCTIONS', 'LONGEST_TEMPLATE', 'refuse', 'Text', 'is_said', 'Undefined', 'Namespace', 'State', 'reads',
-           'read', 'run_body', 'show', 'read_data', 'read_output', 'read_const', 'small', 'read_name', 'read_list',
-           'read_dict', 'attribute', 'item', 'read_getattr', 'read_getitem', 'read_arithmetic', 'show_kind',
-           'read_sign', 'read_concat', 'read_and_or', 'read_not', 'read_conditional', 'compare', 'read_compare', 'pick',
-           'find', 'choose', 'to_json', 'to_int', 'as_list', 'arguments', 'follow', 'read_filter', 'read_test',
-           'make_range', 'raise_exception', 'strftime_now', 'no_macro', 'read_call', 'bind', 'read_assign',
-           'read_assign_block', 'read_macro', 'read_if', 'read_leave', 'with_scope', 'loop_facts', 'read_for',
-           'parse_template', 'mark', 'mark_message', 'render_template', 'encode_rendered', 'shared_length',
+           'FUNCTIONS', 'LONGEST_TEMPLATE', 'refuse', 'few', 'Text', 'is_said', 'Undefined', 'Namespace', 'State',
+           'reads', 'read', 'run_body', 'show', 'read_data', 'read_output', 'read_const', 'small', 'read_name',
+           'read_list', 'read_dict', 'as_key', 'attribute', 'item', 'read_getattr', 'read_getitem', 'read_arithmetic',
+           'show_kind', 'read_sign', 'read_concat', 'read_and_or', 'read_not', 'read_conditional', 'compare',
+           'read_compare', 'pick', 'find', 'choose', 'to_json', 'to_int', 'as_number', 'as_list', 'arguments', 'follow',
+           'read_filter', 'read_test', 'make_range', 'raise_exception', 'strftime_now', 'no_macro', 'read_call', 'bind',
+           'read_assign', 'read_assign_block', 'read_macro', 'read_if', 'read_leave', 'with_scope', 'loop_facts',
+           'read_for', 'parse_template', 'mark', 'mark_message', 'render_template', 'encode_rendered', 'shared_length',
            'TokenMemory', 'Turn', 'Conversation']
 
 # %% ../nbs/88_chat.ipynb #88-006
@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from types import FunctionType
 
@@ -45,7 +44,12 @@ MOST_CHARACTERS = 10_000_000  # and how much text it may make
 
 def refuse(what: str):
     "Raise `InputError` for something that a chat template has no business with."
-    raise InputError(f"The chat template uses {what}, which is not among what a chat needs, so it is not run; give another template.")
+    raise InputError(f"The chat template uses {what:.120}, which is not among what a chat needs, so it is not run; give another template.")
+
+
+def few(chars: str | None) -> str | None:
+    "The characters that a template strips; each of a text's is looked for among them."
+    return chars if chars is None or len(chars) <= 100 else refuse(f"a list of {len(chars):,} characters to strip")
 
 
 class Text(str):
@@ -70,17 +74,20 @@ class Text(str):
         return Text(str(self) + str(other), self.said + other.said)
 
     def lstrip(self, chars: str | None = None) -> "Text":
-        return self[len(self) - len(str.lstrip(self, chars)):]
+        return self[len(self) - len(str.lstrip(self, few(chars))):]
 
     def rstrip(self, chars: str | None = None) -> "Text":
-        return self[: len(str.rstrip(self, chars))]
+        return self[: len(str.rstrip(self, few(chars)))]
 
     def strip(self, chars: str | None = None) -> "Text":
         return self.lstrip(chars).rstrip(chars)
 
     def split(self, separator: str | None = None, maxsplit: int = -1) -> list["Text"]:
         pieces, start = [], 0
-        for piece in str.split(self, separator, maxsplit):
+        found = str.split(self, separator, maxsplit if 0 <= maxsplit < MOST_STEPS else MOST_STEPS)
+        if len(found) > MOST_STEPS:
+            refuse(f"a text of more than {MOST_STEPS:,} pieces")
+        for piece in found:
             start = self.find(piece, start)
             pieces.append(self[start : start + len(piece)])
             start += len(piece) + len(separator or "")
@@ -99,9 +106,7 @@ class Text(str):
 
     def runs(self) -> list[tuple[str, bool]]:
         "The longest pieces with one writer each, and whether that is a message."
-        places = groupby(range(len(self)), key=self.said.__getitem__)
-        ends = [(list(place), said) for said, place in places]
-        return [(str(self[place[0] : place[-1] + 1]), bool(said)) for place, said in ends]
+        return [(str(self)[run.start() : run.end()], run[0][0] == 1) for run in re.finditer(rb"\x00+|\x01+", self.said)]
 
 
 def is_said(value: object) -> bool:
@@ -256,13 +261,18 @@ def read_list(state: State, node: nodes.List | nodes.Tuple) -> list | tuple:
 @reads(nodes.Dict)
 def read_dict(state: State, node: nodes.Dict) -> dict:
     "A dictionary."
-    return {read(state, pair.key): read(state, pair.value) for pair in node.items}
+    return {as_key(read(state, pair.key)): read(state, pair.value) for pair in node.items}
+
+
+def as_key(value: object) -> object:
+    "What a dictionary is asked for: plain values only. Of a list or a tuple, Python would look at all that it holds."
+    return value if value is None or isinstance(value, str | bool | int | float) else refuse(f"{show_kind(value)} as a key")
 
 # %% ../nbs/88_chat.ipynb #88-022
 def attribute(value: object, name: str) -> object:
     "`value.name`: an entry of a dictionary. No attribute of a Python object is ever looked at."
     if name.startswith("_"):
-        refuse(f"the name {name!r}")
+        refuse(f"the name {name[:40]!r}")
     if isinstance(value, Undefined):
         raise TypeError(f"{value.name!r} is undefined")
     return value.get(name, Undefined(name)) if isinstance(value, dict) else Undefined(name)
@@ -358,7 +368,7 @@ def compare(state: State, name: str, left: object, right: object) -> bool:
     if isinstance(left, str) and isinstance(right, str):
         state.spend(1, len(right))
     elif "in" in name and isinstance(right, dict):
-        state.spend()
+        as_key(left)
     elif isinstance(left, list | tuple | dict) or isinstance(right, list | tuple | dict):
         state.weigh([left, right])
     return COMPARISONS[name](left, right)
@@ -378,15 +388,19 @@ def read_compare(state: State, node: nodes.Compare) -> bool:
 # %% ../nbs/88_chat.ipynb #88-027
 def pick(value: object, path: str) -> object:
     "The entry of a value that `a.b` names."
-    for name in str(path).split("."):
-        value = item(value, Text(name))
+    if not (isinstance(path, str) and len(path) <= 100):
+        refuse(f"{show_kind(path)} as the name of an entry")
+    for name in path.split("."):
+        value = item(value, name)
     return value
 
 
 def find(kind: str, name: str) -> Callable:
     "A filter or a test by its name."
     table = FILTERS if kind == "filter" else TESTS
-    return table[name] if isinstance(name, str) and name in table else refuse(f"the {kind} {name!r}")
+    if not (isinstance(name, str) and name in table):
+        refuse(f"the {kind} {name[:40]!r}" if isinstance(name, str) else f"{show_kind(name)} as the name of a {kind}")
+    return table[name]
 
 
 def choose(state: State, values: list, path: str, test: str | None, arguments: tuple, wanted: bool) -> list:
@@ -400,7 +414,7 @@ def to_json(state: State, value: object, indent: int | None = None, ensure_ascii
     "A value as JSON."
     state.weigh(value)
     if not (indent is None or isinstance(indent, int) and 0 <= indent <= 8):
-        refuse(f"an indent of {indent!r:.40}")
+        refuse("an indent of more than 8")
     pieces = []
     for piece in json.JSONEncoder(indent=indent, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys).iterencode(value):
         state.spend(0, len(piece))
@@ -419,10 +433,18 @@ def to_int(state: State, value: object, default: int = 0) -> int:
         return default
 
 
-def as_list(value: object) -> list:
-    "What a loop goes through."
+def as_number(value: object) -> float:
+    "A number, and nothing for which `%` means something else: a text would be a form to fill in."
+    if not isinstance(value, int | float):
+        raise TypeError(f"{show_kind(value)} is no number")
+    return value
+
+
+def as_list(state: State, value: object) -> list:
+    "What a loop goes through, counted before it is made."
     if not isinstance(value, str | list | tuple | dict | Undefined):
-        raise TypeError(f"{value!r} is no list")
+        raise TypeError(f"{show_kind(value)} is no list")
+    state.spend(len(value))
     return list(value)
 
 
@@ -437,18 +459,18 @@ FILTERS: dict[str, Callable] = {
     "string": show,
     "int": to_int,
     "tojson": to_json,
-    "list": lambda state, value: as_list(value),
+    "list": lambda state, value: as_list(state, value),
     "items": lambda state, value: [] if isinstance(value, Undefined) else list(dict.items(value)),
-    "first": lambda state, value: (as_list(value) or [Undefined("first")])[0],
-    "last": lambda state, value: (as_list(value) or [Undefined("last")])[-1],
-    "reverse": lambda state, value: value[::-1] if isinstance(value, str) else as_list(value)[::-1],
+    "first": lambda state, value: (as_list(state, value) or [Undefined("first")])[0],
+    "last": lambda state, value: (as_list(state, value) or [Undefined("last")])[-1],
+    "reverse": lambda state, value: value[::-1] if isinstance(value, str) else as_list(state, value)[::-1],
     "default": lambda state, value, default=Text(), boolean=False: default if isinstance(value, Undefined) or boolean and not value else value,
-    "join": lambda state, value, between=Text(): show(state, between).join([show(state, part) for part in as_list(value)]),
-    "map": lambda state, values, *, attribute: [pick(value, attribute) for value in state.made(as_list(values))],
-    "selectattr": lambda state, values, path, test=None, *rest: choose(state, as_list(values), path, test, rest, True),
-    "rejectattr": lambda state, values, path, test=None, *rest: choose(state, as_list(values), path, test, rest, False),
-    "select": lambda state, values, test=None, *rest: choose(state, as_list(values), "", test, rest, True),
-    "reject": lambda state, values, test=None, *rest: choose(state, as_list(values), "", test, rest, False),
+    "join": lambda state, value, between=Text(): show(state, between).join([show(state, part) for part in as_list(state, value)]),
+    "map": lambda state, values, *, attribute: [pick(value, attribute) for value in as_list(state, values)],
+    "selectattr": lambda state, values, path, test=None, *rest: choose(state, as_list(state, values), path, test, rest, True),
+    "rejectattr": lambda state, values, path, test=None, *rest: choose(state, as_list(state, values), path, test, rest, False),
+    "select": lambda state, values, test=None, *rest: choose(state, as_list(state, values), "", test, rest, True),
+    "reject": lambda state, values, test=None, *rest: choose(state, as_list(state, values), "", test, rest, False),
 }
 FILTERS["d"] = FILTERS["default"]
 
@@ -466,9 +488,9 @@ TESTS: dict[str, Callable] = {
     "mapping": lambda state, value: isinstance(value, dict),
     "iterable": lambda state, value: isinstance(value, str | list | tuple | dict | Undefined),
     "sequence": lambda state, value: isinstance(value, str | list | tuple | dict | Undefined),
-    "even": lambda state, value: value % 2 == 0,
-    "odd": lambda state, value: value % 2 == 1,
-    "divisibleby": lambda state, value, by: value % by == 0,
+    "even": lambda state, value: as_number(value) % 2 == 0,
+    "odd": lambda state, value: as_number(value) % 2 == 1,
+    "divisibleby": lambda state, value, by: as_number(value) % as_number(by) == 0,
     "in": lambda state, value, values: compare(state, "in", value, values),
 }
 SPELLINGS = {"eq": "eq equalto ==", "ne": "ne !=", "lt": "lt lessthan <", "lteq": "le <=", "gt": "gt greaterthan >", "gteq": "ge >="}
@@ -511,7 +533,7 @@ def read_test(state: State, node: nodes.Test) -> bool:
 METHODS: dict[type, dict[str, Callable]] = {
     Text: {name: getattr(Text, name) for name in "strip lstrip rstrip split replace startswith endswith upper lower title capitalize".split()},
     dict: {"items": lambda value: list(value.items()), "keys": list, "values": lambda value: list(value.values()),
-           "get": lambda value, key, default=None: value.get(key, default)},
+           "get": lambda value, key, default=None: value.get(as_key(key), default)},
 }
 
 
@@ -525,14 +547,14 @@ def make_range(*ends: int) -> list[int]:
 
 def raise_exception(message: str) -> None:
     "The template's own refusal, for messages in an order it does not know."
-    words = "".join(c if c.isprintable() else " " for c in str(message))[:200]
+    words = "".join(c if c.isprintable() else " " for c in (str(message[:200]) if isinstance(message, str) else show_kind(message)))
     raise InputError(f"The chat template refuses these messages: {words.rstrip('.!')}.")
 
 
 def strftime_now(form: str) -> str:
     "Today's date."
-    if re.search(r"%-?[^-A-Za-z%]", form):
-        refuse(f"the date format {form!r:.40}")
+    if not re.fullmatch(r"(%-?[A-Za-z%]|[^%]){0,100}", form):
+        refuse(f"the date format {form[:40]!r}")
     return datetime.now().strftime(form)
 
 
@@ -542,7 +564,7 @@ def no_macro(name: str) -> Callable:
 
 
 FUNCTIONS: dict[str, Callable] = {
-    "namespace": lambda *args, **options: Namespace(*args, **options),
+    "namespace": lambda **names: Namespace(names),
     "range": make_range,
     "raise_exception": raise_exception,
     "strftime_now": strftime_now,
@@ -572,7 +594,7 @@ def bind(state: State, target: nodes.Node, value: object) -> None:
     if isinstance(target, nodes.Name):
         state.names[target.name] = value
     elif isinstance(target, nodes.Tuple):
-        values = as_list(value)
+        values = as_list(state, value)
         if len(values) != len(target.items):
             raise TypeError(f"{len(values)} values for {len(target.items)} names")
         for part, one in zip(target.items, values):
@@ -653,7 +675,7 @@ def read_for(state: State, node: nodes.For) -> None:
         state.names["loop"] = loop_facts(values, index)
         return run_body(state, node.body)
 
-    values = state.made(as_list(read(state, node.iter)))
+    values = as_list(state, read(state, node.iter))
     values = [value for value in values if with_scope(state, lambda: passes(value))]
     ended = False
     for index in range(len(values)):
@@ -689,7 +711,7 @@ def mark(value: object, said: bool) -> object:
     if isinstance(value, str):
         return Text(value, bytes([said]) * len(value))
     if isinstance(value, dict):
-        return {Text(key): mark(part, said) for key, part in value.items()}
+        return {mark(key, said): mark(part, said) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [mark(part, said) for part in value]
     if value is None or isinstance(value, bool | int | float):
@@ -718,13 +740,13 @@ def render_template(
 
     Raises `InputError`, one sentence, for a template that refuses the messages or that asks for more than formatting text.
     """
-    given = {"tools": None, "documents": None, **mark(extra, True), "bos_token": Text(bos_token), "eos_token": Text(eos_token)}
-    given |= {"messages": list(map(mark_message, messages)), "add_generation_prompt": bool(add_generation_prompt)}
-    tree, state = parse_template(template), State(ChainMap({}, given, FUNCTIONS))
+    given = {"bos_token": Text(bos_token), "eos_token": Text(eos_token), "add_generation_prompt": bool(add_generation_prompt)}
+    tree, state = parse_template(template), State(ChainMap({}, given, {"tools": None, "documents": None}, FUNCTIONS))
     try:
+        given |= {"messages": list(map(mark_message, messages)), **mark(extra, True), **given}
         run_body(state, tree.body)
     except RecursionError:
-        raise InputError("The chat template nests too deeply; give another template.") from None
+        raise InputError("The chat template or a message nests too deeply; give another one.") from None
     except InputError:
         raise
     except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:
@@ -894,8 +916,8 @@ class Conversation:
         check_range("repetition_penalty", repetition_penalty, 0.01)
         settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         filter_logits(torch.zeros(1, 2), **settings | {"temperature": temperature or 1.0})  # a bad setting is refused here
-        if not text.strip():
-            raise InputError("The message is empty; say something.")
+        if not isinstance(text, str) or not text.strip():
+            raise InputError("The message is empty; say something." if isinstance(text, str) else f"A message must be text, not a {type(text).__name__}.")
         self.stop()
         said = [*self.messages, {"role": "user", "content": text}]
         messages, ids = self.fit(said, max_new_tokens)
