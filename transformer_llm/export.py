@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -271,6 +271,7 @@ def save_pretrained(
     chat_template: str | None = None,  # How a conversation becomes a text, for the tokenizer
     eos_token: str | None = None,  # As in `token_roles`
     bos_token: str | None = None,
+    stop_tokens: Sequence[int] = (),  # All that end an answer, where there are more than eos_token
 ) -> Path:
     """Write a model, in the dtype of its weights, so that transformers' `AutoModelForCausalLM` and `AutoTokenizer` read it; returns the folder.
 
@@ -283,12 +284,14 @@ def save_pretrained(
         raise InputError("A chat_template is kept with the tokenizer; give the tokenizer too.")
     if tokenizer is not None and tokenizer.vocab_size > c.vocab_size:
         raise InputError(f"The tokenizer has {tokenizer.vocab_size} tokens and the model {c.vocab_size}; give the model's own tokenizer.")
+    if strangers := [i for i in stop_tokens if not 0 <= i < c.vocab_size]:
+        raise InputError(f"stop_tokens must be ids from 0 to {c.vocab_size - 1}, not {strangers[0]}.")
     roles = token_roles(tokenizer, eos_token, bos_token)
     ids = {f"{role}_id": tokenizer.special_tokens[roles[role]] if role in roles else None for role in ("bos_token", "eos_token", "pad_token")}
     shape = hf_config(c) | ids | {"dtype": dtype, "torch_dtype": dtype}
     with folder_in_one_step(directory, overwrite=overwrite) as folder:
         write_json(folder / "config.json", shape)
-        write_json(folder / "generation_config.json", ids)
+        write_json(folder / "generation_config.json", ids | ({"eos_token_id": list(stop_tokens)} if len(stop_tokens) > 1 else {}))
         write_weights(folder, model, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer.json")
@@ -422,7 +425,7 @@ def export_onnx(
     With `with_cache`, the inputs `past.0.key`, `past.0.value`, ... hold each layer's earlier keys and values, of shape
     (batch, n_kv_heads, past, head_dim), where past may be 0, and the outputs `present.0.key`, ... are what to give the
     next call. The graph knows no padding and does not check context_length. Weights above `ONE_FILE_BYTES` go to a second
-    file, the path with `.data` behind it. Raises `InputError` when onnx or onnxscript is missing and when the disk refuses.
+    file, the path with `.data` behind it. What is there already is replaced. Raises `InputError` when onnx or onnxscript is missing and when the disk refuses.
     """
     opset = int(check_range("opset", opset, 18, 25, integer=True))
     path = Path(path).expanduser().resolve()
