@@ -26,10 +26,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from transformer_llm import export
+from transformer_llm.cli import main
 from transformer_llm.embeddings import RopeScaling
 from transformer_llm.export import export_onnx, family_of, hf_config, onnx_names, plan_shards, save_pretrained, token_roles
 from transformer_llm.foundations import InputError, largest_difference
 from transformer_llm.generation import generate
+from transformer_llm.pretrained import chat_settings
 from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
 from transformer_llm.transformer import GPT, GPT2_STYLE, GPTConfig, PRESETS
 
@@ -215,6 +217,29 @@ def test_chat_template_travels(tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "m")
     assert theirs.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False) == "user: the cat<|im_end|>"
     assert theirs.eos_token == "<|im_end|>" and read_back(tmp_path / "m").generation_config.eos_token_id == theirs.eos_token_id
+
+
+def test_the_command_hands_on_how_to_talk(tmp_path, capsys):
+    "What the files of a model say about conversations is said by its copy too: template, roles, all tokens that end an answer."
+    tokenizer, template = pretrained_like(), "{{ bos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
+    stops = [tokenizer.special_tokens[name] for name in ("<|im_end|>", "<|begin|>")]
+    save_pretrained(make_model(vocab_size=310), tmp_path / "a", tokenizer, chat_template=template, eos_token="<|im_end|>", bos_token="<|begin|>", stop_tokens=stops)
+    assert main(["export", "--checkpoint", str(tmp_path / "a"), "--hf", str(tmp_path / "b")]) == 0, capsys.readouterr()
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert theirs.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False) == "<|begin|>the cat<|im_end|>"
+    assert read_back(tmp_path / "b").generation_config.eos_token_id == stops
+    assert chat_settings(tmp_path / "b").stop_tokens == tuple(stops)
+    with pytest.raises(InputError, match="stop_tokens"):
+        save_pretrained(make_model(vocab_size=310), tmp_path / "c", tokenizer, stop_tokens=[310])
+
+
+def test_roles_that_the_tokenizer_does_not_know_are_left_out(tmp_path, capsys):
+    save_pretrained(make_model(vocab_size=310), tmp_path / "a", pretrained_like(), eos_token="<|im_end|>")
+    path = tmp_path / "a" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"bos_token": "<s>", "eos_token": "</s>"}), encoding="utf-8")
+    assert main(["export", "--checkpoint", str(tmp_path / "a"), "--hf", str(tmp_path / "b")]) == 0, capsys.readouterr()
 
 
 # Refused
