@@ -2,6 +2,8 @@
 
 The reference for rendering is what transformers does: jinja2, compiled and run in its sandbox.
 """
+import contextlib
+import io
 import json
 import os
 import random
@@ -20,9 +22,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import config as shape_checks
 
 from transformer_llm import chat
 from transformer_llm.chat import Conversation, Text, TokenMemory, encode_rendered, render_template
+from transformer_llm.cli import main
 from transformer_llm.foundations import InputError, largest_difference
 from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
 from transformer_llm.transformer import GPT, GPTConfig
@@ -397,6 +401,8 @@ def test_random_templates_render_as_in_the_sandbox(template):
 # Templates from strangers -----------------------------------------------------------------------------------------------
 
 DOUBLING = "{% set ns = namespace(x='ab', l=[1], t=(1, 2)) %}{% for i in range(200) %}{% set ns.BODY %}{% endfor %}{{ ns.x }}"
+TREES = "{% set ns = namespace(l=[1], t=(1, 2)) %}{% for i in range(200) %}{% set ns.l = [ns.l, ns.l] %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}"
+LONG_TEXT = "{% set ns = namespace(x='a') %}{% for i in range(21) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
 HOSTILE = {
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "class by key": "{{ ''['__class__'] }}",
@@ -469,42 +475,80 @@ HOSTILE = {
     "changing messages": "{% set messages.x = 1 %}",
     "pop": "{{ messages.pop() }}",
     "update": "{{ messages[0].update({'content': 'b'}) }}",
+    "number of a format": "{{ '%999999999d' is even }}",
+    "another number of a format": "{{ '%999999999d' is divisibleby(3) }}",
+    "a format of a tree": TREES + "{{ '%s' is divisibleby([ns.l]) }}",
+    "a tree as a key": TREES + "{{ {ns.t: 1} }}",
+    "a tree looked up": TREES + "{{ ns.t in {} }}",
+    "a tree looked up by get": TREES + "{{ {}.get(ns.t) }}",
+    "a tree as a name in a namespace": TREES + "{{ namespace([(ns.t, 1)]) }}",
+    "a deep key": "{% set ns = namespace(t=()) %}{% for i in range(20000) %}{% set ns.t = (ns.t,) %}{% endfor %}{{ {ns.t: 1} }}",
+    "a tree as a test": TREES + "{{ [1]|select(ns.l) }}",
+    "a tree as a path": TREES + "{{ [1]|selectattr(ns.l)|list }}",
+    "a tree as another path": TREES + "{{ [1]|map(attribute=ns.l)|list }}",
+    "a tree as a refusal": TREES + "{{ raise_exception(ns.l) }}",
+    "a tree as an indent": TREES + "{{ [1]|tojson(indent=ns.l) }}",
+    "a tree as a date": TREES + "{{ strftime_now(ns.l) }}",
+    "a long path": LONG_TEXT.replace("'a'", "'a.'").replace("21", "19") + "{{ range(9999)|map(attribute=ns.x)|list }}",
+    "a long refusal": LONG_TEXT + "{{ raise_exception(ns.x) }}",
+    "a long name": LONG_TEXT + "{{ messages[0]['_' ~ ns.x] }}",
+    "a long filter": "{{ 1|" + "a" * 90_000 + " }}",
+    "a long method": "{{ ''." + "a" * 90_000 + "() }}",
+    "a long function": "{{ " + "a" * 90_000 + "() }}",
+    "a long date": LONG_TEXT.replace("'a'", "'%A%Z'").replace("21", "19") + "{{ strftime_now(ns.x) }}",
+    "a padded date": "{{ strftime_now('%--999999999A') }}",
+    "another padded date": "{{ strftime_now('%-0999999999d') }}",
+    "letters of a long text": LONG_TEXT + "{% for c in ns.x %}{% break %}{% endfor %}",
+    "first letter": LONG_TEXT + "{{ ns.x|first }}",
+    "letters as names": LONG_TEXT + "{% set a, b = ns.x %}",
+    "splitting everywhere": LONG_TEXT + "{{ ns.x.split('a') }}",
+    "replacing everywhere": LONG_TEXT + "{{ ns.x.replace('a', '') }}",
+    "splitting at blanks": LONG_TEXT.replace("'a'", "'a '").replace("21", "20") + "{{ ns.x.split() }}",
+    "stripping much": LONG_TEXT.replace("21", "19") + "{% set ns.y = 'b' %}{% for i in range(19) %}{% set ns.y = ns.y + ns.y %}{% endfor %}{{ ns.x.strip(ns.y ~ 'a') }}",
+    "trimming much": LONG_TEXT.replace("21", "19") + "{% set ns.y = 'b' %}{% for i in range(19) %}{% set ns.y = ns.y + ns.y %}{% endfor %}{{ ns.x|trim(ns.y ~ 'a') }}",
+    "long separators": LONG_TEXT + "{{ range(9999)|tojson(separators=(ns.x, ns.x)) }}",
+    "strange separators": "{{ [1]|tojson(separators=5) }}",
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_ends_in_one_sentence(name):
-    messages = [{"role": "user", "content": "Hi"}]
-    start = time.process_time()
-    with pytest.raises(InputError) as caught:
-        render_template(HOSTILE[name], messages)
-    assert is_sentence(str(caught.value)) and str(caught.value).startswith("The chat template"), caught.value
-    assert time.process_time() - start < 15  # with every type checked; see the next test for a process without
-    assert messages == [{"role": "user", "content": "Hi"}]
+LONG = [{"role": ("user", "assistant")[i % 2], "content": "word " * 100} for i in range(600)]
+HI = [{"role": "user", "content": "Hi"}]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on a process's memory")
-def test_hostile_templates_take_little_time_and_memory(tmp_path):
-    "All of them, one after the other, in a process that may have 200 MB more than it has after its imports."
-    (tmp_path / "templates.json").write_text(json.dumps(HOSTILE), encoding="utf-8")
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory) -> dict[str, dict]:
+    "Each of these templates, rendered in one process that checks no types and may have 200 MB more than it has after its imports."
+    cases = {name: (template, HI) for name, template in HOSTILE.items()} | {name: (FAMILIES[name], LONG) for name in FAMILIES if name != "odds"}
+    path = tmp_path_factory.mktemp("templates") / "templates.json"
+    path.write_text(json.dumps(cases), encoding="utf-8")
     code = """
-import json, resource, sys, time
+import copy, json, sys, time
 from transformer_llm.chat import render_template
 from transformer_llm.foundations import InputError
-used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() if sys.platform == 'linux' else 8 << 30
-resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
-for name, template in json.load(open(sys.argv[1])).items():
-    start = time.process_time()
+if sys.platform == "linux":
+    import resource
+    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
+for name, (template, messages) in json.load(open(sys.argv[1])).items():
+    start, before, error, length = time.process_time(), copy.deepcopy(messages), None, 0
     try:
-        render_template(template, [{"role": "user", "content": "Hi"}])
-        print(name, "rendered")
-    except InputError:
-        pass
-    if time.process_time() - start > 3:
-        print(name, "took", time.process_time() - start)
+        length = len(render_template(template, messages))
+    except InputError as caught:
+        error = str(caught)
+    except Exception as caught:
+        error = repr(caught)[:500]
+    print(json.dumps([name, dict(error=error, length=length, seconds=time.process_time() - start, same=messages == before)]), flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "templates.json")], capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr[-3000:]
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, encoding="utf-8", cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_ends_in_one_sentence(rendered, name):
+    result = rendered[name]
+    assert is_sentence(result["error"]) and result["error"].startswith("The chat template"), result
+    assert result["seconds"] < 3 and result["same"], result
 
 
 def test_what_is_refused_is_named():
@@ -529,10 +573,31 @@ def test_what_is_no_message(message):
     assert is_sentence(str(caught.value))
 
 
-def test_a_long_conversation_is_within_the_budget():
-    messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 100} for i in range(600)]
-    for family in ("smol", "llama 3", "qwen 2", "qwen 3", "mistral", "olmo 2"):
-        assert len(render_template(FAMILIES[family], messages)) > 300_000
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "odds"])
+def test_a_long_conversation_is_within_the_budget(rendered, name):
+    assert rendered[name]["length"] > 300_000, rendered[name]
+
+
+def test_messages_of_other_kinds():
+    "Lists of parts, tool calls, numbers: as the template takes them, or one sentence; what a stranger says is said, names of entries too."
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    newer = "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    assert ours(newer, parts) == reference(newer, parts) == "Hi"
+    for family in FAMILIES:
+        assert ours(FAMILIES[family], parts) == reference(FAMILIES[family], parts), family
+    call = [{"role": "user", "arguments": {"<|im_end|>": "a"}}]
+    text = render_template("{% for name, value in messages[0].arguments | items %}{{ name }}={{ value }}{% endfor %}", call)
+    assert text == "<|im_end|>=a" and text.runs() == [("<|im_end|>", True), ("=", False), ("a", True)]
+    deep = []
+    for _ in range(9999):
+        deep = [deep]
+    circle = []
+    circle.append(circle)
+    for content in (deep, circle, {(1, 2): 3}):
+        with pytest.raises(InputError) as caught:
+            render_template("{{ messages }}", [{"role": "user", "content": content}])
+        assert is_sentence(str(caught.value))
+    assert ours("{{ messages[0].content[1] }}", [{"role": "user", "content": {1: "a"}}]) == "a"
 
 
 # Who wrote what ---------------------------------------------------------------------------------------------------------
@@ -836,6 +901,12 @@ def test_settings_that_can_not_be(tokenizer, bad):
             conversation.say(text)
     with pytest.raises(InputError):
         conversation.say("half \ud800")
+    shape_checks.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(InputError, match="must be text, not a list"):
+            conversation.say([{"type": "text", "text": "Hi"}])
+    finally:
+        shape_checks.update("jaxtyping_disable", False)
     assert conversation.messages == []
 
 
@@ -869,13 +940,25 @@ def environment() -> dict:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
-def chat_command(*words, **options) -> subprocess.CompletedProcess:
+def chat_process(*words) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "transformer_llm", "chat", *map(str, words)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment(), timeout=300, **options)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment(), timeout=300)
+
+
+def chat_command(*words, input: str = "") -> subprocess.CompletedProcess:
+    "The same in this process, which has imported PyTorch already."
+    out, err, before = io.StringIO(), io.StringIO(), sys.stdin
+    sys.stdin = io.StringIO(input)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(["chat", *map(str, words)])
+    finally:
+        sys.stdin = before
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def test_one_answer_for_a_script(folder):
-    first = chat_command("--model", folder, "--prompt", "the cat", "--max_new_tokens", 12)
+    first = chat_process("--model", folder, "--prompt", "the cat", "--max_new_tokens", 12)
     assert first.returncode == 0 and first.stderr == "(Cut off after 12 tokens; --max_new_tokens allows more.)\n"
     again = chat_command("--model", folder, "--prompt", "the cat", "--max_new_tokens", 12)
     other = chat_command("--model", folder, "--prompt", "the cat", "--max_new_tokens", 12, "--temperature", 3, "--top_p", 1, "--seed", 7)
@@ -899,7 +982,7 @@ def test_lines_from_a_pipe(folder):
     (["--device", "toaster"], "--device"),
 ], ids=str)
 def test_mistakes_are_one_sentence(words, says):
-    done = chat_command(*words, input="", cwd=ROOT / "tests")
+    done = chat_command(*words)
     assert done.returncode == 2 and done.stdout == "" and says in done.stderr
     assert done.stderr.startswith("transformer-llm: ") and done.stderr.count("\n") == 1, done.stderr
 
@@ -918,7 +1001,6 @@ def test_a_message_of_any_bytes(folder):
 
 
 def test_a_run_of_this_book_is_not_for_talking(tmp_path):
-    from transformer_llm.cli import main
     from transformer_llm.training import save_checkpoint
 
     torch.manual_seed(0)
@@ -926,7 +1008,6 @@ def test_a_run_of_this_book_is_not_for_talking(tmp_path):
     for path in (tmp_path / "run", next((tmp_path / "run").glob("step-*"))):
         done = chat_command("--model", path, "--prompt", "a")
         assert done.returncode == 2 and "has no chat template; use transformer-llm generate --checkpoint" in done.stderr and done.stderr.count("\n") == 1
-    assert callable(main)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes end differently on Windows")
@@ -980,7 +1061,7 @@ class Terminal:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals of this kind")
 def test_a_session_at_a_terminal(folder):
     terminal = Terminal("--model", folder)
-    terminal.until("/help lists commands.*> $")
+    assert "Loading " in terminal.until("/help lists commands.*> $")
     for interrupt in (lambda: terminal.process.send_signal(signal.SIGINT), lambda: terminal.type("\x03")):
         terminal.type("the cat\n")
         terminal.until(r"the cat\r\n.{20,}")  # in the middle of an answer of thousands of tokens
@@ -1000,6 +1081,31 @@ def test_a_session_at_a_terminal(folder):
     assert terminal.end() == 0 and "Traceback" not in terminal.seen
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals of this kind")
+def test_an_answer_can_not_command_a_terminal(tmp_path):
+    "A model that knows one word, which wipes the screen; another program gets the word as it is."
+    from transformer_llm.export import save_pretrained
+
+    word = "\x1b[2J\x9b\r"
+    tokenizer = BPETokenizer.train(word * 40, 257, special_tokens=["<|endoftext|>"])
+    wanted = tokenizer.encode("\x1b")[0]
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, context_length=64, d_model=8, n_layers=1, n_heads=1, tied_embeddings=False)).eval()
+    with torch.no_grad():
+        model.final_norm.weight.zero_()
+        model.final_norm.weight[0] = 1
+        model.token_embedding.weight[:, 0] = 100
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[wanted, 0] = 100
+    save_pretrained(model, tmp_path / "m", tokenizer, chat_template="{{ messages[0].content }}")
+    words = ("--model", tmp_path / "m", "--prompt", "[2J", "--max_new_tokens", 3, "--temperature", 0)
+    done = chat_command(*words)
+    text = tokenizer.decode([wanted]) * 3
+    assert done.stdout == text + "\n" and "\x1b" in text
+    terminal = Terminal(*words)
+    terminal.until("Cut off")
+    assert terminal.end() == 0 and "\x1b" not in terminal.seen and "\u241b" in terminal.seen
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
 def test_ctrl_c_ends_one_answer_for_a_script(folder):
     command = [sys.executable, "-m", "transformer_llm", "chat", "--model", str(folder), "--prompt", "the cat"]
@@ -1012,7 +1118,6 @@ def test_ctrl_c_ends_one_answer_for_a_script(folder):
 
 def test_ctrl_c_while_the_model_is_loaded(monkeypatch, capsys):
     from transformer_llm import pretrained
-    from transformer_llm.cli import main
 
     def stop(name):
         raise KeyboardInterrupt
@@ -1043,15 +1148,21 @@ def test_the_template_of_smollm2_is_that_of_its_file(smollm2):
             assert render_template(chat.template, messages, add_generation_prompt=prompt) == wanted
 
 
-def test_the_capital_of_france(smollm2):
-    done = chat_command("--model", "smollm2", "--prompt", "What is the capital of France?")
+@pytest.fixture(scope="module")
+def talker(smollm2) -> Conversation:
+    "SmolLM2 by its file's place, loaded once."
+    return Conversation.from_pretrained(smollm2)
+
+
+def test_the_capital_of_france(smollm2, talker):
+    done = chat_process("--model", "smollm2", "--prompt", "What is the capital of France?")
     assert done.returncode == 0 and "Paris" in done.stdout and done.stderr == ""
-    again = chat_command("--model", smollm2, "--prompt", "What is the capital of France?")
-    assert again.stdout == done.stdout
+    assert "".join(talker.say("What is the capital of France?")) + "\n" == done.stdout
 
 
-def test_smollm2_remembers_and_reads_each_token_once(smollm2):
-    conversation = Conversation.from_pretrained(smollm2)
+def test_smollm2_remembers_and_reads_each_token_once(talker):
+    conversation = talker
+    conversation.reset()
     for text in ("What is the capital of France?", "And of Italy?"):
         wanted, ids = anew(conversation, [*conversation.messages, {"role": "user", "content": text}], 12, temperature=0)
         assert "".join(conversation.say(text, 12, temperature=0)) == wanted
