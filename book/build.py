@@ -207,7 +207,7 @@ def write_pages(pages: dict, order: list[tuple[str, list[str]]], paths: dict[str
 def eyebrow(name: str) -> str:
     "What stands above a page's title."
     digits = number(name)
-    return "" if not digits or "/" in name or int(digits) > 96 else f"{'Chapter' if int(digits) < 90 else 'Appendix'} {digits}"
+    return "" if not digits or "/" in name or int(digits) > 96 else f"{'Chapter' if int(digits) < 80 else 'Appendix'} {digits}"
 
 
 def short(title: str, name: str) -> str:
