@@ -76,7 +76,7 @@ def test_wrong_answers_are_named(chapter):
 
 
 @pytest.mark.parametrize("answer", ["words", 10**30, -1, float("nan"), True, [1, 2], {}, object(), lambda: 1, lambda *x: "text", lambda x: x,
-                                    lambda *x, **y: 1 / 0, print, len], ids=repr)
+                                    lambda *x, **y: 1 / 0, print, len], ids=lambda answer: type(answer).__name__)
 def test_no_answer_breaks_a_check(chapter, answer, capsys):
     for one in exercises_of(chapter[0]):
         verdict = judge(one.number, answer)
