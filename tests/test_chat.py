@@ -378,6 +378,7 @@ def bodies(inner):
 TEMPLATE = st.recursive(st.one_of(EXPRESSION.map("{{{{ {} }}}}".format), st.sampled_from(["\n  ", "text ", "{{ x }}", "{#- note -#}\n"])), bodies, max_leaves=6)
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")  # what jinja2 compiles a nonsense template to
 @settings(max_examples=600)
 @given(template=TEMPLATE)
 def test_random_templates_render_as_in_the_sandbox(template):

@@ -598,3 +598,14 @@ def test_tensorboard_on_request(tmp_path):
     pytest.importorskip("tensorboard")
     make_trainer(tmp_path, CONFIG.replace(max_steps=2, tensorboard=True)).train()
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    "Files and folders that this package was writing; nothing else."
+    for name in (".metrics.jsonl.a1b2.part", ".command.json.x.part", ".loss.png.y.part"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".step-0000300.q.part").mkdir()
+    (tmp_path / ".step-0000300.q.part" / "model.safetensors").write_text("half")
+    (tmp_path / "notes.part").write_text("mine")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.part"]
