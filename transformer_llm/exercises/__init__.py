@@ -24,7 +24,7 @@ from ..foundations import InputError
 
 # %% ../../nbs/95_exercises.ipynb #95-008
 CHAPTERS = ("counting", "attention", "feedforward", "embeddings", "transformer", "tokenizer", "dataset", "training", "generation",
-            "pretrained", "evaluation")
+            "pretrained", "evaluation", "fast", "sprint", "decoding")
 ATTEMPTS: dict[str, int] = {}  # how often each exercise drew inputs in this process
 EXERCISES: dict[str, "Exercise"] = {}  # by number; a chapter's are added when its checks are imported
 
