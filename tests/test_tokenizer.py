@@ -5,6 +5,7 @@ import time
 import tracemalloc
 import unicodedata
 import zipfile
+from collections import Counter
 from itertools import chain, cycle, islice
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from transformer_llm import tokenizer as ours_module
 from transformer_llm.foundations import InputError
 from transformer_llm.tokenizer import (
-    GGUF_PATTERNS, PATTERNS, SPLITTERS, WORDS, BPETokenizer, CharTokenizer, apply_merges, begins_anew, bpe_from_lists, check_special_tokens, compose, learn_merges,
-    load_tokenizer, settled_words, special_pattern, split_stream, tokenizer_from_json, visible,
+    GGUF_PATTERNS, PATTERNS, SPLITTERS, WORDS, BPETokenizer, CharTokenizer, WordCache, apply_merges, begins_anew, bpe_from_lists, check_special_tokens, compose,
+    count_words, learn_merges, load_tokenizer, settled_words, special_pattern, split_stream, tokenizer_from_json, visible,
 )
 
 PROSE = (
@@ -244,7 +246,8 @@ def test_thousands_of_special_tokens_do_not_take_quadratic_time(bpe):
 
 # Training
 
-def learn_slowly(word_counts, n_merges):
+def learn_slowly(word_counts, n_merges, looked_at=()):
+    "The textbook's trainer; appends to `looked_at` how many pairs it counts for each merge."
     from transformer_llm.tokenizer import BYTE_IDS
 
     words = {word: [BYTE_IDS[b] for b in word.encode()] for word in word_counts}
@@ -256,6 +259,8 @@ def learn_slowly(word_counts, n_merges):
                 counts[pair] = counts.get(pair, 0) + word_counts[word]
         if not counts:
             break
+        if isinstance(looked_at, list):
+            looked_at.append(sum(len(ids) - 1 for ids in words.values()))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         for word, ids in words.items():
@@ -328,6 +333,137 @@ def test_training_takes_texts_lazily_and_repeats_itself():
 def test_training_refuses(text, size, specials, say):
     with pytest.raises(InputError, match=say):
         BPETokenizer.train(text, size, special_tokens=specials)
+
+
+# Work and memory, counted: what no noise can change
+
+def invented(n_words: int, start: int = 0) -> str:
+    "Words of six letters, none of them twice."
+    numbers = (i * 50_331_653 % 26**6 for i in range(start, start + n_words))
+    return " ".join("".join(chr(97 + number // 26**k % 26) for k in range(6)) for number in numbers) + " "
+
+
+def peak_of(job) -> int:
+    tracemalloc.start()
+    try:
+        job()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+class Work:
+    "Counts the pairs that `learn_merges` looks at and the entries that it moves in its heap."
+
+    def __init__(self, monkeypatch):
+        self.looked_at, self.moved, merge_pair, heap = [], 0, ours_module.merge_pair, ours_module.heapq
+
+        def counted_merge_pair(words, counts, places, pair, new_id):
+            places = list(places)
+            self.looked_at.append(sum(len(words[place]) - 1 for place in places))
+            return merge_pair(words, counts, places, pair, new_id)
+
+        class CountedHeap:
+            def heapify(_, queue):
+                self.moved += len(queue)
+                heap.heapify(queue)
+
+            def heappush(_, queue, entry):
+                self.moved += 1
+                heap.heappush(queue, entry)
+
+            def heappop(_, queue):
+                self.moved += 1
+                return heap.heappop(queue)
+
+        monkeypatch.setattr(ours_module, "merge_pair", counted_merge_pair)
+        monkeypatch.setattr(ours_module, "heapq", CountedHeap())
+
+
+def test_training_looks_at_few_pairs(monkeypatch):
+    word_counts, n_merges, plain = count_words([Path(__file__).read_text(encoding="utf-8")[:40_000]]), 300, []
+    merges = learn_slowly(word_counts, n_merges, plain)
+    work = Work(monkeypatch)
+    assert learn_merges(word_counts, n_merges) == merges and len(work.looked_at) == len(plain) == n_merges
+    looked_at = plain[0] + sum(work.looked_at)  # all pairs once, then those of the words that a merge visits
+    assert looked_at < sum(plain) / 15 and looked_at + work.moved < sum(plain) / 10, (looked_at, work.moved, sum(plain))
+    assert sum(work.looked_at[-100:]) < sum(work.looked_at[:100]) / 4 and sum(plain[-100:]) > sum(plain[:100]) / 2  # later merges are rarer
+    assert work.moved < 20 * n_merges
+
+
+def test_a_merge_visits_only_words_that_held_its_pair(monkeypatch):
+    visited, merge_pair = [], ours_module.merge_pair
+    monkeypatch.setattr(ours_module, "merge_pair", lambda words, counts, places, *rest: visited.append(len(set(places))) or merge_pair(words, counts, places, *rest))
+    learn_merges({"ab": 5000, **{f"c{i}d": 1 for i in range(1000)}}, 1)
+    assert visited == [1]
+
+
+def test_training_counts_each_distinct_word_once():
+    "A text ten times as long with the same words makes counts ten times as high, and the same training."
+    once, often = count_words([PROSE]), count_words([PROSE] * 10)
+    assert often == Counter({word: 10 * count for word, count in once.items()}) and learn_merges(often, 100) == learn_merges(once, 100)
+
+
+def test_each_distinct_word_is_encoded_once(bpe, monkeypatch):
+    calls, real = Counter(), ours_module.apply_merges
+
+    def counted(ids, ranks):
+        calls[tuple(ids)] += 1
+        return real(ids, ranks)
+
+    monkeypatch.setattr(ours_module, "apply_merges", counted)
+    fresh = BPETokenizer(bpe.vocab, bpe.merges, bpe.special_tokens)
+    text = PROSE * 20
+    ids = fresh.encode(text)
+    assert len(calls) == calls.total() == len(set(WORDS.findall(text))) < len(WORDS.findall(text)) / 20
+    calls.clear()
+    assert fresh.encode(text) == list(fresh.encode_iterable(text[i : i + 777] for i in range(0, len(text), 777))) == ids and not calls
+
+
+@settings(max_examples=60)
+@given(text_with_specials, st.lists(st.integers(0, 80), max_size=8))
+def test_a_document_may_come_in_chunks(text, places):
+    whole = count_words([text, "next"], SPECIALS)
+    assert count_words([iter(cut(text, places)), "next"], SPECIALS) == whole == count_words([text, iter(["ne", "xt"])], SPECIALS, slice_size=3)
+
+
+def test_training_from_chunks_equals_training_from_a_text():
+    chunks = [PROSE[i : i + 7] for i in range(0, len(PROSE), 7)]
+    assert BPETokenizer.train([iter(chunks)], 400).to_json() == BPETokenizer.train(PROSE, 400).to_json() != BPETokenizer.train(chunks, 400).to_json()
+    with pytest.raises(InputError, match="surrogate.* position 14;"):
+        BPETokenizer.train([["seven l", "etters ", "\udc80"]], 300)
+
+
+def test_counting_a_stream_needs_memory_for_its_words_and_not_for_its_length():
+    def count(repeats):
+        return lambda: count_words([(PROSE for _ in range(repeats))])
+
+    count(1)()
+    assert peak_of(count(1200)) < 1.1 * peak_of(count(150)) < 2e6  # 0.8 MB and 0.1 MB of text
+
+
+def test_counting_ever_new_words_keeps_so_many():
+    def stream(n_chunks):
+        return ("the end " * 40 + invented(2000, 2000 * i) for i in range(n_chunks))
+
+    limit, most = 10_000, []
+    for n_chunks in (10, 60):
+        counts = count_words([stream(n_chunks)], limit=limit)
+        most.append(peak_of(lambda: count_words([stream(n_chunks)], limit=limit)))
+        assert limit / 2 < len(counts) <= limit + 2100
+        assert counts[" the"] + counts["the"] == counts[" end"] == 40 * n_chunks  # what comes often is never forgotten
+    assert most[1] < 1.1 * most[0] and peak_of(lambda: count_words([stream(60)])) > 3 * most[1]
+    tokenizer = BPETokenizer.train([stream(3)], 300)
+    assert tokenizer.to_json() == BPETokenizer.train("".join(stream(3)), 300).to_json() and [len(tokenizer.encode(word)) for word in (" the", " end")] == [1, 1]
+
+
+def test_the_cache_of_encoded_words_stays_small(bpe):
+    tokenizer = BPETokenizer(bpe.vocab, bpe.merges, bpe.special_tokens)
+    tokenizer.words.limit, seen = 1000, []
+    chunks = (seen.append(len(tokenizer.words)) or invented(500, 500 * i) for i in range(40))
+    assert sum(1 for _ in tokenizer.encode_iterable(chunks)) > 40 * 500 and 500 < max(seen) <= 1000
+    cache = WordCache(lambda word: (len(word),), limit=3)
+    assert [cache[word] for word in ("a", "bb", "a", "x" * 65, "ccc", "dddd")] == [(1,), (2,), (1,), (65,), (3,), (4,)] and list(cache) == ["dddd"]
 
 
 # Hugging Face reads ours, and we read theirs

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BYTES', 'BYTE_IDS', 'SHOWN', 'BYTE_CHARACTERS', 'CHARACTER_BYTES', 'GPT2_PATTERN', 'WORDS', 'CONTRACTIONS', 'LINES',
            'PATTERNS', 'SPLITTERS', 'VISIBLE', 'LONG_MARKS', 'RARE_BYTES', 'BYTE_LEVEL', 'PRE_TOKENIZERS',
-           'GGUF_PATTERNS', 'refuse_half_characters', 'StreamDecoder', 'tokenizer_file', 'Tokenizer', 'token_values',
-           'CharTokenizer', 'visible', 'token_bytes', 'shortened', 'merge_pair', 'learn_merges', 'special_pattern',
-           'possible_special', 'cut_special', 'settled_words', 'sort_marks', 'compose', 'joining_characters',
-           'begins_anew', 'normal_stream', 'gather', 'split_stream', 'count_words', 'apply_merges', 'WordCache',
-           'check_special_tokens', 'check_fit', 'whole_characters', 'BPETokenizer', 'split_with', 'prefix_template',
-           'tokenizer_json', 'load_tokenizer', 'tokenizer_from_json', 'tokenizer_from_parts', 'bpe_from_texts',
-           'check_parts', 'check_settings', 'overlap', 'file_settings', 'pattern_name', 'template_prefix',
-           'bpe_from_lists']
+           'GGUF_PATTERNS', 'refuse_half_characters', 'whole_characters', 'StreamDecoder', 'tokenizer_file',
+           'Tokenizer', 'token_values', 'CharTokenizer', 'visible', 'token_bytes', 'shortened', 'merge_pair',
+           'learn_merges', 'special_pattern', 'possible_special', 'cut_special', 'settled_words', 'sort_marks',
+           'compose', 'joining_characters', 'begins_anew', 'normal_stream', 'gather', 'split_stream', 'count_words',
+           'apply_merges', 'WordCache', 'check_special_tokens', 'check_fit', 'BPETokenizer', 'split_with',
+           'prefix_template', 'tokenizer_json', 'load_tokenizer', 'tokenizer_from_json', 'tokenizer_from_parts',
+           'bpe_from_texts', 'check_parts', 'check_settings', 'overlap', 'file_settings', 'pattern_name',
+           'template_prefix', 'bpe_from_lists']
 
 # %% ../nbs/05_tokenizer.ipynb #05-008
 import codecs
@@ -43,6 +43,15 @@ def refuse_half_characters(
             f"The text holds half a character (the lone surrogate U+{ord(text[error.start]):04X}) at position {start + error.start}; "
             "read the file as UTF-8, or replace it with text.encode('utf-8', 'replace').decode('utf-8')."
         ) from None
+
+
+def whole_characters(chunks: Iterable[str]) -> Iterator[str]:
+    "The same chunks; `InputError` at the first lone surrogate, with its position in the whole text."
+    seen = 0
+    for chunk in chunks:
+        refuse_half_characters(chunk, seen)
+        seen += len(chunk)
+        yield chunk
 
 # %% ../nbs/05_tokenizer.ipynb #05-019
 class StreamDecoder:
@@ -419,22 +428,24 @@ def split_stream(
 
 # %% ../nbs/05_tokenizer.ipynb #05-059
 def count_words(
-    texts: Iterable[str],  # Documents
+    texts: Iterable[str | Iterable[str]],  # Documents, each whole or in chunks
     names: Sequence[str] = (),  # Special tokens, which are cut out
     *,
     pattern: str = "gpt2",  # One of `PATTERNS`
     progress: bool = False,  # Show a bar
     slice_size: int = 2**20,  # Characters that are split at a time
+    limit: int = 2**21,  # Distinct words to keep; beyond it the rarer ones are forgotten
 ) -> Counter:
-    "Count the pre-tokenization pattern's words over all documents."
+    "Count the pre-tokenization pattern's words over all documents, exactly up to `limit` distinct ones; memory holds these, a slice, and the longest word."
     from tqdm.auto import tqdm
 
     counts = Counter()
     with tqdm(desc="counting words", unit=" characters", unit_scale=True, disable=not progress) as bar:
         for text in texts:
-            refuse_half_characters(text)
-            slices = (text[i : i + slice_size] for i in range(0, len(text), slice_size))
-            for words, _ in split_stream(slices, names, pattern=pattern):
+            chunks = (text[i : i + slice_size] for i in range(0, len(text), slice_size)) if isinstance(text, str) else text
+            for words, _ in split_stream(whole_characters(chunks), names, pattern=pattern):
+                if len(counts) > limit:
+                    counts = Counter(dict(counts.most_common()[: limit // 2]))
                 counts.update(words)
                 bar.update(sum(map(len, words)))
     return counts
@@ -509,15 +520,6 @@ def check_fit(tokenizer: "BPETokenizer") -> None:
         raise InputError(f"its prefix {list(tokenizer.prefix)} holds an id that is no special token's")
 
 
-def whole_characters(chunks: Iterable[str]) -> Iterator[str]:
-    "The same chunks; `InputError` at the first lone surrogate, with its position in the whole text."
-    seen = 0
-    for chunk in chunks:
-        refuse_half_characters(chunk, seen)
-        seen += len(chunk)
-        yield chunk
-
-
 class BPETokenizer(Tokenizer):
     "Byte-level byte-pair encoding: encodes any text, and decodes to exactly that text (see `normalization` and `missing` for the two exceptions)."
 
@@ -549,7 +551,7 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def train(
         cls,
-        texts: str | Iterable[str],  # One text, or documents
+        texts: str | Iterable[str | Iterable[str]],  # One text, or documents, each whole or in chunks
         vocab_size: int,  # Tokens in all: 256 bytes, the special tokens, and merges
         *,
         special_tokens: Sequence[str] = ("<|endoftext|>",),  # Each one token, never merged with its neighbours
