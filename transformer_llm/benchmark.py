@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['HEADINGS', 'FORMAT', 'FIGURE_FIELDS', 'LINE_FIELDS', 'SECTION_FIELDS', 'VERSIONS', 'INSTRUCTIONS', 'QUICK',
-           'SHORTEST_TEXT', 'SECTIONS', 'GPU_PEAK_SECONDS', 'TRAINING_SIZES', 'QUICK_SIZES', 'GPU_SIZES', 'TOLERANCES',
-           'AUTOCAST', 'IMPORT', 'NAMES', 'failure', 'measure', 'figure', 'ratio', 'best', 'line', 'is_met',
-           'three_digits', 'in_words', 'goal_in_words', 'figure_in_words', 'line_cells', 'line_details',
-           'format_section', 'plot_section', 'fits', 'has_fields', 'is_figure', 'is_line', 'is_section', 'load_results',
-           'find_section', 'find_line', 'print_section', 'show_section', 'version_of', 'processor_name', 'memory_bytes',
-           'describe_machine', 'machine_in_words', 'Plan', 'make_plan', 'settings_of', 'Section', 'choose_sections',
-           'check_writable', 'begin', 'run_section', 'run_benchmark', 'in_order', 'save_picture', 'gpt2_shape',
-           'size_in_words', 'in_words_of_millions', 'Learner', 'our_learner', 'their_learners', 'peer_makers',
-           'make_learners', 'first_losses', 'same_losses', 'training_runs', 'training_lines', 'training_throughput',
-           'gpu_lines', 'fresh_process', 'seconds_of_help', 'start_up_lines']
+           'SHORTEST_TEXT', 'SECTIONS', 'MINUTE', 'MINUTE_LOSS', 'SPRINTS', 'REFERENCES', 'GPU_RECIPE', 'GPU_TRAINING',
+           'GPU_LOSS', 'GPU_PEAK_SECONDS', 'TRAINING_SIZES', 'QUICK_SIZES', 'GPU_SIZES', 'TOLERANCES', 'AUTOCAST',
+           'GENERATION_SIZES', 'DECODER_GOALS', 'INT8_GOAL', 'BOUND_GOAL', 'PROMPT', 'TOKENIZER_SIZE',
+           'TEXTBOOK_CHARACTERS', 'TEXTBOOK_MERGES', 'IMPORT', 'NAMES', 'IMPORT_GOAL', 'MEMORY_CASES', 'failure',
+           'measure', 'figure', 'ratio', 'best', 'line', 'is_met', 'three_digits', 'in_words', 'goal_in_words',
+           'figure_in_words', 'line_cells', 'line_details', 'format_section', 'plot_section', 'fits', 'has_fields',
+           'is_figure', 'is_line', 'is_section', 'load_results', 'find_section', 'find_line', 'print_section',
+           'show_section', 'version_of', 'processor_name', 'memory_bytes', 'describe_machine', 'machine_in_words',
+           'Plan', 'make_plan', 'settings_of', 'Section', 'choose_sections', 'check_writable', 'begin', 'run_section',
+           'run_benchmark', 'in_order', 'save_picture', 'run_once', 'loss_runs', 'losses_in_words', 'reaches',
+           'training_loss', 'seconds_until', 'gpu_training_loss', 'gpt2_shape', 'size_in_words', 'in_words_of_millions',
+           'Learner', 'our_learner', 'their_learners', 'peer_makers', 'make_learners', 'first_losses', 'same_losses',
+           'training_runs', 'training_lines', 'training_throughput', 'gpu_lines', 'writers', 'plain_writer',
+           'writing_speeds', 'same_tokens', 'generation_of', 'bound_lines', 'generation', 'quiet_peers',
+           'tokenizer_lines', 'fresh_process', 'seconds_of_help', 'start_up_lines', 'memory_lines']
 
 # %% ../nbs/87_benchmark.ipynb #87-006
 import contextlib
@@ -27,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -132,7 +137,7 @@ def is_met(found: Mapping | None, goal: Mapping | None, conditions: Iterable[boo
     conditions = list(conditions)
     if goal is None or found is None:
         return None
-    reached = found["median"] >= goal["at_least"] if "at_least" in goal else abs(found["median"] - 1) <= goal["within"]
+    reached = found["median"] >= goal["at_least"] if "at_least" in goal else abs(found["median"] - 1) <= goal["within"] + 1e-9
     if not reached or False in conditions:
         return False
     return None if None in conditions else True
@@ -140,7 +145,9 @@ def is_met(found: Mapping | None, goal: Mapping | None, conditions: Iterable[boo
 # %% ../nbs/87_benchmark.ipynb #87-019
 def three_digits(value: float) -> str:
     "A number with three digits that count, and commas from a thousand on."
-    return f"{float(f'{value:.3g}'):,.{max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0}f}" if value < 1e15 else f"{value:.3g}"
+    value = float(f"{value:.3g}")
+    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{decimals}f}"
 
 
 def in_words(value: float, unit: str) -> str:
@@ -237,7 +244,7 @@ SECTION_FIELDS = {"title": str, "setting": str, "quick": bool, "seconds": float,
 def fits(value: object, kind: type) -> bool:
     "Whether a value from a JSON file is of a kind; a float is any finite number."
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
     return isinstance(value, kind)
 
 
@@ -421,8 +428,7 @@ def choose_sections(names: Iterable[str] | None = None) -> list[str]:
     "The sections to run, each once, in the order of the book; None: all but those that run on request."
     if not names:
         return [name for name, section in SECTIONS.items() if not section.on_request]
-    for name in names:
-        check_choice("section", name, SECTIONS)
+    names = [check_choice("section", name, SECTIONS) for name in names]
     return [name for name in SECTIONS if name in names]
 
 # %% ../nbs/87_benchmark.ipynb #87-033
@@ -443,7 +449,10 @@ def begin(path: Path | None, machine: dict, settings: dict) -> dict:
     new = {"format": FORMAT, "draft": False, "machine": machine, "settings": settings, "sections": {}}
     if path is None or not path.exists():
         return new
-    old = load_results(path)
+    try:
+        old = load_results(path)
+    except InputError as error:
+        raise InputError(f"{path} is there already and is no file of results that can be continued; give another --output.") from error
     if old.get("draft"):
         return new
     texts = [one.get("text") for one in (old["settings"], settings) if one.get("text")]
@@ -523,7 +532,131 @@ def save_picture(results: Mapping, path: str | Path) -> None:
         axes.flat[0].figure.savefig(file, format="png")
     plt.close(axes.flat[0].figure)
 
-# %% ../nbs/87_benchmark.ipynb #87-035
+# %% ../nbs/87_benchmark.ipynb #87-036
+MINUTE, MINUTE_LOSS = 60.0, 1.60
+SPRINTS = {"plain": "plain transformer", "ngrams": "with n-gram embeddings"}  # recipes of chapter 12
+REFERENCES = {"documented": "as documented, our Trainer", "hf": "as documented, transformers", "tuned": "tuned, our Trainer", "hf tuned": "tuned, transformers"}
+
+
+def run_once(name: str, plan: Plan, seed: int) -> dict:
+    "One run of a recipe by its name: `val_loss` and `seconds`; a reference is cut short and scaled up where the plan says so."
+    from transformer_llm.sprint import RECIPES, run_recipe
+
+    if name.startswith("hf"):
+        from transformer_llm.peers import HF_DOCUMENTED, HF_TUNED, hf_reference
+
+        recipe = HF_TUNED if "tuned" in name else HF_DOCUMENTED
+        run = hf_reference(plan.text, seed, **recipe, limit=plan.reference_steps)
+        if plan.reference_steps is not None:
+            run["seconds"] += (recipe["steps"] - run["steps"]) * run["step_seconds"]
+        return run
+    recipe = RECIPES[name]
+    if name in REFERENCES and plan.reference_steps is not None:
+        steps = recipe.training.max_steps
+        run = run_recipe(replace(recipe, training=recipe.training.replace(max_steps=plan.reference_steps)), plan.text, seed)
+        rest = run["seconds"] - run["evaluation_seconds"]
+        return {"seconds": rest * steps / plan.reference_steps + run["evaluation_seconds"], "val_loss": None}
+    return run_recipe(recipe, plan.text, seed)
+
+
+def loss_runs(plan: Plan, run: Callable[[str, Plan, int], dict] = run_once) -> dict[str, list[dict] | str]:
+    "The runs of every recipe: the sprints of one seed, a reference, the sprints of the next seed, and so on."
+    from transformer_llm.peers import why_missing
+
+    missing = why_missing("transformers")
+    found: dict[str, list[dict] | str] = {name: [] for name in [*SPRINTS, *REFERENCES, "minute"]}
+    left = [name for name in REFERENCES if not (name == "hf tuned" and plan.quick)]
+    for number in range(max(plan.seeds, len(left))):
+        if number < plan.seeds:
+            for name in SPRINTS:
+                found[name].append(run(name, plan, plan.seed + number))
+        if number < len(left):
+            name = left[number]
+            try:
+                found[name] = missing if missing and name.startswith("hf") else [run(name, plan, plan.seed)]
+            except Exception as error:
+                if not name.startswith("hf"):
+                    raise
+                found[name] = failure(error)
+    found["minute"].append(run("minute", plan, plan.seed))
+    return {name: runs or "it is left out of the quick form" for name, runs in found.items()}
+
+
+def losses_in_words(runs: Iterable[Mapping]) -> str:
+    "The losses of some runs, as `1.871` or `1.871 to 1.875`."
+    losses = [run["val_loss"] for run in runs]
+    return " to ".join(dict.fromkeys(f"{value:.3f}" for value in (min(losses), max(losses))))
+
+
+def reaches(runs: Iterable[Mapping], references: Iterable[list[dict] | str]) -> dict[str, bool | None]:
+    "As a condition: whether the median loss of some runs is at most the best reference's final loss."
+    runs = list(runs)
+    targets = [run["val_loss"] for each in references if not isinstance(each, str) for run in each if run["val_loss"] is not None]
+    if not targets:
+        return {f"validation loss {losses_in_words(runs)}, the reference's final loss": None}
+    reached = median(run["val_loss"] for run in runs) <= min(targets)
+    return {f"validation loss {losses_in_words(runs)}, at most the best reference's {min(targets):.3f}": reached}
+
+
+def training_loss(plan: Plan, run: Callable[[str, Plan, int], dict] = run_once) -> list[dict]:
+    "The section `training-loss`."
+    runs = loss_runs(plan, run)
+
+    def of(name: str) -> dict:
+        return figure((SPRINTS | REFERENCES)[name], runs[name] if isinstance(runs[name], str) else [one["seconds"] for one in runs[name]])
+
+    goals = [("plain", "documented", 20), ("plain", "tuned", 10), ("ngrams", "documented", 40), ("ngrams", "tuned", 20)]
+    lines, shortened = [], "The references' time is calculated from their first steps." if plan.reference_steps is not None else ""
+    for sprint, reference, goal in goals:
+        peers = [name for name in REFERENCES if ("tuned" in name) == (reference == "tuned")]
+        lines.append(line(f"{SPRINTS[sprint]}, to the loss of the recipe {'tuned' if reference == 'tuned' else 'as documented'}", of(sprint), map(of, peers), unit="s", better="lower",
+                          at_least=goal, conditions=reaches(runs[sprint], [runs[name] for name in peers]), note=shortened))
+    minute = runs["minute"]
+    below = {f"validation loss {losses_in_words(minute)}, below {MINUTE_LOSS:.2f}": max(one["val_loss"] for one in minute) < MINUTE_LOSS}
+    return [*lines, line(f"below {MINUTE_LOSS:.2f} within a minute", figure("the recipe minute", [one["seconds"] for one in minute]), [figure("the limit", [MINUTE])],
+                         unit="s", better="lower", at_least=1, conditions=below)]
+
+
+SECTIONS["training-loss"] = Section("Training: time to loss", "Seconds to the final validation loss of nanoGPT's recipe for a CPU, everything included but the import of torch.",
+                                    training_loss, needs_text=True)
+
+# %% ../nbs/87_benchmark.ipynb #87-038
+GPU_RECIPE = dict(d_model=384, n_layers=6, n_heads=6, context_length=256, dropout=0.2)
+GPU_TRAINING = dict(max_steps=5000, batch_size=64, learning_rate=1e-3, min_lr_fraction=0.1, warmup_steps=100, betas=(0.9, 0.99), dtype="bfloat16", compile=True, device="cuda",
+                    eval_every=250, eval_batches=50, checkpoint_every=0)
+GPU_LOSS = 1.47
+
+
+def seconds_until(history: Iterable[Mapping], loss: float) -> float | None:
+    "The seconds of the first record of a history whose validation loss is at most this."
+    return next((record["seconds"] for record in history if record.get("val_loss") is not None and record["val_loss"] <= loss), None)
+
+
+def gpu_training_loss(plan: Plan, model: Mapping = GPU_RECIPE, training: Mapping = GPU_TRAINING, loss: float = GPU_LOSS) -> list[dict]:
+    "The section `gpu-training-loss`."
+    import torch
+
+    from transformer_llm.dataset import TokenData
+    from transformer_llm.foundations import set_seed
+    from transformer_llm.peers import read_characters
+    from transformer_llm.training import Trainer, TrainingConfig
+    from transformer_llm.transformer import GPT, GPTConfig
+
+    name = f"to loss {loss:g}"
+    if training["device"] == "cuda" and not torch.cuda.is_available():
+        return [line(name, figure("our Trainer", "this machine has no GPU"), [], unit="s", better="lower")]
+    train, val, vocab_size = read_characters(plan.text)
+    set_seed(plan.seed)
+    trainer = Trainer(GPT(GPTConfig(vocab_size=vocab_size, **model)), TokenData.from_tokens(train, val), TrainingConfig(**training, seed=plan.seed), progress=False)
+    history = trainer.train()
+    seconds = seconds_until(history, loss)
+    best_loss = min(record["val_loss"] for record in history if record["val_loss"] is not None)
+    return [line(name, figure("our Trainer", [seconds] if seconds else f"its best validation loss was {best_loss:.3f}"), [], unit="s", better="lower", note=f"Best validation loss {best_loss:.3f}.")]
+
+
+SECTIONS["gpu-training-loss"] = Section("Training on a GPU: time to loss", "nanoGPT's setting for a GPU on the text's characters.", gpu_training_loss, needs_text=True, on_request=True)
+
+# %% ../nbs/87_benchmark.ipynb #87-040
 GPU_PEAK_SECONDS = 0.3  # For measuring what matrix products reach at most
 TRAINING_SIZES = {"tiny": dict(batch_size=8, context_length=256), "gpt2": dict(batch_size=2, context_length=256)}
 QUICK_SIZES = {"tiny": dict(batch_size=8, context_length=256), "gpt2": dict(batch_size=2, context_length=64)}
@@ -615,7 +748,7 @@ def peer_makers(compiled: bool = False) -> dict[str, Callable | str]:
 
     return {"transformers": why_missing("transformers") or of_transformers, "torch.nn.TransformerEncoder": of_torch}
 
-# %% ../nbs/87_benchmark.ipynb #87-036
+# %% ../nbs/87_benchmark.ipynb #87-041
 TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # By what share losses of the same step may differ
 AUTOCAST = {"float32": "float32", "bfloat16": "autocast"}  # What a peer's precision is called
 
@@ -740,7 +873,176 @@ SECTIONS["training-throughput"] = Section(
     "Training: tokens a second", "Full steps at equal shape, weights and batches. The percentage is the share of what matrix products of that precision reach on this machine.",
     training_throughput)
 
-# %% ../nbs/87_benchmark.ipynb #87-038
+# %% ../nbs/87_benchmark.ipynb #87-043
+GENERATION_SIZES = {"nano": dict(context_length=256), "tiny": {}, "gpt2": {}}  # presets in GPT-2's shape
+DECODER_GOALS = {"nano": 4.0, "tiny": 2.5, "gpt2": 1.8}  # At batch 1, against transformers in the same precision
+INT8_GOAL, BOUND_GOAL = 4.5, 1 / 1.5
+PROMPT = 32
+
+
+def writers(model, dtypes: Iterable[str]) -> dict[str, Callable | str]:
+    "What writes: from (prompts, number of tokens, sampled or not) to prompts with the tokens behind them; or why it can't be."
+    import torch
+
+    from transformer_llm.decoding import Decoder
+    from transformer_llm.peers import hf_generate, hf_gpt2, why_missing
+
+    def ours(decoder) -> Callable:
+        return lambda ids, n, sampled=False: decoder.generate(ids, n, temperature=1.0 if sampled else 0.0, generator=0)
+
+    found = {f"Decoder, {dtype}": ours(Decoder(model, dtype=dtype if dtype == "int8" else getattr(torch, dtype))) for dtype in dtypes}
+    for dtype in dtypes:
+        if dtype != "int8":
+            missing = why_missing("transformers")
+            found[f"transformers.generate, {dtype}"] = missing or partial(hf_generate, hf_gpt2(model).to(getattr(torch, dtype)))
+    return found
+
+
+def plain_writer(model) -> Callable:
+    "The plain form: every token reads the whole text again."
+    from transformer_llm.generation import generate
+
+    return lambda ids, n, sampled=False: generate(model, ids, n, temperature=1.0 if sampled else 0.0, use_cache=False, generator=0)
+
+
+def writing_speeds(forms: Mapping[str, Callable | str], ids, new_tokens: int, rounds: int, sampled: bool = False) -> dict[str, list[float] | str]:
+    "Tokens a second of each writer, in turn, after a short text to warm up."
+
+    def speed(form: Callable, n: int) -> float:
+        start = time.perf_counter()
+        written = form(ids, n, sampled)
+        seconds = time.perf_counter() - start
+        if written.shape != (len(ids), ids.shape[1] + n):
+            raise RuntimeError(f"it wrote {tuple(written.shape)} where {(len(ids), ids.shape[1] + n)} was asked for")
+        return len(ids) * n / seconds
+
+    theirs = [name for name in forms if not name.startswith("Decoder")]
+    warm = measure({name: form if isinstance(form, str) else partial(speed, form, 4) for name, form in forms.items()}, 1, warm_up=0, theirs=theirs)
+    ready = {name: warm[name] if isinstance(warm[name], str) else partial(speed, forms[name], new_tokens) for name in forms}
+    return measure(ready, rounds, warm_up=0, theirs=theirs)
+
+
+def same_tokens(model, forms: Mapping[str, Callable | str], ids, new_tokens: int = 24) -> dict[str, bool | None]:
+    "As a condition: whether our decoder in float32 writes what the plain form writes, greedily."
+    return {"the decoder writes what the plain form writes": plain_writer(model)(ids, new_tokens).equal(forms["Decoder, float32"](ids, new_tokens))}
+
+
+def generation_of(plan: Plan, preset: str, config) -> list[dict]:
+    "The lines of one size."
+    import torch
+
+    from transformer_llm.foundations import set_seed
+    from transformer_llm.transformer import GPT
+
+    generator, large = set_seed(plan.seed), preset == "gpt2"
+    model = GPT(config).eval()
+    dtypes = ["float32", "bfloat16", "int8"] if large else ["float32", "bfloat16"]
+    forms, rounds, title = writers(model, dtypes), plan.long_rounds if large else plan.rounds, size_in_words(config)
+    one, many = (torch.randint(config.vocab_size, (batch, PROMPT), generator=generator) for batch in (1, 16))
+    same = same_tokens(model, forms, one)
+
+    def versus(what: str, runs: Mapping, ours: str, theirs: str, goal: float | None, **options) -> dict:
+        return line(f"{title}, {what}", figure(ours, runs[ours]), [figure(theirs, runs[theirs])], unit="tokens/s", at_least=goal, **options)
+
+    greedy = writing_speeds(forms, one, plan.new_tokens, rounds)
+    lines = [versus("batch 1, greedy, float32", greedy, "Decoder, float32", "transformers.generate, float32", DECODER_GOALS[preset], conditions=same),
+             versus("batch 1, greedy, bfloat16", greedy, "Decoder, bfloat16", "transformers.generate, bfloat16", DECODER_GOALS[preset])]
+    if large:
+        lines.append(versus("batch 1, greedy, int8", greedy, "Decoder, int8", "transformers.generate, float32", INT8_GOAL, note="What int8 costs in quality is measured in chapter 13."))
+        lines += bound_lines(title, model, greedy, dtypes, plan.new_tokens)
+    if large and plan.quick:
+        return lines
+    pairs = {name: forms[name] for name in ("Decoder, float32", "transformers.generate, float32")}
+    sampled = writing_speeds(pairs, one, plan.new_tokens, rounds, sampled=True)
+    lines.append(versus("batch 1, sampled, float32", sampled, *pairs, DECODER_GOALS[preset]))
+    batch = writing_speeds({name: form for name, form in forms.items() if "int8" not in name}, many, plan.new_tokens, 1 if large else rounds)
+    lines += [versus(f"batch 16, greedy, {dtype}", batch, f"Decoder, {dtype}", f"transformers.generate, {dtype}", 1.0) for dtype in dtypes if dtype != "int8"]
+    plain = writing_speeds({"our plain form": plain_writer(model)}, one, plan.new_tokens // 4 if large else plan.new_tokens, 1)
+    return [*lines, versus("batch 1, greedy, against no cache", greedy | plain, "Decoder, float32", "our plain form", None)]
+
+
+def bound_lines(title: str, model, runs: Mapping, dtypes: Iterable[str], new_tokens: int) -> list[dict]:
+    "How near each precision comes to what reading the weights and the cache once a token would allow."
+    import torch
+
+    from transformer_llm.decoding import Decoder, bytes_per_token, memory_bandwidth
+
+    bandwidth, length, lines = [memory_bandwidth() for _ in range(3)], PROMPT + new_tokens // 2, []
+    for dtype in dtypes:
+        read = bytes_per_token(Decoder(model, dtype=dtype if dtype == "int8" else getattr(torch, dtype)), length)
+        bound = figure(f"the bound: {in_words(read, 'bytes')} a token at {in_words(median(bandwidth), 'bytes')}/s", [speed / read for speed in bandwidth])
+        goal = BOUND_GOAL if dtype == "float32" else None
+        lines.append(line(f"{title}, batch 1, {dtype}, against the bound", figure(f"Decoder, {dtype}", runs[f"Decoder, {dtype}"]), [bound], unit="tokens/s", at_least=goal))
+    return lines
+
+
+def generation(plan: Plan) -> list[dict]:
+    "The section `generation`."
+    quiet_peers()
+    return [one for preset, changes in GENERATION_SIZES.items() for one in generation_of(plan, preset, gpt2_shape(preset, **changes))]
+
+
+def quiet_peers() -> None:
+    "Keep transformers from writing advice between the lines of a table."
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+SECTIONS["generation"] = Section("Generation", f"Greedy and sampled texts after a prompt of {PROMPT} tokens; random weights, the same for all.", generation)
+
+# %% ../nbs/87_benchmark.ipynb #87-045
+TOKENIZER_SIZE = 8192
+TEXTBOOK_CHARACTERS, TEXTBOOK_MERGES = 100_000, 100
+
+
+def tokenizer_lines(plan: Plan) -> list[dict]:
+    "The section `tokenizer`."
+    from transformer_llm.dataset import read_text
+    from transformer_llm.peers import END, pieces_of, rust_encoder, rust_merges, rust_training, textbook_merges, why_missing
+    from transformer_llm.tokenizer import BPETokenizer, count_words, learn_merges, visible
+
+    text = read_text(plan.text)[: plan.characters]
+    few, pieces, missing, kept = text[:TEXTBOOK_CHARACTERS], pieces_of(text), why_missing("tokenizers"), {}
+
+    def keep(name: str, make: Callable) -> Callable:
+        def run() -> float:
+            prepared = make()
+            start = time.perf_counter()
+            kept[name] = prepared()
+            return time.perf_counter() - start
+
+        return run
+
+    reference = BPETokenizer.train(text, TOKENIZER_SIZE)
+
+    def empty_ours() -> BPETokenizer:
+        return BPETokenizer(reference.vocab, reference.merges, reference.special_tokens)
+
+    training = {"ours": keep("train", lambda: lambda: BPETokenizer.train(text, TOKENIZER_SIZE)),
+                "tokenizers, the text whole": missing or keep("whole", lambda: lambda: rust_training([text], TOKENIZER_SIZE)),
+                "tokenizers, in pieces, all cores": missing or keep("pieces", lambda: lambda: rust_training(pieces, TOKENIZER_SIZE))}
+    encoding = {"ours": keep("ids", lambda: partial(empty_ours().encode, text)),
+                "tokenizers, the text whole": missing or keep("whole ids", lambda: lambda rust=rust_encoder(reference): rust.encode(text).ids),
+                "tokenizers, in pieces": missing or keep("piece ids", lambda: lambda rust=rust_encoder(reference): [i for one in rust.encode_batch_fast(pieces) for i in one.ids])}
+    textbook = {"ours": lambda: learn_merges(count_words([few], [END]), TEXTBOOK_MERGES), "the textbook": lambda: textbook_merges(few, TEXTBOOK_MERGES)}
+    textbook = {name: keep(name, lambda form=form: form) for name, form in textbook.items()}
+
+    def compare(name: str, forms: Mapping, at_least: float | None, conditions: Mapping | Callable) -> dict:
+        runs = measure(forms, plan.rounds, warm_up=0, theirs=[form for form in forms if form != "ours"])
+        ours, *peers = (figure("pure Python, one thread" if form == "ours" else form, runs[form]) for form in forms)
+        return line(name, ours, peers, unit="s", better="lower", at_least=at_least, conditions=conditions())
+
+    merges = [(visible(a), visible(b)) for a, b in reference.merges]
+    lines = [compare("training", training, 1 / 5, lambda: {"the merges are the same": rust_merges(kept["whole"]) == merges if "whole" in kept else None}),
+             compare("encoding", encoding, 1 / 4, lambda: {"the ids are the same": kept["whole ids"] == kept["ids"] == kept["piece ids"] if "piece ids" in kept else None}),
+             compare(f"training, {TEXTBOOK_MERGES} merges of {len(few):,} characters", textbook, None, lambda: {"the merges are the same": kept["ours"] == kept["the textbook"]})]
+    return lines
+
+
+SECTIONS["tokenizer"] = Section("Tokenizer", f"A byte-level BPE of {TOKENIZER_SIZE:,} tokens: trained on the text, then all of it encoded with an empty cache. Rust's encoder has one thread.",
+                                tokenizer_lines, needs_text=True)
+
+# %% ../nbs/87_benchmark.ipynb #87-047
 def fresh_process(code: str, *arguments: str) -> float:
     "The number that a Python program prints last, run in a process of its own; an error in it raises `RuntimeError`."
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
@@ -751,6 +1053,7 @@ def fresh_process(code: str, *arguments: str) -> float:
 
 IMPORT = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
 NAMES = "from transformer_llm import GPT, GPTConfig, Trainer, TrainingConfig, TokenData, BPETokenizer, generate"
+IMPORT_GOAL = 1 / 1.05  # "No more than import torch plus 5 %"
 
 
 def seconds_of_help() -> None:
@@ -760,10 +1063,32 @@ def seconds_of_help() -> None:
 
 def start_up_lines(plan: Plan) -> list[dict]:
     "Imports against PyTorch's own, and the help against half a second."
-    codes = {"import torch": "import torch", "import transformer_llm": "import transformer_llm", "with what most users need": NAMES}
+    codes = {"import torch": "import torch", "import transformer_llm": "import transformer_llm", "import of the names most users need": NAMES}
     runs = measure({name: partial(fresh_process, IMPORT.format(code)) for name, code in codes.items()} | {"--help": seconds_of_help}, plan.rounds)
     torch, limit = figure("import torch", runs["import torch"]), figure("the limit", [0.5])
-    lines = [line(name, figure(name, runs[name]), [torch], unit="s", better="lower", at_least=0.952) for name in list(codes)[1:]]
+    lines = [line(name, figure("this book", runs[name]), [torch], unit="s", better="lower", at_least=IMPORT_GOAL) for name in list(codes)[1:]]
     return [*lines, line("transformer-llm --help", figure("the whole process", runs["--help"]), [limit], unit="s", better="lower", at_least=1)]
 
-# --SECTIONS-END--
+
+MEMORY_CASES = {  # preset, batch, tokens, precision, checkpointing
+    "tiny, batch 8 × 256, float32": ("tiny", 8, 256, "float32", False), "tiny, batch 8 × 256, bfloat16": ("tiny", 8, 256, "bfloat16", False),
+    "tiny, batch 8 × 256, float32, checkpointing": ("tiny", 8, 256, "float32", True), "gpt2, batch 2 × 256, float32": ("gpt2", 2, 256, "float32", False),
+}
+
+
+def memory_lines(plan: Plan) -> list[dict]:
+    "Chapter 11's formula for the memory of training against what a fresh process takes."
+    from transformer_llm.performance import measure_peak_memory, peak_training_memory
+    from transformer_llm.transformer import GPTConfig
+
+    lines = []
+    for name, (preset, batch, seq, dtype, checkpointing) in MEMORY_CASES.items():
+        if plan.large or preset != "gpt2":
+            config, options = GPTConfig.preset(preset), dict(dtype=dtype, checkpointing=checkpointing)
+            predicted, measured = (f(config, batch, seq, **options) for f in (peak_training_memory, measure_peak_memory))
+            lines.append(line(f"memory, {name}", figure("predicted", [predicted]), [figure("measured", [measured])], unit="bytes", within=0.15))
+    return lines
+
+
+SECTIONS["start-up-and-memory"] = Section("Start-up and memory", "Each run is a process of its own. For memory, the ratio is predicted over measured.",
+                                          lambda plan: start_up_lines(plan) + memory_lines(plan))
