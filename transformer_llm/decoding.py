@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDE', 'TINY', 'Function', 'memory_bandwidth', 'FloatMatrix', 'OtherMatrix', 'WideMatrix', 'PackedMatrix',
            'quantise_rows', 'Int8Matrix', 'Int8Embedding', 'pack', 'PackedAttention', 'PackedFeedForward',
-           'PackedBlock', 'rms_function', 'norm_function', 'pairs_of', 'DecoderCache', 'PackedGPT', 'Decoder',
+           'PackedBlock', 'rms_function', 'norm_function', 'pairs_of', 'DecoderCache', 'PackedGPT', 'Layer', 'Decoder',
            'sampler', 'bytes_per_token', 'speed_bound', 'Speculation', 'verify', 'Reader', 'check_pair', 'speculative']
 
 # %% ../nbs/13_decoding.ipynb #13-006
@@ -310,12 +310,16 @@ class DecoderCache(list):
     def __init__(self, config: GPTConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device):
         c, made = config, dict(dtype=dtype, device=device)
         self.config, self.batch_size, self.capacity = c, batch_size, check_range("capacity", capacity, 1, integer=True)
-        self.k, self.v = (torch.zeros(c.n_layers, batch_size, c.n_kv_heads, capacity, c.head_dim, **made) for _ in range(2))
-        for k, v in zip(self.k, self.v):
+        self.kv = torch.zeros(c.n_layers, 2, batch_size, c.n_kv_heads, capacity, c.head_dim, **made)
+        for k, v in self.kv.unbind(0):
             layer = KVCache(batch_size, c.n_kv_heads, 1, c.head_dim, **made)
             layer.k, layer.v, layer.capacity = k, v, capacity
             self.append(layer)
         self.own = self[0].k  # after `reorder` the layers have tensors of their own
+        self.keys, self.values = self.kv.unbind(1)
+        self.products = dtype == torch.float32  # then attention is two batched products: a matrix for each row and key/value head
+        if self.products:
+            self.keys, self.values = self.keys.flatten(1, 2).transpose(2, 3), self.values.flatten(1, 2)
         self.x = torch.empty(batch_size, c.d_model, **made)
         self.up = torch.empty(batch_size, c.d_ff * (2 if c.activation == "swiglu" else 1), **made)
         self.gate_up = self.up.chunk(2, -1)
@@ -323,50 +327,50 @@ class DecoderCache(list):
 
     def make_heads(self, made: dict) -> None:
         "Where a token's queries, keys and values are computed, turned and read."
-        c, n_turned = self.config, self.config.n_heads + self.config.n_kv_heads
-        self.qkv = torch.empty(self.batch_size, (n_turned + c.n_kv_heads) * c.head_dim, **made)
-        heads = self.qkv.unflatten(1, (-1, c.head_dim))
-        self.qk, self.v_new = heads[:, :n_turned], heads[:, n_turned:]
-        self.whole_q, self.whole_k = self.qkv[:, :c.n_heads * c.head_dim], self.qkv[:, c.n_heads * c.head_dim : n_turned * c.head_dim]
-        self.turned, self.cos, self.sin = self.qk, None, None
+        c, B, n_turned = self.config, self.batch_size, self.config.n_heads + self.config.n_kv_heads
+        self.qkv = torch.empty(B, (n_turned + c.n_kv_heads) * c.head_dim, **made)
+        self.heads = self.qkv.unflatten(1, (-1, c.head_dim))
+        self.qk = self.heads[:, :n_turned]
+        widths = [heads * c.head_dim for heads in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
+        self.whole_q, self.whole_k, _ = self.qkv.split(widths, 1)
+        self.turned, self.cos = self.heads, None
         if c.position == "rotary":
-            self.turned = torch.empty(self.batch_size, n_turned, c.head_dim, **made)
-            self.old_pairs, self.new_pairs = pairs_of(self.qk, c.rope_interleaved), pairs_of(self.turned, c.rope_interleaved)
+            self.turned = torch.empty(B, n_turned + c.n_kv_heads, c.head_dim, **made)
+            self.old_pairs, self.new_pairs = (pairs_of(x[:, :n_turned], c.rope_interleaved) for x in (self.heads, self.turned))
             cos, sin = rotary_angles(torch.arange(self.capacity, device=made["device"]), c.head_dim, c.rope_base, c.rope_scaling)
             both = cos.repeat_interleave(2, -1) if c.rope_interleaved else torch.cat([cos, cos], -1)
-            self.cos, self.sin = both.unbind(0), sin.unbind(0)
+            ones = torch.ones(self.capacity, c.n_kv_heads, c.head_dim, device=both.device)  # values are not turned
+            self.cos, self.sin = torch.cat([both[:, None].expand(-1, n_turned, -1), ones], 1).unbind(0), sin.unbind(0)
         self.q = self.turned[:, :c.n_heads].unflatten(1, (c.n_kv_heads, -1))
-        self.k_new = self.turned[:, c.n_heads:]
-        one_row = self.batch_size == 1  # then the queries lie one behind the other, and no copy is needed
-        self.q_rows = self.q[0] if one_row else torch.empty(self.batch_size * c.n_kv_heads, *self.q.shape[2:], **made)
+        self.new_kv = self.turned[:, c.n_heads:].unflatten(1, (2, -1)).transpose(0, 1)
+        one_row = B == 1  # then the queries lie one behind the other, and no copy is needed
+        self.q_rows = self.q[0] if one_row else torch.empty(B * c.n_kv_heads, *self.q.shape[2:], **made)
         self.q_copy = None if one_row else self.q_rows.view(self.q.shape)
         self.nothing = torch.zeros(1, 1, 1, **made)
 
     def slots(self, t: int) -> tuple[tuple[Float[Tensor, "..."], ...], ...]:
-        "Where each layer keeps the key and the value of position `t`, and all its keys and values up to there."
-        k, v = self.k.select(3, t).unbind(0), self.v.select(3, t).unbind(0)
-        keys, values = self.k.narrow(3, 0, t + 1), self.v.narrow(3, 0, t + 1)
-        if self.k.dtype == torch.float32:  # for batched products: a matrix for each row and key/value head
-            keys, values = keys.flatten(1, 2).transpose(2, 3), values.flatten(1, 2)
-        return k, v, keys.unbind(0), values.unbind(0)
+        "For each layer: where the key and value of position `t` go, and all keys and all values up to there."
+        keys = self.keys.narrow(3, 0, t + 1)
+        values = self.values.narrow(2 if self.products else 3, 0, t + 1)
+        return self.kv.select(4, t).unbind(0), keys.unbind(0), values.unbind(0)
 
     def turn(self, t: int) -> None:
-        "Rotate queries and keys to position `t`, from `qk` to `turned`."
-        (a, b), (new_a, new_b) = self.old_pairs, self.new_pairs
-        torch.mul(self.qk, self.cos[t], out=self.turned)
-        new_a.addcmul_(b, self.sin[t], value=-1)
-        new_b.addcmul_(a, self.sin[t])
+        "Rotate queries and keys to position `t`, from `heads` to `turned`; values are copied."
+        (a, b), (new_a, new_b), sin = self.old_pairs, self.new_pairs, self.sin[t]
+        torch.mul(self.heads, self.cos[t], out=self.turned)
+        new_a.addcmul_(b, sin, value=-1)
+        new_b.addcmul_(a, sin)
 
     def attend(
         self, keys: Float[Tensor, "..."], values: Float[Tensor, "..."], scale: float
     ) -> Float[Tensor, "batch columns"]:
         "What the one query of each head gathers: the heads of a group are the rows of one product."
-        if keys.dtype != torch.float32:
+        if not self.products:
             return F.scaled_dot_product_attention(self.q, keys, values, scale=scale).reshape(self.batch_size, -1)
         if self.q_copy is not None:
             self.q_copy.copy_(self.q)
         scores = torch.baddbmm(self.nothing, self.q_rows, keys, beta=0, alpha=scale)
-        return torch.bmm(torch.softmax(scores, -1), values).view(self.batch_size, -1)
+        return torch.bmm(scores.softmax(-1), values).view(self.batch_size, -1)
 
 # %% ../nbs/13_decoding.ipynb #13-014
 class PackedGPT(GPT):
@@ -430,6 +434,38 @@ class PackedGPT(GPT):
         return logits if self.output_bias is None else logits + self.output_bias
 
 # %% ../nbs/13_decoding.ipynb #13-015
+@dataclass(frozen=True)
+class Layer:
+    "What a step needs of a block, looked up once."
+
+    attention_norm: Function
+    qkv: FloatMatrix
+    head_norms: tuple[tuple[str, Function], ...]  # Which of the cache's views are normalised, and by what
+    o_proj: FloatMatrix
+    feedforward_norm: Function
+    up: FloatMatrix
+    activation: Function
+    gated: bool
+    down: FloatMatrix
+
+    @classmethod
+    def of(cls, block: PackedBlock) -> "Layer":
+        "The functions and matrices of this block."
+        attention, network = block.attention, block.feedforward
+        return cls(norm_function(block.attention_norm), attention.qkv, cls.norms_of_heads(attention), attention.o_proj,
+                   norm_function(block.feedforward_norm), network.up, network.activation, network.gated, network.down)
+
+    @staticmethod
+    def norms_of_heads(attention: PackedAttention) -> tuple[tuple[str, Function], ...]:
+        "Query-key norm: of all heads in one call where each head has its own, else of the two vectors."
+        if attention.q_norm is None:
+            return ()
+        if attention.norm_whole:
+            return ("whole_q", norm_function(attention.q_norm)), ("whole_k", norm_function(attention.k_norm))
+        weights = [attention.q_norm.weight.expand(attention.n_heads, -1), attention.k_norm.weight.expand(attention.n_kv_heads, -1)]
+        return (("qk", rms_function(torch.cat(weights), attention.q_norm.eps)),)
+
+# %% ../nbs/13_decoding.ipynb #13-016
 class Decoder(PackedGPT):
     """A `PackedGPT` that reads one token in as few operator calls as it can, and writes.
 
@@ -448,20 +484,10 @@ class Decoder(PackedGPT):
         super().__init__(model, dtype=dtype)
         c = self.config
         self.steps = c.norm_placement == "pre" and c.position != "alibi" and (c.window is None or c.window >= c.context_length)
-        self.scale, self.workspace = c.head_dim**-0.5, None
-        self.norms = [(norm_function(block.attention_norm), norm_function(block.feedforward_norm)) for block in self.blocks]
-        self.last_norm, self.head_norms = norm_function(self.final_norm), [self.head_norm(block.attention) for block in self.blocks]
+        self.scale, self.workspace, self.last_norm = c.head_dim**-0.5, None, norm_function(self.final_norm)
+        self.layers = [Layer.of(block) for block in self.blocks]
         positions = torch.arange(c.context_length, device=self.place)
         self.positions = None if self.position_embedding is None else self.position_embedding(positions).unbind(0)
-
-    def head_norm(self, attention: MultiHeadAttention) -> tuple[tuple[str, Function], ...]:
-        "Which of the cache's views are normalised, and by what."
-        if attention.q_norm is None:
-            return ()
-        if attention.norm_whole:
-            return ("whole_q", norm_function(attention.q_norm)), ("whole_k", norm_function(attention.k_norm))
-        weights = [attention.q_norm.weight.expand(attention.n_heads, -1), attention.k_norm.weight.expand(attention.n_kv_heads, -1)]
-        return (("qk", rms_function(torch.cat(weights), attention.q_norm.eps)),)
 
     @torch.inference_mode(False)
     def new_cache(
@@ -491,7 +517,6 @@ class Decoder(PackedGPT):
             return self.step(ids[:, 0], cache)[:, None]
         return super().hidden_states(ids, attention_mask=attention_mask, positions=positions, cache=cache)
 
-    @torch.inference_mode()
     def step(
         self,
         tokens: Int[Tensor, "batch"],  # The newest token of each row
@@ -499,21 +524,18 @@ class Decoder(PackedGPT):
     ) -> Float[Tensor, "batch d_model"]:
         "Read one token a row: the pre-norm block of chapter 04, each product into a buffer that is there already."
         t, x = cache[0].length, self.embed_one(tokens, cache)
-        new_k, new_v, keys, values = cache.slots(t)
-        for i, block in enumerate(self.blocks):
-            attention, network, (attention_norm, feedforward_norm) = block.attention, block.feedforward, self.norms[i]
-            attention.qkv.into(attention_norm(x), cache.qkv)
-            for name, norm in self.head_norms[i]:
+        turns, qkv, up, (gate, gated_up) = cache.cos is not None, cache.qkv, cache.up, cache.gate_up
+        for new_kv, keys, values, layer in zip(*cache.slots(t), self.layers):
+            layer.qkv.into(layer.attention_norm(x), qkv)
+            for name, norm in layer.head_norms:
                 view = getattr(cache, name)
                 view.copy_(norm(view))
-            if cache.cos is not None:
+            if turns:
                 cache.turn(t)
-            new_k[i].copy_(cache.k_new)
-            new_v[i].copy_(cache.v_new)
-            attention.o_proj.add_to(cache.attend(keys[i], values[i], self.scale), x)
-            network.up.into(feedforward_norm(x), cache.up)
-            bent = network.activation(cache.gate_up[0]).mul_(cache.gate_up[1]) if network.gated else network.activation(cache.up)
-            network.down.add_to(bent, x)
+            new_kv.copy_(cache.new_kv)
+            layer.o_proj.add_to(cache.attend(keys, values, self.scale), x)
+            layer.up.into(layer.feedforward_norm(x), up)
+            layer.down.add_to(layer.activation(gate).mul_(gated_up) if layer.gated else layer.activation(up), x)
         for layer in cache:
             layer.length = t + 1
         return self.last_norm(x)
@@ -598,7 +620,7 @@ class Decoder(PackedGPT):
                 break
         return tokens[:end].t().contiguous()
 
-# %% ../nbs/13_decoding.ipynb #13-016
+# %% ../nbs/13_decoding.ipynb #13-017
 def sampler(
     batch_size: int,
     vocab_size: int,
@@ -619,7 +641,7 @@ def sampler(
 
     return draw
 
-# %% ../nbs/13_decoding.ipynb #13-017
+# %% ../nbs/13_decoding.ipynb #13-018
 def bytes_per_token(
     decoder: PackedGPT,
     length: int,  # Tokens in the cache
@@ -638,7 +660,7 @@ def speed_bound(
     "Tokens a second that no batch of one can pass while its weights come from memory, equation (13.1)."
     return bandwidth / bytes_per_token(decoder, length)
 
-# %% ../nbs/13_decoding.ipynb #13-018
+# %% ../nbs/13_decoding.ipynb #13-019
 @dataclass(frozen=True)
 class Speculation:
     "How a speculative run went: for each round, how many tokens the draft proposed and how many of them were kept."
@@ -706,7 +728,7 @@ def check_pair(model: GPT, draft: GPT, ids: Int[Tensor, "batch seq"]) -> None:
     if len(check_prompt(model, ids)) != 1:
         raise InputError(f"Speculative decoding takes one prompt at a time, not {len(ids)}.")
 
-# %% ../nbs/13_decoding.ipynb #13-019
+# %% ../nbs/13_decoding.ipynb #13-020
 @torch.inference_mode()
 def speculative(
     model: GPT,  # The large model, or a `Decoder` of it
