@@ -5,23 +5,26 @@
 # %% auto #0
 __all__ = ['HEADINGS', 'FORMAT', 'FIGURE_FIELDS', 'LINE_FIELDS', 'SECTION_FIELDS', 'VERSIONS', 'INSTRUCTIONS', 'QUICK',
            'SHORTEST_TEXT', 'SECTIONS', 'MINUTE', 'MINUTE_LOSS', 'SPRINTS', 'REFERENCES', 'GPU_RECIPE', 'GPU_TRAINING',
-           'GPU_LOSS', 'GPU_PEAK_SECONDS', 'TRAINING_SIZES', 'QUICK_SIZES', 'GPU_SIZES', 'TOLERANCES', 'AUTOCAST',
+           'GPU_LOSS', 'PEAK_SECONDS', 'TRAINING_SIZES', 'QUICK_SIZES', 'GPU_SIZES', 'TOLERANCES', 'AUTOCAST',
            'GENERATION_SIZES', 'DECODER_GOALS', 'INT8_GOAL', 'BOUND_GOAL', 'PROMPT', 'TOKENIZER_SIZE',
-           'TEXTBOOK_CHARACTERS', 'TEXTBOOK_MERGES', 'IMPORT', 'NAMES', 'IMPORT_GOAL', 'MEMORY_CASES', 'failure',
-           'measure', 'figure', 'ratio', 'best', 'line', 'is_met', 'three_digits', 'in_words', 'goal_in_words',
-           'figure_in_words', 'line_cells', 'line_details', 'format_section', 'plot_section', 'fits', 'has_fields',
-           'is_figure', 'is_line', 'is_section', 'load_results', 'find_section', 'find_line', 'print_section',
-           'show_section', 'version_of', 'processor_name', 'memory_bytes', 'describe_machine', 'machine_in_words',
-           'Plan', 'make_plan', 'settings_of', 'Section', 'choose_sections', 'check_writable', 'begin', 'run_section',
-           'run_benchmark', 'in_order', 'save_picture', 'run_once', 'loss_runs', 'losses_in_words', 'reaches',
-           'training_loss', 'seconds_until', 'gpu_training_loss', 'gpt2_shape', 'size_in_words', 'in_words_of_millions',
-           'Learner', 'our_learner', 'their_learners', 'peer_makers', 'make_learners', 'first_losses', 'same_losses',
-           'training_runs', 'training_lines', 'training_throughput', 'gpu_lines', 'writers', 'plain_writer',
+           'TEXTBOOK_CHARACTERS', 'TEXTBOOK_MERGES', 'PEAK', 'STREAM', 'IMPORT', 'NAMES', 'IMPORT_GOAL', 'MEMORY_CASES',
+           'GROWTH', 'failure', 'measure', 'figure', 'ratio', 'best', 'line', 'is_met', 'three_digits', 'in_words',
+           'goal_in_words', 'figure_in_words', 'line_cells', 'line_details', 'format_section', 'plot_section', 'fits',
+           'has_fields', 'is_figure', 'is_line', 'is_section', 'load_results', 'find_section', 'find_line',
+           'print_section', 'show_section', 'version_of', 'processor_name', 'memory_bytes', 'describe_machine',
+           'machine_in_words', 'Plan', 'make_plan', 'settings_of', 'Section', 'choose_sections', 'check_writable',
+           'begin', 'run_section', 'run_benchmark', 'in_order', 'save_picture', 'run_once', 'loss_runs',
+           'losses_in_words', 'run_figure', 'reaches', 'training_loss', 'minute_line', 'seconds_until',
+           'gpu_training_loss', 'gpt2_shape', 'size_in_words', 'in_words_of_millions', 'Learner', 'our_learner',
+           'their_learners', 'peer_makers', 'make_learners', 'first_losses', 'same_losses', 'training_runs',
+           'training_lines', 'training_throughput', 'gpu_lines', 'decoders', 'writers', 'plain_writer',
            'writing_speeds', 'same_tokens', 'generation_of', 'bound_lines', 'generation', 'quiet_peers',
-           'tokenizer_lines', 'fresh_process', 'seconds_of_help', 'start_up_lines', 'memory_lines']
+           'fresh_process', 'tokenizer_lines', 'stream_lines', 'seconds_of_help', 'start_up_lines', 'training_steps',
+           'memory_lines']
 
 # %% ../nbs/87_benchmark.ipynb #87-006
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -96,7 +99,7 @@ def ratio(
     better: str = "higher",  # Whether a "higher" or a "lower" number is the better one
 ) -> dict | None:
     "How many times better ours is: the median of the rounds' ratios, equation (87.1), the lowest and the highest; None where a figure is missing."
-    if "missing" in ours or "missing" in peer:
+    if "missing" in ours or "missing" in peer or min(ours["runs"] + peer["runs"]) <= 0:
         return None
     together = len(ours["runs"]) == len(peer["runs"])
     pairs = zip(ours["runs"], peer["runs"]) if together else product(ours["runs"], peer["runs"])
@@ -164,7 +167,7 @@ def goal_in_words(goal: Mapping | None) -> str:
     "`≥ 4`, `1 ± 0.15`, or nothing."
     if goal is None:
         return ""
-    return f"≥ {goal['at_least']:g}" if "at_least" in goal else f"1 ± {goal['within']:g}"
+    return f"≥ {goal['at_least']:.3g}" if "at_least" in goal else f"1 ± {goal['within']:.3g}"
 
 
 def figure_in_words(one: Mapping, unit: str) -> str:
@@ -578,43 +581,53 @@ def loss_runs(plan: Plan, run: Callable[[str, Plan, int], dict] = run_once) -> d
                 if not name.startswith("hf"):
                     raise
                 found[name] = failure(error)
-    found["minute"].append(run("minute", plan, plan.seed))
+    if not plan.quick:
+        found["minute"].append(run("minute", plan, plan.seed))
     return {name: runs or "it is left out of the quick form" for name, runs in found.items()}
 
 
 def losses_in_words(runs: Iterable[Mapping]) -> str:
-    "The losses of some runs, as `1.871` or `1.871 to 1.875`."
-    losses = [run["val_loss"] for run in runs]
-    return " to ".join(dict.fromkeys(f"{value:.3f}" for value in (min(losses), max(losses))))
+    "The losses of some runs, as `1.871` or `1.871 to 1.875`, or that they are unknown."
+    losses = [run["val_loss"] for run in runs if run["val_loss"] is not None]
+    return " to ".join(dict.fromkeys(f"{value:.3f}" for value in (min(losses), max(losses)))) if losses else "unknown"
+
+
+def run_figure(name: str, runs: list[dict] | str) -> dict:
+    "The seconds of a recipe's runs, with their losses in the name."
+    words = (SPRINTS | REFERENCES)[name]
+    return figure(words, runs) if isinstance(runs, str) else figure(f"{words}, loss {losses_in_words(runs)}", [run["seconds"] for run in runs])
 
 
 def reaches(runs: Iterable[Mapping], references: Iterable[list[dict] | str]) -> dict[str, bool | None]:
-    "As a condition: whether the median loss of some runs is at most the best reference's final loss."
-    runs = list(runs)
-    targets = [run["val_loss"] for each in references if not isinstance(each, str) for run in each if run["val_loss"] is not None]
-    if not targets:
-        return {f"validation loss {losses_in_words(runs)}, the reference's final loss": None}
-    reached = median(run["val_loss"] for run in runs) <= min(targets)
-    return {f"validation loss {losses_in_words(runs)}, at most the best reference's {min(targets):.3f}": reached}
+    "As a condition: whether the median loss of some runs is at most the final loss of the fastest reference."
+    there = [run for each in references if not isinstance(each, str) for run in each]
+    target = min(there, key=lambda run: run["seconds"])["val_loss"] if there else None
+    if target is None:
+        return {"the loss of the recipe as documented is reached": None}
+    return {f"the loss of the recipe as documented, {target:.3f}, is reached": median(run["val_loss"] for run in runs) <= target}
 
 
 def training_loss(plan: Plan, run: Callable[[str, Plan, int], dict] = run_once) -> list[dict]:
     "The section `training-loss`."
     runs = loss_runs(plan, run)
+    kinds = {"as documented": ["documented", "hf"], "with its learning rate tuned": ["tuned", "hf tuned"]}
+    note, lines = "The references' time is calculated from their first steps." if plan.reference_steps is not None else "", []
+    for sprint, goals in (("plain", (20, 10)), ("ngrams", (40, 20))):
+        for (kind, peers), goal in zip(kinds.items(), goals):
+            condition = reaches(runs[sprint], [runs[name] for name in kinds["as documented"]])
+            lines.append(line(f"{SPRINTS[sprint]}, against the recipe {kind}", run_figure(sprint, runs[sprint]), [run_figure(name, runs[name]) for name in peers],
+                              unit="s", better="lower", at_least=goal, conditions=condition, note=note))
+    return [*lines, minute_line(runs["minute"])]
 
-    def of(name: str) -> dict:
-        return figure((SPRINTS | REFERENCES)[name], runs[name] if isinstance(runs[name], str) else [one["seconds"] for one in runs[name]])
 
-    goals = [("plain", "documented", 20), ("plain", "tuned", 10), ("ngrams", "documented", 40), ("ngrams", "tuned", 20)]
-    lines, shortened = [], "The references' time is calculated from their first steps." if plan.reference_steps is not None else ""
-    for sprint, reference, goal in goals:
-        peers = [name for name in REFERENCES if ("tuned" in name) == (reference == "tuned")]
-        lines.append(line(f"{SPRINTS[sprint]}, to the loss of the recipe {'tuned' if reference == 'tuned' else 'as documented'}", of(sprint), map(of, peers), unit="s", better="lower",
-                          at_least=goal, conditions=reaches(runs[sprint], [runs[name] for name in peers]), note=shortened))
-    minute = runs["minute"]
-    below = {f"validation loss {losses_in_words(minute)}, below {MINUTE_LOSS:.2f}": max(one["val_loss"] for one in minute) < MINUTE_LOSS}
-    return [*lines, line(f"below {MINUTE_LOSS:.2f} within a minute", figure("the recipe minute", [one["seconds"] for one in minute]), [figure("the limit", [MINUTE])],
-                         unit="s", better="lower", at_least=1, conditions=below)]
+def minute_line(runs: list[dict] | str) -> dict:
+    "The second mark: a validation loss below 1.60 in less than a minute."
+    limit, options = [figure("the limit", [MINUTE])], dict(unit="s", better="lower", at_least=1)
+    name = f"below {MINUTE_LOSS:.2f} within a minute"
+    if isinstance(runs, str):
+        return line(name, figure("the recipe minute", runs), limit, **options)
+    below = {f"validation loss {losses_in_words(runs)}, below {MINUTE_LOSS:.2f}": max(one["val_loss"] for one in runs) < MINUTE_LOSS}
+    return line(name, figure("the recipe minute", [one["seconds"] for one in runs]), limit, conditions=below, **options)
 
 
 SECTIONS["training-loss"] = Section("Training: time to loss", "Seconds to the final validation loss of nanoGPT's recipe for a CPU, everything included but the import of torch.",
@@ -657,7 +670,7 @@ def gpu_training_loss(plan: Plan, model: Mapping = GPU_RECIPE, training: Mapping
 SECTIONS["gpu-training-loss"] = Section("Training on a GPU: time to loss", "nanoGPT's setting for a GPU on the text's characters.", gpu_training_loss, needs_text=True, on_request=True)
 
 # %% ../nbs/87_benchmark.ipynb #87-040
-GPU_PEAK_SECONDS = 0.3  # For measuring what matrix products reach at most
+PEAK_SECONDS = 0.3  # For measuring what matrix products reach at most
 TRAINING_SIZES = {"tiny": dict(batch_size=8, context_length=256), "gpt2": dict(batch_size=2, context_length=256)}
 QUICK_SIZES = {"tiny": dict(batch_size=8, context_length=256), "gpt2": dict(batch_size=2, context_length=64)}
 GPU_SIZES = {"tiny": dict(batch_size=64, context_length=256), "gpt2": dict(batch_size=8, context_length=1024)}
@@ -820,7 +833,7 @@ def training_runs(plan: Plan, config, batch_size: int, context_length: int, *, s
         return steps * batch_size * context_length / (time.perf_counter() - start)
 
     forms = {name: losses[name] if isinstance(losses[name], str) else partial(speed, learner) for name, learner in learners.items()}
-    forms |= {f"peak, {name}": partial(matmul_peak, getattr(torch, name), seconds=GPU_PEAK_SECONDS) for name in AUTOCAST}
+    forms |= {f"peak, {name}": partial(matmul_peak, getattr(torch, name), PEAK_SECONDS, device=device) for name in AUTOCAST}
     return measure(forms, rounds, warm_up=0, theirs=theirs), losses
 
 
@@ -835,13 +848,17 @@ def training_lines(title: str, config, runs: Mapping, losses: Mapping, context_l
         missing = isinstance(runs[name], str)
         return figure(name, runs[name], share=None if missing else utilisation(median(runs[name]), config, peaks[dtype], context_length))
 
-    def one(what: str, ours: str, dtype: str, at_least: float | None) -> dict:
-        peers = [name for name in runs if name.endswith(f", {AUTOCAST[dtype]}") and "Trainer" not in name and not name.startswith("peak")]
-        precision = "bfloat16" if "bfloat16" in (ours.split(", ")[1], dtype) else "float32"
-        return line(f"{title}: {what}", of(ours), map(of, peers), unit="tokens/s", at_least=at_least, conditions=same_losses(losses, [ours, *peers], precision))
+    def one(what: str, ours: str, dtypes: Collection[str], at_least: float | None = None, note: str = "") -> dict:
+        peers = [name for name in runs if "Trainer" not in name and not name.startswith("peak") and any(name.endswith(f", {AUTOCAST[dtype]}") for dtype in dtypes)]
+        precision = "float32" if ours.endswith("float32") and set(dtypes) == {"float32"} else "bfloat16"
+        conditions = same_losses(losses, [ours, *peers], precision)
+        return line(f"{title}: {what}", of(ours), map(of, peers), unit="tokens/s", at_least=at_least, conditions=conditions, note=note)
 
-    return [one("bfloat16 against float32", "FastTrainer, bfloat16", "float32", 1.8), one("bfloat16 against autocast", "FastTrainer, bfloat16", "bfloat16", 1.3),
-            one("float32 against float32", "FastTrainer, float32", "float32", 1.0), one("the plain Trainer, float32", "Trainer, float32", "float32", None)]
+    rate = f"On this machine, products in bfloat16 reach {peaks['bfloat16'] / peaks['float32']:.2f} times the rate of those in float32."
+    fastest = max(("FastTrainer, float32", "FastTrainer, bfloat16"), key=lambda name: median(runs[name]))
+    return [one("bfloat16 against float32", "FastTrainer, bfloat16", ["float32"], 1.8, rate), one("bfloat16 against autocast", "FastTrainer, bfloat16", ["bfloat16"], 1.3, rate),
+            one("float32 against float32", "FastTrainer, float32", ["float32"], 1.0), one("our fastest against autocast", fastest, ["bfloat16"]),
+            one("the plain Trainer against float32", "Trainer, float32", ["float32"])]
 
 
 def training_throughput(plan: Plan) -> list[dict]:
@@ -880,18 +897,26 @@ INT8_GOAL, BOUND_GOAL = 4.5, 1 / 1.5
 PROMPT = 32
 
 
-def writers(model, dtypes: Iterable[str]) -> dict[str, Callable | str]:
-    "What writes: from (prompts, number of tokens, sampled or not) to prompts with the tokens behind them; or why it can't be."
+def decoders(model, dtypes: Iterable[str]) -> dict[str, Callable]:
+    "Our decoders of a model, by precision."
     import torch
 
     from transformer_llm.decoding import Decoder
+
+    return {dtype: Decoder(model, dtype=dtype if dtype == "int8" else getattr(torch, dtype)) for dtype in dtypes}
+
+
+def writers(model, ours: Mapping) -> dict[str, Callable | str]:
+    "What writes: from (prompts, number of tokens, sampled or not) to prompts with the tokens behind them; or why it can't be."
+    import torch
+
     from transformer_llm.peers import hf_generate, hf_gpt2, why_missing
 
-    def ours(decoder) -> Callable:
+    def writes(decoder) -> Callable:
         return lambda ids, n, sampled=False: decoder.generate(ids, n, temperature=1.0 if sampled else 0.0, generator=0)
 
-    found = {f"Decoder, {dtype}": ours(Decoder(model, dtype=dtype if dtype == "int8" else getattr(torch, dtype))) for dtype in dtypes}
-    for dtype in dtypes:
+    found = {f"Decoder, {dtype}": writes(decoder) for dtype, decoder in ours.items()}
+    for dtype in ours:
         if dtype != "int8":
             missing = why_missing("transformers")
             found[f"transformers.generate, {dtype}"] = missing or partial(hf_generate, hf_gpt2(model).to(getattr(torch, dtype)))
@@ -905,12 +930,19 @@ def plain_writer(model) -> Callable:
     return lambda ids, n, sampled=False: generate(model, ids, n, temperature=1.0 if sampled else 0.0, use_cache=False, generator=0)
 
 
-def writing_speeds(forms: Mapping[str, Callable | str], ids, new_tokens: int, rounds: int, sampled: bool = False) -> dict[str, list[float] | str]:
+def writing_speeds(
+    forms: Mapping[str, Callable | str],  # From `writers`
+    ids,  # The prompts
+    new_tokens: int,
+    rounds: int,
+    sampled: bool = False,
+    besides: Mapping[str, Callable[[], float]] | None = None,  # What else to measure in each round
+) -> dict[str, list[float] | str]:
     "Tokens a second of each writer, in turn, after a short text to warm up."
 
     def speed(form: Callable, n: int) -> float:
         start = time.perf_counter()
-        written = form(ids, n, sampled)
+        written = form(ids, n, sampled=sampled)
         seconds = time.perf_counter() - start
         if written.shape != (len(ids), ids.shape[1] + n):
             raise RuntimeError(f"it wrote {tuple(written.shape)} where {(len(ids), ids.shape[1] + n)} was asked for")
@@ -919,58 +951,57 @@ def writing_speeds(forms: Mapping[str, Callable | str], ids, new_tokens: int, ro
     theirs = [name for name in forms if not name.startswith("Decoder")]
     warm = measure({name: form if isinstance(form, str) else partial(speed, form, 4) for name, form in forms.items()}, 1, warm_up=0, theirs=theirs)
     ready = {name: warm[name] if isinstance(warm[name], str) else partial(speed, forms[name], new_tokens) for name in forms}
-    return measure(ready, rounds, warm_up=0, theirs=theirs)
+    return measure(ready | dict(besides or {}), rounds, warm_up=0, theirs=theirs)
 
 
 def same_tokens(model, forms: Mapping[str, Callable | str], ids, new_tokens: int = 24) -> dict[str, bool | None]:
     "As a condition: whether our decoder in float32 writes what the plain form writes, greedily."
-    return {"the decoder writes what the plain form writes": plain_writer(model)(ids, new_tokens).equal(forms["Decoder, float32"](ids, new_tokens))}
+    equal = [plain_writer(model)(ids, new_tokens, sampled).equal(forms["Decoder, float32"](ids, new_tokens, sampled)) for sampled in (False, True)]
+    return {"the decoder writes what the plain form writes, greedy and sampled": all(equal)}
 
 
 def generation_of(plan: Plan, preset: str, config) -> list[dict]:
     "The lines of one size."
     import torch
 
+    from transformer_llm.decoding import bytes_per_token, memory_bandwidth
     from transformer_llm.foundations import set_seed
     from transformer_llm.transformer import GPT
 
     generator, large = set_seed(plan.seed), preset == "gpt2"
     model = GPT(config).eval()
     dtypes = ["float32", "bfloat16", "int8"] if large else ["float32", "bfloat16"]
-    forms, rounds, title = writers(model, dtypes), plan.long_rounds if large else plan.rounds, size_in_words(config)
+    ours = decoders(model, dtypes)
+    forms, rounds, title = writers(model, ours), plan.long_rounds if large else plan.rounds, size_in_words(config)
     one, many = (torch.randint(config.vocab_size, (batch, PROMPT), generator=generator) for batch in (1, 16))
     same = same_tokens(model, forms, one)
 
     def versus(what: str, runs: Mapping, ours: str, theirs: str, goal: float | None, **options) -> dict:
         return line(f"{title}, {what}", figure(ours, runs[ours]), [figure(theirs, runs[theirs])], unit="tokens/s", at_least=goal, **options)
 
-    greedy = writing_speeds(forms, one, plan.new_tokens, rounds)
+    greedy = writing_speeds(forms, one, plan.new_tokens, rounds, besides={"bandwidth": memory_bandwidth} if large else None)
     lines = [versus("batch 1, greedy, float32", greedy, "Decoder, float32", "transformers.generate, float32", DECODER_GOALS[preset], conditions=same),
              versus("batch 1, greedy, bfloat16", greedy, "Decoder, bfloat16", "transformers.generate, bfloat16", DECODER_GOALS[preset])]
     if large:
         lines.append(versus("batch 1, greedy, int8", greedy, "Decoder, int8", "transformers.generate, float32", INT8_GOAL, note="What int8 costs in quality is measured in chapter 13."))
-        lines += bound_lines(title, model, greedy, dtypes, plan.new_tokens)
+        lines += bound_lines(title, greedy, {dtype: bytes_per_token(decoder, PROMPT + plan.new_tokens // 2) for dtype, decoder in ours.items()})
     if large and plan.quick:
         return lines
     pairs = {name: forms[name] for name in ("Decoder, float32", "transformers.generate, float32")}
     sampled = writing_speeds(pairs, one, plan.new_tokens, rounds, sampled=True)
-    lines.append(versus("batch 1, sampled, float32", sampled, *pairs, DECODER_GOALS[preset]))
+    lines.append(versus("batch 1, sampled, float32", sampled, *pairs, DECODER_GOALS[preset], conditions=same))
     batch = writing_speeds({name: form for name, form in forms.items() if "int8" not in name}, many, plan.new_tokens, 1 if large else rounds)
     lines += [versus(f"batch 16, greedy, {dtype}", batch, f"Decoder, {dtype}", f"transformers.generate, {dtype}", 1.0) for dtype in dtypes if dtype != "int8"]
     plain = writing_speeds({"our plain form": plain_writer(model)}, one, plan.new_tokens // 4 if large else plan.new_tokens, 1)
     return [*lines, versus("batch 1, greedy, against no cache", greedy | plain, "Decoder, float32", "our plain form", None)]
 
 
-def bound_lines(title: str, model, runs: Mapping, dtypes: Iterable[str], new_tokens: int) -> list[dict]:
+def bound_lines(title: str, runs: Mapping, read: Mapping[str, int]) -> list[dict]:
     "How near each precision comes to what reading the weights and the cache once a token would allow."
-    import torch
-
-    from transformer_llm.decoding import Decoder, bytes_per_token, memory_bandwidth
-
-    bandwidth, length, lines = [memory_bandwidth() for _ in range(3)], PROMPT + new_tokens // 2, []
-    for dtype in dtypes:
-        read = bytes_per_token(Decoder(model, dtype=dtype if dtype == "int8" else getattr(torch, dtype)), length)
-        bound = figure(f"the bound: {in_words(read, 'bytes')} a token at {in_words(median(bandwidth), 'bytes')}/s", [speed / read for speed in bandwidth])
+    lines = []
+    for dtype, n_bytes in read.items():
+        name = f"the bound: {in_words(n_bytes, 'bytes')} a token at {in_words(median(runs['bandwidth']), 'bytes')}/s"
+        bound = figure(name, [speed / n_bytes for speed in runs["bandwidth"]])
         goal = BOUND_GOAL if dtype == "float32" else None
         lines.append(line(f"{title}, batch 1, {dtype}, against the bound", figure(f"Decoder, {dtype}", runs[f"Decoder, {dtype}"]), [bound], unit="tokens/s", at_least=goal))
     return lines
@@ -991,6 +1022,14 @@ def quiet_peers() -> None:
 SECTIONS["generation"] = Section("Generation", f"Greedy and sampled texts after a prompt of {PROMPT} tokens; random weights, the same for all.", generation)
 
 # %% ../nbs/87_benchmark.ipynb #87-045
+def fresh_process(code: str, *arguments: str) -> float:
+    "The number that a Python program prints last, run in a process of its own; an error in it raises `RuntimeError`."
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return float(done.stdout.split()[-1])
+
+
 TOKENIZER_SIZE = 8192
 TEXTBOOK_CHARACTERS, TEXTBOOK_MERGES = 100_000, 100
 
@@ -1036,21 +1075,54 @@ def tokenizer_lines(plan: Plan) -> list[dict]:
     lines = [compare("training", training, 1 / 5, lambda: {"the merges are the same": rust_merges(kept["whole"]) == merges if "whole" in kept else None}),
              compare("encoding", encoding, 1 / 4, lambda: {"the ids are the same": kept["whole ids"] == kept["ids"] == kept["piece ids"] if "piece ids" in kept else None}),
              compare(f"training, {TEXTBOOK_MERGES} merges of {len(few):,} characters", textbook, None, lambda: {"the merges are the same": kept["ours"] == kept["the textbook"]})]
-    return lines
+    return lines + stream_lines(plan, text)
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+
+def peak():
+    "The most memory that this process held so far, in bytes. getrusage alone would begin with the parent's."
+    if sys.platform == "linux":
+        return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+"""
+STREAM = PEAK + """
+from transformer_llm.dataset import read_chunks
+from transformer_llm.tokenizer import BPETokenizer, load_tokenizer
+task, text, tokenizer = sys.argv[1:]
+before = peak()
+if task == "training":
+    BPETokenizer.train([read_chunks(text)], 8192).save(tokenizer)
+else:
+    for _ in load_tokenizer(tokenizer).encode_iterable(read_chunks(text)):
+        pass
+print(peak() - before)
+"""
+
+
+def stream_lines(plan: Plan, text: str) -> list[dict]:
+    "The memory that a fresh process takes for a long file against that for a tenth of it: 1 means that the length doesn't matter."
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return [line("memory of a stream", figure("a long file", "this system doesn't tell a process's peak of memory"), [], unit="bytes")]
+    data, small, large = text.encode("utf-8"), 5, 20 if plan.quick else 50
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for megabytes in (small, large):
+            path = Path(folder) / f"{megabytes}.txt"
+            path.write_bytes(b"\n".join([data] * math.ceil(megabytes * 1e6 / len(data))))
+            for task in ("training", "encoding"):
+                found[task, megabytes] = fresh_process(STREAM, task, str(path), str(Path(folder) / "tokenizer.json"))
+    return [line(f"memory of {task}, a stream of {large} MB against {small} MB", figure(f"{large} MB", [found[task, large]]), [figure(f"{small} MB", [found[task, small]])],
+                 unit="bytes", better="lower", within=0.1) for task in ("training", "encoding")]
 
 
 SECTIONS["tokenizer"] = Section("Tokenizer", f"A byte-level BPE of {TOKENIZER_SIZE:,} tokens: trained on the text, then all of it encoded with an empty cache. Rust's encoder has one thread.",
                                 tokenizer_lines, needs_text=True)
 
 # %% ../nbs/87_benchmark.ipynb #87-047
-def fresh_process(code: str, *arguments: str) -> float:
-    "The number that a Python program prints last, run in a process of its own; an error in it raises `RuntimeError`."
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    return float(done.stdout.split()[-1])
-
-
 IMPORT = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
 NAMES = "from transformer_llm import GPT, GPTConfig, Trainer, TrainingConfig, TokenData, BPETokenizer, generate"
 IMPORT_GOAL = 1 / 1.05  # "No more than import torch plus 5 %"
@@ -1066,7 +1138,8 @@ def start_up_lines(plan: Plan) -> list[dict]:
     codes = {"import torch": "import torch", "import transformer_llm": "import transformer_llm", "import of the names most users need": NAMES}
     runs = measure({name: partial(fresh_process, IMPORT.format(code)) for name, code in codes.items()} | {"--help": seconds_of_help}, plan.rounds)
     torch, limit = figure("import torch", runs["import torch"]), figure("the limit", [0.5])
-    lines = [line(name, figure("this book", runs[name]), [torch], unit="s", better="lower", at_least=IMPORT_GOAL) for name in list(codes)[1:]]
+    goals = {"import transformer_llm": IMPORT_GOAL, "import of the names most users need": None}
+    lines = [line(name, figure("this book", runs[name]), [torch], unit="s", better="lower", at_least=goal) for name, goal in goals.items()]
     return [*lines, line("transformer-llm --help", figure("the whole process", runs["--help"]), [limit], unit="s", better="lower", at_least=1)]
 
 
@@ -1076,17 +1149,46 @@ MEMORY_CASES = {  # preset, batch, tokens, precision, checkpointing
 }
 
 
+def training_steps(preset: str, batch_size: int, seq: int, dtype: str, checkpointing: bool, steps: int = 2) -> None:
+    "Build a model and make some steps of a FastTrainer on random tokens."
+    import torch
+
+    from transformer_llm.performance import FastTrainer
+    from transformer_llm.training import TrainingConfig
+    from transformer_llm.transformer import GPT, GPTConfig
+
+    config = GPTConfig.preset(preset)
+    settings = TrainingConfig(batch_size=batch_size, context_length=seq, dtype=dtype, device="cpu")
+    trainer = FastTrainer(GPT(config), (torch.randint(config.vocab_size, (10 * seq,)), None), settings, checkpointing=checkpointing, progress=False)
+    for _ in range(steps):
+        trainer.train_step()
+
+
+GROWTH = PEAK + """
+import json, torch
+from transformer_llm import benchmark, performance
+torch.ones(64, 64) @ torch.ones(64, 64)
+before = peak()
+benchmark.training_steps(*json.loads(sys.argv[1]))
+print(peak() - before)
+"""
+
+
 def memory_lines(plan: Plan) -> list[dict]:
-    "Chapter 11's formula for the memory of training against what a fresh process takes."
+    "Chapter 11's formula for the memory of training against the tensors counted in a run, and against a fresh process's growth."
     from transformer_llm.performance import measure_peak_memory, peak_training_memory
     from transformer_llm.transformer import GPTConfig
 
-    lines = []
+    lines, tells = [], importlib.util.find_spec("resource") is not None
     for name, (preset, batch, seq, dtype, checkpointing) in MEMORY_CASES.items():
-        if plan.large or preset != "gpt2":
-            config, options = GPTConfig.preset(preset), dict(dtype=dtype, checkpointing=checkpointing)
-            predicted, measured = (f(config, batch, seq, **options) for f in (peak_training_memory, measure_peak_memory))
-            lines.append(line(f"memory, {name}", figure("predicted", [predicted]), [figure("measured", [measured])], unit="bytes", within=0.15))
+        if preset == "gpt2" and not plan.large:
+            continue
+        predicted = figure("predicted", [peak_training_memory(GPTConfig.preset(preset), batch, seq, dtype=dtype, checkpointing=checkpointing)])
+        case = [preset, batch, seq, dtype, checkpointing]
+        lines.append(line(f"memory, {name}: tensors", predicted, [figure("counted in a run", [measure_peak_memory(partial(training_steps, *case))])], unit="bytes", within=0.15))
+        grown = fresh_process(GROWTH, json.dumps(case)) if tells else "this system doesn't tell it"
+        lines.append(line(f"memory, {name}: process", predicted, [figure("a fresh process's growth", [grown] if tells else grown)], unit="bytes",
+                          note="A process also holds libraries' buffers and what the allocator keeps."))
     return lines
 
 
