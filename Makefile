@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser lab site serve shakespeare chat notebooks readme clean
+.PHONY: help demo test test-browser lab site serve shakespeare chat bench notebooks readme clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */	/' | expand -t 16
@@ -26,6 +26,11 @@ $(VENV)/.development: $(VENV)/.package
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+$(VENV)/.peers: $(VENV)/.package
+	@echo "Adding the peers that the benchmark measures to .venv (once) ..."
+	@$(PIP) -e '.[bench]'
+	@touch $@
+
 demo: $(VENV)/.package  ## train a 5,162-parameter transformer to count, in seconds
 	@$(BIN)/transformer-llm demo
 
@@ -34,6 +39,9 @@ shakespeare: $(VENV)/.package  ## train a small character model on Shakespeare, 
 
 chat: $(VENV)/.package  ## fetch SmolLM2, a real language model (93 MB), and talk to it
 	@$(BIN)/transformer-llm chat --model smollm2
+
+bench: $(VENV)/.peers  ## measure the book's code against other people's, in about 25 minutes (QUICK=1: under five)
+	@$(BIN)/transformer-llm bench $(if $(QUICK),--quick) --output $(or $(OUTPUT),runs/benchmark.json)
 
 lab: $(VENV)/.development  ## open the book in JupyterLab
 	@$(BIN)/jupyter lab nbs/index.ipynb

@@ -94,7 +94,7 @@ def somewhere_else(tmp_path, monkeypatch):
 # --- the command itself -------------------------------------------------------------------------------------------
 
 COMMANDS = [[], ["demo"], ["data"], ["data", "shakespeare"], ["data", "patterns"], ["data", "prepare"], ["tokenizer"], ["tokenizer", "train"],
-            ["train"], ["generate"], ["chat"], ["export"], ["info"]]
+            ["train"], ["generate"], ["chat"], ["export"], ["bench"], ["info"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -720,3 +720,118 @@ def test_train_with_any_numbers(tmp_path_factory, text, tokens, pairs):
     out = tmp_path_factory.mktemp("fuzz") / "run"
     argv = ["train", "--model_size=demo", f"--text_file={text if settled else tokens}", f"--out={out}", *steps, *batch, *words(pairs)]
     assert main(argv) in (0, 2)
+
+
+# --- bench --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    "Sections of the benchmark that cost nothing; the second can be made to stop."
+    from transformer_llm import benchmark
+
+    ran = []
+
+    def section(name):
+        def run(plan):
+            ran.append((name, plan.quick, plan.seed, plan.text))
+            if name in stops:
+                raise KeyboardInterrupt
+            return [benchmark.line(f"a line of {name}", benchmark.figure("ours", [2.0]), [benchmark.figure("theirs", [1.0])], unit="tokens/s", at_least=1)]
+        return benchmark.Section(name, "Cheap.", run, on_request=name.startswith("gpu"))
+
+    stops = set()
+    monkeypatch.setattr(benchmark, "SECTIONS", {name: section(name) for name in cli.SECTION_NAMES})
+    return ran, stops
+
+
+def test_the_sections_are_those_of_the_appendix():
+    from transformer_llm.benchmark import SECTIONS
+
+    assert cli.SECTION_NAMES == tuple(SECTIONS)
+
+
+def test_bench_writes_results_and_a_picture(capsys, cheap):
+    from transformer_llm.benchmark import load_results
+
+    out = succeeds(capsys, "bench", "--quick", "--seed", 3)
+    names = [name for name in cli.SECTION_NAMES if not name.startswith("gpu")]
+    assert list(load_results("benchmark.json")["sections"]) == names == [name for name, *_ in cheap[0]] and {run[1:3] for run in cheap[0]} == {(True, 3)}
+    assert "2.00 ×" in out and "a line of generation" in out and Path("benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_of_some_sections(capsys, cheap):
+    Path("cats.txt").write_text(make_text(6000), encoding="utf-8")
+    succeeds(capsys, "bench", "--section", "tokenizer", "generation", "--section", "gpu-training-loss", "--text-file", "cats.txt", "--output", "deep/r.json", "--seed", 0)
+    assert [name for name, *_ in cheap[0]] == ["gpu-training-loss", "generation", "tokenizer"] and Path("deep/r.png").exists()
+    assert not cheap[0][0][1]
+    succeeds(capsys, "bench", "--section", "training-loss", "--output", "deep/r.json")  # goes on with the same file and picture
+    assert json.loads(Path("deep/r.json").read_text(encoding="utf-8"))["sections"].keys() == {"training-loss", "gpu-training-loss", "generation", "tokenizer"}
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--section", "speed"], "choose from"), (["--section"], "expected at least one"), (["--seed", "-1"], "--seed must be"), (["--seed", "x"], "--seed must be"),
+    (["--output", "folder"], "folder is a folder"), (["--output", "diary.json"], "no file of results"), (["--output", "diary.json/r.json"], "diary.json"),
+    (["--output", "r.png"], "ends in .json"), (["--output", "mine.json"], "mine.png exists"), (["--text_file", "absent.txt"], "absent.txt"),
+    (["--text_file", "short.txt"], "too short"), (["--text_file", "folder"], "is a folder"), (["--quick", "1"], "unrecognized"), (["--rounds", "3"], "unrecognized"),
+])
+def test_bench_refuses_before_it_measures(capsys, cheap, flags, says):
+    Path("folder").mkdir()
+    Path("diary.json").write_text("my diary", encoding="utf-8")
+    Path("mine.png").write_bytes(b"my picture")
+    Path("short.txt").write_text("too short", encoding="utf-8")
+    before = fingerprint(Path("."))
+    refused(capsys, "bench", *flags, says=says)
+    assert cheap[0] == [] and fingerprint(Path(".")) == before
+
+
+def test_bench_refuses_results_of_another_machine(capsys, cheap):
+    succeeds(capsys, "bench")
+    results = json.loads(Path("benchmark.json").read_text(encoding="utf-8"))
+    results["machine"]["processor"] = "Another"
+    Path("benchmark.json").write_text(json.dumps(results), encoding="utf-8")
+    before = fingerprint(Path("."))
+    refused(capsys, "bench", says="measured otherwise .processor.")
+    assert fingerprint(Path(".")) == before
+
+
+def test_ctrl_c_in_bench_keeps_what_was_measured(capsys, cheap):
+    cheap[1].add("generation")
+    code, out, err = call(capsys, "bench")
+    assert code == 130 and "Traceback" not in err and "holds what was measured: training-loss, training-throughput" in out
+    assert list(json.loads(Path("benchmark.json").read_text(encoding="utf-8"))["sections"]) == ["training-loss", "training-throughput"]
+    cheap[1].clear()
+    succeeds(capsys, "bench", "--section", "generation", "tokenizer", "start-up-and-memory")
+    assert len(json.loads(Path("benchmark.json").read_text(encoding="utf-8"))["sections"]) == 5
+
+
+def test_bench_without_its_peers(capsys, cheap, monkeypatch):
+    from transformer_llm import benchmark, peers
+
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert peers.why_missing("transformers") == "transformers is not installed"
+    assert isinstance(benchmark.peer_makers()["transformers"], str) and callable(benchmark.peer_makers()["torch.nn.TransformerEncoder"])
+
+
+# --- tokenizers of long texts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("val_fraction", [0, 0.1])
+def test_tokenizers_are_trained_without_the_whole_text_in_memory(monkeypatch, text, val_fraction):
+    from transformer_llm import dataset
+    from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
+
+    whole = dataset.read_text(text)
+    seen = dataset.split_text(whole, val_fraction)[0] if val_fraction else whole
+    monkeypatch.setattr(dataset, "read_text", lambda path: pytest.fail("the whole text was read"))
+    assert cli.make_tokenizer("bpe", text, 300, val_fraction).to_json() == BPETokenizer.train(seen, 300).to_json()
+    assert cli.make_tokenizer("char", text, None).to_json() == CharTokenizer.train(whole).to_json()
+
+
+def test_an_empty_text_trains_no_tokenizer(tmp_path):
+    from transformer_llm.foundations import InputError
+
+    (tmp_path / "empty.txt").write_text(" \n\n", encoding="utf-8")
+    for kind in ("bpe", "char"):
+        with pytest.raises(InputError, match="is empty"):
+            cli.make_tokenizer(kind, tmp_path / "empty.txt", None)

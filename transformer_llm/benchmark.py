@@ -227,14 +227,16 @@ def plot_section(section: Mapping, ax=None) -> Axes:
     low, high = min([0.8, *ratios]), max([1.5, *ratios])
     ax.set_xscale("log")
     ax.set_xlim(low / 1.15, high * 1.25)
-    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500) if low / 1.15 <= tick <= high * 1.25]
+    wide = high / low
+    marks = (0.1, 1, 10, 100, 1000) if wide > 60 else (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if wide > 6 else (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5)
+    ticks = [mark for mark in marks if low / 1.15 <= mark <= high * 1.25]
     ax.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     ax.set_xticks([], minor=True)
     ax.axvline(1, color="black", linewidth=1)
     ax.set_yticks(range(len(lines)), [one["name"] for one in lines])
     ax.set_ylim(len(lines) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
-    ax.set(title=section["title"], xlabel="ratio to the best peer (diamond: the goal)")
+    ax.set(title=section["title"], xlabel="ratio (diamond: goal)")
     return ax
 
 # %% ../nbs/87_benchmark.ipynb #87-024
@@ -537,7 +539,7 @@ def save_picture(results: Mapping, path: str | Path) -> None:
 
 # %% ../nbs/87_benchmark.ipynb #87-036
 MINUTE, MINUTE_LOSS = 60.0, 1.60
-SPRINTS = {"plain": "plain transformer", "ngrams": "with n-gram embeddings"}  # recipes of chapter 12
+SPRINTS = {"plain": "plain", "ngrams": "n-grams"}  # recipes of chapter 12
 REFERENCES = {"documented": "as documented, our Trainer", "hf": "as documented, transformers", "tuned": "tuned, our Trainer", "hf tuned": "tuned, transformers"}
 
 
@@ -610,12 +612,12 @@ def reaches(runs: Iterable[Mapping], references: Iterable[list[dict] | str]) -> 
 def training_loss(plan: Plan, run: Callable[[str, Plan, int], dict] = run_once) -> list[dict]:
     "The section `training-loss`."
     runs = loss_runs(plan, run)
-    kinds = {"as documented": ["documented", "hf"], "with its learning rate tuned": ["tuned", "hf tuned"]}
+    kinds = {"documented": ["documented", "hf"], "tuned": ["tuned", "hf tuned"]}
     note, lines = "The references' time is calculated from their first steps." if plan.reference_steps is not None else "", []
     for sprint, goals in (("plain", (20, 10)), ("ngrams", (40, 20))):
         for (kind, peers), goal in zip(kinds.items(), goals):
-            condition = reaches(runs[sprint], [runs[name] for name in kinds["as documented"]])
-            lines.append(line(f"{SPRINTS[sprint]}, against the recipe {kind}", run_figure(sprint, runs[sprint]), [run_figure(name, runs[name]) for name in peers],
+            condition = reaches(runs[sprint], [runs[name] for name in kinds["documented"]])
+            lines.append(line(f"{SPRINTS[sprint]} against {kind}", run_figure(sprint, runs[sprint]), [run_figure(name, runs[name]) for name in peers],
                               unit="s", better="lower", at_least=goal, conditions=condition, note=note))
     return [*lines, minute_line(runs["minute"])]
 
@@ -993,7 +995,7 @@ def generation_of(plan: Plan, preset: str, config) -> list[dict]:
     batch = writing_speeds({name: form for name, form in forms.items() if "int8" not in name}, many, plan.new_tokens, 1 if large else rounds)
     lines += [versus(f"batch 16, greedy, {dtype}", batch, f"Decoder, {dtype}", f"transformers.generate, {dtype}", 1.0) for dtype in dtypes if dtype != "int8"]
     plain = writing_speeds({"our plain form": plain_writer(model)}, one, plan.new_tokens // 4 if large else plan.new_tokens, 1)
-    return [*lines, versus("batch 1, greedy, against no cache", greedy | plain, "Decoder, float32", "our plain form", None)]
+    return [*lines, versus("batch 1, greedy, to no cache", greedy | plain, "Decoder, float32", "our plain form", None)]
 
 
 def bound_lines(title: str, runs: Mapping, read: Mapping[str, int]) -> list[dict]:
@@ -1003,7 +1005,7 @@ def bound_lines(title: str, runs: Mapping, read: Mapping[str, int]) -> list[dict
         name = f"the bound: {in_words(n_bytes, 'bytes')} a token at {in_words(median(runs['bandwidth']), 'bytes')}/s"
         bound = figure(name, [speed / n_bytes for speed in runs["bandwidth"]])
         goal = BOUND_GOAL if dtype == "float32" else None
-        lines.append(line(f"{title}, batch 1, {dtype}, against the bound", figure(f"Decoder, {dtype}", runs[f"Decoder, {dtype}"]), [bound], unit="tokens/s", at_least=goal))
+        lines.append(line(f"{title}, batch 1, {dtype}, to the bound", figure(f"Decoder, {dtype}", runs[f"Decoder, {dtype}"]), [bound], unit="tokens/s", at_least=goal))
     return lines
 
 
@@ -1074,7 +1076,7 @@ def tokenizer_lines(plan: Plan) -> list[dict]:
     merges = [(visible(a), visible(b)) for a, b in reference.merges]
     lines = [compare("training", training, 1 / 5, lambda: {"the merges are the same": rust_merges(kept["whole"]) == merges if "whole" in kept else None}),
              compare("encoding", encoding, 1 / 4, lambda: {"the ids are the same": kept["whole ids"] == kept["ids"] == kept["piece ids"] if "piece ids" in kept else None}),
-             compare(f"training, {TEXTBOOK_MERGES} merges of {len(few):,} characters", textbook, None, lambda: {"the merges are the same": kept["ours"] == kept["the textbook"]})]
+             compare(f"training, a textbook's way, {TEXTBOOK_MERGES} merges", textbook, None, lambda: {"the merges are the same": kept["ours"] == kept["the textbook"]})]
     return lines + stream_lines(plan, text)
 
 
@@ -1115,7 +1117,7 @@ def stream_lines(plan: Plan, text: str) -> list[dict]:
             path.write_bytes(b"\n".join([data] * math.ceil(megabytes * 1e6 / len(data))))
             for task in ("training", "encoding"):
                 found[task, megabytes] = fresh_process(STREAM, task, str(path), str(Path(folder) / "tokenizer.json"))
-    return [line(f"memory of {task}, a stream of {large} MB against {small} MB", figure(f"{large} MB", [found[task, large]]), [figure(f"{small} MB", [found[task, small]])],
+    return [line(f"memory of {task}, {large} against {small} MB", figure(f"{large} MB", [found[task, large]]), [figure(f"{small} MB", [found[task, small]])],
                  unit="bytes", better="lower", within=0.1) for task in ("training", "encoding")]
 
 
@@ -1135,17 +1137,17 @@ def seconds_of_help() -> None:
 
 def start_up_lines(plan: Plan) -> list[dict]:
     "Imports against PyTorch's own, and the help against half a second."
-    codes = {"import torch": "import torch", "import transformer_llm": "import transformer_llm", "import of the names most users need": NAMES}
+    codes = {"import torch": "import torch", "import transformer_llm": "import transformer_llm", "import of the usual names": NAMES}
     runs = measure({name: partial(fresh_process, IMPORT.format(code)) for name, code in codes.items()} | {"--help": seconds_of_help}, plan.rounds)
     torch, limit = figure("import torch", runs["import torch"]), figure("the limit", [0.5])
-    goals = {"import transformer_llm": IMPORT_GOAL, "import of the names most users need": None}
+    goals = {"import transformer_llm": IMPORT_GOAL, "import of the usual names": None}
     lines = [line(name, figure("this book", runs[name]), [torch], unit="s", better="lower", at_least=goal) for name, goal in goals.items()]
     return [*lines, line("transformer-llm --help", figure("the whole process", runs["--help"]), [limit], unit="s", better="lower", at_least=1)]
 
 
 MEMORY_CASES = {  # preset, batch, tokens, precision, checkpointing
-    "tiny, batch 8 × 256, float32": ("tiny", 8, 256, "float32", False), "tiny, batch 8 × 256, bfloat16": ("tiny", 8, 256, "bfloat16", False),
-    "tiny, batch 8 × 256, float32, checkpointing": ("tiny", 8, 256, "float32", True), "gpt2, batch 2 × 256, float32": ("gpt2", 2, 256, "float32", False),
+    "tiny, float32": ("tiny", 8, 256, "float32", False), "tiny, bfloat16": ("tiny", 8, 256, "bfloat16", False),
+    "tiny, checkpointing": ("tiny", 8, 256, "float32", True), "gpt2, float32": ("gpt2", 2, 256, "float32", False),
 }
 
 
@@ -1192,5 +1194,5 @@ def memory_lines(plan: Plan) -> list[dict]:
     return lines
 
 
-SECTIONS["start-up-and-memory"] = Section("Start-up and memory", "Each run is a process of its own. For memory, the ratio is predicted over measured.",
+SECTIONS["start-up-and-memory"] = Section("Start-up and memory", "Each run is a process of its own. For memory, the ratio is predicted over measured: 8 windows of 256 tokens for tiny, 2 for gpt2.",
                                           lambda plan: start_up_lines(plan) + memory_lines(plan))
