@@ -543,3 +543,216 @@ def test_sections_that_need_a_text_get_the_plays(tmp_path, cheap, monkeypatch):
     monkeypatch.setitem(cheap[1], "one", Section("One", "Cheap.", lambda plan: seen.append(plan.text) or [], needs_text=True))
     assert run_benchmark(["one"], tell=lambda said: None)["settings"]["text"]["name"] == "plays.txt" and seen == [play]
     assert run_benchmark(["two"], tell=lambda said: None)["settings"]["text"] is None
+
+
+# --- the sections themselves, on models that cost nothing ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_config():
+    return benchmark.gpt2_shape("tiny", vocab_size=61, context_length=32, d_model=32, n_layers=2, n_heads=2)
+
+
+def small_plan(**changes) -> Plan:
+    return replace(make_plan(quick=True), **dict(rounds=2, new_tokens=6, trajectory=2) | changes)
+
+
+def names_of(lines: list[dict]) -> list[str]:
+    return [one["name"] for one in lines]
+
+
+@pytest.fixture
+def no_transformers(monkeypatch):
+    from transformer_llm import peers
+
+    there = peers.importlib.util.find_spec
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name, *rest: None if name in ("transformers", "tokenizers") else there(name, *rest))
+
+
+def training_section(config, plan) -> list[dict]:
+    runs, losses = benchmark.training_runs(plan, config, batch_size=2, context_length=16, steps=1, rounds=plan.rounds)
+    return benchmark.training_lines("small", config, runs, losses, 16)
+
+
+def test_training_is_compared_at_equal_losses(small_config):
+    pytest.importorskip("transformers")
+    lines = training_section(small_config, small_plan())
+    assert len(lines) == 5 and all(len(one["ours"]["runs"]) == 2 and 0 < one["ours"]["share"] for one in lines)
+    for one in lines:
+        assert one["ratio"] and all(one["conditions"].values()), one["conditions"]
+        assert {peer["name"].split(", ")[0] for peer in one["peers"]} == {"transformers", "torch.nn.TransformerEncoder"}
+
+
+def test_training_without_transformers(small_config, no_transformers):
+    lines = training_section(small_config, small_plan())
+    for one in lines:
+        assert one["against"].startswith("torch.nn") and any(peer.get("missing") == "transformers is not installed" for peer in one["peers"])
+
+
+def test_other_losses_are_noticed(small_config):
+    losses = {"Trainer, float32": [4.0, 3.0], "FastTrainer, float32": [4.0, 3.1], "gone": "it failed"}
+    assert list(benchmark.same_losses(losses, ["FastTrainer, float32", "gone"], "float32").values()) == [False]
+    assert list(benchmark.same_losses(losses, ["gone"], "float32").values()) == [True]
+
+
+def test_the_shape_of_the_peers_is_gpt2s():
+    assert [benchmark.size_in_words(benchmark.gpt2_shape(preset)) for preset in ("tiny", "gpt2")] == ["6.9 M", "124 M"]
+    assert benchmark.size_in_words(benchmark.gpt2_shape("nano", context_length=256)) == "0.8 M"
+
+
+def test_the_gpus_lines_run_on_a_cpu_too(monkeypatch, small_config):
+    monkeypatch.setattr(benchmark, "gpt2_shape", lambda preset: small_config)
+    lines = benchmark.gpu_lines(small_plan(rounds=1), device="cpu", compiled=False, sizes={"tiny": dict(batch_size=2, context_length=16)})
+    assert len(lines) == 5 and all(one["name"].startswith("GPU, tiny") for one in lines)
+    import torch
+
+    if not torch.cuda.is_available():
+        assert benchmark.gpu_lines(small_plan())[0]["ours"]["missing"] == "this machine has no GPU"
+
+
+@pytest.fixture
+def some_text(tmp_path) -> Path:
+    import random
+
+    draw, words = random.Random(0), "the cat sat on a mat and saw one red hat by the old oak tree near our small house".split()
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(" ".join(draw.choices(words, k=9)) for _ in range(900)), encoding="utf-8")
+    return path
+
+
+def test_the_gpus_time_to_loss_runs_on_a_cpu_too(some_text):
+    model = dict(d_model=16, n_layers=1, n_heads=2, context_length=16)
+    training = dict(max_steps=6, batch_size=2, warmup_steps=0, eval_every=2, eval_batches=2, device="cpu", checkpoint_every=0)
+    reached, = benchmark.gpu_training_loss(small_plan(text=some_text), model, training, loss=9.0)
+    assert reached["ours"]["median"] > 0 and reached["met"] is None and "Best validation loss" in reached["note"]
+    missed, = benchmark.gpu_training_loss(small_plan(text=some_text), model, training, loss=0.1)
+    assert "its best validation loss was" in missed["ours"]["missing"]
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "no GPU" in benchmark.gpu_training_loss(small_plan(text=some_text))[0]["ours"]["missing"]
+
+
+def test_seconds_until_a_loss():
+    history = [dict(seconds=1.0, val_loss=None), dict(seconds=2.0, val_loss=3.0), dict(seconds=3.0, val_loss=1.5), dict(seconds=4.0, val_loss=1.4)]
+    assert benchmark.seconds_until(history, 1.5) == 3.0 and benchmark.seconds_until(history, 1.0) is None
+
+
+@pytest.mark.parametrize("preset", ["nano", "gpt2"])
+def test_generation_is_compared_at_equal_texts(small_config, preset):
+    pytest.importorskip("transformers")
+    lines = benchmark.generation_of(small_plan(large=True, quick=False, rounds=1), preset, small_config.replace(context_length=64))
+    same = [one["conditions"] for one in lines if one["conditions"]]
+    assert len(same) == 2 and all(value is True for conditions in same for value in conditions.values())
+    assert all(one["ratio"] for one in lines), [one for one in lines if not one["ratio"]]
+    assert ("batch 1, greedy, int8" in " ".join(names_of(lines))) == (preset == "gpt2") and len(lines) == (10 if preset == "gpt2" else 6)
+
+
+def test_generation_without_transformers(small_config, no_transformers):
+    lines = benchmark.generation_of(small_plan(), "tiny", small_config.replace(context_length=64))
+    assert all(one["ratio"] is None and one["met"] is None for one in lines[:-1]) and lines[-1]["ratio"]
+
+
+def test_a_writer_that_writes_too_little_is_no_rival(small_config):
+    import torch
+
+    runs = benchmark.writing_speeds({"theirs": lambda ids, n, sampled: ids}, torch.zeros(1, 4, dtype=torch.long), 5, 1)
+    assert "where (1, 8) was asked for" in runs["theirs"]
+
+
+def test_tokenizers_are_compared_at_equal_merges_and_ids(some_text):
+    pytest.importorskip("tokenizers")
+    lines = benchmark.tokenizer_lines(small_plan(text=some_text, rounds=1))
+    assert names_of(lines)[:2] == ["training", "encoding"] and all(value is True for one in lines for value in one["conditions"].values())
+    assert all(one["ratio"] for one in lines)
+
+
+def test_tokenizers_without_the_rival(some_text, no_transformers, monkeypatch):
+    monkeypatch.setattr(benchmark, "stream_lines", lambda *options: [])
+    training, encoding, textbook = benchmark.tokenizer_lines(small_plan(text=some_text, rounds=1))
+    for one in (training, encoding):
+        assert one["ratio"] is None and one["met"] is None and all(peer["missing"] == "tokenizers is not installed" for peer in one["peers"])
+    assert textbook["ratio"]
+
+
+def fake_runs(seconds: dict[str, float], losses: dict[str, float | None]):
+    order = []
+
+    def run(name: str, plan: Plan, seed: int) -> dict:
+        order.append((name, seed))
+        return {"seconds": seconds[name] + seed * 0.1, "val_loss": losses[name]}
+
+    return run, order
+
+
+SECONDS = {"plain": 4.0, "ngrams": 1.0, "documented": 100.0, "hf": 120.0, "tuned": 60.0, "hf tuned": 70.0, "minute": 55.0}
+LOSSES = {"plain": 1.85, "ngrams": 1.86, "documented": 1.868, "hf": 1.861, "tuned": 1.86, "hf tuned": 1.85, "minute": 1.59}
+
+
+def test_sprints_run_between_the_references():
+    pytest.importorskip("transformers")
+    run, order = fake_runs(SECONDS, LOSSES)
+    lines = benchmark.training_loss(make_plan(), run)
+    assert [name for name, _ in order] == ["plain", "ngrams", "documented", "plain", "ngrams", "hf", "plain", "ngrams", "tuned", "hf tuned", "minute"]
+    assert [seed for name, seed in order if name == "plain"] == [0, 1, 2] and {seed for name, seed in order if name in ("hf", "minute")} == {0}
+    assert [round(one["ratio"]["median"], 1) for one in lines] == [24.4, 14.6, 90.9, 54.5, 1.1] and all(one["met"] for one in lines)
+    assert lines[0]["against"].startswith("as documented, our Trainer") and "1.868" in lines[0]["against"]
+
+
+@pytest.mark.parametrize("losses, met", [(dict(plain=1.869), False), (dict(documented=None), None), (dict(plain=1.868), True)])
+def test_a_sprint_that_stops_short_of_the_loss_does_not_count(losses, met):
+    run, _ = fake_runs(SECONDS, LOSSES | losses)
+    assert benchmark.training_loss(make_plan(), run)[0]["met"] is met
+
+
+@pytest.mark.parametrize("seconds, loss, met", [(59.9, 1.599, True), (60.1, 1.5, False), (50.0, 1.6, False)])
+def test_the_minute_needs_both(seconds, loss, met):
+    run, _ = fake_runs(SECONDS | dict(minute=seconds), LOSSES | dict(minute=loss))
+    assert benchmark.training_loss(make_plan(), run)[-1]["met"] is met
+
+
+def test_time_to_loss_without_transformers_and_with_one_that_fails(no_transformers, monkeypatch):
+    run, order = fake_runs(SECONDS, LOSSES)
+    lines = benchmark.training_loss(make_plan(), run)
+    assert not any(name.startswith("hf") for name, _ in order) and "transformers is not installed" in format_section(dict(title="", setting="", lines=lines))
+    monkeypatch.setattr("transformer_llm.peers.why_missing", lambda name: None)
+
+    def fails(name, plan, seed):
+        if name.startswith("hf"):
+            raise AttributeError("no such thing in this version")
+        return run(name, plan, seed)
+
+    lines = benchmark.training_loss(make_plan(), fails)
+    assert lines[0]["met"] is True and any("it failed with AttributeError" in peer.get("missing", "") for peer in lines[0]["peers"])
+
+
+def test_the_quick_form_scales_its_references(some_text):
+    pytest.importorskip("transformers")
+    plan = small_plan(text=some_text, reference_steps=2)
+    for name in benchmark.REFERENCES:
+        run = benchmark.run_once(name, plan, 0)
+        assert run["val_loss"] is None and run["seconds"] > 0
+
+
+def test_a_sprint_runs_whole(some_text):
+    run = benchmark.run_once("ngrams", small_plan(text=some_text), 0)
+    assert 0 < run["val_loss"] < 4 and run["seconds"] > 0
+
+
+def test_a_program_of_its_own():
+    assert benchmark.fresh_process("import sys; print('noise'); print(sys.argv[1])", "2.5") == 2.5
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        benchmark.fresh_process("1 / 0")
+
+
+def test_peak_of_memory_is_the_process_own():
+    big = bytearray(300_000_000)  # the parent's size is not the child's
+    assert benchmark.fresh_process(benchmark.PEAK + "print(peak())") < 150_000_000 < len(big)
+    grown = benchmark.fresh_process(benchmark.PEAK + "before = peak(); x = bytearray(50_000_000); print(peak() - before)")
+    assert 45_000_000 < grown < 60_000_000
+
+
+def test_start_up_and_memory(monkeypatch):
+    monkeypatch.setattr(benchmark, "MEMORY_CASES", {"demo": ("demo", 2, 16, "float32", False), "demo, checkpointing": ("demo", 2, 16, "float32", True)})
+    lines = benchmark.start_up_lines(small_plan(rounds=1)) + benchmark.memory_lines(small_plan())
+    assert len(lines) == 7 and all(one["ours"]["median"] > 0 for one in lines)

@@ -1054,18 +1054,19 @@ def tokenizer_lines(plan: Plan) -> list[dict]:
 
         return run
 
-    reference = BPETokenizer.train(text, TOKENIZER_SIZE)
+    size = min(TOKENIZER_SIZE, 257 + len(learn_merges(count_words([text], [END]), TOKENIZER_SIZE)))  # a short text gives fewer
+    reference, n_merges = BPETokenizer.train(text, size), min(TEXTBOOK_MERGES, len(learn_merges(count_words([few], [END]), TEXTBOOK_MERGES)))
 
     def empty_ours() -> BPETokenizer:
         return BPETokenizer(reference.vocab, reference.merges, reference.special_tokens)
 
-    training = {"ours": keep("train", lambda: lambda: BPETokenizer.train(text, TOKENIZER_SIZE)),
-                "tokenizers, the text whole": missing or keep("whole", lambda: lambda: rust_training([text], TOKENIZER_SIZE)),
-                "tokenizers, in pieces, all cores": missing or keep("pieces", lambda: lambda: rust_training(pieces, TOKENIZER_SIZE))}
+    training = {"ours": keep("train", lambda: lambda: BPETokenizer.train(text, size)),
+                "tokenizers, the text whole": missing or keep("whole", lambda: lambda: rust_training([text], size)),
+                "tokenizers, in pieces, all cores": missing or keep("pieces", lambda: lambda: rust_training(pieces, size))}
     encoding = {"ours": keep("ids", lambda: partial(empty_ours().encode, text)),
                 "tokenizers, the text whole": missing or keep("whole ids", lambda: lambda rust=rust_encoder(reference): rust.encode(text).ids),
                 "tokenizers, in pieces": missing or keep("piece ids", lambda: lambda rust=rust_encoder(reference): [i for one in rust.encode_batch_fast(pieces) for i in one.ids])}
-    textbook = {"ours": lambda: learn_merges(count_words([few], [END]), TEXTBOOK_MERGES), "the textbook": lambda: textbook_merges(few, TEXTBOOK_MERGES)}
+    textbook = {"ours": lambda: learn_merges(count_words([few], [END]), n_merges), "the textbook": lambda: textbook_merges(few, n_merges)}
     textbook = {name: keep(name, lambda form=form: form) for name, form in textbook.items()}
 
     def compare(name: str, forms: Mapping, at_least: float | None, conditions: Mapping | Callable) -> dict:
@@ -1076,8 +1077,8 @@ def tokenizer_lines(plan: Plan) -> list[dict]:
     merges = [(visible(a), visible(b)) for a, b in reference.merges]
     lines = [compare("training", training, 1 / 5, lambda: {"the merges are the same": rust_merges(kept["whole"]) == merges if "whole" in kept else None}),
              compare("encoding", encoding, 1 / 4, lambda: {"the ids are the same": kept["whole ids"] == kept["ids"] == kept["piece ids"] if "piece ids" in kept else None}),
-             compare(f"training, a textbook's way, {TEXTBOOK_MERGES} merges", textbook, None, lambda: {"the merges are the same": kept["ours"] == kept["the textbook"]})]
-    return lines + stream_lines(plan, text)
+             compare(f"training, a textbook's way, {n_merges} merges", textbook, None, lambda: {"the merges are the same": kept["ours"] == kept["the textbook"]})]
+    return lines + stream_lines(plan, text, size)
 
 
 PEAK = """
@@ -1094,10 +1095,10 @@ def peak():
 STREAM = PEAK + """
 from transformer_llm.dataset import read_chunks
 from transformer_llm.tokenizer import BPETokenizer, load_tokenizer
-task, text, tokenizer = sys.argv[1:]
+task, text, tokenizer, size = sys.argv[1:]
 before = peak()
 if task == "training":
-    BPETokenizer.train([read_chunks(text)], 8192).save(tokenizer)
+    BPETokenizer.train([read_chunks(text)], int(size)).save(tokenizer)
 else:
     for _ in load_tokenizer(tokenizer).encode_iterable(read_chunks(text)):
         pass
@@ -1105,7 +1106,7 @@ print(peak() - before)
 """
 
 
-def stream_lines(plan: Plan, text: str) -> list[dict]:
+def stream_lines(plan: Plan, text: str, size: int) -> list[dict]:
     "The memory that a fresh process takes for a long file against that for a tenth of it: 1 means that the length doesn't matter."
     if importlib.util.find_spec("resource") is None:  # Windows
         return [line("memory of a stream", figure("a long file", "this system doesn't tell a process's peak of memory"), [], unit="bytes")]
@@ -1116,7 +1117,7 @@ def stream_lines(plan: Plan, text: str) -> list[dict]:
             path = Path(folder) / f"{megabytes}.txt"
             path.write_bytes(b"\n".join([data] * math.ceil(megabytes * 1e6 / len(data))))
             for task in ("training", "encoding"):
-                found[task, megabytes] = fresh_process(STREAM, task, str(path), str(Path(folder) / "tokenizer.json"))
+                found[task, megabytes] = fresh_process(STREAM, task, str(path), str(Path(folder) / "tokenizer.json"), str(size))
     return [line(f"memory of {task}, {large} against {small} MB", figure(f"{large} MB", [found[task, large]]), [figure(f"{small} MB", [found[task, small]])],
                  unit="bytes", better="lower", within=0.1) for task in ("training", "encoding")]
 
