@@ -41,8 +41,13 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
+from jaxtyping import Int
+from torch import Tensor
+
 from .foundations import InputError, check_choice, check_range, os_error_sentence, read_json, sha256_of, write_json
 from .plots import Axes
+from .training import TrainingConfig
+from .transformer import GPT, GPTConfig
 
 # %% ../nbs/87_benchmark.ipynb #87-010
 def failure(error: Exception) -> str:
@@ -654,8 +659,7 @@ def gpu_training_loss(plan: Plan, model: Mapping = GPU_RECIPE, training: Mapping
     from transformer_llm.dataset import TokenData
     from transformer_llm.foundations import set_seed
     from transformer_llm.peers import read_characters
-    from transformer_llm.training import Trainer, TrainingConfig
-    from transformer_llm.transformer import GPT, GPTConfig
+    from transformer_llm.training import Trainer
 
     name = f"to loss {loss:g}"
     if training["device"] == "cuda" and not torch.cuda.is_available():
@@ -678,14 +682,14 @@ QUICK_SIZES = {"tiny": dict(batch_size=8, context_length=256), "gpt2": dict(batc
 GPU_SIZES = {"tiny": dict(batch_size=64, context_length=256), "gpt2": dict(batch_size=8, context_length=1024)}
 
 
-def gpt2_shape(preset: str, **changes):
+def gpt2_shape(preset: str, **changes) -> GPTConfig:
     "A preset's sizes with GPT-2's parts, which is the shape that all peers can hold."
-    from transformer_llm.transformer import GPT2_STYLE, GPTConfig
+    from transformer_llm.transformer import GPT2_STYLE
 
     return GPTConfig.preset(preset, **GPT2_STYLE | dict(qk_norm=False, zero_init_residual=False, d_ff=None) | changes)
 
 
-def size_in_words(config) -> str:
+def size_in_words(config: GPTConfig) -> str:
     "`6.9 M`: a model's parameters, without building it."
     from transformer_llm.pretrained import parameter_shapes
 
@@ -707,9 +711,9 @@ class Learner:
 
 def our_learner(
     kind: type,  # `Trainer` or a subclass
-    model,  # Learners may share it
+    model: GPT,  # Learners may share it
     tokens,
-    settings,  # A `TrainingConfig`
+    settings: TrainingConfig,
 ) -> Learner:
     "A trainer of this book on given tokens."
     current = {}
@@ -724,9 +728,9 @@ def our_learner(
 
 def their_learners(
     make: Callable,  # From our model to (theirs, its logits)
-    model,
+    model: GPT,
     tokens,
-    settings,
+    settings: TrainingConfig,
 ) -> dict[str, Learner]:
     "A peer in its plain loop, in float32 and under bfloat16 autocast. Both share one model, to save memory."
     from transformer_llm.peers import PlainLoop
@@ -753,11 +757,11 @@ def peer_makers(compiled: bool = False) -> dict[str, Callable | str]:
 
     speed_up = torch.compile if compiled else lambda function: function
 
-    def of_transformers(model):
+    def of_transformers(model: GPT) -> tuple:
         theirs = hf_gpt2(model)
         return theirs, speed_up(partial(hf_logits, theirs))
 
-    def of_torch(model):
+    def of_torch(model: GPT) -> tuple:
         theirs = EncoderLM(model)
         return theirs, speed_up(theirs)
 
@@ -768,7 +772,7 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # By what share losses of the 
 AUTOCAST = {"float32": "float32", "bfloat16": "autocast"}  # What a peer's precision is called
 
 
-def make_learners(model, tokens, settings, compiled: bool = False) -> dict[str, Learner | str]:
+def make_learners(model: GPT, tokens, settings: TrainingConfig, compiled: bool = False) -> dict[str, Learner | str]:
     "Everything that is trained: ours and the peers', by name, or why one can't be."
     from transformer_llm.performance import FastTrainer
     from transformer_llm.training import Trainer
@@ -809,14 +813,12 @@ def same_losses(losses: Mapping[str, list[float] | str], names: Iterable[str], d
     return {f"the first {len(plain)} losses are those of the plain Trainer (largest difference {largest:.1e} of them)": largest <= TOLERANCES[dtype]}
 
 
-def training_runs(plan: Plan, config, batch_size: int, context_length: int, *, steps: int, rounds: int, device: str = "cpu", compiled: bool = False) -> tuple[dict, dict]:
+def training_runs(plan: Plan, config: GPTConfig, batch_size: int, context_length: int, *, steps: int, rounds: int, device: str = "cpu", compiled: bool = False) -> tuple[dict, dict]:
     "Tokens a second of every learner in turn, with what matrix products reach at most, and the learners' first losses."
     import torch
 
     from transformer_llm.foundations import set_seed
     from transformer_llm.performance import matmul_peak
-    from transformer_llm.training import TrainingConfig
-    from transformer_llm.transformer import GPT
 
     generator = set_seed(plan.seed)
     model = GPT(config).to(device)
@@ -839,7 +841,7 @@ def training_runs(plan: Plan, config, batch_size: int, context_length: int, *, s
     return measure(forms, rounds, warm_up=0, theirs=theirs), losses
 
 
-def training_lines(title: str, config, runs: Mapping, losses: Mapping, context_length: int) -> list[dict]:
+def training_lines(title: str, config: GPTConfig, runs: Mapping, losses: Mapping, context_length: int) -> list[dict]:
     "The lines of one size: our bfloat16 against both precisions of the peers, our float32 against theirs, and the plain Trainer."
     from transformer_llm.performance import utilisation
 
@@ -899,7 +901,7 @@ INT8_GOAL, BOUND_GOAL = 4.5, 1 / 1.5
 PROMPT = 32
 
 
-def decoders(model, dtypes: Iterable[str]) -> dict[str, Callable]:
+def decoders(model: GPT, dtypes: Iterable[str]) -> dict[str, Callable]:
     "Our decoders of a model, by precision."
     import torch
 
@@ -908,13 +910,13 @@ def decoders(model, dtypes: Iterable[str]) -> dict[str, Callable]:
     return {dtype: Decoder(model, dtype=dtype if dtype == "int8" else getattr(torch, dtype)) for dtype in dtypes}
 
 
-def writers(model, ours: Mapping) -> dict[str, Callable | str]:
+def writers(model: GPT, ours: Mapping) -> dict[str, Callable | str]:
     "What writes: from (prompts, number of tokens, sampled or not) to prompts with the tokens behind them; or why it can't be."
     import torch
 
     from transformer_llm.peers import hf_generate, hf_gpt2, why_missing
 
-    def writes(decoder) -> Callable:
+    def writes(decoder: GPT) -> Callable:
         return lambda ids, n, sampled=False: decoder.generate(ids, n, temperature=1.0 if sampled else 0.0, generator=0)
 
     found = {f"Decoder, {dtype}": writes(decoder) for dtype, decoder in ours.items()}
@@ -925,7 +927,7 @@ def writers(model, ours: Mapping) -> dict[str, Callable | str]:
     return found
 
 
-def plain_writer(model) -> Callable:
+def plain_writer(model: GPT) -> Callable:
     "The plain form: every token reads the whole text again."
     from transformer_llm.generation import generate
 
@@ -934,7 +936,7 @@ def plain_writer(model) -> Callable:
 
 def writing_speeds(
     forms: Mapping[str, Callable | str],  # From `writers`
-    ids,  # The prompts
+    ids: Int[Tensor, "batch seq"],  # The prompts
     new_tokens: int,
     rounds: int,
     sampled: bool = False,
@@ -956,19 +958,18 @@ def writing_speeds(
     return measure(ready | dict(besides or {}), rounds, warm_up=0, theirs=theirs)
 
 
-def same_tokens(model, forms: Mapping[str, Callable | str], ids, new_tokens: int = 24) -> dict[str, bool | None]:
+def same_tokens(model: GPT, forms: Mapping[str, Callable | str], ids: Int[Tensor, "batch seq"], new_tokens: int = 24) -> dict[str, bool | None]:
     "As a condition: whether our decoder in float32 writes what the plain form writes, greedily."
     equal = [plain_writer(model)(ids, new_tokens, sampled).equal(forms["Decoder, float32"](ids, new_tokens, sampled)) for sampled in (False, True)]
     return {"the decoder writes what the plain form writes, greedy and sampled": all(equal)}
 
 
-def generation_of(plan: Plan, preset: str, config) -> list[dict]:
+def generation_of(plan: Plan, preset: str, config: GPTConfig) -> list[dict]:
     "The lines of one size."
     import torch
 
     from transformer_llm.decoding import bytes_per_token, memory_bandwidth
     from transformer_llm.foundations import set_seed
-    from transformer_llm.transformer import GPT
 
     generator, large = set_seed(plan.seed), preset == "gpt2"
     model = GPT(config).eval()
@@ -1157,8 +1158,6 @@ def training_steps(preset: str, batch_size: int, seq: int, dtype: str, checkpoin
     import torch
 
     from transformer_llm.performance import FastTrainer
-    from transformer_llm.training import TrainingConfig
-    from transformer_llm.transformer import GPT, GPTConfig
 
     config = GPTConfig.preset(preset)
     settings = TrainingConfig(batch_size=batch_size, context_length=seq, dtype=dtype, device="cpu")
@@ -1180,7 +1179,6 @@ print(peak() - before)
 def memory_lines(plan: Plan) -> list[dict]:
     "Chapter 11's formula for the memory of training against the tensors counted in a run, and against a fresh process's growth."
     from transformer_llm.performance import measure_peak_memory, peak_training_memory
-    from transformer_llm.transformer import GPTConfig
 
     lines, tells = [], importlib.util.find_spec("resource") is not None
     for name, (preset, batch, seq, dtype, checkpointing) in MEMORY_CASES.items():

@@ -16,6 +16,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -112,7 +113,7 @@ class PlainLoop:
     def __init__(
         self,
         model: nn.Module,
-        logits,  # From ids (batch seq) to logits (batch seq vocab)
+        logits: Callable,  # From ids (batch seq) to logits (batch seq vocab)
         tokens,  # The training text, as for `random_batch`
         config: TrainingConfig,  # Batches, learning rate (held constant), clipping, decay, precision and seed
     ):
@@ -167,7 +168,7 @@ def read_characters(path: str | Path) -> tuple[Int[Tensor, "..."], Int[Tensor, "
 
 @torch.inference_mode()
 def plain_evaluation(
-    logits,  # From ids (batch seq) to logits (batch seq vocab)
+    logits: Callable,  # From ids (batch seq) to logits (batch seq vocab)
     tokens: Int[Tensor, "tokens"],
     context_length: int,
     batch_size: int = 128,
@@ -206,7 +207,8 @@ def hf_reference(
     limit: int | None = None,  # Stop after so many steps, to measure how long one takes; the loss is then None
 ) -> dict:
     "nanoGPT's CPU recipe as transformers' GPT-2 in a plain loop: validation loss, seconds of everything but the imports, and of the evaluation in them."
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401  (before the clock starts)
+    import torch._dynamo  # PyTorch itself imports it when the first optimizer is made; imports don't count
+    import transformers.models.gpt2.modeling_gpt2
 
     start = time.perf_counter()
     torch.manual_seed(seed)
@@ -271,7 +273,7 @@ def rust_encoder(reference: BPETokenizer, cache: int = 2**17):
     return theirs
 
 
-def rust_merges(theirs) -> list[tuple[str, str]]:
+def rust_merges(theirs: object) -> list[tuple[str, str]]:
     "The merges of a tokenizer of the Rust library, as its file writes them."
     return [tuple(merge) for merge in json.loads(theirs.to_str())["model"]["merges"]]
 
