@@ -1,0 +1,150 @@
+"""Make data/sprint.json, the runs that chapter 12 shows: python book/sprint_runs.py [PART ...], PART of: final ladder leave_out counts.
+
+Each run is written as soon as it is there, and one that is there already is not made again (delete the file to begin anew). Let nothing
+else run on the machine meanwhile.
+"""
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from transformer_llm.dataset import load_shakespeare
+from transformer_llm.foundations import read_json, write_json
+from transformer_llm.sprint import NGRAMS, PLAIN, RECIPES, TUNED, count_loss, run_recipe
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "data" / "sprint.json"
+THREADS = 2
+SEEDS = {name: 3 for name in RECIPES} | {"five-minutes": 1, "minute": 1, "minute-plain": 1}
+GRID = [round(20 * 1.15**i) for i in range(34)]  # numbers of steps that the ladder tries
+
+# Each rung changes the one before it: (name, about, changes, the first number of steps to try).
+RUNGS = [
+    ("linear", "the rate falls in a line to zero", dict(training=dict(schedule="linear", min_lr_fraction=0.0)), 1200),
+    ("muon", "Muon moves the matrices", dict(training=dict(optimizer="muon", muon_learning_rate=0.03, weight_decay=0.0)), 700),
+    ("rotary", "rotary positions", dict(model=dict(position="rotary", rope_interleaved=True, rope_base=100.0)), 500),
+    ("zero", "what is added starts at zero", dict(model=dict(zero_init_residual=True)), 450),
+    ("qk-norm", "queries and keys are normalised", dict(model=dict(qk_norm=True)), 430),
+    ("relu2", "RMSNorm and ReLU²", dict(model=dict(norm="rmsnorm", activation="relu2")), 400),
+    ("output", "an output matrix of its own, from zero; larger embeddings and rates; fewer passes",
+     dict(model=dict(tied_embeddings=False, init_std=0.3), sprint=True, training=dict(learning_rate=0.02, muon_learning_rate=0.06, grad_clip=0.0)), 330),
+    ("shift", "the previous token's embedding is mixed in", dict(token_shift=True), 280),
+    ("small", "a sixteenth of the weights, three times the tokens a step",
+     dict(model=PLAIN.model, training=PLAIN.training.to_dict(), momentum=PLAIN.momentum), 150),
+    ("ngrams", "a table of hashed pairs to fives, and half the width",
+     dict(model=NGRAMS.model, training=NGRAMS.training.to_dict(), ngrams=NGRAMS.ngrams), 30),
+]
+
+LEFT_OUT = [
+    ("everything", {}),
+    ("AdamW in Muon's place", dict(training=dict(optimizer="adamw", learning_rate=0.01))),
+    ("constant rate", dict(training=dict(schedule="constant"))),
+    ("no zero start", dict(model=dict(zero_init_residual=False))),
+    ("no previous token", dict(token_shift=False)),
+    ("embeddings of size 0.02", dict(model=dict(init_std=0.02))),
+    ("rotary base 10,000", dict(model=dict(rope_base=10000.0))),
+    ("rates ten times larger", dict(training=dict(learning_rate=0.5, muon_learning_rate=0.6))),
+]
+
+
+def load() -> dict:
+    return read_json(FILE) if FILE.exists() else {"machine": machine(), "final": [], "ladder": [], "leave_out": [], "counts": []}
+
+
+def machine() -> dict:
+    return {"processor": platform.processor() or platform.machine(), "threads": THREADS, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def keep(part: str, result: dict) -> None:
+    runs = load()
+    runs[part].append({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()})
+    write_json(FILE, runs)
+    print(part, {key: value for key, value in result.items() if key != "curve"}, flush=True)
+
+
+def busy() -> float | None:
+    "Seconds that all processors together have worked since the machine started, where the system tells."
+    try:
+        user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def undisturbed(make) -> dict:
+    "The run, made up to three times until other processes took under 5 % of the machine; the least disturbed one, with that share as `others`."
+    best = None
+    for _ in range(3):
+        before, own, start = busy(), time.process_time(), time.perf_counter()
+        result = make()
+        seconds = time.perf_counter() - start
+        if before is not None:
+            result["others"] = max(0.0, (busy() - before - (time.process_time() - own)) / (seconds * os.cpu_count()))
+        if best is None or result.get("others", 0.0) < best.get("others", 0.0):
+            best = result
+        if best.get("others", 0.0) < 0.05 or seconds > 40:
+            break
+    return best
+
+
+def once(part: str, name: str, make, **about) -> dict:
+    "The run of this name and these particulars, made now unless it is there."
+    for run in load()[part]:
+        if run["name"] == name and all(run.get(key) == value for key, value in about.items()):
+            return run
+    keep(part, undisturbed(make) | {"name": name} | about)
+    return load()[part][-1]
+
+
+def final(path: Path, names=None) -> None:
+    "Seeds outside, recipes inside: what disturbs the machine for a while disturbs all of them."
+    for seed in range(3):
+        for name in names or RECIPES:
+            if seed < SEEDS[name]:
+                once("final", name, lambda: run_recipe(RECIPES[name], path, seed, threads=THREADS), seed=seed)
+
+
+def target() -> float:
+    losses = [run["val_loss"] for run in load()["final"] if run["name"] == "documented"]
+    return sum(losses) / len(losses)
+
+
+def ladder(path: Path) -> None:
+    recipe, goal = TUNED, target()
+    for name, about, changes, guess in RUNGS:
+        recipe = recipe.change(name, about, **changes)
+        tried: dict[int, float] = {}
+        place = min(range(len(GRID)), key=lambda i: abs(GRID[i] - guess))
+        while True:
+            steps = GRID[place]
+            attempt = recipe.change(name, about, training=dict(max_steps=steps))
+            every = max(1, steps // 12)
+            run = once("ladder", name, lambda: run_recipe(attempt, path, 0, threads=THREADS, eval_every=every, eval_tokens=64 * 500), steps=steps, about=about)
+            tried[place] = run["val_loss"]
+            place += -1 if tried[place] <= goal else 1
+            if place in tried or not 0 <= place < len(GRID):
+                break
+
+
+def leave_out(path: Path) -> None:
+    for seed in range(3):
+        for name, changes in LEFT_OUT:
+            recipe = PLAIN.change(name, name, **changes)
+            once("leave_out", name, lambda: run_recipe(recipe, path, seed, threads=THREADS), seed=seed)
+
+
+def counts(path: Path) -> None:
+    for order in range(1, 7):
+        once("counts", f"{order}-grams", lambda: count_loss(path, order), order=order)
+
+
+if __name__ == "__main__":
+    path = load_shakespeare(ROOT / "data" / "shakespeare.txt", progress=False)
+    parts = {"final": final, "ladder": ladder, "leave_out": leave_out, "counts": counts}
+    for argument in sys.argv[1:] or parts:
+        part, _, names = argument.partition("=")
+        parts[part](path, *([names.split(",")] if names else []))
