@@ -11,13 +11,13 @@ __all__ = ['MULTIPLIERS', 'FIXED', 'DOCUMENTED', 'TUNED', 'PLAIN', 'NGRAMS', 'UN
 # %% ../nbs/12_sprint.ipynb #12-006
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,14 +75,14 @@ class _Normalise(torch.autograd.Function):
     "x over its root mean square; keeps only the result and one number a vector."
 
     @staticmethod
-    def forward(ctx, x: Float[Tensor, "*axes width"], eps: float) -> Float[Tensor, "*axes width"]:
+    def forward(ctx: object, x: Float[Tensor, "*axes width"], eps: float) -> Float[Tensor, "*axes width"]:
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: object, grad: Float[Tensor, "*axes width"]) -> tuple[Float[Tensor, "*axes width"], None]:
         y, scale = ctx.saved_tensors
         return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale), None
 
@@ -91,13 +91,13 @@ class _ReluSquared(torch.autograd.Function):
     "max(0, x)², overwriting x; keeps max(0, x)."
 
     @staticmethod
-    def forward(ctx, x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    def forward(ctx: object, x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         x = x.relu_()
         ctx.save_for_backward(x)
         return x * x
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: object, grad: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         return (grad * ctx.saved_tensors[0]).mul_(2)
 
 
@@ -139,8 +139,12 @@ class RowAdagrad(torch.optim.Optimizer):
                 self.state[p] = {"squares": torch.full((len(p),), eps, device=p.device)}
 
     @torch.no_grad()
-    def step(self, closure=None):
-        "Move the rows that have a gradient."
+    def step(self, closure: Callable | None = None):
+        "Move the rows that have a gradient; returns the closure's loss, if there is one."
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -151,6 +155,7 @@ class RowAdagrad(torch.optim.Optimizer):
                 squares.index_add_(0, rows, values.square().mean(1))
                 values = values * squares[rows].rsqrt()[:, None]
                 p.add_(torch.sparse_coo_tensor(rows[None], values, p.shape, check_invariants=False), alpha=-group["lr"])
+        return loss
 
 # %% ../nbs/12_sprint.ipynb #12-047
 class RememberingCache(KVCache):
@@ -230,7 +235,13 @@ class SprintGPT(GPT):
     def _shift(self, x: Float[Tensor, "batch seq d_model"], before: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
         return x if self.previous is None else torch.addcmul(x, before, self.previous.to(x.dtype))
 
-    def _start(self, ids, attention_mask, positions, cache) -> tuple[Float[Tensor, "batch seq d_model"], Mask | None, Rotate | None]:
+    def _start(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        attention_mask: Bool[Tensor, "batch keys"] | None,
+        positions: Int[Tensor, "..."] | None,
+        cache: list[KVCache] | None,
+    ) -> tuple[Float[Tensor, "batch seq d_model"], Mask | None, Rotate | None]:
         _, mask, rotate = super()._start(ids, attention_mask, positions, cache)
         if cache is None and attention_mask is None:
             x = self._embed(ids)
@@ -250,7 +261,14 @@ class SprintGPT(GPT):
         x = x * (known >= 0)[..., None]
         return self._shift(x[:, reach:], x[:, reach - 1 : -1]), mask, rotate
 
-    def hidden_states(self, ids, *, attention_mask=None, positions=None, cache=None) -> Float[Tensor, "batch seq d_model"]:
+    def hidden_states(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        *,
+        attention_mask: Bool[Tensor, "batch keys"] | None = None,
+        positions: Int[Tensor, "..."] | None = None,
+        cache: list[KVCache] | None = None,
+    ) -> Float[Tensor, "batch seq d_model"]:
         "As `GPT.hidden_states`; without a cache, a mask or positions by a way of fewer passes over memory."
         if cache is not None or attention_mask is not None or positions is not None:
             return super().hidden_states(ids, attention_mask=attention_mask, positions=positions, cache=cache)
@@ -275,7 +293,7 @@ class SprintGPT(GPT):
 
 # %% ../nbs/12_sprint.ipynb #12-051
 @torch.no_grad()
-def evaluate_all(model, tokens: Int[Tensor, "tokens"], batch_size: int = 32) -> float:
+def evaluate_all(model: nn.Module, tokens: Int[Tensor, "tokens"], batch_size: int = 32) -> float:
     "Mean loss a token over a whole text in nats, in windows side by side: each token but the first is a target once."
     length, total, was_training = model.config.context_length, 0.0, model.training
     model.eval()
