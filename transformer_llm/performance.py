@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -63,18 +64,24 @@ def utilisation(
 
 # %% ../nbs/11_fast.ipynb #11-019
 class _Packed:
-    "Some masters side by side in one matrix or vector of another dtype, and a place for its gradient."
+    "Some masters side by side in one matrix or vector of another dtype, and a place for its gradient. A lone master of that dtype is used as it is."
 
-    def __init__(self, masters: Sequence[nn.Parameter], dtype: torch.dtype):
+    def __init__(self, masters: Sequence[nn.Parameter], dtype: torch.dtype, *, gradient: bool = True):
         self.masters, first, sizes = list(masters), masters[0], [len(m) for m in masters]
         new = lambda dtype: torch.zeros((sum(sizes), *first.shape[1:]), dtype=dtype, device=first.device)
-        self.value, self.grad = new(dtype), new(dtype)
-        self.wide = self.grad if dtype == first.dtype else new(first.dtype)
-        self.values, self.wides = self.value.split(sizes), self.wide.split(sizes)
+        self.alone = len(masters) == 1 and dtype == first.dtype
+        self.value = first.detach() if self.alone else new(dtype)
+        self.values = [] if self.alone else self.value.split(sizes)
         self.filled, self.shared = False, False  # holds a gradient not collected yet; the masters' gradients are views of it
+        if gradient:
+            self.grad = new(dtype)
+            self.wide = self.grad if dtype == first.dtype else new(first.dtype)
+            self.narrows, self.wides = self.grad.split(sizes), self.wide.split(sizes)
 
     def start(self) -> None:
         "Before a forward pass: has somebody taken the masters' gradients away since they were collected?"
+        if self.alone:
+            self.value = self.masters[0].detach()
         if self.shared and not all(self._is_ours(m, wide) for m, wide in zip(self.masters, self.wides)):
             for master, wide in zip(self.masters, self.wides):
                 master.grad = master.grad.clone() if self._is_ours(master, wide) else master.grad
@@ -91,14 +98,15 @@ class _Packed:
 
     def collect(self) -> None:
         "Hand the gradient over to the masters."
-        parts = zip(self.masters, self.wides, self.grad.split([len(m) for m in self.masters]))
-        for master, wide, narrow in parts if self.filled else ():
+        if not self.filled:
+            return
+        same = self.wide is self.grad
+        for master, wide, narrow in zip(self.masters, self.wides, self.narrows):
             if master.grad is None:
-                master.grad = wide if self.wide is self.grad else wide.copy_(narrow)
-            elif self.wide is not self.grad or not self._is_ours(master, wide):
+                master.grad = wide if same else wide.copy_(narrow)
+            elif not same or not self._is_ours(master, wide):
                 master.grad += narrow
-        self.shared = self.wide is self.grad and all(self._is_ours(m, wide) for m, wide in zip(self.masters, self.wides))
-        self.filled = False
+        self.filled, self.shared = False, same and all(self._is_ours(m, wide) for m, wide in zip(self.masters, self.wides))
 
 
 class _Linear(torch.autograd.Function):
@@ -308,6 +316,16 @@ class _Workspace:
         return stored[:count].view(shape)
 
 
+def _deliver(master: nn.Parameter, grad: Float[Tensor, "vocab d_model"], workspace: _Workspace) -> None:
+    # a gradient as large as the table changes hands without a copy: two places take turns
+    if master.grad is not None:
+        master.grad += grad
+    else:
+        master.grad = grad
+        tensors = workspace.tensors
+        tensors["grad"], tensors["spare"] = tensors.get("spare", torch.empty_like(grad).flatten()), tensors["grad"]
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     "The gradients are computed in the forward pass, chunk by chunk, while the chunk's logits are there."
 
@@ -364,8 +382,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 None if tensor is None else tensor.mul_(grad)
         (hidden, weight, bias), packed = ctx.grads, ctx.packed
         if packed is not None:
-            packed.grad.add_(weight) if packed.holds else packed.grad.copy_(weight)
-            packed.filled, weight = True, None
+            _deliver(packed.masters[0], weight, ctx.workspace)
+            weight = None
         ctx.workspace.taken = False
         return hidden, weight, bias, None, None, None, None
 
@@ -382,6 +400,30 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, None, check_range("chunk", chunk, 1, integer=True), _Workspace())
 
 # %% ../nbs/11_fast.ipynb #11-050
+class _Lookup(torch.autograd.Function):
+    "Rows of a table, whose gradient is added to the rows that were read, and to no others."
+
+    @staticmethod
+    def forward(ctx: object, ids: Int[Tensor, "..."], weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "... columns"]:
+        ctx.ids, ctx.weight = ids, weight
+        return torch.embedding(weight, ids)
+
+    @staticmethod
+    def backward(ctx: object, grad: Float[Tensor, "..."]) -> tuple:
+        if ctx.weight.grad is None:
+            ctx.weight.grad = torch.zeros_like(ctx.weight)
+        ctx.weight.grad.index_add_(0, ctx.ids.flatten(), grad.reshape(-1, grad.shape[-1]).to(ctx.weight.dtype))
+        return None, None
+
+
+class _LeanLookups(TorchFunctionMode):
+    # inside, a model's own embeddings use _Lookup
+    def __torch_function__(self, function: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None) -> object:
+        if function is F.embedding and len(args) == 2 and not kwargs and args[1].is_leaf and args[1].requires_grad and torch.is_grad_enabled():
+            return _Lookup.apply(*args)
+        return function(*args, **(kwargs or {}))
+
+# %% ../nbs/11_fast.ipynb #11-051
 class WorkingCopy:
     """A model's weights packed for speed and kept in another dtype; the model's own stay as they are, and the optimizer moves those.
 
@@ -401,7 +443,7 @@ class WorkingCopy:
         self.model, self.config, self.dtype, self.checkpointing = model, model.config, dtype, checkpointing
         self.chunk = check_range("chunk", chunk, 1, integer=True)
         self.layers = [self._pack(block) for block in model.blocks]
-        self.output = _Packed([model.token_embedding.weight if model.lm_head is None else model.lm_head.weight], dtype)
+        self.output = _Packed([model.token_embedding.weight if model.lm_head is None else model.lm_head.weight], dtype, gradient=False)
         self.packed = [*(packed for layer in self.layers for packed in layer.values() if packed is not None), self.output]
         self._tables: dict = {}
         self._workspace = _Workspace()
@@ -419,8 +461,9 @@ class WorkingCopy:
     def refresh(self) -> None:
         "Copy the masters in: once a step, after the optimizer has moved them."
         self._workspace.taken = False
-        copies = [value for packed in self.packed for value in packed.values]
-        torch._foreach_copy_(copies, [master for packed in self.packed for master in packed.masters])
+        copied = [packed for packed in self.packed if not packed.alone]
+        if copied:
+            torch._foreach_copy_([value for packed in copied for value in packed.values], [master for packed in copied for master in packed.masters])
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
@@ -499,7 +542,8 @@ class WorkingCopy:
 
     def hidden_states(self, inputs: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
         "As `GPT.hidden_states`, in this copy's dtype."
-        x, bias, _ = self.model._start(inputs, None, None, None)
+        with _LeanLookups():
+            x, bias, _ = self.model._start(inputs, None, None, None)
         mask = self._mask(inputs.shape[1], bias)
         for number in range(len(self.layers)):
             if self.checkpointing and torch.is_grad_enabled():
@@ -527,9 +571,11 @@ class WorkingCopy:
         options = targets.flatten(), divisor, self.chunk, self._workspace
         return _ChunkedCrossEntropy.apply(hidden, self.output, self.model.output_bias, *options)
 
-# %% ../nbs/11_fast.ipynb #11-056
+# %% ../nbs/11_fast.ipynb #11-057
 class FusedAdamW(AdamW):
     "Chapter 07's AdamW in one pass over the memory instead of eight; its states have the same names, so that a run can change between the two."
+
+    divisor = 1.0  # of all gradients; above one where they are clipped
 
     def _step_group(self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         for state in states:
@@ -538,12 +584,12 @@ class FusedAdamW(AdamW):
         torch._fused_adamw_(
             params, grads, [s["average"] for s in states], [s["average_square"] for s in states], [], [steps[s["step"]] for s in states],
             lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
-            amsgrad=False, maximize=False)
+            amsgrad=False, maximize=False, grad_scale=None if self.divisor == 1 else torch.tensor(self.divisor, device=params[0].device))
 
 
 FusedAdamW.__name__ = AdamW.__name__  # the name that checkpoints know
 
-# %% ../nbs/11_fast.ipynb #11-059
+# %% ../nbs/11_fast.ipynb #11-060
 class FastTrainer(Trainer):
     "A `Trainer` whose steps use a `WorkingCopy` in the configuration's dtype; its checkpoints are the Trainer's."
 
@@ -567,10 +613,15 @@ class FastTrainer(Trainer):
         batches = [(inputs.to(self.device), targets.to(self.device)) for inputs, targets in batches]
         self.model.zero_grad(set_to_none=True)
         loss = self._accumulate(batches).item()
-        norm = clip_gradients(self.model.parameters(), self.config.grad_clip).item()
+        norm = clip_gradients(self.model.parameters(), 0.0).item()  # measured here, divided where the optimizer reads
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(self._not_finite(f"the loss is {loss:g} and the gradient's norm {norm:g}"))
+        divisor = max(1.0, (norm + 1e-6) / self.config.grad_clip) if self.config.grad_clip else 1.0
         for optimizer in self.optimizers:
+            if isinstance(optimizer, FusedAdamW):
+                optimizer.divisor = divisor
+            elif divisor > 1:
+                torch._foreach_div_([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], divisor)
             optimizer.step()
         self.step += 1
         return loss, norm
@@ -594,7 +645,7 @@ class FastTrainer(Trainer):
         self.copy.refresh()
         return super().evaluate(n_batches)
 
-# %% ../nbs/11_fast.ipynb #11-068
+# %% ../nbs/11_fast.ipynb #11-069
 def working_activations(config: GPTConfig, seq: int, bytes_each: int) -> int:
     "Bytes that a block of a `WorkingCopy` keeps for the backward pass, for each token."
     c, heads = config, config.n_heads + 2 * config.n_kv_heads
@@ -620,9 +671,13 @@ def peak_training_memory(
     size, tokens, rows = (4 if dtype == "float32" else 2), batch_size * seq, min(chunk, batch_size * seq)
     with torch.device("meta"):
         model = GPT(c)
-    numbers, table = sum(p.numel() for p in model.parameters()), c.vocab_size * c.d_model
-    packed = sum(p.numel() for block in model.blocks for name, p in block.named_parameters() if "norm" not in name) + table
-    kept = 3 * 4 * numbers + packed * (2 * size + 4 * (size == 2)) + (size * rows * c.vocab_size + 4 * table) + 2 * table * (size == 2)
+    numbers, table = model.num_parameters(), c.vocab_size * c.d_model
+    numbers_in = lambda part: sum(p.numel() for block in model.blocks for name, p in block.named_parameters() if part in name)
+    blocks = sum(numbers_in(part) for part in ("_proj", "feedforward.up", "feedforward.gate", "feedforward.down"))
+    grouped = sum(numbers_in(part) for part in ("q_proj", "k_proj", "v_proj"))
+    grouped += sum(numbers_in(f"feedforward.{part}") for part in ("gate", "up")) if c.activation == "swiglu" else 0
+    copies = 4 * (grouped + blocks) if size == 4 else 8 * blocks + 4 * table  # copies, their gradients; in bfloat16 these once more, wide
+    kept = 3 * 4 * numbers + copies + 2 * 4 * table + size * rows * c.vocab_size
     block = tokens * working_activations(c, seq, size)
     stream = c.n_layers * tokens * 4 * c.d_model  # what checkpointing keeps
     loss = 6 * rows * c.vocab_size if size == 2 else 0  # the logits in float32, the errors in bfloat16
@@ -631,7 +686,7 @@ def peak_training_memory(
     in_backward = (stream + block if checkpointing else c.n_layers * block) + backward
     return int(kept + tokens * (4 + 2 * size) * c.d_model + max(in_loss, in_backward, 4 * table))
 
-# %% ../nbs/11_fast.ipynb #11-070
+# %% ../nbs/11_fast.ipynb #11-071
 class _MemoryCounter(TorchDispatchMode):
     # sees the result of every operation, the backward pass's included
     def __init__(self):
@@ -664,7 +719,7 @@ def measure_peak_memory(run: Callable[[], object]) -> int:
         run()
     return counter.peak
 
-# %% ../nbs/11_fast.ipynb #11-072
+# %% ../nbs/11_fast.ipynb #11-073
 class _Checkpointed:
     def forward(
         self, x: Float[Tensor, "batch seq d_model"], mask: Mask | None = None, *, rotate: Rotate | None = None, cache: KVCache | None = None
