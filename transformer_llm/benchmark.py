@@ -870,7 +870,8 @@ def training_throughput(plan: Plan) -> list[dict]:
     lines = []
     for preset, sizes in (QUICK_SIZES if plan.quick else TRAINING_SIZES).items():
         config = gpt2_shape(preset)
-        rounds, steps = (plan.long_rounds, 1) if preset == "gpt2" else (plan.rounds, 2)
+        steps = 1 if preset == "gpt2" else 2
+        rounds = plan.long_rounds if preset == "gpt2" and plan.quick else plan.rounds
         runs, losses = training_runs(plan, config, **sizes, steps=steps, rounds=rounds)
         lines += training_lines(f"{preset}, {size_in_words(config)}", config, runs, losses, sizes["context_length"])
     return lines + gpu_lines(plan)
