@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WIDE', 'TINY', 'Function', 'memory_bandwidth', 'FloatMatrix', 'OtherMatrix', 'WideMatrix', 'PackedMatrix',
            'quantise_rows', 'Int8Matrix', 'Int8Embedding', 'pack', 'PackedAttention', 'PackedFeedForward',
-           'PackedBlock', 'rms_function', 'norm_function', 'pairs_of', 'DecoderCache', 'PackedGPT', 'Layer', 'Decoder',
-           'sampler', 'bytes_per_token', 'speed_bound', 'Speculation', 'verify', 'Reader', 'check_pair', 'speculative']
+           'PackedBlock', 'PackedGPT', 'rms_function', 'norm_function', 'pairs_of', 'DecoderCache', 'sampler', 'Layer',
+           'Decoder', 'bytes_per_token', 'speed_bound', 'Speculation', 'verify', 'Reader', 'check_pair', 'speculative']
 
 # %% ../nbs/13_decoding.ipynb #13-006
 import copy
@@ -27,7 +27,7 @@ from .foundations import InputError, check_range
 from .generation import check_prompt, filter_logits, generate, mark_seen, penalise_seen, sample, stream
 from .transformer import GPT, Block, GPTConfig, RMSNorm
 
-# %% ../nbs/13_decoding.ipynb #13-007
+# %% ../nbs/13_decoding.ipynb #13-013
 @torch.inference_mode()
 def memory_bandwidth(
     n_bytes: int = 2**28,  # Read at once; far more than the caches hold, or it is them that you measure
@@ -43,7 +43,7 @@ def memory_bandwidth(
         seconds.append(time.perf_counter() - start)
     return matrix.nbytes / min(seconds)
 
-# %% ../nbs/13_decoding.ipynb #13-008
+# %% ../nbs/13_decoding.ipynb #13-021
 class FloatMatrix:
     "x Wᵀ + b for many x: the weight is copied once into the order in which a product with one row reads it."
 
@@ -72,7 +72,7 @@ class FloatMatrix:
         if self.bias is not None:
             residual.add_(self.bias)
 
-# %% ../nbs/13_decoding.ipynb #13-009
+# %% ../nbs/13_decoding.ipynb #13-024
 WIDE = 2**18  # A bfloat16 matrix of at most so many numbers is kept in float32: it stays in the cache of a core anyway
 
 
@@ -120,7 +120,7 @@ class PackedMatrix(OtherMatrix):
             return False
         return bool((product == 1).all())
 
-# %% ../nbs/13_decoding.ipynb #13-010
+# %% ../nbs/13_decoding.ipynb #13-026
 TINY = 1e-30  # In place of a scale of zero
 
 
@@ -184,7 +184,7 @@ class Int8Embedding(nn.Module):
         "The tokens' rows, times their scales."
         return F.embedding(ids, self.matrix.rows) * self.matrix.scale[ids][..., None]
 
-# %% ../nbs/13_decoding.ipynb #13-011
+# %% ../nbs/13_decoding.ipynb #13-027
 def pack(
     weights: list[Float[Tensor, "..."]],  # Matrices that multiply the same x; they become one
     biases: list[Float[Tensor, "..."] | None],  # As many
@@ -262,7 +262,68 @@ class PackedBlock(Block):
         self.attention_norm, self.feedforward_norm = copy.deepcopy(block.attention_norm), copy.deepcopy(block.feedforward_norm)
         self.attention, self.feedforward = PackedAttention(block.attention, dtype), PackedFeedForward(block.feedforward, dtype)
 
-# %% ../nbs/13_decoding.ipynb #13-012
+# %% ../nbs/13_decoding.ipynb #13-028
+class PackedGPT(GPT):
+    "A `GPT` for reading and writing only, whose weights are copied and packed; masks, caches and refusals are those of chapter 04."
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: GPT,
+        *,
+        dtype: torch.dtype | str | None = None,  # torch.float32, torch.bfloat16, torch.float16 or "int8"; None: the model's own
+    ):
+        nn.Module.__init__(self)
+        kind = model.token_embedding.weight.dtype if dtype is None else dtype
+        if kind not in (torch.float32, torch.bfloat16, torch.float16, "int8"):
+            raise InputError(f'dtype must be None, torch.float32, torch.bfloat16, torch.float16 or "int8", not {dtype!r}.')
+        if kind == "int8" and model.device.type != "cpu":
+            raise InputError(f'dtype="int8" is for CPUs; on {model.device} take torch.bfloat16.')
+        self.config, self.place = model.config, model.device
+        self.kind, self.dtype = kind, torch.float32 if kind == "int8" else kind
+        self.dropout, self.rotary = nn.Identity(), model.rotary
+        self.blocks = nn.ModuleList([PackedBlock(block, kind) for block in model.blocks])
+        self.position_embedding, self.final_norm = copy.deepcopy(model.position_embedding), copy.deepcopy(model.final_norm)
+        self.output_bias = None if model.output_bias is None else nn.Parameter(model.output_bias.detach().clone())
+        self.pack_embeddings(model)
+        self.to(self.dtype).requires_grad_(False).eval()
+
+    def pack_embeddings(self, model: GPT) -> None:
+        "The table of vectors and the matrix of the logits; in eight bits they are one, if they are tied."
+        table = model.token_embedding.weight
+        self.head = pack([table if model.lm_head is None else model.lm_head.weight], [None], self.kind)
+        if self.kind == "int8":
+            self.token_embedding = Int8Embedding(self.head if model.lm_head is None else pack([table], [None], self.kind))
+        else:
+            self.token_embedding = copy.deepcopy(model.token_embedding)
+
+    @property
+    def device(self) -> torch.device:
+        "Where the weights are."
+        return self.place
+
+    def matrices(self) -> list[FloatMatrix]:
+        "All matrices that one token is multiplied with."
+        parts = [(b.attention.qkv, b.attention.o_proj, b.feedforward.up, b.feedforward.down) for b in self.blocks]
+        return [matrix for block in parts for matrix in block] + [self.head]
+
+    def new_cache(
+        self,
+        batch_size: int,
+        capacity: int | None = None,  # Tokens; None: context_length
+    ) -> list[KVCache]:
+        "An empty key-value cache for each layer."
+        c = self.config
+        sizes = batch_size, c.n_kv_heads, c.context_length if capacity is None else capacity, c.head_dim
+        return [KVCache(*sizes, dtype=self.dtype, device=self.place) for _ in self.blocks]
+
+    def unembed(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
+        "Logits from hidden states."
+        logits = self.head(x)
+        return logits if self.output_bias is None else logits + self.output_bias
+
+# %% ../nbs/13_decoding.ipynb #13-031
 Function = Callable[[Tensor], Tensor]
 
 
@@ -292,7 +353,7 @@ def norm_function(
     shape, weight, bias, eps = tuple(norm.weight.shape), norm.weight, norm.bias, norm.eps
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
-# %% ../nbs/13_decoding.ipynb #13-013
+# %% ../nbs/13_decoding.ipynb #13-037
 def pairs_of(
     x: Float[Tensor, "..."],
     interleaved: bool,  # As in `apply_rotary`
@@ -372,68 +433,28 @@ class DecoderCache(list):
         scores = torch.baddbmm(self.nothing, self.q_rows, keys, beta=0, alpha=scale)
         return torch.bmm(scores.softmax(-1), values).view(self.batch_size, -1)
 
-# %% ../nbs/13_decoding.ipynb #13-014
-class PackedGPT(GPT):
-    "A `GPT` for reading and writing only, whose weights are copied and packed; masks, caches and refusals are those of chapter 04."
+# %% ../nbs/13_decoding.ipynb #13-039
+def sampler(
+    batch_size: int,
+    vocab_size: int,
+    device: torch.device,
+    **settings,  # Those of `sample`
+) -> Callable[[Tensor, Tensor], None]:
+    "A function that draws a token a row from logits into a given tensor, as `sample` does and with the same random numbers."
+    temperature, generator = settings["temperature"], settings["generator"]
+    if temperature == 0:
+        return lambda logits, out: torch.argmax(logits, -1, out=out)
+    if any(settings[name] is not None for name in ("top_k", "top_p", "min_p")):
+        return lambda logits, out: out.copy_(sample(logits, **settings))
+    noise = torch.empty(batch_size, vocab_size, device=device if generator is None else generator.device)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __init__(
-        self,
-        model: GPT,
-        *,
-        dtype: torch.dtype | str | None = None,  # torch.float32, torch.bfloat16, torch.float16 or "int8"; None: the model's own
-    ):
-        nn.Module.__init__(self)
-        kind = model.token_embedding.weight.dtype if dtype is None else dtype
-        if kind not in (torch.float32, torch.bfloat16, torch.float16, "int8"):
-            raise InputError(f'dtype must be None, torch.float32, torch.bfloat16, torch.float16 or "int8", not {dtype!r}.')
-        if kind == "int8" and model.device.type != "cpu":
-            raise InputError(f'dtype="int8" is for CPUs; on {model.device} take torch.bfloat16.')
-        self.config, self.place = model.config, model.device
-        self.kind, self.dtype = kind, torch.float32 if kind == "int8" else kind
-        self.dropout, self.rotary = nn.Identity(), model.rotary
-        self.blocks = nn.ModuleList([PackedBlock(block, kind) for block in model.blocks])
-        self.position_embedding, self.final_norm = copy.deepcopy(model.position_embedding), copy.deepcopy(model.final_norm)
-        self.output_bias = None if model.output_bias is None else nn.Parameter(model.output_bias.detach().clone())
-        self.pack_embeddings(model)
-        self.to(self.dtype).requires_grad_(False).eval()
+    def draw(logits: Float[Tensor, "batch vocab"], out: Int[Tensor, "batch"]) -> None:
+        noise.exponential_(generator=generator)
+        torch.argmax((logits if temperature == 1 else logits / temperature) - noise.log().to(logits.device), -1, out=out)
 
-    def pack_embeddings(self, model: GPT) -> None:
-        "The table of vectors and the matrix of the logits; in eight bits they are one, if they are tied."
-        table = model.token_embedding.weight
-        self.head = pack([table if model.lm_head is None else model.lm_head.weight], [None], self.kind)
-        if self.kind == "int8":
-            self.token_embedding = Int8Embedding(self.head if model.lm_head is None else pack([table], [None], self.kind))
-        else:
-            self.token_embedding = copy.deepcopy(model.token_embedding)
+    return draw
 
-    @property
-    def device(self) -> torch.device:
-        "Where the weights are."
-        return self.place
-
-    def matrices(self) -> list[FloatMatrix]:
-        "All matrices that one token is multiplied with."
-        parts = [(b.attention.qkv, b.attention.o_proj, b.feedforward.up, b.feedforward.down) for b in self.blocks]
-        return [matrix for block in parts for matrix in block] + [self.head]
-
-    def new_cache(
-        self,
-        batch_size: int,
-        capacity: int | None = None,  # Tokens; None: context_length
-    ) -> list[KVCache]:
-        "An empty key-value cache for each layer."
-        c = self.config
-        sizes = batch_size, c.n_kv_heads, c.context_length if capacity is None else capacity, c.head_dim
-        return [KVCache(*sizes, dtype=self.dtype, device=self.place) for _ in self.blocks]
-
-    def unembed(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
-        "Logits from hidden states."
-        logits = self.head(x)
-        return logits if self.output_bias is None else logits + self.output_bias
-
-# %% ../nbs/13_decoding.ipynb #13-015
+# %% ../nbs/13_decoding.ipynb #13-040
 @dataclass(frozen=True)
 class Layer:
     "What a step needs of a block, looked up once."
@@ -465,7 +486,7 @@ class Layer:
         weights = [attention.q_norm.weight.expand(attention.n_heads, -1), attention.k_norm.weight.expand(attention.n_kv_heads, -1)]
         return (("qk", rms_function(torch.cat(weights), attention.q_norm.eps)),)
 
-# %% ../nbs/13_decoding.ipynb #13-016
+# %% ../nbs/13_decoding.ipynb #13-041
 class Decoder(PackedGPT):
     """A `PackedGPT` that reads one token in as few operator calls as it can, and writes.
 
@@ -620,28 +641,7 @@ class Decoder(PackedGPT):
                 break
         return tokens[:end].t().contiguous()
 
-# %% ../nbs/13_decoding.ipynb #13-017
-def sampler(
-    batch_size: int,
-    vocab_size: int,
-    device: torch.device,
-    **settings,  # Those of `sample`
-) -> Callable[[Tensor, Tensor], None]:
-    "A function that draws a token a row from logits into a given tensor, as `sample` does and with the same random numbers."
-    temperature, generator = settings["temperature"], settings["generator"]
-    if temperature == 0:
-        return lambda logits, out: torch.argmax(logits, -1, out=out)
-    if any(settings[name] is not None for name in ("top_k", "top_p", "min_p")):
-        return lambda logits, out: out.copy_(sample(logits, **settings))
-    noise = torch.empty(batch_size, vocab_size, device=device if generator is None else generator.device)
-
-    def draw(logits: Float[Tensor, "batch vocab"], out: Int[Tensor, "batch"]) -> None:
-        noise.exponential_(generator=generator)
-        torch.argmax((logits if temperature == 1 else logits / temperature) - noise.log().to(logits.device), -1, out=out)
-
-    return draw
-
-# %% ../nbs/13_decoding.ipynb #13-018
+# %% ../nbs/13_decoding.ipynb #13-057
 def bytes_per_token(
     decoder: PackedGPT,
     length: int,  # Tokens in the cache
@@ -660,7 +660,7 @@ def speed_bound(
     "Tokens a second that no batch of one can pass while its weights come from memory, equation (13.1)."
     return bandwidth / bytes_per_token(decoder, length)
 
-# %% ../nbs/13_decoding.ipynb #13-019
+# %% ../nbs/13_decoding.ipynb #13-062
 @dataclass(frozen=True)
 class Speculation:
     "How a speculative run went: for each round, how many tokens the draft proposed and how many of them were kept."
@@ -728,7 +728,7 @@ def check_pair(model: GPT, draft: GPT, ids: Int[Tensor, "batch seq"]) -> None:
     if len(check_prompt(model, ids)) != 1:
         raise InputError(f"Speculative decoding takes one prompt at a time, not {len(ids)}.")
 
-# %% ../nbs/13_decoding.ipynb #13-020
+# %% ../nbs/13_decoding.ipynb #13-063
 @torch.inference_mode()
 def speculative(
     model: GPT,  # The large model, or a `Decoder` of it

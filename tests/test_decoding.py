@@ -1,0 +1,424 @@
+"""Fast generation: the decoder writes what the plain form writes, in eight bits what its own numbers say, and speculation keeps the distribution.
+
+Nothing here is timed: calls, allocations, tokens and distributions don't depend on noise.
+"""
+import copy
+import math
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from transformer_llm import decoding
+from transformer_llm.decoding import (Decoder, FloatMatrix, Int8Matrix, PackedGPT, PackedMatrix, WideMatrix, bytes_per_token, memory_bandwidth, pack,
+                                      quantise_rows, speculative, speed_bound, verify)
+from transformer_llm.foundations import InputError
+from transformer_llm.generation import beam_search, generate, left_pad, stream
+from transformer_llm.transformer import GPT, GPT2_STYLE, GPTConfig
+
+BASE = GPTConfig(vocab_size=50, context_length=32, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, init_std=0.2)
+STEPPED = {
+    "llama": {}, "gpt2": GPT2_STYLE, "nano": dict(activation="relu2", qk_norm=True, n_kv_heads=4), "interleaved": dict(rope_interleaved=True, bias=True),
+    "sinusoidal": dict(position="sinusoidal", tied_embeddings=False), "no positions": dict(position="none", output_bias=True),
+    "whole norm": dict(qk_norm=True, qk_norm_whole=True), "one key head": dict(n_kv_heads=1, head_dim=6), "qkv bias": dict(qkv_bias=True),
+    "stretched": dict(rope_scaling=dict(kind="linear", factor=2.0)),
+}
+PACKED_ONLY = {"window": dict(window=5), "alibi": dict(position="alibi"), "post": dict(norm_placement="post"), "output": dict(norm_placement="output")}
+SETTINGS = {
+    "greedy": dict(temperature=0), "sampled": {}, "cold": dict(temperature=0.5), "top-k": dict(top_k=4), "top-p": dict(top_p=0.7), "min-p": dict(min_p=0.1),
+    "penalty": dict(repetition_penalty=1.4), "stops": dict(stop_tokens=(1, 7, 30)), "everything": dict(temperature=0.9, top_k=9, top_p=0.9, repetition_penalty=1.1, stop_tokens=[2]),
+}
+
+
+def make(seed=0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(BASE.replace(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms that are not zeros and ones
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def prompts(rows=2, length=6, seed=1):
+    return torch.randint(50, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# The same tokens -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", [*STEPPED, *PACKED_ONLY])
+def test_logits_are_the_models(name):
+    model = make(**(STEPPED | PACKED_ONLY)[name])
+    ids = prompts(3, 11)
+    for form in (PackedGPT(model), Decoder(model)):
+        torch.testing.assert_close(form(ids), model(ids).detach(), atol=2e-5, rtol=1e-4)
+        cache, plain = form.new_cache(3, 20), model.new_cache(3, 20)
+        for part in (ids[:, :4], ids[:, 4:5], ids[:, 5:6], ids[:, 6:9], ids[:, 9:10]):
+            torch.testing.assert_close(form(part, cache=cache), model(part, cache=plain).detach(), atol=2e-5, rtol=1e-4)
+        assert [layer.length for layer in cache] == [10, 10]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_the_same_tokens_for_the_same_seed(options, rows):
+    "Past the context length as well, where the window slides twice."
+    for name, changes in (STEPPED | PACKED_ONLY).items():
+        model = make(**changes)
+        decoder = Decoder(model)
+        for length in (1, 6, 32):
+            plain = generate(model, prompts(rows, length), 40, generator=5, **options)
+            assert torch.equal(decoder.generate(prompts(rows, length), 40, generator=5, **options), plain), (name, length)
+            assert torch.equal(generate(decoder, prompts(rows, length), 40, generator=5, **options), plain), (name, length)
+
+
+def test_generators_and_the_global_seed_are_used_alike():
+    model = make()
+    decoder, own, other = Decoder(model), torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    for _ in range(3):  # the generators go on alike
+        assert torch.equal(decoder.generate(prompts(), 7, generator=own), generate(model, prompts(), 7, generator=other))
+    torch.manual_seed(8)
+    plain = generate(model, prompts(), 9)
+    torch.manual_seed(8)
+    assert torch.equal(decoder.generate(prompts(), 9), plain)
+
+
+def test_padded_prompts_beams_and_streams():
+    model = make()
+    decoder = Decoder(model)
+    ids, mask = left_pad([[1, 2, 3], [4], [5, 6, 7, 8, 9]])
+    plain = generate(model, ids, 40, generator=2, attention_mask=mask)
+    assert torch.equal(decoder.generate(ids, 40, generator=2, attention_mask=mask), plain)
+    assert torch.equal(decoder.generate(ids, 9, generator=2, attention_mask=torch.ones_like(mask)), generate(model, ids, 9, generator=2))
+    assert torch.equal(beam_search(decoder, prompts(), 12, n_beams=3), beam_search(model, prompts(), 12, n_beams=3))
+    assert torch.equal(torch.stack(list(stream(decoder, prompts(), 5, temperature=0)), 1), generate(model, prompts(), 5, temperature=0)[:, 6:])
+
+
+def test_what_is_returned_is_the_callers_own():
+    decoder = Decoder(make())
+    first = decoder.generate(prompts(), 20, temperature=0)
+    kept = first.clone()
+    decoder.generate(prompts(seed=9), 20, temperature=0)
+    assert torch.equal(first, kept) and not first.is_inference() or torch.equal(first, kept)
+    cache = decoder.new_cache(1)
+    one = decoder(prompts(1, 1), cache=cache)
+    saved = one.clone()
+    decoder(prompts(1, 1, seed=4), cache=cache)
+    assert torch.equal(one, saved)
+
+
+def test_the_model_stays_as_it_was_and_the_decoder_does_not_follow_it():
+    model = make()
+    before, decoder = copy.deepcopy(model.state_dict()), Decoder(model)
+    wanted = decoder.generate(prompts(), 20, temperature=0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(decoder.generate(prompts(), 20, temperature=0), wanted)
+
+
+def test_no_new_tokens_and_one():
+    model = make()
+    assert torch.equal(Decoder(model).generate(prompts(), 0), prompts())
+    assert torch.equal(Decoder(model).generate(prompts(), 1, generator=0), generate(model, prompts(), 1, generator=0))
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(temperature=-1), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=2), "top_p"), (dict(min_p=-1), "min_p"), (dict(repetition_penalty=0), "repetition_penalty"),
+    (dict(generator="x"), "generator"), (dict(max_new_tokens=-1), "max_new_tokens"), (dict(ids=torch.zeros(1, 0, dtype=torch.long)), "empty"),
+    (dict(ids=torch.full((1, 3), 50)), "knows 0 to 49"), (dict(ids=torch.zeros(1, 33, dtype=torch.long)), "context_length"), (dict(ids=torch.tensor([1, 2])), "shape"),
+])
+def test_refusals_are_those_of_chapter_08(options, words):
+    decoder, arguments = Decoder(make()), dict(ids=prompts(), max_new_tokens=3) | options
+    with pytest.raises(InputError, match=words) as ours:
+        decoder.generate(**arguments)
+    with pytest.raises(InputError) as plain:
+        generate(make(), **arguments)
+    assert str(ours.value) == str(plain.value)
+
+
+def test_other_refusals():
+    with pytest.raises(InputError, match="dtype"):
+        Decoder(make(), dtype="int4")
+    with pytest.raises(InputError, match="dtype"):
+        Decoder(make(), dtype=torch.float64)
+    decoder = Decoder(make())
+    cache = decoder.new_cache(1, 2)
+    decoder(prompts(1, 2), cache=cache)
+    with pytest.raises(InputError, match="can't take token 3"):
+        decoder(prompts(1, 1), cache=cache)
+    cache = decoder.new_cache(1, 40)
+    decoder(prompts(1, 32), cache=cache)
+    with pytest.raises(InputError, match="context_length is 32"):
+        decoder(prompts(1, 1), cache=cache)
+
+
+# Counts ----------------------------------------------------------------------------------------------------------------
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def calls_for_a_token(model, length=5) -> Counter:
+    cache = model.new_cache(1, 32)
+    model(prompts(1, length), cache=cache, last_only=True)
+    with Calls() as calls:
+        model(prompts(1, 1), cache=cache, last_only=True)
+    return calls.counts
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "nano"])
+def test_operator_calls_for_a_token(name):
+    model = make(**STEPPED[name])
+    plain, packed, stepped = (calls_for_a_token(form) for form in (model, PackedGPT(model), Decoder(model)))
+    assert 2 * stepped.total() < plain.total() and stepped.total() < packed.total() < plain.total()
+    products = sum(stepped[kind] for kind in ("mm", "addmm", "addmm_"))
+    assert products == 4 * 2 + 1, stepped  # qkv, output, up and down of two layers, and the logits
+    assert stepped["baddbmm"] == stepped["bmm"] == stepped["_softmax"] == 2
+
+
+def test_calls_do_not_grow_with_the_text():
+    decoder = Decoder(make())
+    assert calls_for_a_token(decoder, 2) == calls_for_a_token(decoder, 29)
+
+
+def test_calls_grow_by_the_same_number_with_each_layer():
+    totals = [calls_for_a_token(Decoder(make(n_layers=layers))).total() for layers in (1, 2, 3)]
+    assert totals[2] - totals[1] == totals[1] - totals[0] < 30
+
+
+@torch.inference_mode()
+def bytes_allocated(decoder, length) -> int:
+    cache = decoder.new_cache(1, 256)
+    decoder(torch.zeros(1, length, dtype=torch.long), cache=cache, last_only=True)
+    token = torch.tensor([3])
+    decoder.step(token, cache)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        decoder.step(token, cache)
+    return sum(event.self_cpu_memory_usage for event in found.events() if event.self_cpu_memory_usage > 0)
+
+
+def test_memory_for_a_token_grows_by_its_scores_only():
+    config = BASE.replace(context_length=256)
+    decoder = Decoder(GPT(config))
+    early, late = bytes_allocated(decoder, 10), bytes_allocated(decoder, 210)
+    scores = 2 * config.n_layers * config.n_heads * 200 * 4  # before and after the softmax, for 200 more keys
+    assert 0 < early < 20_000 and 0 <= late - early <= 2 * scores
+
+
+def test_storage_is_allocated_once():
+    decoder = Decoder(make())
+    decoder.generate(prompts(), 20, temperature=0)
+    storage = decoder.workspace.kv.data_ptr()
+    decoder.generate(prompts(seed=5), 18, temperature=0)
+    assert decoder.workspace.kv.data_ptr() == storage
+    decoder.generate(prompts(3), 18, temperature=0)
+    assert decoder.workspace.batch_size == 3
+
+
+# Other dtypes ----------------------------------------------------------------------------------------------------------
+
+def test_bfloat16_writes_what_the_plain_form_in_bfloat16_does():
+    "Up to rounding: the logits differ by no more than bfloat16's own error, and where a choice is clear it is the same."
+    for name, changes in STEPPED.items():
+        model = make(**changes)
+        half, decoder = copy.deepcopy(model).to(torch.bfloat16), Decoder(model, dtype=torch.bfloat16)
+        ids = prompts(2, 20)
+        wanted, plain, got = model(ids).detach(), half(ids).detach().float(), decoder(ids).float()
+        assert (got - wanted).abs().max() <= 2 * (plain - wanted).abs().max() + 1e-3, name
+        cache = decoder.new_cache(2)
+        decoder(ids[:, :-1], cache=cache)
+        step = decoder(ids[:, -1:], cache=cache).float()[:, 0]
+        assert (step - wanted[:, -1]).abs().max() <= 3 * (plain - wanted).abs().max() + 1e-3, name
+        assert decoder.generate(ids, 5, temperature=0).shape == (2, 25)
+
+
+def test_a_large_bfloat16_matrix_is_packed_and_a_small_one_is_wide(monkeypatch):
+    weight, bias, x = torch.randn(600, 512), torch.randn(600), torch.randn(3, 512, dtype=torch.bfloat16)
+    large, small = pack([weight], [bias], torch.bfloat16), pack([weight[:8]], [bias[:8]], torch.bfloat16)
+    assert type(small) is WideMatrix and type(large) is (PackedMatrix if PackedMatrix.works() else FloatMatrix)
+    for matrix, part in ((large, slice(None)), (small, slice(8))):
+        wanted = F.linear(x, weight[part].bfloat16(), bias[part].bfloat16()).float()
+        with torch.inference_mode():
+            out, residual = torch.empty(3, len(wanted[0]), dtype=torch.bfloat16), torch.zeros(3, len(wanted[0]), dtype=torch.bfloat16)
+            matrix.into(x, out)
+            matrix.add_to(x, residual)
+            for got in (matrix(x), out, residual, matrix(x[None])[0]):
+                torch.testing.assert_close(got.float(), wanted, atol=0.3, rtol=0.02)
+    monkeypatch.setattr(PackedMatrix, "works", staticmethod(lambda: False))
+    assert type(pack([weight], [None], torch.bfloat16)) is FloatMatrix
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e4]))
+def test_eight_bit_rows_are_off_by_half_a_step_at_most(rows, columns, seed, size):
+    weight = size * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    whole, scale = quantise_rows(weight)
+    assert whole.dtype == torch.int8 and whole.abs().max() <= 127
+    assert ((whole * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 33), st.integers(0, 2**31), st.booleans())
+def test_eight_bit_products_are_their_formula(batch, rows, columns, seed, biased):
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(rows, columns, generator=generator), torch.randn(batch, columns, generator=generator)
+    x[0, 0] = 0
+    bias = torch.randn(rows, generator=generator) if biased else None
+    matrix, (whole, scale) = Int8Matrix(weight, bias), quantise_rows(x)
+    wanted = (whole.double() @ matrix.rows.double().T) * scale[:, None].double() * matrix.scale.double() + (0 if bias is None else bias.double())
+    out, residual = torch.empty(batch, rows), torch.ones(batch, rows)
+    matrix.into(x, out)
+    matrix.add_to(x, residual)
+    for got in (matrix(x), out, residual - 1, matrix(x[None])[0]):
+        torch.testing.assert_close(got.double(), wanted, atol=2e-2 * wanted.abs().max().item() + 1e-6, rtol=0)
+    assert torch.equal(Int8Matrix(weight)(torch.zeros(2, columns)), torch.zeros(2, rows))
+
+
+def test_a_row_of_a_batch_does_not_depend_on_the_others():
+    matrix, x = Int8Matrix(torch.randn(20, 30)), torch.randn(4, 30) * torch.tensor([1.0, 1e-3, 1e3, 1])[:, None]
+    for i in range(4):
+        assert torch.equal(matrix(x)[i], matrix(x[i : i + 1])[0])
+
+
+def quantised_copy(model: GPT) -> GPT:
+    "The plain model whose matrices are rounded to eight bits, and whose linear layers round what they read."
+    rounded = copy.deepcopy(model)
+
+    def back(x):
+        whole, scale = quantise_rows(x.flatten(0, -2))
+        return (whole * scale[:, None]).view(x.shape)
+
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if parameter.ndim == 2 and "position" not in name:
+                parameter.copy_(back(parameter))
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, args: (back(args[0]),))
+    unembed = rounded.unembed
+    rounded.unembed = lambda x: unembed(back(x))
+    return rounded
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_eight_bits_write_what_the_plain_form_with_rounded_numbers_writes(name):
+    model = make(**STEPPED[name] | dict(tied_embeddings=True))
+    decoder, rounded = Decoder(model, dtype="int8"), quantised_copy(model)
+    ids = prompts(2, 15)
+    difference, lost = (decoder(ids) - rounded(ids)).abs(), (rounded(ids) - model(ids)).abs().max().item()
+    assert difference.median() < 1e-4 and difference.max() <= lost  # a number that lies between two steps may fall to either side
+    assert torch.equal(decoder.generate(ids, 30, temperature=0), generate(decoder, ids, 30, temperature=0))
+
+
+def test_bytes_of_a_token():
+    model = make(n_kv_heads=2)
+    c = model.config
+    numbers = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2)
+    cached = 2 * c.n_layers * 2 * c.head_dim * 7
+    assert bytes_per_token(Decoder(model), 7) == 4 * (numbers + cached)
+    rows = sum(len(p) for name, p in model.named_parameters() if p.ndim == 2)
+    assert bytes_per_token(Decoder(model, dtype="int8"), 7) == numbers + 4 * rows + 4 * cached
+    assert speed_bound(Decoder(model), 7, 8.0 * (numbers + cached)) == 2
+    assert memory_bandwidth(2**22, 2) > 1e7
+
+
+# Speculation -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lookahead", [1, 3, 8])
+def test_greedy_speculation_writes_the_models_own_text(lookahead):
+    for name in ("llama", "gpt2", "window"):
+        large, small = make(**(STEPPED | PACKED_ONLY)[name]), make(seed=4, n_layers=1, context_length=40)
+        for model, draft in ((large, small), (Decoder(large), Decoder(small)), (large, large), (Decoder(large), Decoder(large, dtype="int8"))):
+            for n in (0, 1, 45):
+                ids, went = speculative(model, draft, prompts(1), n, lookahead=lookahead, temperature=0)
+                assert torch.equal(ids, generate(large, prompts(1), n, temperature=0)), (name, n)
+                assert sum(went.kept) + len(went.kept) == n and all(0 <= k <= p <= lookahead for k, p in zip(went.kept, went.proposed))
+        assert speculative(large, large, prompts(1), 20, lookahead=lookahead, temperature=0)[1].acceptance == 1
+
+
+def test_verify_gives_exactly_the_large_models_distribution():
+    "By enumeration of what is proposed, with a generator whose numbers are known: a grid of chances and of draws."
+    p, q = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.double), torch.tensor([0.2, 0.5, 0.1, 0.2], dtype=torch.double)
+    after = torch.full((4,), 0.25, dtype=torch.double)
+    kept, total = torch.zeros(4, dtype=torch.double), 20_000
+    generator = torch.Generator().manual_seed(0)
+    counts, keeps = torch.zeros(4), 0
+    for token, times in enumerate((q * total).round().long().tolist()):  # each token as often as the draft proposes it
+        for _ in range(times):
+            got = verify(torch.stack([p, after]), q[None], torch.tensor([token]), generator)
+            counts[got[0]] += 1
+            keeps += len(got) == 2
+    assert (counts / total - p).abs().max() < 4 * math.sqrt(0.25 / total) and counts[3] == 0
+    assert abs(keeps / total - torch.minimum(p, q).sum()) < 4 * math.sqrt(0.25 / total)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_speculative_texts_have_the_large_models_distribution(temperature):
+    config = GPTConfig(vocab_size=3, context_length=4, d_model=8, n_layers=1, n_heads=2, init_std=0.5)  # the window slides within the text
+    torch.manual_seed(1)
+    large, draft = GPT(config).eval(), GPT(config).eval()
+    prompt, length, draws = torch.tensor([[0, 2]]), 4, 3000
+
+    def exact(model, text):
+        probability, ids, first = 1.0, prompt[0].tolist(), 0
+        for token in text:
+            first = len(ids) - 2 if len(ids) - first > 4 else first
+            logits = model(torch.tensor([ids[first:]]))[0, -1].double() / temperature
+            probability *= logits.softmax(-1)[token].item()
+            ids.append(token)
+        return probability
+
+    with torch.inference_mode():
+        texts = list(product(range(3), repeat=length))
+        wanted, other = (torch.tensor([exact(model, text) for text in texts]) for model in (large, draft))
+    assert math.isclose(wanted.sum().item(), 1, rel_tol=1e-5)
+    generator = torch.Generator().manual_seed(7)
+    seen = Counter(tuple(speculative(large, draft, prompt, length, lookahead=3, temperature=temperature, generator=generator)[0][0, 2:].tolist()) for _ in range(draws))
+    counts = torch.tensor([seen[text] for text in texts], dtype=torch.float)
+    order = wanted.argsort(descending=True)
+    groups = order.split(9)  # nine texts a group, so that none is rare
+
+    def statistic(p):
+        return sum(((counts[g].sum() - draws * p[g].sum()) ** 2 / (draws * p[g].sum())).item() for g in groups)
+
+    assert statistic(wanted) < 27 < statistic(other)  # 8 degrees of freedom: 27 is passed once in a thousand
+
+
+def test_speculation_is_repeatable_and_refuses_what_can_not_be():
+    model, draft = make(), make(seed=2, n_layers=1)
+    assert torch.equal(*(speculative(model, draft, prompts(1), 15, generator=4)[0] for _ in range(2)))
+    for arguments, words in ((dict(lookahead=0), "lookahead"), (dict(temperature=-1), "temperature"), (dict(max_new_tokens=-1), "max_new_tokens"),
+                             (dict(ids=prompts(2)), "one prompt"), (dict(draft=make(vocab_size=51)), "vocab_size"), (dict(draft=make(context_length=31)), "context_length"),
+                             (dict(generator="seed"), "seed")):
+        with pytest.raises(InputError, match=words):
+            speculative(**dict(model=model, draft=draft, ids=prompts(1), max_new_tokens=3) | arguments)
+
+
+def test_a_real_model_is_written_token_by_token_alike():
+    pretrained = pytest.importorskip("transformer_llm.pretrained")
+    try:
+        model = pretrained.load_pretrained("smollm2")
+    except InputError as error:
+        pytest.skip(str(error))
+    ids = torch.tensor([[504, 1789, 314, 260]])
+    plain = generate(model, ids, 16, temperature=0)
+    decoder = Decoder(model)
+    assert torch.equal(decoder.generate(ids, 16, temperature=0), plain)
+    assert torch.equal(decoder.generate(ids, 16, generator=3, top_k=40), generate(model, ids, 16, generator=3, top_k=40))
+    assert torch.equal(speculative(decoder, Decoder(model, dtype="int8"), ids, 16, temperature=0)[0], plain)
+    assert decoding.__all__
