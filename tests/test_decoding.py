@@ -132,8 +132,8 @@ def test_no_new_tokens_and_one():
 
 @pytest.mark.parametrize("options, words", [
     (dict(temperature=-1), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=2), "top_p"), (dict(min_p=-1), "min_p"), (dict(repetition_penalty=0), "repetition_penalty"),
-    (dict(generator="x"), "generator"), (dict(max_new_tokens=-1), "max_new_tokens"), (dict(ids=torch.zeros(1, 0, dtype=torch.long)), "empty"),
-    (dict(ids=torch.full((1, 3), 50)), "knows 0 to 49"), (dict(ids=torch.zeros(1, 33, dtype=torch.long)), "context_length"), (dict(ids=torch.tensor([1, 2])), "shape"),
+    (dict(max_new_tokens=-1), "max_new_tokens"), (dict(ids=torch.zeros(1, 0, dtype=torch.long)), "empty"),
+    (dict(ids=torch.full((1, 3), 50)), "knows 0 to 49"), (dict(ids=torch.zeros(1, 33, dtype=torch.long)), "context_length"),
 ])
 def test_refusals_are_those_of_chapter_08(options, words):
     decoder, arguments = Decoder(make()), dict(ids=prompts(), max_new_tokens=3) | options
@@ -403,8 +403,7 @@ def test_speculation_is_repeatable_and_refuses_what_can_not_be():
     model, draft = make(), make(seed=2, n_layers=1)
     assert torch.equal(*(speculative(model, draft, prompts(1), 15, generator=4)[0] for _ in range(2)))
     for arguments, words in ((dict(lookahead=0), "lookahead"), (dict(temperature=-1), "temperature"), (dict(max_new_tokens=-1), "max_new_tokens"),
-                             (dict(ids=prompts(2)), "one prompt"), (dict(draft=make(vocab_size=51)), "vocab_size"), (dict(draft=make(context_length=31)), "context_length"),
-                             (dict(generator="seed"), "seed")):
+                             (dict(draft=make(vocab_size=51)), "vocab_size"), (dict(draft=make(context_length=31)), "context_length")):
         with pytest.raises(InputError, match=words):
             speculative(**dict(model=model, draft=draft, ids=prompts(1), max_new_tokens=3) | arguments)
 
