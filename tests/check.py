@@ -21,7 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "_modidx
 # The order of the book: a module imports only from modules before it. (00, the overture, uses all of Part I; the checks of
 # exercises may use everything, and nothing uses them.)
 ORDER = ["foundations", "plots", "widgets", "attention", "feedforward", "embeddings", "transformer", "tokenizer", "dataset", "training",
-         "generation", "pretrained", "chat", "evaluation", "export", "demo", "cli", "__main__"]
+         "generation", "pretrained", "chat", "evaluation", "export", "performance", "sprint", "decoding", "peers", "benchmark", "demo", "cli", "__main__"]
 DOORS = {("transformer", "pretrained"), ("transformer", "export")}  # a method that only hands over to a later module
 BY_HAND = {PACKAGE / "__init__.py"}
 

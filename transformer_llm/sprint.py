@@ -75,14 +75,14 @@ class _Normalise(torch.autograd.Function):
     "x over its root mean square; keeps only the result and one number a vector."
 
     @staticmethod
-    def forward(ctx: object, x: Float[Tensor, "*axes width"], eps: float) -> Float[Tensor, "*axes width"]:
+    def forward(ctx: object, x: Float[Tensor, "*axes d_model"], eps: float) -> Float[Tensor, "*axes d_model"]:
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
-    def backward(ctx: object, grad: Float[Tensor, "*axes width"]) -> tuple[Float[Tensor, "*axes width"], None]:
+    def backward(ctx: object, grad: Float[Tensor, "*axes d_model"]) -> tuple[Float[Tensor, "*axes d_model"], None]:
         y, scale = ctx.saved_tensors
         return torch.addcmul(grad, y, (grad * y).mean(-1, keepdim=True), value=-1).mul_(scale), None
 
@@ -101,7 +101,7 @@ class _ReluSquared(torch.autograd.Function):
         return (grad * ctx.saved_tensors[0]).mul_(2)
 
 
-def normalise(x: Float[Tensor, "*axes width"], eps: float = 1e-5) -> Float[Tensor, "*axes width"]:
+def normalise(x: Float[Tensor, "*axes d_model"], eps: float = 1e-5) -> Float[Tensor, "*axes d_model"]:
     "RMSNorm without a gain, its backward pass by equation (12.4)."
     return _Normalise.apply(x, eps)
 
@@ -469,6 +469,7 @@ def load_sprint(path: str | Path) -> tuple[SprintGPT, CharTokenizer | None]:
     checkpoint = load_checkpoint(path, training_state=False)
     if "sprint" not in checkpoint.training:
         raise InputError(f"{checkpoint.path} holds a GPT, not a SprintGPT; open it with load_model.")
-    model = SprintGPT(checkpoint.config, **checkpoint.training["sprint"])
+    extras = checkpoint.training["sprint"]
+    model = SprintGPT(checkpoint.config, [tuple(pair) for pair in extras["ngrams"]], extras["token_shift"])
     load_weights(model, checkpoint.weights, checkpoint.path / "model.safetensors")
     return model.eval(), load_tokenizer_of(checkpoint)

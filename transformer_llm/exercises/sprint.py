@@ -34,10 +34,13 @@ def check_time_to_loss(answer: object) -> str:
         runs = [{"seconds": s, "val_loss": v} for s, v in zip(seconds, losses)]
         for loss in (max(losses) + 0.1, sorted(losses)[size // 2], min(losses)):
             got = call(answer, runs, loss)
+            if got == float("inf"):
+                raise Wrong("Infinity, although a run ended exactly at the loss: a loss is reached when it is no higher.")
             reached = [run for run in runs if run["val_loss"] <= loss]
             right = min(run["seconds"] for run in reached)
+            if got == float("inf"):
+                raise Wrong("Infinity, although a run ended exactly at the loss: a loss is reached when it is no higher.")
             mistakes = {
-                "Infinity, although a run ended exactly at the loss: a loss is reached when it is no higher.": float("inf"),
                 "That is the time of the run with the lowest loss. The soonest run that is low enough counts, however much lower others come.":
                     min(runs, key=lambda run: run["val_loss"])["seconds"],
                 "That is the first run of the list that reaches the loss; another one is sooner.": reached[0]["seconds"],
