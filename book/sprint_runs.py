@@ -33,7 +33,7 @@ RUNGS = [
     ("output", "an output matrix of its own, from zero; larger embeddings and rates; fewer passes",
      dict(model=dict(tied_embeddings=False, init_std=0.3), sprint=True, training=dict(learning_rate=0.02, muon_learning_rate=0.06, grad_clip=0.0)), 330),
     ("shift", "the previous token's embedding is mixed in", dict(token_shift=True), 280),
-    ("small", "a sixteenth of the weights, three times the tokens a step",
+    ("small", "one layer of half the width, and 40 windows a step",
      dict(model=PLAIN.model, training=PLAIN.training.to_dict(), momentum=PLAIN.momentum), 150),
     ("ngrams", "a table of hashed pairs to fives, and half the width",
      dict(model=NGRAMS.model, training=NGRAMS.training.to_dict(), ngrams=NGRAMS.ngrams), 30),
