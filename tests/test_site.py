@@ -299,8 +299,9 @@ def in_browser(test):
     return test
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    "Closed with this file: where two files share a worker, the second could not start Playwright beside it."
     with chromium() as running:
         yield running
 
