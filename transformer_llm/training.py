@@ -123,9 +123,9 @@ def orthogonalize(
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    "bfloat16 where this device multiplies matrices faster in it (CUDA, and CPUs that have instructions for it), else float32."
-    has = [getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile")]
-    return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and any(has)) else torch.float32
+    "bfloat16 where matrix units multiply it faster (CUDA, and CPUs that have AMX), else float32. Chapter 11 measures it."
+    units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and units()) else torch.float32
 
 # %% ../nbs/07_training.ipynb #07-053
 class Muon(torch.optim.Optimizer):
