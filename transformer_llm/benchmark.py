@@ -6,7 +6,7 @@
 __all__ = ['HEADINGS', 'FORMAT', 'FIGURE_FIELDS', 'LINE_FIELDS', 'SECTION_FIELDS', 'VERSIONS', 'INSTRUCTIONS', 'QUICK',
            'SHORTEST_TEXT', 'SECTIONS', 'MINUTE', 'MINUTE_LOSS', 'SPRINTS', 'REFERENCES', 'GPU_RECIPE', 'GPU_TRAINING',
            'GPU_LOSS', 'PEAK_SECONDS', 'TRAINING_SIZES', 'QUICK_SIZES', 'GPU_SIZES', 'TOLERANCES', 'AUTOCAST',
-           'GENERATION_SIZES', 'DECODER_GOALS', 'INT8_GOAL', 'BOUND_GOAL', 'PROMPT', 'TOKENIZER_SIZE',
+           'GENERATION_SIZES', 'DECODER_GOALS', 'INT8_GOAL', 'BOUND_GOAL', 'PROMPT', 'LOOKAHEAD', 'TOKENIZER_SIZE',
            'TEXTBOOK_CHARACTERS', 'TEXTBOOK_MERGES', 'PEAK', 'STREAM', 'IMPORT', 'NAMES', 'IMPORT_GOAL', 'MEMORY_CASES',
            'GROWTH', 'failure', 'measure', 'figure', 'ratio', 'best', 'line', 'is_met', 'three_digits', 'in_words',
            'goal_in_words', 'figure_in_words', 'line_cells', 'line_details', 'format_section', 'plot_section', 'fits',
@@ -17,10 +17,10 @@ __all__ = ['HEADINGS', 'FORMAT', 'FIGURE_FIELDS', 'LINE_FIELDS', 'SECTION_FIELDS
            'losses_in_words', 'run_figure', 'reaches', 'training_loss', 'minute_line', 'seconds_until',
            'gpu_training_loss', 'gpt2_shape', 'size_in_words', 'in_words_of_millions', 'Learner', 'our_learner',
            'their_learners', 'peer_makers', 'make_learners', 'first_losses', 'same_losses', 'training_runs',
-           'training_lines', 'training_throughput', 'gpu_lines', 'decoders', 'writers', 'plain_writer',
-           'writing_speeds', 'same_tokens', 'generation_of', 'bound_lines', 'generation', 'quiet_peers',
-           'fresh_process', 'tokenizer_lines', 'stream_lines', 'seconds_of_help', 'start_up_lines', 'training_steps',
-           'memory_lines']
+           'training_lines', 'training_throughput', 'gpu_lines', 'decoders', 'writers', 'drafted_writer',
+           'plain_writer', 'writing_speeds', 'same_tokens', 'same_draft', 'generation_of', 'bound_lines', 'generation',
+           'quiet_peers', 'fresh_process', 'tokenizer_lines', 'stream_lines', 'seconds_of_help', 'start_up_lines',
+           'training_steps', 'memory_lines']
 
 # %% ../nbs/87_benchmark.ipynb #87-006
 import contextlib
@@ -900,6 +900,7 @@ GENERATION_SIZES = {"nano": dict(context_length=256), "tiny": {}, "gpt2": {}}  #
 DECODER_GOALS = {"nano": 4.0, "tiny": 2.5, "gpt2": 1.8}  # At batch 1, against transformers in the same precision
 INT8_GOAL, BOUND_GOAL = 4.5, 1 / 1.5
 PROMPT = 32
+LOOKAHEAD = 8  # Tokens that the eight-bit draft proposes at a time
 
 
 def decoders(model: GPT, dtypes: Iterable[str]) -> dict[str, Callable]:
@@ -926,6 +927,13 @@ def writers(model: GPT, ours: Mapping) -> dict[str, Callable | str]:
             missing = why_missing("transformers")
             found[f"transformers.generate, {dtype}"] = missing or partial(hf_generate, hf_gpt2(model).to(getattr(torch, dtype)))
     return found
+
+
+def drafted_writer(ours: Mapping) -> Callable:
+    "Speculative decoding: the eight-bit decoder drafts, the one in float32 decides. One prompt."
+    from transformer_llm.decoding import speculative
+
+    return lambda ids, n, sampled=False: speculative(ours["float32"], ours["int8"], ids, n, lookahead=LOOKAHEAD, temperature=1.0 if sampled else 0.0, generator=0)[0]
 
 
 def plain_writer(model: GPT) -> Callable:
@@ -965,6 +973,12 @@ def same_tokens(model: GPT, forms: Mapping[str, Callable | str], ids: Int[Tensor
     return {"the decoder writes what the plain form writes, greedy and sampled": all(equal)}
 
 
+def same_draft(ours: Mapping, drafted: Callable, ids: Int[Tensor, "1 seq"], new_tokens: int = 24) -> dict[str, bool | None]:
+    "As a condition: whether drafting leaves the float32 decoder's greedy text as it is."
+    alone = ours["float32"].generate(ids, new_tokens, temperature=0.0)
+    return {"the text is the one without a draft": alone.equal(drafted(ids, new_tokens))}
+
+
 def generation_of(plan: Plan, preset: str, config: GPTConfig) -> list[dict]:
     "The lines of one size."
     import torch
@@ -983,11 +997,13 @@ def generation_of(plan: Plan, preset: str, config: GPTConfig) -> list[dict]:
     def versus(what: str, runs: Mapping, ours: str, theirs: str, goal: float | None, **options) -> dict:
         return line(f"{title}, {what}", figure(ours, runs[ours]), [figure(theirs, runs[theirs])], unit="tokens/s", at_least=goal, **options)
 
-    greedy = writing_speeds(forms, one, plan.new_tokens, rounds, besides={"bandwidth": memory_bandwidth} if large else None)
+    drafted = {"Decoder, float32, drafted in int8": drafted_writer(ours)} if large else {}
+    greedy = writing_speeds(forms | drafted, one, plan.new_tokens, rounds, besides={"bandwidth": memory_bandwidth} if large else None)
     lines = [versus("batch 1, greedy, float32", greedy, "Decoder, float32", "transformers.generate, float32", DECODER_GOALS[preset], conditions=same),
              versus("batch 1, greedy, bfloat16", greedy, "Decoder, bfloat16", "transformers.generate, bfloat16", DECODER_GOALS[preset])]
     if large:
         lines.append(versus("batch 1, greedy, int8", greedy, "Decoder, int8", "transformers.generate, float32", INT8_GOAL, note="What int8 costs in quality is measured in chapter 13."))
+        lines += [versus("batch 1, greedy, drafted in int8", greedy, name, "Decoder, float32", None, conditions=same_draft(ours, write, one)) for name, write in drafted.items()]
         lines += bound_lines(title, greedy, {dtype: bytes_per_token(decoder, PROMPT + plan.new_tokens // 2) for dtype, decoder in ours.items()})
     if large and plan.quick:
         return lines
