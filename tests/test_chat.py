@@ -966,6 +966,15 @@ def test_one_answer_for_a_script(folder):
     assert first.stdout == again.stdout != other.stdout and other.returncode == 0
 
 
+def test_the_fast_decoder_answers_the_same(folder):
+    words = ("--model", folder, "--max_new_tokens", 300, "--temperature", 0)
+    plain, fast = (chat_command(*words, *more, input="the cat\nand the red hat\n") for more in ((), ("--dtype", "float32")))
+    assert plain.returncode == fast.returncode == 0 and fast.stdout == plain.stdout and len(plain.stdout) > 100
+    for dtype in ("bfloat16", "int8"):
+        done = chat_command("--model", folder, "--prompt", "the cat", "--max_new_tokens", 5, "--dtype", dtype)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
 def test_lines_from_a_pipe(folder):
     lines = "the cat\n\n/temperature 0\n/reset\n/system You answer.\n red hat\n/help\n/quit\nnever said\n"
     done = chat_command("--model", folder, "--max_new_tokens", 5, input=lines)

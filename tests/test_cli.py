@@ -500,6 +500,42 @@ def test_generate_from_one_checkpoint_with_beams(capsys, run):
     refused(capsys, *arguments, "--temperature", 1, "--stream", says="leave out --temperature and --stream")
 
 
+def test_generate_with_the_fast_decoder(capsys, monkeypatch, run):
+    from transformer_llm.decoding import Decoder
+
+    made, make = [], Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda self, model, *, dtype: made.append(dtype) or make(self, model, dtype=dtype))
+    arguments = ("generate", "--checkpoint", run, "--prompt", "the cat", "--max_new_tokens", 30)
+    for options in ((), ("--temperature", 0), ("--top_k", 5, "--stream"), ("--beams", 3)):
+        plain = succeeds(capsys, *arguments, *options)
+        assert not made
+        assert succeeds(capsys, *arguments, *options, "--dtype", "float32") == plain and made.pop()
+    for dtype in ("bfloat16", "int8"):
+        assert succeeds(capsys, *arguments, "--dtype", dtype).startswith("the cat")
+    assert len(made) == 2
+    refused(capsys, *arguments, "--dtype", "int4", says="--dtype.*int4")
+
+
+def test_fast_steps_are_the_same_training(capsys, monkeypatch, text):
+    import json
+
+    from transformer_llm.performance import FastTrainer
+
+    steps, step = [], FastTrainer.train_step
+    monkeypatch.setattr(FastTrainer, "train_step", lambda self: steps.append(self.step) or step(self))
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 6, "--batch_size", 4)
+    succeeds(capsys, *arguments, "--out", "plain")
+    assert not steps
+    succeeds(capsys, *arguments, "--out", "fast", "--fast")
+    assert len(steps) == 6
+    losses = [[row["val_loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines() if (row := json.loads(line)).get("val_loss")] for out in ("plain", "fast")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0]
+    succeeds(capsys, "train", "--out", "fast", "--resume", "--max_steps", 8)  # as it was started
+    assert len(steps) == 8
+    succeeds(capsys, "train", "--out", "plain", "--resume", "--max_steps", 9, "--fast")  # both read the same checkpoints
+    assert len(steps) == 11
+
+
 @pytest.mark.parametrize("beams", [[], ["--beams", 2]], ids=["draw", "beams"])
 def test_prompts_that_can_not_be_continued(capsys, run, beams):
     arguments = ("generate", "--checkpoint", run, *beams)

@@ -11,6 +11,7 @@ _HOME = {
     "TokenData": "dataset", "prepare_tokens": "dataset", "load_shakespeare": "dataset",
     "Trainer": "training", "TrainingConfig": "training", "load_model": "training",
     "generate": "generation", "generate_text": "generation", "stream_text": "generation",
+    "FastTrainer": "performance", "Decoder": "decoding",
     "load_pretrained_tokenizer": "pretrained", "Conversation": "chat", "score_text": "evaluation",
 }
 __all__ = [*_HOME]

@@ -852,6 +852,7 @@ class Conversation:
         *,
         device: str = "cpu",
         template: str | None = None,  # Instead of the model's own
+        prepare: Callable | None = None,  # From the loaded `GPT` to what answers: a `Decoder` of chapter 13, say
         **options,  # As for the class: system, seed
     ) -> "Conversation":
         "A conversation with a model that others trained; `InputError` for one that was not trained to answer."
@@ -863,7 +864,8 @@ class Conversation:
             raise InputError(f"{name} has no chat template: it continues texts and was not trained to answer; use transformer-llm generate --checkpoint {name}.")
         ends = dict(stop_tokens=settings.stop_tokens, bos_token=settings.bos_token, eos_token=settings.eos_token)
         tokenizer = load_pretrained_tokenizer(name)
-        return cls(GPT.from_pretrained(name, device=device), tokenizer, template=template, **ends, **options)
+        model = GPT.from_pretrained(name, device=device)
+        return cls(model if prepare is None else prepare(model), tokenizer, template=template, **ends, **options)
 
     def reset(self) -> None:
         "Forget what was said; the system message stays."
