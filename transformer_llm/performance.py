@@ -63,54 +63,59 @@ def utilisation(
     return tokens_per_second * flops_per_token(config, seq, training=True) / check_range("peak", peak, 1)
 
 # %% ../nbs/11_fast.ipynb #11-019
+class _Workspace:
+    "Large tensors that are needed for a moment, made once and used at every step."
+
+    def __init__(self):
+        self.tensors: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple, like: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
+        "Storage for so many numbers; what it holds is left from the last time."
+        count, stored = math.prod(shape), self.tensors.get(name)
+        if stored is None or stored.numel() < count or stored.dtype != dtype or stored.device != like.device:
+            stored = self.tensors[name] = torch.empty(count, dtype=dtype, device=like.device)
+        return stored[:count].view(shape)
+
+
 class _Packed:
-    "Some masters side by side in one matrix or vector of another dtype, and a place for its gradient. A lone master of that dtype is used as it is."
+    "Some masters side by side in one matrix or vector of the copy's dtype, and one for their gradients. A lone master of that dtype is used as it is."
 
-    def __init__(self, masters: Sequence[nn.Parameter], dtype: torch.dtype, *, gradient: bool = True):
-        self.masters, first, sizes = list(masters), masters[0], [len(m) for m in masters]
-        new = lambda dtype: torch.zeros((sum(sizes), *first.shape[1:]), dtype=dtype, device=first.device)
-        self.alone = len(masters) == 1 and dtype == first.dtype
-        self.value = first.detach() if self.alone else new(dtype)
-        self.values = [] if self.alone else self.value.split(sizes)
-        self.filled, self.shared = False, False  # holds a gradient not collected yet; the masters' gradients are views of it
+    def __init__(self, masters: Sequence[nn.Parameter], dtype: torch.dtype, workspace: _Workspace, *, gradient: bool = True):
+        self.masters, self.workspace, first, sizes = list(masters), workspace, masters[0], [len(master) for master in masters]
+        new = lambda dtype: torch.zeros(sum(sizes), *first.shape[1:], dtype=dtype, device=first.device)
+        copied = len(masters) > 1 or dtype != first.dtype
+        self.value = new(dtype) if copied else first.detach()
+        self.copies = list(zip(self.value.split(sizes), self.masters)) if copied else []
         if gradient:
-            self.grad = new(dtype)
-            self.wide = self.grad if dtype == first.dtype else new(first.dtype)
-            self.narrows, self.wides = self.grad.split(sizes), self.wide.split(sizes)
+            self.grad = new(first.dtype)
+            self.places = self.grad.split(sizes)
 
-    def start(self) -> None:
-        "Before a forward pass: has somebody taken the masters' gradients away since they were collected?"
-        if self.alone:
-            self.value = self.masters[0].detach()
-        if self.shared and not all(self._is_ours(m, wide) for m, wide in zip(self.masters, self.wides)):
-            for master, wide in zip(self.masters, self.wides):
-                master.grad = master.grad.clone() if self._is_ours(master, wide) else master.grad
-            self.shared = False
+    def claim(self) -> bool:
+        "Make the masters' gradients slices of `grad`. True if they had any: then what comes is to be added."
+        before = [master.grad for master in self.masters]
+        add = any(grad is not None for grad in before)
+        for master, place, grad in zip(self.masters, self.places, before):
+            if grad is not place:
+                if add:
+                    place.zero_() if grad is None else place.copy_(grad)
+                master.grad = place
+        return add
 
-    @staticmethod
-    def _is_ours(master: nn.Parameter, wide: Float[Tensor, "..."]) -> bool:
-        return master.grad is not None and master.grad.data_ptr() == wide.data_ptr()
-
-    @property
-    def holds(self) -> bool:
-        "Whether a new gradient is to be added to what is there, or to replace it."
-        return self.filled or self.shared
-
-    def collect(self) -> None:
-        "Hand the gradient over to the masters."
-        if not self.filled:
+    def add_gradient(self, rows: Float[Tensor, "tokens _"], x: Float[Tensor, "tokens _"] | None = None) -> None:
+        "Add rows.T @ x to a matrix's gradient, and the sum of the rows to a vector's."
+        add = self.claim()
+        if x is not None and rows.dtype == self.grad.dtype:
+            torch.addmm(self.grad, rows.t(), x, beta=float(add), out=self.grad)
             return
-        same = self.wide is self.grad
-        for master, wide, narrow in zip(self.masters, self.wides, self.narrows):
-            if master.grad is None:
-                master.grad = wide if same else wide.copy_(narrow)
-            elif not same or not self._is_ours(master, wide):
-                master.grad += narrow
-        self.filled, self.shared = False, same and all(self._is_ours(m, wide) for m, wide in zip(self.masters, self.wides))
+        if x is None:
+            product = rows.sum(0)
+        else:
+            product = torch.mm(rows.t(), x, out=self.workspace.take("product", self.grad.shape, rows, rows.dtype))
+        self.grad.add_(product) if add else self.grad.copy_(product)
 
 
 class _Linear(torch.autograd.Function):
-    "residual + x @ weight.T + bias, whose backward pass writes the weight's gradient where it belongs."
+    "residual + x @ weight.T + bias, whose backward pass writes the gradients where they belong."
 
     @staticmethod
     def forward(
@@ -129,16 +134,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Float[Tensor, "*tokens _"]) -> tuple:
-        (x,), weight, bias = ctx.saved_tensors, ctx.weight, ctx.bias
-        rows = grad.flatten(0, -2)
-        torch.addmm(weight.grad, rows.t(), x.flatten(0, -2), beta=float(weight.holds), out=weight.grad)
-        weight.filled = True
-        if bias is not None:
-            bias.grad.add_(rows.sum(0)) if bias.holds else torch.sum(rows, 0, out=bias.grad)
-            bias.filled = True
-        return (rows @ weight.value).view(x.shape), None, None, grad if ctx.needs_input_grad[3] else None
+        (x,), rows = ctx.saved_tensors, grad.flatten(0, -2)
+        ctx.weight.add_gradient(rows, x.flatten(0, -2))
+        if ctx.bias is not None:
+            ctx.bias.add_gradient(rows)
+        return (rows @ ctx.weight.value).view(x.shape), None, None, grad if ctx.needs_input_grad[3] else None
 
-# %% ../nbs/11_fast.ipynb #11-022
+# %% ../nbs/11_fast.ipynb #11-028
 class _RMSNorm(torch.autograd.Function):
     "Equation (4.3) in three passes over the numbers, and its gradient in six."
 
@@ -160,7 +162,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = torch.mul(grad, weight).mul_(scale).addcmul_(x.to(scale.dtype), shrink, value=-1).to(x.dtype)
         return grad_x, scale.flatten() @ product.flatten(0, -2), None, None
 
-# %% ../nbs/11_fast.ipynb #11-024
+# %% ../nbs/11_fast.ipynb #11-030
 Angles = tuple[Float[Tensor, "seq half"], Float[Tensor, "seq half"]]  # cosines and sines
 
 
@@ -207,7 +209,7 @@ class _Heads(torch.autograd.Function):
                 _turn(grad.to(dtype), (angles[0], -angles[1]), ctx.interleaved, part)
         return packed.to(grads[0].dtype), None, None, None
 
-# %% ../nbs/11_fast.ipynb #11-026
+# %% ../nbs/11_fast.ipynb #11-032
 class _Gate(torch.autograd.Function):
     "silu(gate) * up, where the two stand side by side in one tensor."
 
@@ -226,10 +228,11 @@ class _Gate(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return result
 
-# %% ../nbs/11_fast.ipynb #11-029
+# %% ../nbs/11_fast.ipynb #11-035
 def _scaled_bmm(
     a: Float[Tensor, "batch rows _"], b: Float[Tensor, "batch _ columns"], head_dim: int
 ) -> Float[Tensor, "batch rows columns"]:
+    # a @ b / sqrt(head_dim), scaled within the product; beta=0 leaves the first argument out
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=head_dim**-0.5)
 
 
@@ -300,34 +303,16 @@ def batched_attention(
     block = max(64, -(-q.shape[2] // 8)) if block is None else check_range("block", block, 1, integer=True)
     return _BatchedAttention.apply(q, k, v, mask, min(block, q.shape[2]))
 
-# %% ../nbs/11_fast.ipynb #11-037
-class _Workspace:
-    "Large tensors that are made once and used at every step."
-
-    def __init__(self):
-        self.tensors: dict[str, Tensor] = {}
-        self.taken = False  # by a loss whose backward pass is still to come
-
-    def take(self, name: str, shape: tuple, like: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
-        "Storage for so many numbers; what it holds is left from the last time."
-        count, stored = math.prod(shape), self.tensors.get(name)
-        if stored is None or stored.numel() < count or stored.dtype != dtype or stored.device != like.device:
-            stored = self.tensors[name] = torch.empty(count, dtype=dtype, device=like.device)
-        return stored[:count].view(shape)
-
-
-def _deliver(master: nn.Parameter, grad: Float[Tensor, "vocab d_model"], workspace: _Workspace) -> None:
-    # a gradient as large as the table changes hands without a copy: two places take turns
-    if master.grad is not None:
-        master.grad += grad
-    else:
-        master.grad = grad
-        tensors = workspace.tensors
-        tensors["grad"], tensors["spare"] = tensors.get("spare", torch.empty_like(grad).flatten()), tensors["grad"]
-
-
+# %% ../nbs/11_fast.ipynb #11-043
 class _ChunkedCrossEntropy(torch.autograd.Function):
     "The gradients are computed in the forward pass, chunk by chunk, while the chunk's logits are there."
+
+    @staticmethod
+    def place(packed: _Packed | None, matrix: Float[Tensor, "vocab d_model"], dtype: torch.dtype, workspace: _Workspace) -> Float[Tensor, "vocab d_model"]:
+        # the last step's gradient of this size, if nobody uses it any more; who takes it out has it for himself
+        last = workspace.tensors.pop("gradient", None)
+        free = last is not None and last is not packed.masters[0].grad
+        return last if free else torch.empty_like(matrix, dtype=dtype)
 
     @staticmethod
     def forward(
@@ -343,12 +328,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         packed, matrix = (weight, weight.value) if isinstance(weight, _Packed) else (None, weight)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wants_weight = wants_weight or (packed is not None and wants_hidden)
-        if workspace.taken:
-            workspace = _Workspace()
-        workspace.taken = wants_hidden
         dtype, (vocab, d_model) = torch.promote_types(hidden.dtype, torch.float32), matrix.shape
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = workspace.take("grad", matrix.shape, hidden, dtype) if wants_weight else None
+        grad_weight = _ChunkedCrossEntropy.place(packed, matrix, dtype, workspace) if wants_weight else None
         grad_bias = torch.zeros_like(bias) if wants_bias else None
         total = torch.zeros((), device=hidden.device, dtype=dtype)
         share = (targets != -100).to(dtype) / (divisor or (targets != -100).sum().clamp(min=1))
@@ -372,19 +354,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.copy_(product) if first == 0 else grad_weight.add_(product)
             if wants_bias:
                 grad_bias += error.sum(0)
-        ctx.packed, ctx.workspace, ctx.grads = packed, workspace, (grad_hidden, grad_weight, grad_bias)
+        ctx.packed, ctx.workspace = packed, workspace
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
     def backward(ctx: object, grad: Float[Tensor, ""]) -> tuple:
+        hidden, weight, bias = ctx.saved_tensors
         if grad.device.type != "cpu" or grad.item() != 1:
-            for tensor in ctx.grads:
+            for tensor in (hidden, weight, bias):
                 None if tensor is None else tensor.mul_(grad)
-        (hidden, weight, bias), packed = ctx.grads, ctx.packed
-        if packed is not None:
-            _deliver(packed.masters[0], weight, ctx.workspace)
-            weight = None
-        ctx.workspace.taken = False
+        if ctx.packed is not None:  # the master takes it as it is, without a copy
+            (master,) = ctx.packed.masters
+            ctx.workspace.tensors["gradient"] = weight
+            master.grad, weight = weight if master.grad is None else master.grad.add_(weight), None
         return hidden, weight, bias, None, None, None, None
 
 
@@ -399,7 +382,7 @@ def chunked_cross_entropy(
     "Mean cross-entropy of `hidden @ weight.T` in nats, a few tokens at a time; zero when no target counts."
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, None, check_range("chunk", chunk, 1, integer=True), _Workspace())
 
-# %% ../nbs/11_fast.ipynb #11-050
+# %% ../nbs/11_fast.ipynb #11-056
 class _Lookup(torch.autograd.Function):
     "Rows of a table, whose gradient is added to the rows that were read, and to no others."
 
@@ -423,7 +406,7 @@ class _LeanLookups(TorchFunctionMode):
             return _Lookup.apply(*args)
         return function(*args, **(kwargs or {}))
 
-# %% ../nbs/11_fast.ipynb #11-051
+# %% ../nbs/11_fast.ipynb #11-057
 class WorkingCopy:
     """A model's weights packed for speed and kept in another dtype; the model's own stay as they are, and the optimizer moves those.
 
@@ -442,34 +425,26 @@ class WorkingCopy:
             raise InputError(f"A working copy has no dropout, and this model has dropout={model.config.dropout}; train it with Trainer.")
         self.model, self.config, self.dtype, self.checkpointing = model, model.config, dtype, checkpointing
         self.chunk = check_range("chunk", chunk, 1, integer=True)
-        self.layers = [self._pack(block) for block in model.blocks]
-        self.output = _Packed([model.token_embedding.weight if model.lm_head is None else model.lm_head.weight], dtype, gradient=False)
-        self.packed = [*(packed for layer in self.layers for packed in layer.values() if packed is not None), self.output]
         self._tables: dict = {}
         self._workspace = _Workspace()
+        self.layers = [self._pack(block) for block in model.blocks]
+        self.output = _Packed([model.token_embedding.weight if model.lm_head is None else model.lm_head.weight], dtype, self._workspace, gradient=False)
+        self.packed = [*(packed for layer in self.layers for packed in layer.values() if packed is not None), self.output]
         self.refresh()
 
     def _pack(self, block: nn.Module) -> dict[str, _Packed | None]:
         attention, feedforward = block.attention, block.feedforward
         groups = {"qkv": [attention.q_proj, attention.k_proj, attention.v_proj], "o": [attention.o_proj], "down": [feedforward.down],
                   "up": [feedforward.gate, feedforward.up] if self.config.activation == "swiglu" else [feedforward.up]}
-        layer = {name: _Packed([m.weight for m in group], self.dtype) for name, group in groups.items()}
+        layer = {name: _Packed([m.weight for m in group], self.dtype, self._workspace) for name, group in groups.items()}
         biases = {f"{name}_bias": [m.bias for m in group] for name, group in groups.items()}
-        return layer | {name: None if group[0] is None else _Packed(group, self.dtype) for name, group in biases.items()}
+        return layer | {name: None if group[0] is None else _Packed(group, self.dtype, self._workspace) for name, group in biases.items()}
 
     @torch.no_grad()
     def refresh(self) -> None:
         "Copy the masters in: once a step, after the optimizer has moved them."
-        self._workspace.taken = False
-        copied = [packed for packed in self.packed if not packed.alone]
-        if copied:
-            torch._foreach_copy_([value for packed in copied for value in packed.values], [master for packed in copied for master in packed.masters])
-
-    @torch.no_grad()
-    def collect_gradients(self) -> None:
-        "Add what the backward passes left here to the masters' `.grad`, in their dtype."
-        for packed in self.packed:
-            packed.collect()
+        places, masters = zip(*(pair for packed in self.packed for pair in packed.copies))
+        torch._foreach_copy_(places, masters)
 
     def _table(self, name: str, seq: int, make: Callable) -> object:
         if (name, seq) not in self._tables:
@@ -564,14 +539,12 @@ class WorkingCopy:
         *,
         divisor: int | None = None,  # What the sum over the targets is divided by; None: the targets that count
     ) -> Float[Tensor, ""]:
-        "Mean cross-entropy in nats, in float32; `backward()` and then `collect_gradients()` give the masters their gradients."
-        for packed in self.packed:
-            packed.start()
+        "Mean cross-entropy in nats, in float32; its `backward()` gives the masters their gradients."
         hidden = self.hidden_states(inputs).flatten(0, 1)
         options = targets.flatten(), divisor, self.chunk, self._workspace
         return _ChunkedCrossEntropy.apply(hidden, self.output, self.model.output_bias, *options)
 
-# %% ../nbs/11_fast.ipynb #11-057
+# %% ../nbs/11_fast.ipynb #11-063
 class FusedAdamW(AdamW):
     "Chapter 07's AdamW in one pass over the memory instead of eight; its states have the same names, so that a run can change between the two."
 
@@ -589,7 +562,7 @@ class FusedAdamW(AdamW):
 
 FusedAdamW.__name__ = AdamW.__name__  # the name that checkpoints know
 
-# %% ../nbs/11_fast.ipynb #11-060
+# %% ../nbs/11_fast.ipynb #11-066
 class FastTrainer(Trainer):
     "A `Trainer` whose steps use a `WorkingCopy` in the configuration's dtype; its checkpoints are the Trainer's."
 
@@ -633,7 +606,6 @@ class FastTrainer(Trainer):
         for inputs, targets in batches:
             loss = self.copy.loss(inputs, targets, divisor=count)
             loss.backward()
-            self.copy.collect_gradients()
             total += loss.detach()
         return total
 
@@ -645,7 +617,7 @@ class FastTrainer(Trainer):
         self.copy.refresh()
         return super().evaluate(n_batches)
 
-# %% ../nbs/11_fast.ipynb #11-069
+# %% ../nbs/11_fast.ipynb #11-076
 def working_activations(config: GPTConfig, seq: int, bytes_each: int) -> int:
     "Bytes that a block of a `WorkingCopy` keeps for the backward pass, for each token."
     c, heads = config, config.n_heads + 2 * config.n_kv_heads
@@ -666,7 +638,7 @@ def peak_training_memory(
     checkpointing: bool = False,
     chunk: int = 512,  # Of the loss
 ) -> int:
-    "Bytes of all tensors at the worst moment of a `FastTrainer`'s step with AdamW, equation (11.4): counted from the shapes, nothing is run."
+    "Bytes of all tensors at the worst moment of a `FastTrainer`'s step with AdamW, equation (11.5): counted from the shapes, nothing is run."
     c, seq = config, config.context_length if seq is None else seq
     size, tokens, rows = (4 if dtype == "float32" else 2), batch_size * seq, min(chunk, batch_size * seq)
     with torch.device("meta"):
@@ -676,17 +648,19 @@ def peak_training_memory(
     blocks = sum(numbers_in(part) for part in ("_proj", "feedforward.up", "feedforward.gate", "feedforward.down"))
     grouped = sum(numbers_in(part) for part in ("q_proj", "k_proj", "v_proj"))
     grouped += sum(numbers_in(f"feedforward.{part}") for part in ("gate", "up")) if c.activation == "swiglu" else 0
-    copies = 4 * (grouped + blocks) if size == 4 else 8 * blocks + 4 * table  # copies, their gradients; in bfloat16 these once more, wide
-    kept = 3 * 4 * numbers + copies + 2 * 4 * table + size * rows * c.vocab_size
+    copies = 4 * grouped if size == 4 else 2 * (blocks + table)
+    kept = 4 * (3 * numbers + blocks + table) + copies + size * rows * c.vocab_size  # weights, moments, gradients of the matrices; logits
+    kept += 2 * table if size == 2 else 0  # a product before it is added in float32
     block = tokens * working_activations(c, seq, size)
     stream = c.n_layers * tokens * 4 * c.d_model  # what checkpointing keeps
     loss = 6 * rows * c.vocab_size if size == 2 else 0  # the logits in float32, the errors in bfloat16
     backward = tokens * (4 * c.d_model + size * c.d_ff * (3 if c.activation == "swiglu" else 1))
-    in_loss = (stream if checkpointing else c.n_layers * block) + loss
-    in_backward = (stream + block if checkpointing else c.n_layers * block) + backward
-    return int(kept + tokens * (4 + 2 * size) * c.d_model + max(in_loss, in_backward, 4 * table))
+    around = 4 * c.d_model, size * c.d_model  # for each token: the last residual stream; its norm, and as much for the norm's gradient
+    in_loss = (stream if checkpointing else c.n_layers * block) + loss + tokens * (around[0] + 2 * around[1])
+    in_backward = (stream + block if checkpointing else c.n_layers * block) + backward + tokens * sum(around)
+    return int(kept + max(in_loss, in_backward, 4 * table))
 
-# %% ../nbs/11_fast.ipynb #11-071
+# %% ../nbs/11_fast.ipynb #11-078
 class _MemoryCounter(TorchDispatchMode):
     # sees the result of every operation, the backward pass's included
     def __init__(self):
@@ -719,7 +693,7 @@ def measure_peak_memory(run: Callable[[], object]) -> int:
         run()
     return counter.peak
 
-# %% ../nbs/11_fast.ipynb #11-073
+# %% ../nbs/11_fast.ipynb #11-080
 class _Checkpointed:
     def forward(
         self, x: Float[Tensor, "batch seq d_model"], mask: Mask | None = None, *, rotate: Rotate | None = None, cache: KVCache | None = None
