@@ -1,4 +1,5 @@
-"""Make data/sprint.json, the runs that chapter 12 shows: python book/sprint_runs.py [PART ...], PART of: final ladder leave_out counts.
+"""Make data/sprint.json, the runs that chapter 12 shows: python book/sprint_runs.py [PART ...], PART of: final ladder again leave_out without_table counts;
+final, ladder and again also with names, as in ladder=tuned,linear.
 
 Each run is written as soon as it is there, and one that is there already is not made again (delete the file to begin anew). Let nothing
 else run on the machine meanwhile.
@@ -24,12 +25,13 @@ GRID = [round(20 * 1.15**i) for i in range(34)]  # numbers of steps that the lad
 
 # Each rung changes the one before it: (name, about, changes, the first number of steps to try).
 RUNGS = [
-    ("linear", "the rate falls in a line to zero", dict(training=dict(schedule="linear", min_lr_fraction=0.0)), 1200),
-    ("muon", "Muon moves the matrices", dict(training=dict(optimizer="muon", muon_learning_rate=0.03, weight_decay=0.0)), 700),
-    ("rotary", "rotary positions", dict(model=dict(position="rotary", rope_interleaved=True, rope_base=100.0)), 500),
-    ("zero", "what is added starts at zero", dict(model=dict(zero_init_residual=True)), 450),
-    ("qk-norm", "queries and keys are normalised", dict(model=dict(qk_norm=True)), 430),
-    ("relu2", "RMSNorm and ReLU²", dict(model=dict(norm="rmsnorm", activation="relu2")), 400),
+    ("tuned", "the reference, tuned", {}, 1150),
+    ("linear", "the rate falls in a line to zero", dict(training=dict(schedule="linear", min_lr_fraction=0.0)), 1150),
+    ("muon", "Muon moves the matrices", dict(training=dict(optimizer="muon", muon_learning_rate=0.03, weight_decay=0.0)), 500),
+    ("rotary", "rotary positions", dict(model=dict(position="rotary", rope_interleaved=True, rope_base=100.0)), 330),
+    ("zero", "what is added starts at zero", dict(model=dict(zero_init_residual=True)), 330),
+    ("qk-norm", "queries and keys are normalised", dict(model=dict(qk_norm=True)), 285),
+    ("relu2", "RMSNorm and ReLU²", dict(model=dict(norm="rmsnorm", activation="relu2")), 285),
     ("output", "an output matrix of its own, from zero; larger embeddings and rates; fewer passes",
      dict(model=dict(tied_embeddings=False, init_std=0.3), sprint=True, training=dict(learning_rate=0.02, muon_learning_rate=0.06, grad_clip=0.0)), 330),
     ("shift", "the previous token's embedding is mixed in", dict(token_shift=True), 280),
@@ -52,7 +54,7 @@ LEFT_OUT = [
 
 
 def load() -> dict:
-    return read_json(FILE) if FILE.exists() else {"machine": machine(), "final": [], "ladder": [], "leave_out": [], "counts": []}
+    return read_json(FILE) if FILE.exists() else {"machine": machine(), "final": [], "ladder": [], "leave_out": [], "without_table": [], "counts": []}
 
 
 def machine() -> dict:
@@ -61,7 +63,8 @@ def machine() -> dict:
 
 def keep(part: str, result: dict) -> None:
     runs = load()
-    runs[part].append({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()})
+    runs.setdefault(part, []).append({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()})
+    runs["ladder"].sort(key=lambda run: [name for name, *_ in RUNGS].index(run["name"]))
     write_json(FILE, runs)
     print(part, {key: value for key, value in result.items() if key != "curve"}, flush=True)
 
@@ -93,7 +96,7 @@ def undisturbed(make) -> dict:
 
 def once(part: str, name: str, make, **about) -> dict:
     "The run of this name and these particulars, made now unless it is there."
-    for run in load()[part]:
+    for run in load().get(part, []):
         if run["name"] == name and all(run.get(key) == value for key, value in about.items()):
             return run
     keep(part, undisturbed(make) | {"name": name} | about)
@@ -113,21 +116,34 @@ def target() -> float:
     return sum(losses) / len(losses)
 
 
-def ladder(path: Path) -> None:
+def rung(path: Path, name: str, about: str, recipe, steps: int, **more) -> dict:
+    attempt = recipe.change(name, about, training=dict(max_steps=steps))
+    make = lambda: run_recipe(attempt, path, 0, threads=THREADS, eval_every=max(1, steps // 12), eval_tokens=64 * 500)
+    return once("ladder", name, make, steps=steps, about=about, **more)
+
+
+def ladder(path: Path, names=None) -> None:
     recipe, goal = TUNED, target()
     for name, about, changes, guess in RUNGS:
         recipe = recipe.change(name, about, **changes)
+        if names and name not in names:
+            continue
         tried: dict[int, float] = {}
         place = min(range(len(GRID)), key=lambda i: abs(GRID[i] - guess))
         while True:
-            steps = GRID[place]
-            attempt = recipe.change(name, about, training=dict(max_steps=steps))
-            every = max(1, steps // 12)
-            run = once("ladder", name, lambda: run_recipe(attempt, path, 0, threads=THREADS, eval_every=every, eval_tokens=64 * 500), steps=steps, about=about)
-            tried[place] = run["val_loss"]
+            tried[place] = rung(path, name, about, recipe, GRID[place])["val_loss"]
             place += -1 if tried[place] <= goal else 1
             if place in tried or not 0 <= place < len(GRID):
                 break
+
+
+def again(path: Path, names=None) -> None:
+    "Each rung's shortest run that reached the mark once more, one rung after another: a machine that others use too isn't always equally fast."
+    recipe, goal = TUNED, target()
+    for name, about, changes, _ in RUNGS:
+        recipe = recipe.change(name, about, **changes)
+        if not names or name in names:
+            rung(path, name, about, recipe, min(run["steps"] for run in load()["ladder"] if run["name"] == name and run["val_loss"] <= goal), again=1)
 
 
 def leave_out(path: Path) -> None:
@@ -137,6 +153,13 @@ def leave_out(path: Path) -> None:
             once("leave_out", name, lambda: run_recipe(recipe, path, seed, threads=THREADS), seed=seed)
 
 
+def without_table(path: Path) -> None:
+    "The recipes with n-grams, as they are but for the table: what it gives at equal steps."
+    for name in ("ngrams", "under-1.60"):
+        recipe = RECIPES[name].change(name, "without its table", ngrams=())
+        once("without_table", name, lambda: run_recipe(recipe, path, 0, threads=THREADS), seed=0)
+
+
 def counts(path: Path) -> None:
     for order in range(1, 7):
         once("counts", f"{order}-grams", lambda: count_loss(path, order), order=order)
@@ -144,7 +167,7 @@ def counts(path: Path) -> None:
 
 if __name__ == "__main__":
     path = load_shakespeare(ROOT / "data" / "shakespeare.txt", progress=False)
-    parts = {"final": final, "ladder": ladder, "leave_out": leave_out, "counts": counts}
+    parts = {"final": final, "ladder": ladder, "again": again, "leave_out": leave_out, "without_table": without_table, "counts": counts}
     for argument in sys.argv[1:] or parts:
         part, _, names = argument.partition("=")
         parts[part](path, *([names.split(",")] if names else []))
