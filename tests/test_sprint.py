@@ -219,7 +219,9 @@ def test_the_committed_runs_belong_to_the_recipes():
         recipe = RECIPES[run["name"]]
         assert run["steps"] == recipe.training.max_steps and run["tokens"] == run["steps"] * recipe.training.batch_size * 64
         assert 0 < run["evaluation_seconds"] < run["seconds"] and run["parameters"] == recipe.make_model(69).num_parameters()
-    assert {"documented", "tuned", "plain", "ngrams", "under-1.60", "minute"} <= {run["name"] for run in runs["final"]} <= set(RECIPES)
+    assert {"documented", "tuned", "plain", "ngrams", "under-1.60", "minute", "minute-plain", "five-minutes"} <= {run["name"] for run in runs["final"]} <= set(RECIPES)
+    assert all(sorted(run["seed"] for run in runs["final"] if run["name"] == name) == [0, 1, 2] for name in ("documented", "tuned", "plain", "ngrams", "under-1.60"))
+    assert all(run["seconds"] < limit for name, limit in (("minute", 60), ("five-minutes", 300)) for run in runs["final"] if run["name"] == name)
     mark = np.mean([run["val_loss"] for run in runs["final"] if run["name"] == "documented"])
     assert all(run["val_loss"] <= mark for run in runs["final"] if run["name"] in ("plain", "ngrams", "tuned"))
     assert all(run["val_loss"] < 1.6 and run["seconds"] < 60 for run in runs["final"] if run["name"] == "under-1.60")

@@ -51,7 +51,7 @@ def count_loss(
     order: int,  # Characters in an n-gram, the predicted one included
     discount: float = 0.75,
 ) -> dict:
-    "Validation loss of counts alone, with nothing learned: absolute discounting, each order interpolated with the one below (equation 12.6)."
+    "Validation loss of counts alone, with nothing learned: absolute discounting, each order interpolated with the one below (equation 12.2)."
     start = time.perf_counter()
     data, tokenizer = read_characters(path)
     train, val, base = data.train.numpy(), data.val.numpy(), tokenizer.vocab_size + 1
@@ -126,7 +126,7 @@ def ngram_rows(
             offset += sizes[order]
     return torch.stack(rows, -1)
 
-# %% ../nbs/12_sprint.ipynb #12-044
+# %% ../nbs/12_sprint.ipynb #12-049
 class RowAdagrad(torch.optim.Optimizer):
     "Adagrad with one scale for each row, for tables of which a step touches few rows: equation (12.6), after Duchi et al. (2011)."
 
@@ -157,7 +157,7 @@ class RowAdagrad(torch.optim.Optimizer):
                 p.add_(torch.sparse_coo_tensor(rows[None], values, p.shape, check_invariants=False), alpha=-group["lr"])
         return loss
 
-# %% ../nbs/12_sprint.ipynb #12-047
+# %% ../nbs/12_sprint.ipynb #12-052
 class RememberingCache(KVCache):
     "A layer's keys and values that also remembers the tokens, for what looks back at them before the first block."
 
@@ -291,7 +291,7 @@ class SprintGPT(GPT):
         heads = torch.bmm(scores.softmax(-1), v).view(batch, heads, seq, width)
         return F.linear(heads.transpose(1, 2).reshape(batch, seq, -1), attention.o_proj.weight)
 
-# %% ../nbs/12_sprint.ipynb #12-051
+# %% ../nbs/12_sprint.ipynb #12-056
 @torch.no_grad()
 def evaluate_all(model: nn.Module, tokens: Int[Tensor, "tokens"], batch_size: int = 32) -> float:
     "Mean loss a token over a whole text in nats, in windows side by side: each token but the first is a target once."
@@ -308,7 +308,7 @@ def evaluate_all(model: nn.Module, tokens: Int[Tensor, "tokens"], batch_size: in
     model.train(was_training)
     return total / n_targets
 
-# %% ../nbs/12_sprint.ipynb #12-052
+# %% ../nbs/12_sprint.ipynb #12-057
 class SprintTrainer(Trainer):
     "A `Trainer` for a `SprintGPT` on a CPU: places of all batches drawn at once, a table that moves by rows, no clipping; it writes no checkpoints."
 
@@ -352,7 +352,7 @@ class SprintTrainer(Trainer):
             raise TrainingError(self._not_finite(f"the loss is {value:g}"))
         return value, 0.0
 
-# %% ../nbs/12_sprint.ipynb #12-053
+# %% ../nbs/12_sprint.ipynb #12-058
 @dataclass(frozen=True)
 class Recipe:
     "A model and how it is trained, from the text to the last evaluation."
@@ -383,7 +383,7 @@ class Recipe:
             options = dict(momentum=self.momentum, table_rate=self.table_rate) | options
         return (SprintTrainer if self.sprint else Trainer)(model, data, config, progress=False, **options)
 
-# %% ../nbs/12_sprint.ipynb #12-054
+# %% ../nbs/12_sprint.ipynb #12-059
 def run_recipe(
     recipe: Recipe,
     path: str | Path,  # A text file
@@ -423,7 +423,7 @@ def run_recipe(
               "tokens": recipe.training.max_steps * recipe.training.batch_size * trainer.context_length}
     return result | ({"model": trainer.model.eval(), "tokenizer": tokenizer} if model_too else {})
 
-# %% ../nbs/12_sprint.ipynb #12-055
+# %% ../nbs/12_sprint.ipynb #12-060
 DOCUMENTED = Recipe(
     "documented", "nanoGPT's command for Shakespeare's characters on a CPU",
     dict(context_length=64, d_model=128, n_layers=4, n_heads=4, norm="layernorm", position="learned", activation="gelu"),
@@ -452,12 +452,13 @@ MINUTE = UNDER_160.change("minute", "two layers of twice the width", model=dict(
 
 MINUTE_PLAIN = MINUTE.change("minute-plain", "the same without n-grams", ngrams=())
 
-FIVE_MINUTES = MINUTE.change("five-minutes", "three layers, for as long as a pot of tea", model=dict(d_model=192, d_ff=768, n_layers=3, n_heads=6),
-                             training=dict(max_steps=1500))
+FIVE_MINUTES = MINUTE.change("five-minutes", "four layers, larger tables and groups of six, not quite one pass over the text",
+                             model=dict(d_model=160, d_ff=640, n_layers=4, n_heads=5), training=dict(max_steps=1800),
+                             ngrams=((2, 4900), (3, 32768), (4, 131072), (5, 262144), (6, 262144)))
 
 RECIPES = {recipe.name: recipe for recipe in (DOCUMENTED, TUNED, PLAIN, NGRAMS, UNDER_160, MINUTE, MINUTE_PLAIN, FIVE_MINUTES)}
 
-# %% ../nbs/12_sprint.ipynb #12-057
+# %% ../nbs/12_sprint.ipynb #12-062
 def save_sprint(model: SprintGPT, directory: str | Path, tokenizer=None) -> Path:
     "Write a `SprintGPT` as a checkpoint into a run directory; returns the checkpoint's folder."
     extras = {"ngrams": [list(pair) for pair in model.ngrams], "token_shift": model.previous is not None}
