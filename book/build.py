@@ -156,6 +156,7 @@ def mend_links(text: str, name: str, addresses: dict[str, str], info: dict[str, 
     here = posixpath.dirname(name)
     up = "../" * name.count("/")
     text = text.replace(f"]({info['doc_host']}{info['doc_baseurl']}/", f"]({up}")
+    text = re.sub(r"\[(`_\w+`)\]\([^)\s]*\)", r"\1", text)  # nbdev links private names too, and they have no entry to lead to
 
     def mend(found: re.Match) -> str:
         path, anchor = found.group(1), found.group(2) or ""

@@ -138,7 +138,7 @@ def subparser(name: str):
 
 def test_every_training_flag_is_a_setting():
     known = set(cli.training_fields()) | {"model_size", "dropout", "epochs", "text_file", "tokenizer", "vocab_size", "val_fraction",
-                                         "out", "resume", "overwrite", "help"}
+                                         "out", "resume", "overwrite", "help", "fast"}  # fast: which trainer, not a setting of it
     assert {action.dest for action in subparser("train")._actions} <= known
 
 
