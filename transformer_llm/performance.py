@@ -382,7 +382,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total -= log_p[:, 0] @ share[rows, 0]
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
-            error = logits.scatter_(1, target, log_p.expm1().to(h.dtype))  # the probabilities, less one at the target
+            error = logits  # the probabilities, less one at the target; scatter_ would turn 16 bits into 32 and back
+            error[torch.arange(len(h), device=h.device), target[:, 0]] = log_p[:, 0].expm1().to(h.dtype)
             if wants_hidden:
                 torch.mm(error, matrix, out=grad_hidden[rows]).mul_(share[rows])
             if wants_weight:
