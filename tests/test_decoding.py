@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformer_llm import decoding
-from transformer_llm.decoding import (Decoder, FloatMatrix, Int8Matrix, PackedGPT, PackedMatrix, bytes_per_token, memory_bandwidth, pack, quantise_rows,
-                                      speculative, speed_bound, verify)
+from transformer_llm.decoding import (Decoder, FloatMatrix, HalvedMatrix, Int8Matrix, PackedGPT, PackedMatrix, WideCache, bytes_per_token, memory_bandwidth, pack,
+                                      quantise_rows, speculative, speed_bound, verify)
 from transformer_llm.foundations import InputError
 from transformer_llm.generation import beam_search, generate, left_pad, stream
 from transformer_llm.transformer import GPT, GPT2_STYLE, GPTConfig
@@ -277,6 +277,64 @@ def test_a_bfloat16_matrix_is_packed(monkeypatch):
     assert type(pack([weight], [None], torch.bfloat16)) is FloatMatrix
 
 
+@pytest.mark.parametrize("other", [True, False], ids=["by the other library", "without it"])
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 30), st.integers(1, 33), st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_two_halves_are_the_whole(other, batch, rows, columns, seed, biased, turned):
+    "Any number of rows, odd and even, one included; x in any order of memory; results new, in a given tensor, and added to one."
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(rows, columns, generator=generator), torch.randn(batch, columns, generator=generator)
+    x = x.t().contiguous().t() if turned else x
+    bias = torch.randn(rows, generator=generator) if biased else None
+    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(decoding, "HALVES", 1 if other else 10**6)
+        matrix, out, residual = HalvedMatrix(weight, bias), torch.full((batch, rows), math.nan), torch.ones(batch, rows)
+        matrix.into(x, out)
+        matrix.add_to(x, residual)
+        found = matrix(x), out, residual - 1, matrix(x[None])[0], matrix(x[:1])
+    for got in found:
+        torch.testing.assert_close(got.double(), wanted[: len(got)], atol=1e-5 * columns, rtol=1e-5)
+    assert matrix.n_bytes in (4 * rows * columns, 4 * (rows + 1) * columns)
+
+
+def test_large_float32_matrices_are_halved_and_several_rows_fall_back(monkeypatch):
+    large, narrow = torch.randn(256, 300), torch.randn(255, 300)
+    assert type(pack([large], [None], torch.float32)) is HalvedMatrix and type(pack([narrow], [None], torch.float32)) is FloatMatrix
+    assert type(pack([large], [None], torch.float16)) is FloatMatrix
+    matrix, x, asked = pack([large], [None], torch.float32), torch.randn(3, 300), []
+
+    def missing(*arguments):
+        asked.append(len(arguments[0]))
+        raise RuntimeError("not built in")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", missing)
+    for batch in (1, 3):
+        torch.testing.assert_close(matrix(x[:batch]), x[:batch] @ large.T, atol=1e-3, rtol=1e-4)
+    assert asked == [3]
+
+
+def test_a_model_with_halves_writes_what_the_plain_form_writes(monkeypatch):
+    monkeypatch.setattr(decoding, "HALVES", 8)
+    for name in ("llama", "gpt2", "interleaved", "no positions"):
+        model = make(**STEPPED[name])
+        decoder = Decoder(model)
+        assert type(decoder.layers[0].up) is HalvedMatrix and type(decoder.head) is HalvedMatrix
+        for rows in (1, 3):
+            assert torch.equal(decoder.generate(prompts(rows), 20, generator=3), generate(model, prompts(rows), 20, generator=3)), name
+
+
+def test_the_cache_on_a_cpu_is_float32_whatever_the_weights_are(monkeypatch):
+    monkeypatch.setattr(decoding, "WIDE", 0)
+    decoder = Decoder(make(), dtype=torch.bfloat16)
+    cache = decoder.new_cache(2)
+    assert decoder.dtype == torch.bfloat16 and decoder.cache_dtype == cache.kv.dtype == cache[0].k.dtype == torch.float32 and isinstance(cache[0], WideCache)
+    k = torch.randn(2, 2, 3, 8, dtype=torch.bfloat16)
+    keys, values = cache[0].update(k, 2 * k)
+    assert keys.dtype == torch.bfloat16 and torch.equal(keys, k) and torch.equal(values, 2 * k)
+    assert bytes_per_token(decoder, 7) - bytes_per_token(decoder, 0) == 4 * 7 * 2 * decoder.config.n_layers * 2 * 8
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([1e-6, 1.0, 1e4]))
 def test_eight_bit_rows_are_off_by_half_a_step_at_most(rows, columns, seed, size):
@@ -321,6 +379,19 @@ def test_the_kernel_for_whole_numbers_is_used_only_where_it_is_exact():
         assert matrix.weight.dtype == (torch.int8 if Int8Matrix.works() else torch.float32)
         torch.testing.assert_close(matrix(torch.ones(1, columns)), torch.full((1, 3), float(columns)), rtol=1e-6, atol=0)
         assert matrix.n_bytes == matrix.weight.nbytes + 4 * 3
+
+
+@pytest.mark.parametrize("size", [(1, 8), (7, 16), (40, 24), (41, 24)])
+@pytest.mark.parametrize("piece", [1, 100, 10**6])
+def test_pieces_give_what_the_whole_gives(size, piece, monkeypatch):
+    weight, bias, x = torch.randn(size), torch.randn(size[0]), torch.randn(1, size[1])
+    whole = Int8Matrix(weight, bias)
+    monkeypatch.setattr(decoding, "COLD", 1)
+    monkeypatch.setattr(decoding, "PIECE", piece)
+    cut = Int8Matrix(weight, bias)
+    assert not whole.pieces and sum(words.numel() for words, _ in cut.pieces) * 8 == weight.numel() * Int8Matrix.works()
+    assert torch.equal(cut(x), whole(x)) and torch.equal(cut(x.expand(3, -1)), whole(x.expand(3, -1))) and cut.n_bytes == whole.n_bytes
+    assert not Int8Matrix(torch.randn(4, 12)).pieces  # no whole number of words a row
 
 
 def test_a_row_of_a_batch_does_not_depend_on_the_others():

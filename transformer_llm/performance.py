@@ -687,16 +687,16 @@ def peak_training_memory(
     grouped = sum(numbers_in(part) for part in ("q_proj", "k_proj", "v_proj"))
     grouped += sum(numbers_in(f"feedforward.{part}") for part in ("gate", "up")) if c.activation == "swiglu" else 0
     copies = 4 * grouped if size == 4 else 2 * (blocks + table)
-    kept = 4 * (3 * numbers + blocks + table) + copies + size * rows * c.vocab_size  # weights, moments, gradients of the matrices; logits
+    kept = 4 * (3 * numbers + blocks + table) + copies  # weights, moments, gradients of the matrices
+    kept += (size * rows + 4 * min(CACHED_ROWS, rows)) * c.vocab_size  # logits, and some of them as probabilities
     kept += 2 * table if size == 2 else 0  # a product before it is added in float32
     block = tokens * working_activations(c, seq, size)
     stream = c.n_layers * tokens * 4 * c.d_model  # what checkpointing keeps
-    loss = 6 * rows * c.vocab_size if size == 2 else 0  # the logits in float32, the errors in bfloat16
     backward = tokens * (4 * c.d_model + size * c.d_ff * (3 if c.activation == "swiglu" else 1))
     around = 4 * c.d_model, size * c.d_model  # for each token: the last residual stream; its norm, and as much for the norm's gradient
-    in_loss = (stream if checkpointing else c.n_layers * block) + loss + tokens * (around[0] + 2 * around[1])
+    in_loss = (stream if checkpointing else c.n_layers * block) + tokens * (around[0] + 2 * around[1])
     in_backward = (stream + block if checkpointing else c.n_layers * block) + backward + tokens * sum(around)
-    return int(kept + max(in_loss, in_backward, 4 * table))
+    return int(kept + max(in_loss, in_backward))
 
 # %% ../nbs/11_fast.ipynb #11-078
 class _MemoryCounter(TorchDispatchMode):
