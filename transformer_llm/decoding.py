@@ -106,7 +106,7 @@ class HalvedMatrix(FloatMatrix):
             return rows_product(x, self.weight.flatten(0, 1)[: self.rows], self.bias)
         return self.halves(x.reshape(1, -1)).flatten()[: self.rows].view(*x.shape[:-1], -1)
 
-    def halves(self, row: Float[Tensor, "1 columns"], out: Float[Tensor, "2 half 1"] | None = None) -> Float[Tensor, "2 half 1"]:
+    def halves(self, row: Float[Tensor, "1 columns"], out: Float[Tensor, "_ half 1"] | None = None) -> Float[Tensor, "_ half 1"]:
         "Both halves times one row of x, turned up, with the bias."
         both = row.t().expand(2, -1, -1)  # turned by its strides: as a column of its own, MKL reads it several times more slowly
         return torch.bmm(self.weight, both, out=out) if self.bias is None else torch.baddbmm(self.column, self.weight, both, out=out)
@@ -198,7 +198,7 @@ class Int8Matrix(FloatMatrix):
         except (AttributeError, RuntimeError):
             return False
 
-    def cut(self) -> list[tuple[Int[Tensor, "some _"], Int[Tensor, "columns some"]]]:
+    def cut(self) -> list[tuple[Int[Tensor, "_ _"], Int[Tensor, "columns _"]]]:
         "A large matrix in pieces that the caches hold, each also as words of eight numbers; none of a small one."
         if self.weight.dtype != torch.int8 or self.rows.numel() < COLD or self.rows.shape[1] % 8:
             return []
