@@ -17,9 +17,9 @@ from transformer_llm.embeddings import rotary_angles
 from transformer_llm.foundations import InputError, largest_difference
 from transformer_llm.generation import generate
 from transformer_llm.performance import (FastTrainer, FusedAdamW, WorkingCopy, _BatchedAttention, _Gate, _Heads, _MemoryCounter, _RMSNorm, batched_attention,
-                                         checkpoint_activations, chunked_cross_entropy, fastest_dtype, matmul_peak, measure_peak_memory,
+                                         checkpoint_activations, chunked_cross_entropy, fastest_dtype, gradient_norm, matmul_peak, measure_peak_memory,
                                          peak_training_memory, utilisation)
-from transformer_llm.training import AdamW, Trainer, TrainingConfig, TrainingError, cross_entropy
+from transformer_llm.training import AdamW, Trainer, TrainingConfig, TrainingError, clip_gradients, cross_entropy
 from transformer_llm.transformer import GPT, GPTConfig, flops_per_token
 
 BASE = dict(vocab_size=61, context_length=96, d_model=32, n_layers=2, n_heads=4)
@@ -292,6 +292,20 @@ def test_the_loss_is_finite_for_huge_logits():
     loss = chunked_cross_entropy(hidden, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([1]))
     loss.backward()
     assert abs(loss.item() - 2e4) < 1 and bool(hidden.grad.isfinite().all())
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.integers(1, 5), min_size=0, max_size=3), min_size=1, max_size=4), st.sampled_from([1e-6, 1.0, 1e6]), st.sampled_from([None, math.inf, math.nan]))
+def test_the_norm_of_rows_is_the_norm(shapes, size, poison):
+    "Of numbers, vectors, matrices and stacks of them; what is no number shows."
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] + [torch.nn.Parameter(torch.zeros(2))]  # the last has no gradient
+    for parameter in parameters[:-1]:
+        parameter.grad = size * torch.randn(parameter.shape)
+    if poison is not None:
+        parameters[0].grad.view(-1)[0] = poison
+    wanted, found = clip_gradients(parameters, 0.0), gradient_norm(parameters)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0, equal_nan=True)
+    assert gradient_norm(parameters[-1:]) == 0
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

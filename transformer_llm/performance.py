@@ -334,9 +334,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         workspace: _Workspace,
     ) -> Float[Tensor, "tokens 1"]:
-        # turns logits into probabilities in their place, some rows at a time that stay in the caches; returns the logarithm of each target's
+        # turns logits into probabilities in their place, on a CPU some rows at a time that stay in the caches; returns the logarithm of each target's
         chosen = torch.empty(target.shape, dtype=dtype, device=logits.device)
-        for x, t, out in zip(logits.split(CACHED_ROWS), target.split(CACHED_ROWS), chosen.split(CACHED_ROWS)):
+        rows = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
+        for x, t, out in zip(logits.split(rows), target.split(rows), chosen.split(rows)):
             log_p = workspace.take("log_p", x.shape, x, dtype).copy_(x)
             log_p = log_p if bias is None else log_p.add_(bias)
             torch._log_softmax(log_p, -1, False, out=log_p)
@@ -352,7 +353,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if h.dtype == grad.dtype:
             torch.addmm(grad, error, h, beta=float(add), out=grad)
             return
-        for part, place in zip(error.split(GRADIENT_ROWS), grad.split(GRADIENT_ROWS)):
+        rows = GRADIENT_ROWS if grad.device.type == "cpu" else len(grad)
+        for part, place in zip(error.split(rows), grad.split(rows)):
             product = torch.mm(part, h, out=workspace.take("product", place.shape, h, h.dtype))
             place.add_(product) if add else place.copy_(product)
 
@@ -602,7 +604,7 @@ class FusedAdamW(AdamW):
 
 FusedAdamW.__name__ = AdamW.__name__  # the name that checkpoints know
 
-# %% ../nbs/11_fast.ipynb #11-066
+
 def gradient_norm(
     parameters: Iterable[nn.Parameter],  # Those without a gradient are left out
 ) -> Float[Tensor, ""]:
@@ -610,7 +612,7 @@ def gradient_norm(
     rows = [torch.linalg.vector_norm(p.grad, dim=-1).flatten() for p in parameters if p.grad is not None]
     return torch.linalg.vector_norm(torch.cat(rows)) if rows else torch.zeros(())
 
-
+# %% ../nbs/11_fast.ipynb #11-066
 class FastTrainer(Trainer):
     "A `Trainer` whose steps use a `WorkingCopy` in the configuration's dtype; its checkpoints are the Trainer's."
 
