@@ -1,8 +1,11 @@
 """Before anything of the package is imported: shapes are checked, progress bars are off, one thread computes."""
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models are faster so, and results don't depend on the machine
 os.environ["MPLBACKEND"] = "Agg"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background; the tests of Ctrl-C need it, here and in what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from transformer_llm.foundations import check_shapes
 
