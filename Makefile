@@ -47,7 +47,7 @@ lab: $(VENV)/.development  ## open the book in JupyterLab
 	@$(BIN)/jupyter lab nbs/index.ipynb
 
 test: $(VENV)/.development  ## check that book and package agree, run every notebook and every test
-	@$(BIN)/python tests/run.py
+	@$(BIN)/python tools/run.py
 
 test-browser: $(VENV)/.development  ## read the site and run JupyterLab in headless Chromium, where there is one
 	@$(BIN)/python -m pytest tests/test_site.py tests/test_lab.py -m browser -q -rs --durations=5
@@ -59,10 +59,10 @@ serve: $(VENV)/.development  ## build the site and show it at 127.0.0.1:8000
 	@$(BIN)/python book/build.py --serve $(if $(DRAFT),--draft)
 
 notebooks: $(VENV)/.development  ## export, execute and clean every notebook (what authors do before they commit)
-	@$(BIN)/nbdev_export && $(BIN)/python tests/execute.py && $(BIN)/python tests/readme.py
+	@$(BIN)/nbdev_export && $(BIN)/python tools/execute.py && $(BIN)/python tools/readme.py
 
 readme: $(VENV)/.development  ## derive README.md from nbs/index.ipynb
-	@$(BIN)/python tests/readme.py
+	@$(BIN)/python tools/readme.py
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) _docs _proc build *.egg-info demo

@@ -1,6 +1,10 @@
 """Before anything of the package is imported: shapes are checked, progress bars are off, one thread computes."""
 import os
 import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))  # check, execute, readme
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models are faster so, and results don't depend on the machine
 os.environ["MPLBACKEND"] = "Agg"

@@ -1,11 +1,7 @@
-"""The book agrees with itself: one test for each check of tests/check.py."""
+"""The book agrees with itself: one test for each check of tools/check.py."""
 import ast
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from check import CHECKS, NOTEBOOKS, bare_tensors, code_cells, load, stale
 
 

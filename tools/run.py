@@ -1,6 +1,6 @@
 """Everything that must be green, in one command: the notebooks as `nbdev_test` runs them, then pytest. Counts at the end.
 
-    python tests/run.py           # all; exits 1 if anything failed
+    python tools/run.py           # all; exits 1 if anything failed
 """
 import os
 import re

@@ -1,10 +1,10 @@
 """Execute notebooks in a real kernel, clean them and stamp them, so that what is committed is what was run.
 
-    python tests/execute.py                    # every notebook, in order
-    python tests/execute.py nbs/01_attention.ipynb
+    python tools/execute.py                    # every notebook, in order
+    python tools/execute.py nbs/01_attention.ipynb
 
 The stamp holds a fingerprint of the code cells and one of what they gave: a notebook whose code changed, or whose outputs
-were cleared or edited, after it was executed fails `tests/check.py`.
+were cleared or edited, after it was executed fails `tools/check.py`.
 """
 import hashlib
 import json

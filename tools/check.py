@@ -1,6 +1,6 @@
 """Does the book agree with itself? Each check below is one test of `make test`; none of them changes a file.
 
-    python tests/check.py        # print what is wrong, if anything
+    python tools/check.py        # print what is wrong, if anything
 """
 import ast
 import json
@@ -108,7 +108,7 @@ def executed() -> list[str]:
     for path in NOTEBOOKS:
         notebook = load(path)
         if what := stale(notebook):
-            problems.append(f"{path.name} was not executed as it stands (changed since: {what}); run python tests/execute.py {path.relative_to(ROOT).as_posix()}")
+            problems.append(f"{path.name} was not executed as it stands (changed since: {what}); run python tools/execute.py {path.relative_to(ROOT).as_posix()}")
         for number, cell in enumerate(notebook["cells"]):
             for output in cell.get("outputs", []):
                 if output["output_type"] == "error":
@@ -198,8 +198,8 @@ def public_names_are_documented() -> list[str]:
 
 
 def readme_is_derived() -> list[str]:
-    "README.md and its pictures are what tests/readme.py makes of nbs/index.ipynb."
-    return [f"{path.relative_to(ROOT).as_posix()} is not what nbs/index.ipynb says; run python tests/readme.py"
+    "README.md and its pictures are what tools/readme.py makes of nbs/index.ipynb."
+    return [f"{path.relative_to(ROOT).as_posix()} is not what nbs/index.ipynb says; run python tools/readme.py"
             for path, content in readme.derive().items() if not path.exists() or path.read_bytes() != content]
 
 
