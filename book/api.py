@@ -70,7 +70,9 @@ def entry(node: ast.FunctionDef | ast.ClassDef, lines: list[str], module: str, n
         functions = [f for f in node.body if isinstance(f, ast.FunctionDef)]
         start = next((f for f in functions if f.name == "__init__"), None)
         made.parameters = parameters(start, lines) if start else fields(node, lines)
-        made.methods = [entry(f, lines, module, notebook, node.name + ".") for f in functions if not f.name.startswith("_")]
+        made.methods = [
+            entry(f, lines, module, notebook, node.name + ".") for f in functions if not f.name.startswith("_")
+        ]
     else:
         made.parameters = parameters(node, lines)
         if node.returns:
@@ -112,10 +114,20 @@ def table(item: Entry) -> str:
 
 
 def card(item: Entry, source: str) -> str:
-    "The reference of an entry, folded, as one block of HTML without blank lines; `source` is the folder of the source pages."
+    """The reference of an entry, folded, as one block of HTML without blank lines.
+
+    `source` is the folder of the source pages.
+    """
     text = "".join(f"<p>{inline(part)}</p>" for part in item.docstring.split("\n\n") if part)
-    methods = "".join(f'<dt id="{m.anchor}"><code>{m.name.split(".")[-1]}({", ".join(p[0] for p in m.parameters)})</code></dt><dd>{inline(m.summary)}</dd>'
-                      for m in item.methods)
+    methods = "".join(
+        '<dt '
+        f'id="{m.anchor}"><code>{m.name.split(".")[-1]}({", ".join(p[0] for p in m.parameters)})</code></dt><dd>{inline(m.summary)}</dd>'
+        for m in item.methods
+    )
     link = f'<a class="source" href="{source}{item.module}.html#L{item.line}">Source<span class="unseen"> of {item.name}</span></a>'
-    return (f'<details class="api" id="{item.anchor}"><summary><code>{item.name}</code> <span>parameters and shapes</span></summary>{text}{table(item)}'
-            + (f"<p>Methods</p><dl>{methods}</dl>" if methods else "") + f"<p>{link}</p></details>")
+    return (
+        f'<details class="api" id="{item.anchor}"><summary><code>{item.name}</code> '
+        f'<span>parameters and shapes</span></summary>{text}{table(item)}'
+        + (f"<p>Methods</p><dl>{methods}</dl>" if methods else "")
+        + f"<p>{link}</p></details>"
+    )

@@ -1,4 +1,7 @@
-"""Styles, the script and the fonts of the site. Fonts come from pinned packages, are checked by their hash, and cut down to what the pages need."""
+"""Styles, the script and the fonts of the site.
+
+Fonts come from pinned packages, are checked by their hash, and cut down to what the pages need.
+"""
 import hashlib
 import html
 import re
@@ -11,14 +14,51 @@ from fontTools.varLib.instancer import instantiateVariableFont
 
 from errors import BookError
 
-LETTERS = [(0x20, 0x7E), (0xA0, 0x17F), (0x391, 0x3C9), (0x2010, 0x2030), (0x2032, 0x2033), (0x20AC, 0x20AC), (0x2190, 0x2192), (0x2212, 0x2212)]
-MATHEMATICS = [(0x20, 0x7E), (0x302, 0x304), (0x2032, 0x2032), (0x20D7, 0x20D7), (0x210E, 0x210E), (0x221A, 0x221C), (0x1D434, 0x1D467), (0x1D6E2, 0x1D71B)]  # and each character of the equations; roots and accents are drawn without one
+LETTERS = [
+    (0x20, 0x7E),
+    (0xA0, 0x17F),
+    (0x391, 0x3C9),
+    (0x2010, 0x2030),
+    (0x2032, 0x2033),
+    (0x20AC, 0x20AC),
+    (0x2190, 0x2192),
+    (0x2212, 0x2212),
+]
+# and each character of the equations; roots and accents are drawn without one
+MATHEMATICS = [
+    (0x20, 0x7E),
+    (0x302, 0x304),
+    (0x2032, 0x2032),
+    (0x20D7, 0x20D7),
+    (0x210E, 0x210E),
+    (0x221A, 0x221C),
+    (0x1D434, 0x1D467),
+    (0x1D6E2, 0x1D71B),
+]
 TEXT_AXES = {"opsz": 14, "wght": (400, 700)}  # one optical size, from regular to bold
 # name on the site: package, file in it, its SHA-256, code points, axes to fix
 FONTS = {
-    "stix-two-math.woff": ("ziamath", "fonts/STIXTwoMath-Regular.ttf", "8f42cb183a85043a4dc3f8e41ac3821eb27bf178d68ace929ba439523622323c", MATHEMATICS, {}),
-    "source-serif.woff": ("fontpkg_source_serif_4", "files/SourceSerif4[opsz,wght].ttf", "97b2d4da6e3cb494b5a1e66ae176914d852ccabef49e0c02c0df25f3e39aca0b", LETTERS, TEXT_AXES),
-    "source-serif-italic.woff": ("fontpkg_source_serif_4", "files/SourceSerif4-Italic[opsz,wght].ttf", "15fbc7e4679489a501998c3669272637a6646388ef7e4bd77eebb5bf967a1f42", LETTERS, TEXT_AXES),
+    "stix-two-math.woff": (
+        "ziamath",
+        "fonts/STIXTwoMath-Regular.ttf",
+        "8f42cb183a85043a4dc3f8e41ac3821eb27bf178d68ace929ba439523622323c",
+        MATHEMATICS,
+        {},
+    ),
+    "source-serif.woff": (
+        "fontpkg_source_serif_4",
+        "files/SourceSerif4[opsz,wght].ttf",
+        "97b2d4da6e3cb494b5a1e66ae176914d852ccabef49e0c02c0df25f3e39aca0b",
+        LETTERS,
+        TEXT_AXES,
+    ),
+    "source-serif-italic.woff": (
+        "fontpkg_source_serif_4",
+        "files/SourceSerif4-Italic[opsz,wght].ttf",
+        "15fbc7e4679489a501998c3669272637a6646388ef7e4bd77eebb5bf967a1f42",
+        LETTERS,
+        TEXT_AXES,
+    ),
 }
 
 
@@ -32,7 +72,11 @@ def font_file(package: str, file: str, digest: str) -> Path:
 
 def cut(path: Path, target: Path, ranges: list[tuple[int, int]], axes: dict) -> None:
     "Write the glyphs of these code points, with all that mathematics needs of them, as a web font."
-    options = subset.Options(layout_features=["*"] if not axes else subset.Options().layout_features + ["tnum"], hinting=False, drop_tables=["DSIG"])
+    options = subset.Options(
+        layout_features=["*"] if not axes else subset.Options().layout_features + ["tnum"],
+        hinting=False,
+        drop_tables=["DSIG"],
+    )
     font = subset.load_font(str(path), options)
     cutter = subset.Subsetter(options)
     cutter.populate(unicodes=[code for start, end in ranges for code in range(start, end + 1)])
@@ -44,7 +88,10 @@ def cut(path: Path, target: Path, ranges: list[tuple[int, int]], axes: dict) -> 
 
 
 def write_assets(output: Path, here: Path, cache: Path, formulas: set[str]) -> None:
-    "All that the pages refer to besides each other; fonts that were cut before are taken from `cache`. `formulas` are the book's, in MathML."
+    """All that the pages refer to besides each other; fonts that were cut before are taken from `cache`.
+
+    `formulas` are the book's, in MathML.
+    """
     for name in ("content.css", "page.css", "script.js", "icon.svg"):
         shutil.copy(here / name, output / name)
     symbols = set(html.unescape(re.sub(r"<[^>]*>", "", "".join(formulas))))

@@ -24,13 +24,29 @@ sys.path.insert(0, str(HERE))
 from errors import BookError
 
 PROCESS = "from nbdev.config import get_config; get_config().d['skip_procs'] = 'exec_show_docs'; from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
-NEEDED = ["nbdev", "bs4", "lxml", "yaml", "jinja2", "pygments", "markdown_it", "mdit_py_plugins", "math_core", "ziamath", "fontpkg_source_serif_4", "fontTools"]
+NEEDED = [
+    "nbdev",
+    "bs4",
+    "lxml",
+    "yaml",
+    "jinja2",
+    "pygments",
+    "markdown_it",
+    "mdit_py_plugins",
+    "math_core",
+    "ziamath",
+    "fontpkg_source_serif_4",
+    "fontTools",
+]
 
 
 def check_tools() -> None:
     "All that the build needs, before anything is done."
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise BookError(f"The site needs {', '.join(missing)}: install the book's tools with `pip install -c constraints.txt -e '.[dev]'`.")
+        raise BookError(
+            f"The site needs {', '.join(missing)}: install the book's tools "
+            "with `pip install -c constraints.txt -e '.[dev]'`."
+        )
 
 
 def settings(root: Path) -> dict[str, str]:
@@ -41,8 +57,13 @@ def settings(root: Path) -> dict[str, str]:
 
 
 def process(root: Path) -> Path:
-    "nbdev's own processing, less the execution of cells: hidden cells go, front matter and addresses come. Returns the folder `_proc`."
-    done = subprocess.run([sys.executable, "-c", PROCESS], cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONUTF8": "1"})
+    """nbdev's own processing, less the execution of cells: hidden cells go, front matter and addresses come.
+
+    Returns the folder `_proc`.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS], cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONUTF8": "1"}
+    )
     if done.returncode:
         raise BookError(f"nbdev can't process the notebooks: {done.stderr.strip().splitlines()[-1]}")
     return root / "_proc"
@@ -70,24 +91,45 @@ def save(path: Path, cells: list[dict]) -> None:
             cell.setdefault("execution_count", None)
             cell.setdefault("outputs", [])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}},
-                                "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+    path.write_text(
+        json.dumps(
+            {
+                "cells": cells,
+                "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}},
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+        ),
+        encoding="utf-8",
+    )
 
 
 def front(title: str, description: str) -> dict:
     "The first cell of a page that the build makes."
-    return {"cell_type": "raw", "metadata": {}, "source": f"---\ntitle: {json.dumps(title)}\ndescription: {json.dumps(description)}\n---\n"}
+    return {
+        "cell_type": "raw",
+        "metadata": {},
+        "source": f"---\ntitle: {json.dumps(title)}\ndescription: {json.dumps(description)}\n---\n",
+    }
 
 
 def ways_to_open(name: str, info: dict[str, str], up: str, seconds: int | None) -> str:
     "Where a notebook can be opened: here, on its host, and in two services that run it."
     where = f"{info['user']}/{info['repo']}"
     path = quote(f"nbs/{name}")
-    links = [(f"{up}notebooks/{name}", "download", " download"), (f"{info['git_url']}/blob/{info['branch']}/{path}", "GitHub", ""),
-             (f"https://colab.research.google.com/github/{where}/blob/{info['branch']}/{path}", "Colab", ""),
-             (f"https://mybinder.org/v2/gh/{where}/{info['branch']}?urlpath=lab/tree/{path}", "Binder", "")]
+    links = [
+        (f"{up}notebooks/{name}", "download", " download"),
+        (f"{info['git_url']}/blob/{info['branch']}/{path}", "GitHub", ""),
+        (f"https://colab.research.google.com/github/{where}/blob/{info['branch']}/{path}", "Colab", ""),
+        (f"https://mybinder.org/v2/gh/{where}/{info['branch']}?urlpath=lab/tree/{path}", "Binder", ""),
+    ]
     duration = "" if seconds is None else f' <span class="seconds">All cells run in about {max(seconds, 1)} s.</span>'
-    return '<p class="open" id="open">Open this notebook: ' + " · ".join(f'<a href="{h}"{more}>{t}</a>' for h, t, more in links) + duration + "</p>"
+    return (
+        '<p class="open" id="open">Open this notebook: '
+        + " · ".join(f'<a href="{h}"{more}>{t}</a>' for h, t, more in links)
+        + duration
+        + "</p>"
+    )
 
 
 def source_pages(package: Path, folder: Path) -> None:
@@ -102,8 +144,16 @@ def source_pages(package: Path, folder: Path) -> None:
             module = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
             lines = highlight(text, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).rstrip("\n").split("\n")
             numbered = "\n".join(f'<span id="L{i}">{line}</span>' for i, line in enumerate(lines, 1))
-            save(folder / "source" / f"{module}.ipynb", [front(f"{package.name}.{module}", f"The source of the module {module}, as nbdev exports it from its notebook."),
-                                                         markdown(f'<pre class="code numbered" tabindex="0"><code>{numbered}</code></pre>')])
+            save(
+                folder / "source" / f"{module}.ipynb",
+                [
+                    front(
+                        f"{package.name}.{module}",
+                        f"The source of the module {module}, as nbdev exports it from its notebook.",
+                    ),
+                    markdown(f'<pre class="code numbered" tabindex="0"><code>{numbered}</code></pre>'),
+                ],
+            )
 
 
 def index_page(entries: dict, addresses: dict[str, str], folder: Path) -> None:
@@ -115,13 +165,33 @@ def index_page(entries: dict, addresses: dict[str, str], folder: Path) -> None:
         for item in sorted(entries.values(), key=lambda e: e.name.lower()):
             if item.module.startswith("exercises.") == checks:
                 page = addresses.get(item.notebook)
-                name = f'<a href="{page}#{item.anchor}"><code>{item.name}</code></a>' if page else f"<code>{item.name}</code>"
-                found.append(f'<tr><td>{name}</td><td>{api.inline(item.summary)}</td><td><a href="source/{item.module}.html#L{item.line}">{item.module}'
-                             f'<span class="unseen">, source of {item.name}</span></a></td></tr>')
-        return ('<table class="index"><thead><tr><th>Name</th><th>What it is</th><th>Module</th></tr></thead><tbody>' + "".join(found) + "</tbody></table>")
+                name = (
+                    f'<a href="{page}#{item.anchor}"><code>{item.name}</code></a>'
+                    if page
+                    else f"<code>{item.name}</code>"
+                )
+                found.append(
+                    f'<tr><td>{name}</td><td>{api.inline(item.summary)}</td><td><a '
+                    f'href="source/{item.module}.html#L{item.line}">{item.module}'
+                    f'<span class="unseen">, source of {item.name}</span></a></td></tr>'
+                )
+        return (
+            '<table class="index"><thead><tr><th>Name</th><th>What it is</th><th>Module</th></tr></thead><tbody>'
+            + "".join(found)
+            + "</tbody></table>"
+        )
+
     text = f"The package exports {len(entries)} functions and classes. The name leads to the place in the book where it is built, the module to its source."
-    save(folder / "api.ipynb", [front("Index of the package", "Every exported function and class, in alphabetical order, with the place where it is built."),
-                                markdown(f"{text}\n\n## The package\n\n{rows(False)}\n\n## What checks the exercises\n\n{rows(True)}")])
+    save(
+        folder / "api.ipynb",
+        [
+            front(
+                "Index of the package",
+                "Every exported function and class, in alphabetical order, with the place where it is built.",
+            ),
+            markdown(f"{text}\n\n## The package\n\n{rows(False)}\n\n## What checks the exercises\n\n{rows(True)}"),
+        ],
+    )
 
 
 def translate_all(root: Path, folder: Path, info: dict[str, str]) -> None:
@@ -138,13 +208,20 @@ def translate_all(root: Path, folder: Path, info: dict[str, str]) -> None:
         runs = any(cell["cell_type"] == "code" and cell.get("outputs") for cell in cells)
         seconds = notebook["metadata"].get("executed", {}).get("seconds") if runs else None
         first = markdown(ways_to_open(name, info, "../" * address.count("/"), seconds))
-        cells = translate([cells[0], first, *(c for c in cells[1:] if "AUTOGENERATED! DO NOT EDIT" not in "".join(c["source"]))], address, entries, folder / "figures")
+        cells = translate(
+            [cells[0], first, *(c for c in cells[1:] if "AUTOGENERATED! DO NOT EDIT" not in "".join(c["source"]))],
+            address,
+            entries,
+            folder / "figures",
+        )
         for cell in cells:
             if cell["cell_type"] == "markdown":
                 cell["source"] = mend_links("".join(cell["source"]), name, addresses, info)
             for output in cell.get("outputs", []):
                 if "text/markdown" in output.get("data", {}):
-                    output["data"]["text/markdown"] = mend_links("".join(output["data"]["text/markdown"]), name, addresses, info)
+                    output["data"]["text/markdown"] = mend_links(
+                        "".join(output["data"]["text/markdown"]), name, addresses, info
+                    )
         save(path, cells)
     source_pages(package, folder)
     index_page(entries, addresses, folder)
@@ -156,14 +233,20 @@ def mend_links(text: str, name: str, addresses: dict[str, str], info: dict[str, 
     here = posixpath.dirname(name)
     up = "../" * name.count("/")
     text = text.replace(f"]({info['doc_host']}{info['doc_baseurl']}/", f"]({up}")
-    text = re.sub(r"\[(`_\w+`)\]\([^)\s]*\)", r"\1", text)  # nbdev links private names too, and they have no entry to lead to
+    # nbdev links private names too, and they have no entry to lead to
+    text = re.sub(r"\[(`_\w+`)\]\([^)\s]*\)", r"\1", text)
 
     def mend(found: re.Match) -> str:
         path, anchor = found.group(1), found.group(2) or ""
         whole = posixpath.normpath(posixpath.join(here, path))
         if whole in addresses:
             return f"]({posixpath.relpath(addresses[whole], here or '.')}{anchor.lower()})"
-        return f"]({info['git_url']}/blob/{info['branch']}/{posixpath.normpath(whole[3:])})" if whole.startswith("../") else found.group()
+        return (
+            f"]({info['git_url']}/blob/{info['branch']}/{posixpath.normpath(whole[3:])})"
+            if whole.startswith("../")
+            else found.group()
+        )
+
     return re.sub(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)", mend, text)
 
 
@@ -181,39 +264,78 @@ def render_pages(folder: Path) -> dict:
     return pages
 
 
-def write_pages(pages: dict, order: list[tuple[str, list[str]]], paths: dict[str, str], output: Path, site: str, info: dict[str, str]) -> None:
+def write_pages(
+    pages: dict,
+    order: list[tuple[str, list[str]]],
+    paths: dict[str, str],
+    output: Path,
+    site: str,
+    info: dict[str, str],
+) -> None:
     "Write the pages, each with the book around it, and the search index."
     from api import inline
     from jinja2 import Environment, FileSystemLoader
     from references import relative, words
     from render import contents, release, sections
-    template = Environment(loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, autoescape=True).get_template("page.html")
+
+    template = Environment(
+        loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, autoescape=True
+    ).get_template("page.html")
     flat = [paths[name] for _, names in order for name in names if name in paths]
-    book = [(section, [(paths[n], short(pages[paths[n]].front["title"], n), number(n)) for n in names if n in paths]) for section, names in order]
+    book = [
+        (section, [(paths[n], short(pages[paths[n]].front["title"], n), number(n)) for n in names if n in paths])
+        for section, names in order
+    ]
     names, index = {address: name for name, address in paths.items()}, []
     for address, soup in pages.items():
         title, description = soup.front["title"], words(soup.front.get("description") or soup.front["title"])
         at = flat.index(address) if address in flat else -9
-        neighbours = [(flat[i], pages[flat[i]].front["title"]) if 0 <= i < len(flat) else None for i in (at - 1, at + 1)]
-        text = template.render(site=site, title=title, lead=inline(description), description=description.replace("`", ""), address=address, book=book,
-                               eyebrow=eyebrow(names[address]), content=soup.find(id="content-body").decode_contents(), contents=contents(soup),
-                               link=functools.partial(relative, page=address), root="../" * address.count("/"), neighbours=neighbours, git_url=info["git_url"])
+        neighbours = [
+            (flat[i], pages[flat[i]].front["title"]) if 0 <= i < len(flat) else None for i in (at - 1, at + 1)
+        ]
+        text = template.render(
+            site=site,
+            title=title,
+            lead=inline(description),
+            description=description.replace("`", ""),
+            address=address,
+            book=book,
+            eyebrow=eyebrow(names[address]),
+            content=soup.find(id="content-body").decode_contents(),
+            contents=contents(soup),
+            link=functools.partial(relative, page=address),
+            root="../" * address.count("/"),
+            neighbours=neighbours,
+            git_url=info["git_url"],
+        )
         path = output / address
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(release(text, soup.held), encoding="utf-8")
         index += [] if address.startswith("source/") else sections(title, address, soup)
-    (output / "search.js").write_text("window.bookIndex = " + json.dumps(index, ensure_ascii=False) + ";\n", encoding="utf-8")
+    (output / "search.js").write_text(
+        "window.bookIndex = " + json.dumps(index, ensure_ascii=False) + ";\n", encoding="utf-8"
+    )
 
 
 def eyebrow(name: str) -> str:
     "What stands above a page's title."
     digits = number(name)
-    return "" if not digits or "/" in name or int(digits) > 96 else f"{'Chapter' if int(digits) < 80 else 'Appendix'} {digits}"
+    return (
+        ""
+        if not digits or "/" in name or int(digits) > 96
+        else f"{'Chapter' if int(digits) < 80 else 'Appendix'} {digits}"
+    )
 
 
 def short(title: str, name: str) -> str:
     "A page's name in the list of chapters."
-    return "Home" if name == "index.ipynb" else title.split(": ")[-1].capitalize() if name.startswith("exercises/") else title
+    return (
+        "Home"
+        if name == "index.ipynb"
+        else title.split(": ")[-1].capitalize()
+        if name.startswith("exercises/")
+        else title
+    )
 
 
 def number(name: str) -> str:
@@ -223,7 +345,9 @@ def number(name: str) -> str:
 
 
 def quarto_pages(folder: Path, output: Path, config: dict) -> dict:
-    "The pages by address, as Quarto makes them: it brings its own navigation, search and dark mode, and takes our style for what stands in the text."
+    """The pages by address, as Quarto makes them: it brings its own navigation, search and dark mode, and takes our
+    style for what stands in the text.
+    """
     import yaml
     from bs4 import BeautifulSoup
     shutil.copy(HERE / "content.css", folder)
@@ -231,9 +355,14 @@ def quarto_pages(folder: Path, output: Path, config: dict) -> dict:
     (folder / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     done = subprocess.run(["quarto", "render", ".", "--no-execute"], cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise BookError(f"Quarto can't render the pages: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        raise BookError(
+            f"Quarto can't render the pages: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+        )
     shutil.move(folder / "_docs", output)
-    return {path.relative_to(output).as_posix(): BeautifulSoup(path.read_text(encoding="utf-8"), "lxml") for path in sorted(output.rglob("*.html"))}
+    return {
+        path.relative_to(output).as_posix(): BeautifulSoup(path.read_text(encoding="utf-8"), "lxml")
+        for path in sorted(output.rglob("*.html"))
+    }
 
 
 def empty(output: Path) -> None:
@@ -267,7 +396,9 @@ def build(root: Path, output: Path) -> list[str]:
     translate_all(root, folder, info)
     paths = {path.relative_to(folder).as_posix(): address for address, path in notebooks(folder).items()}
     order = sidebar(config)
-    problems = [f"_quarto.yml lists {name}, which is not there" for _, names in order for name in names if name not in paths]
+    problems = [
+        f"_quarto.yml lists {name}, which is not there" for _, names in order for name in names if name not in paths
+    ]
     empty(output)
     quarto = shutil.which("quarto") is not None
     pages = quarto_pages(folder, output, config) if quarto else render_pages(folder)
@@ -279,7 +410,12 @@ def build(root: Path, output: Path) -> list[str]:
             (output / address).write_text(str(soup), encoding="utf-8")
     else:
         write_pages(pages, order, paths, output, config["website"]["title"], info)
-        write_assets(output, HERE, HERE.parent / "build" / "fonts", {text for soup in pages.values() for text in soup.held if text.startswith("<math")})
+        write_assets(
+            output,
+            HERE,
+            HERE.parent / "build" / "fonts",
+            {text for soup in pages.values() for text in soup.held if text.startswith("<math")},
+        )
     copy_files(root, folder, output, list(paths))
     return problems + references.dead_links(output)
 
@@ -297,8 +433,16 @@ def serve(output: Path, port: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, default=HERE.parent, help="folder of settings.ini (default: this project)")
-    parser.add_argument("--output", type=Path, help="folder to write; a site that is there is removed first (default: _docs in the root)")
-    parser.add_argument("--draft", action="store_true", help="write the site even if references or pages are missing, and only list them")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder to write; a site that is there is removed first (default: _docs in the root)",
+    )
+    parser.add_argument(
+        "--draft",
+        action="store_true",
+        help="write the site even if references or pages are missing, and only list them",
+    )
     parser.add_argument("--serve", action="store_true", help="show the site at 127.0.0.1 when it is built")
     parser.add_argument("--port", type=int, default=8000, help="port for --serve (default: 8000)")
     arguments = parser.parse_args()
@@ -313,14 +457,21 @@ def main() -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     count = sum(1 for _ in output.rglob("*.html"))
-    print(f"{count} pages in {output} after {time.perf_counter() - start:.1f} s" + (f", {len(problems)} problems" if problems else ""), flush=True)
+    print(
+        f"{count} pages in {output} after {time.perf_counter() - start:.1f} s"
+        + (f", {len(problems)} problems" if problems else ""),
+        flush=True,
+    )
     if problems and not arguments.draft:
         return 1
     if arguments.serve:
         try:
             serve(output, arguments.port)
         except OSError as error:
-            print(f"The book can't be shown at port {arguments.port} ({error.strerror}): choose another with --port.", file=sys.stderr)
+            print(
+                f"The book can't be shown at port {arguments.port} ({error.strerror}): choose another with --port.",
+                file=sys.stderr,
+            )
             return 2
     return 0
 

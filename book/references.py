@@ -1,4 +1,6 @@
-"""Cross-references, citations and glossary terms: found in the finished pages, whoever made them, and turned into links."""
+"""Cross-references, citations and glossary terms: found in the finished pages, whoever made them, and turned into
+links.
+"""
 import html
 import posixpath
 import re
@@ -8,10 +10,32 @@ from urllib.parse import unquote
 
 from bs4 import BeautifulSoup, NavigableString, Tag
 
-CLOSED = {"a", "code", "pre", "h1", "h2", "h3", "h4", "math", "script", "style", "svg", "summary", "button", "nav", "dt"}
+CLOSED = {
+    "a",
+    "code",
+    "pre",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "math",
+    "script",
+    "style",
+    "svg",
+    "summary",
+    "button",
+    "nav",
+    "dt",
+}
 NUMBER = re.compile(r"\(\d+\.\d+\)|\d+\.\d+")
-NUMBERED = re.compile(r"\b(Figure|Exercise|[Ee]quation)(s?)\s+(?:{0})(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)(?:{0}))*|\(\d+\.\d+\)".format(NUMBER.pattern))
-CHAPTER = re.compile(r"\b(?:[Cc]hapter|[Aa]ppendi)(?:s|x|ces)?\s+\d\d\b(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)\d\d\b)*")
+NUMBERED = re.compile(
+    r"\b(Figure|Exercise|[Ee]quation)(s?)\s+(?:{0})(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)(?:{0}))*|\(\d+\.\d+\)".format(
+        NUMBER.pattern
+    )
+)
+CHAPTER = re.compile(
+    r"\b(?:[Cc]hapter|[Aa]ppendi)(?:s|x|ces)?\s+\d\d\b(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)\d\d\b)*"
+)
 CITATION = re.compile(r"\b((?:[A-Z][\w'’-]+)(?:\s+et\s+al\.|\s+and\s+[A-Z][\w'’-]+)?)\s+\(((?:19|20)\d\d[a-z]?)\b")
 
 
@@ -56,7 +80,9 @@ def collect_terms(page: BeautifulSoup) -> dict[str, tuple[str, str]]:
         paragraph = heading.find_next_sibling("p")
         name, anchor = words(heading.get_text()), heading.get("id") or heading.parent.get("id")
         if paragraph and "(" not in name and (heading.name == "h3" or "small" in heading.get("class", ())):
-            also, definition = re.match(r"(?:Also: (.*?)\. )?(.*?[.!?](?=\s|$)|.*)", words(paragraph.get_text())).groups()
+            also, definition = re.match(
+                r"(?:Also: (.*?)\. )?(.*?[.!?](?=\s|$)|.*)", words(paragraph.get_text())
+            ).groups()
             for term in [name, *(also or "").split(", ")]:
                 if term:
                     terms[term] = anchor, definition
@@ -84,8 +110,16 @@ def relative(target: str, page: str) -> str:
 
 def text_nodes(main: Tag) -> list[NavigableString]:
     "The prose: text outside of code, headings, links and mathematics."
-    return [node for node in main.find_all(string=True) if type(node) is NavigableString and node.strip()
-            and not any(parent.name in CLOSED or "number" in parent.get("class", ()) or "title" in parent.get("class", ()) for parent in node.parents)]
+    return [
+        node
+        for node in main.find_all(string=True)
+        if type(node) is NavigableString
+        and node.strip()
+        and not any(
+            parent.name in CLOSED or "number" in parent.get("class", ()) or "title" in parent.get("class", ())
+            for parent in node.parents
+        )
+    ]
 
 
 def replace(soup: BeautifulSoup, node: NavigableString, spans: list[tuple[int, int, dict]]) -> None:
@@ -99,8 +133,13 @@ def replace(soup: BeautifulSoup, node: NavigableString, spans: list[tuple[int, i
     node.replace_with(*parts, NavigableString(node[at:]))
 
 
-def number_spans(text: str, page: str, targets: Targets, here: set[str], problems: list[str]) -> list[tuple[int, int, dict]]:
-    "References by number. One that leads nowhere is a problem, unless it is a bare (3.11) that no equation of this chapter can be."
+def number_spans(
+    text: str, page: str, targets: Targets, here: set[str], problems: list[str]
+) -> list[tuple[int, int, dict]]:
+    """References by number.
+
+    One that leads nowhere is a problem, unless it is a bare (3.11) that no equation of this chapter can be.
+    """
     spans = []
     for found in NUMBERED.finditer(text):
         kind = (found.group(1) or "equation").lower()
@@ -111,20 +150,34 @@ def number_spans(text: str, page: str, targets: Targets, here: set[str], problem
             if anchor in here:  # a caption doesn't refer to itself
                 continue
             if anchor in targets.anchors:
-                spans.append((start, found.start() + number.end(), {"href": relative(f"{targets.anchors[anchor]}#{anchor}", page), "class": "ref"}))
+                spans.append(
+                    (
+                        start,
+                        found.start() + number.end(),
+                        {"href": relative(f"{targets.anchors[anchor]}#{anchor}", page), "class": "ref"},
+                    )
+                )
             elif found.group(1) or page == targets.chapters.get(int(digits.split(".")[0])):
                 problems.append(f"{page}: {words(found.group())!r} refers to nothing, in {words(text)[:90]!r}")
     return spans
 
 
 def chapter_spans(text: str, page: str, targets: Targets) -> list[tuple[int, int, dict]]:
-    "`chapter 03`, `chapters 01, 02 and 07`, `appendix 91`, in two digits (chapter 3 is another book's): those that exist and are not this page."
+    """`chapter 03`, `chapters 01, 02 and 07`, `appendix 91`, in two digits (chapter 3 is another book's): those that
+    exist and are not this page.
+    """
     spans = []
     for found in CHAPTER.finditer(text):
         for i, number in enumerate(re.finditer(r"\d+", found.group())):
             address = targets.chapters.get(int(number.group()))
             if address and address != page:
-                spans.append((found.start() + (number.start() if i else 0), found.start() + number.end(), {"href": relative(address, page), "class": "ref"}))
+                spans.append(
+                    (
+                        found.start() + (number.start() if i else 0),
+                        found.start() + number.end(),
+                        {"href": relative(address, page), "class": "ref"},
+                    )
+                )
     return spans
 
 
@@ -135,7 +188,13 @@ def citation_spans(text: str, page: str, targets: Targets, problems: list[str]) 
         name = words(f"{found.group(1)} {found.group(2)}")
         if name in targets.works:
             end = found.end() + (text[found.end():found.end() + 1] == ")")
-            spans.append((found.start(), end, {"href": relative(f"bibliography.html#{targets.works[name]}", page), "class": "cite"}))
+            spans.append(
+                (
+                    found.start(),
+                    end,
+                    {"href": relative(f"bibliography.html#{targets.works[name]}", page), "class": "cite"},
+                )
+            )
         elif targets.works:
             problems.append(f"{page}: {words(found.group())}) is not in the bibliography")
     return spans
@@ -146,11 +205,21 @@ def term_spans(text: str, page: str, targets: Targets, left: dict[str, tuple[str
     spans = []
     if left:
         known = {term.lower(): term for term in left}
-        pattern = r"(?<![\w-])(" + "|".join(re.escape(t).replace(r"\ ", r"\s+") for t in sorted(known, key=len, reverse=True)) + r")s?(?![\w-])"
+        pattern = (
+            r"(?<![\w-])("
+            + "|".join(re.escape(t).replace(r"\ ", r"\s+") for t in sorted(known, key=len, reverse=True))
+            + r")s?(?![\w-])"
+        )
         for found in re.finditer(pattern, text, re.I):
             if (term := known.get(words(found.group(1)).lower())) in left:
                 anchor, definition = left[term]
-                spans.append((found.start(), found.end(), {"href": relative(f"glossary.html#{anchor}", page), "class": "term", "title": definition}))
+                spans.append(
+                    (
+                        found.start(),
+                        found.end(),
+                        {"href": relative(f"glossary.html#{anchor}", page), "class": "term", "title": definition},
+                    )
+                )
                 for name in [name for name in left if left[name][0] == anchor]:
                     del left[name]
     return spans
@@ -169,7 +238,9 @@ def link(page: BeautifulSoup, address: str, targets: Targets) -> list[str]:
     problems, left = [], {} if address == "glossary.html" else dict(targets.terms)
     for node in text_nodes(main_of(page)):
         text = str(node)
-        here = {parent["id"] for parent in node.parents if parent.get("id")} if node.find_parent("figcaption") else set()
+        here = (
+            {parent["id"] for parent in node.parents if parent.get("id")} if node.find_parent("figcaption") else set()
+        )
         spans = number_spans(text, address, targets, here, problems) + chapter_spans(text, address, targets)
         if address != "bibliography.html":
             spans += citation_spans(text, address, targets, problems)

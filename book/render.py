@@ -1,4 +1,5 @@
-"""From translated notebooks to pages, without Quarto: markdown, mathematics as MathML, code in colours, one template."""
+"""From translated notebooks to pages, without Quarto: markdown, mathematics as MathML, code in colours, one template.
+"""
 import html
 import re
 from functools import cache
@@ -45,7 +46,12 @@ def parser() -> MarkdownIt:
     md = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     md.use(dollarmath_plugin, renderer=mathematics, double_inline=True, allow_space=False, allow_labels=False)
     for kind in ("fence", "code_block"):
-        md.add_render_rule(kind, lambda self, tokens, i, options, env: coloured(tokens[i].content.rstrip("\n"), tokens[i].info.strip()) + "\n")
+        md.add_render_rule(
+            kind,
+            lambda self, tokens, i, options, env: (
+                coloured(tokens[i].content.rstrip("\n"), tokens[i].info.strip()) + "\n"
+            ),
+        )
     return md
 
 
@@ -66,7 +72,11 @@ def output(item: dict) -> str:
     if not text.strip() or "application/vnd.jupyter.widget-view+json" in data:
         return ""
     if re.match(VERDICT, text):  # sentences rather than a table of numbers: they may wrap
-        lines = [f'<span class="line {"".join(re.findall(VERDICT, line)[:1]).split(" ")[0]}">{html.escape(line, quote=False)}</span>' for line in text.split("\n")]
+        lines = [
+            '<span class="line '
+            f'{"".join(re.findall(VERDICT, line)[:1]).split(" ")[0]}">{html.escape(line, quote=False)}</span>'
+            for line in text.split("\n")
+        ]
         return f'<pre class="output verdict" tabindex="0">{"".join(lines)}</pre>'
     return f'<pre class="output" tabindex="0">{html.escape(text, quote=False)}</pre>'
 
@@ -100,7 +110,10 @@ HELD = re.compile(r'<pre class="(?:code|output).*?</pre>|<math.*?</math>', re.S)
 
 
 def body(cells: list[dict]) -> tuple[BeautifulSoup, list[str]]:
-    "The content of a page, with anchors at its headings and boxes around its tables; code and mathematics are held apart (to save time)."
+    """The content of a page, with anchors at its headings and boxes around its tables.
+
+    Code and mathematics are held apart (to save time).
+    """
     held = []
 
     def hold(found: re.Match) -> str:
@@ -136,7 +149,11 @@ def release(text: str, held: list[str]) -> str:
 
 def contents(page: BeautifulSoup) -> list[tuple[int, str, str]]:
     "The headings of a page: level, anchor, inner HTML."
-    return [(int(h.name[1]), h["id"], h.decode_contents()) for h in page.find_all(["h2", "h3"]) if not h.find_parent("details")]
+    return [
+        (int(h.name[1]), h["id"], h.decode_contents())
+        for h in page.find_all(["h2", "h3"])
+        if not h.find_parent("details")
+    ]
 
 
 def sections(title: str, address: str, soup: BeautifulSoup) -> list[list[str]]:

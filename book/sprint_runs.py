@@ -1,7 +1,9 @@
-"""Make data/sprint.json, the runs that chapter 12 shows: python book/sprint_runs.py [PART ...], PART of: final ladder again leave_out without_table counts;
+"""Make data/sprint.json, the runs that chapter 12 shows: python book/sprint_runs.py [PART ...], PART of: final ladder
+again leave_out without_table counts;
 final, ladder and again also with names, as in ladder=tuned,linear.
 
-Each run is written as soon as it is there, and one that is there already is not made again (delete the file to begin anew). Let nothing
+Each run is written as soon as it is there, and one that is there already is not made again (delete the file to begin
+anew). Let nothing
 else run on the machine meanwhile.
 """
 
@@ -27,18 +29,39 @@ GRID = [round(20 * 1.15**i) for i in range(34)]  # numbers of steps that the lad
 RUNGS = [
     ("tuned", "the reference, tuned", {}, 1150),
     ("linear", "the rate falls in a line to zero", dict(training=dict(schedule="linear", min_lr_fraction=0.0)), 1150),
-    ("muon", "Muon moves the matrices", dict(training=dict(optimizer="muon", muon_learning_rate=0.03, weight_decay=0.0)), 500),
+    (
+        "muon",
+        "Muon moves the matrices",
+        dict(training=dict(optimizer="muon", muon_learning_rate=0.03, weight_decay=0.0)),
+        500,
+    ),
     ("rotary", "rotary positions", dict(model=dict(position="rotary", rope_interleaved=True, rope_base=100.0)), 330),
     ("zero", "what is added starts at zero", dict(model=dict(zero_init_residual=True)), 330),
     ("qk-norm", "queries and keys are normalised", dict(model=dict(qk_norm=True)), 285),
     ("relu2", "RMSNorm and ReLU²", dict(model=dict(norm="rmsnorm", activation="relu2")), 285),
-    ("output", "an output matrix of its own, from zero; larger embeddings and rates; fewer passes",
-     dict(model=dict(tied_embeddings=False, init_std=0.3), sprint=True, training=dict(learning_rate=0.02, muon_learning_rate=0.06, grad_clip=0.0)), 330),
+    (
+        "output",
+        "an output matrix of its own, from zero; larger embeddings and rates; fewer passes",
+        dict(
+            model=dict(tied_embeddings=False, init_std=0.3),
+            sprint=True,
+            training=dict(learning_rate=0.02, muon_learning_rate=0.06, grad_clip=0.0),
+        ),
+        330,
+    ),
     ("shift", "the previous token's embedding is mixed in", dict(token_shift=True), 280),
-    ("small", "one layer of half the width, and 40 windows a step",
-     dict(model=PLAIN.model, training=PLAIN.training.to_dict(), momentum=PLAIN.momentum), 150),
-    ("ngrams", "a table of hashed pairs to fives, and half the width",
-     dict(model=NGRAMS.model, training=NGRAMS.training.to_dict(), ngrams=NGRAMS.ngrams), 30),
+    (
+        "small",
+        "one layer of half the width, and 40 windows a step",
+        dict(model=PLAIN.model, training=PLAIN.training.to_dict(), momentum=PLAIN.momentum),
+        150,
+    ),
+    (
+        "ngrams",
+        "a table of hashed pairs to fives, and half the width",
+        dict(model=NGRAMS.model, training=NGRAMS.training.to_dict(), ngrams=NGRAMS.ngrams),
+        30,
+    ),
 ]
 
 LEFT_OUT = [
@@ -54,16 +77,27 @@ LEFT_OUT = [
 
 
 def load() -> dict:
-    return read_json(FILE) if FILE.exists() else {"machine": machine(), "final": [], "ladder": [], "leave_out": [], "without_table": [], "counts": []}
+    return (
+        read_json(FILE)
+        if FILE.exists()
+        else {"machine": machine(), "final": [], "ladder": [], "leave_out": [], "without_table": [], "counts": []}
+    )
 
 
 def machine() -> dict:
-    return {"processor": platform.processor() or platform.machine(), "threads": THREADS, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": THREADS,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def keep(part: str, result: dict) -> None:
     runs = load()
-    runs.setdefault(part, []).append({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()})
+    runs.setdefault(part, []).append(
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
+    )
     runs["ladder"].sort(key=lambda run: [name for name, *_ in RUNGS].index(run["name"]))
     write_json(FILE, runs)
     print(part, {key: value for key, value in result.items() if key != "curve"}, flush=True)
@@ -79,7 +113,10 @@ def busy() -> float | None:
 
 
 def undisturbed(make) -> dict:
-    "The run, made up to three times until other processes took under 5 % of the machine; the least disturbed one, with that share as `others`."
+    """The run, made up to three times until other processes took under 5 % of the machine.
+
+    The least disturbed one, with that share as `others`.
+    """
     best = None
     for _ in range(3):
         before, own, start = busy(), time.process_time(), time.perf_counter()
@@ -138,12 +175,21 @@ def ladder(path: Path, names=None) -> None:
 
 
 def again(path: Path, names=None) -> None:
-    "Each rung's shortest run that reached the mark once more, one rung after another: a machine that others use too isn't always equally fast."
+    """Each rung's shortest run that reached the mark once more, one rung after another: a machine that others use too
+    isn't always equally fast.
+    """
     recipe, goal = TUNED, target()
     for name, about, changes, _ in RUNGS:
         recipe = recipe.change(name, about, **changes)
         if not names or name in names:
-            rung(path, name, about, recipe, min(run["steps"] for run in load()["ladder"] if run["name"] == name and run["val_loss"] <= goal), again=1)
+            rung(
+                path,
+                name,
+                about,
+                recipe,
+                min(run["steps"] for run in load()["ladder"] if run["name"] == name and run["val_loss"] <= goal),
+                again=1,
+            )
 
 
 def leave_out(path: Path) -> None:
@@ -167,7 +213,14 @@ def counts(path: Path) -> None:
 
 if __name__ == "__main__":
     path = load_shakespeare(ROOT / "data" / "shakespeare.txt", progress=False)
-    parts = {"final": final, "ladder": ladder, "again": again, "leave_out": leave_out, "without_table": without_table, "counts": counts}
+    parts = {
+        "final": final,
+        "ladder": ladder,
+        "again": again,
+        "leave_out": leave_out,
+        "without_table": without_table,
+        "counts": counts,
+    }
     for argument in sys.argv[1:] or parts:
         part, _, names = argument.partition("=")
         parts[part](path, *([names.split(",")] if names else []))

@@ -1,4 +1,5 @@
-"""From a notebook that was written for JupyterLab to one that a site can show: plain markdown and raw HTML, which Quarto and
+"""From a notebook that was written for JupyterLab to one that a site can show: plain markdown and raw HTML, which
+Quarto and
 our own renderer show alike. Nothing is executed; outputs are those that the notebook holds."""
 import ast
 import base64
@@ -9,8 +10,13 @@ from pathlib import Path
 
 import api
 
-EQUATION = re.compile(r"^([ \t]*)\$\$((?:(?!\$\$).)*?)\\tag\{([\w.]+)\}((?:(?!\$\$).)*?)\$\$[ \t]*([.,;]?)[ \t]*$", re.S | re.M)
-EXERCISE = re.compile(r"^> \*\*Exercise (\d+\.\d+)(?: \(([^)]*)\))?\.\*\*([^\n]*(?:\n>[^\n]*)*)((?:\s*<details>.*?</details>)*)", re.M | re.S)
+EQUATION = re.compile(
+    r"^([ \t]*)\$\$((?:(?!\$\$).)*?)\\tag\{([\w.]+)\}((?:(?!\$\$).)*?)\$\$[ \t]*([.,;]?)[ \t]*$", re.S | re.M
+)
+EXERCISE = re.compile(
+    r"^> \*\*Exercise (\d+\.\d+)(?: \(([^)]*)\))?\.\*\*([^\n]*(?:\n>[^\n]*)*)((?:\s*<details>.*?</details>)*)",
+    re.M | re.S,
+)
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?[ \t]*(.*)$", re.M)
 IMAGES = {"image/png": "png", "image/jpeg": "jpg"}
 
@@ -30,7 +36,11 @@ def directives(text: str) -> dict[str, str]:
 
 def without_directives(text: str, *names: str) -> str:
     "A cell's text without the directives of these names, or without any."
-    return "\n".join(line for line in text.split("\n") if not ((found := DIRECTIVE.match(line)) and (not names or found.group(1) in names))).strip("\n")
+    return "\n".join(
+        line
+        for line in text.split("\n")
+        if not ((found := DIRECTIVE.match(line)) and (not names or found.group(1) in names))
+    ).strip("\n")
 
 
 def outside_code(text: str, change) -> str:
@@ -50,7 +60,10 @@ def equations(text: str) -> str:
 
 
 def exercises(text: str) -> tuple[str, str]:
-    "Turn exercises in block quotes into boxes; also returns the number of one that the cell ends with, whose box stays open."
+    """Turn exercises in block quotes into boxes.
+
+    Also returns the number of one that the cell ends with, whose box stays open.
+    """
     matches = list(EXERCISE.finditer(text))
     last = matches[-1] if matches and not text[matches[-1].end():].strip() else None
 
@@ -60,6 +73,7 @@ def exercises(text: str) -> tuple[str, str]:
         label = f' <span class="kind">{html.escape(kind)}</span>' if kind else ""
         end = "" if last and found.start() == last.start() else "\n\n</div>"
         return f'\n<div class="exercise" id="exercise-{number}">\n<p class="title">Exercise {number}{label}</p>\n\n{body}\n\n{hints.strip()}{end}\n\n'
+
     return EXERCISE.sub(box, text), last.group(1) if last else ""
 
 
@@ -72,7 +86,9 @@ def size_of_png(data: bytes) -> str:
 
 
 def figures(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
-    "A cell's pictures as files in `folder`, and the cell (without them) followed by a figure with its caption and alternative text."
+    """A cell's pictures as files in `folder`, and the cell (without them) followed by a figure with its caption and
+    alternative text.
+    """
     said = directives(source(cell))
     images, rest = [], []
     for output in cell.get("outputs", []):
@@ -87,12 +103,20 @@ def figures(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
         name = f"{page.removesuffix('.html').replace('/', '-')}-{count}{'abcdefghij'[number] if len(images) > 1 else ''}.{IMAGES[kind]}"
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
-        tags.append(f'<img src="{up}{folder.name}/{name}" alt="{html.escape(said.get("fig-alt", ""))}"{size_of_png(data)} loading="lazy">')
+        tags.append(
+            f'<img src="{up}{folder.name}/{name}" '
+            f'alt="{html.escape(said.get("fig-alt", ""))}"{size_of_png(data)} loading="lazy">'
+        )
     caption = said.get("fig-cap", "")
     numbered = re.match(r"Figure (\d+\.\d+)\.\s*(.*)", caption)
     name = f' id="figure-{numbered.group(1)}"' if numbered else ""
     text = f"**Figure {numbered.group(1)}.** {numbered.group(2)}" if numbered else caption
-    figure = f"<figure{name}>\n" + "\n".join(tags) + (f"\n<figcaption>\n\n{text}\n\n</figcaption>" if text else "") + "\n</figure>"
+    figure = (
+        f"<figure{name}>\n"
+        + "\n".join(tags)
+        + (f"\n<figcaption>\n\n{text}\n\n</figcaption>" if text else "")
+        + "\n</figure>"
+    )
     shown = {**cell, "outputs": rest, "source": without_directives(source(cell), "fig-alt", "fig-cap")}
     return [shown, markdown(figure)]
 
@@ -112,7 +136,9 @@ def defined_names(text: str) -> list[str]:
 
 
 def reference(cells: list[dict], entries: dict[str, api.Entry], page: str) -> list[dict]:
-    "The source first, open, and behind it a card for each name that it defines (nbdev puts cards before and after, in no order)."
+    """The source first, open, and behind it a card for each name that it defines (nbdev puts cards before and after, in
+    no order).
+    """
     result, run = [], []
 
     def card(name: str) -> dict:
@@ -146,22 +172,40 @@ def code_cell(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
     said = directives(text)
     if re.search(r"^explore\(", text, re.M):
         note = '<p class="kernel">This control needs a kernel: <a href="#open">open the notebook</a> to move it.</p>'
-        return [{**cell, "outputs": [o for o in cell.get("outputs", []) if o["output_type"] == "stream"]}, markdown(note)]
-    shown, *pictures = figures({**cell, "source": without_directives(text, "code-fold", "code-summary")}, page, folder, count)
+        return [
+            {**cell, "outputs": [o for o in cell.get("outputs", []) if o["output_type"] == "stream"]},
+            markdown(note),
+        ]
+    shown, *pictures = figures(
+        {**cell, "source": without_directives(text, "code-fold", "code-summary")}, page, folder, count
+    )
     if said.get("code-fold") != "true":
         return [shown, *pictures]
     summary = html.escape(said.get("code-summary") or "Code", quote=False)
     if summary.startswith("Solution"):  # what it prints says that it is right: that stays in the fold
-        return [markdown(f'<details class="solution"><summary>{summary}</summary>\n'), shown, *pictures, markdown("\n</details>")]
+        return [
+            markdown(f'<details class="solution"><summary>{summary}</summary>\n'),
+            shown,
+            *pictures,
+            markdown("\n</details>"),
+        ]
     given = [{**shown, "source": "#| echo: false\n" + shown["source"]}] if shown.get("outputs") else []
-    return [markdown(f'<details class="fold"><summary>{summary}</summary>\n'), {**shown, "outputs": []}, markdown("\n</details>"), *given, *pictures]
+    return [
+        markdown(f'<details class="fold"><summary>{summary}</summary>\n'),
+        {**shown, "outputs": []},
+        markdown("\n</details>"),
+        *given,
+        *pictures,
+    ]
 
 
 CHECKED = re.compile(r"^## Exercise (\d+\.\d+): .*$", re.M)
 
 
 def end_of_exercise(cells: list[dict], start: int, number: str) -> int:
-    "Where the box ends that the exercise before cell `start` opens: after its solution, or else after the cell that checks it."
+    """Where the box ends that the exercise before cell `start` opens: after its solution, or else after the cell that
+    checks it.
+    """
     end = start
     for i in range(start, len(cells)):
         if cells[i]["cell_type"] != "code":

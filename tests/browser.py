@@ -1,8 +1,10 @@
-"""A real browser for the tests: finds Chromium, starts it without a window, and notes what a page asks for and complains about.
+"""A real browser for the tests: finds Chromium, starts it without a window, and notes what a page asks for and
+complains about.
 
     from browser import browser, needs_browser, watch
 
-    pytestmark = needs_browser                     # the group `make test-browser`; skipped, with the reason, where there is none
+    pytestmark = needs_browser                     # the group `make test-browser`; skipped, with the reason, where
+    there is none
 
     with browser() as chromium:
         page = chromium.new_page()
@@ -22,12 +24,28 @@ from urllib.parse import urlsplit
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PLACES = ("/usr/bin", "/usr/local/bin", "/snap/bin", "/Applications/Google Chrome.app/Contents/MacOS", "/Applications/Chromium.app/Contents/MacOS")
+PLACES = (
+    "/usr/bin",
+    "/usr/local/bin",
+    "/snap/bin",
+    "/Applications/Google Chrome.app/Contents/MacOS",
+    "/Applications/Chromium.app/Contents/MacOS",
+)
 HERE = {"127.0.0.1", "localhost", "[::1]", "::1"}
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run", "--no-default-browser-check",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps", "--disable-extensions",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",  # what isn't on this machine does not exist
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-default-apps",
+    "--disable-extensions",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE "
+    "127.0.0.1, EXCLUDE localhost",  # what isn't on this machine does not exist
 ]
 
 
@@ -36,7 +54,14 @@ def find_chromium() -> str | None:
     if chosen := os.environ.get("CHROMIUM"):
         return shutil.which(chosen)
     names = [*NAMES, "Google Chrome", "Chromium"]
-    return next((found for name in names if (found := shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *PLACES])))), None)
+    return next(
+        (
+            found
+            for name in names
+            if (found := shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *PLACES])))
+        ),
+        None,
+    )
 
 
 def skip_reason() -> str:
@@ -46,7 +71,9 @@ def skip_reason() -> str:
     if find_chromium() is None:
         if chosen := os.environ.get("CHROMIUM"):
             return f"$CHROMIUM is {chosen}, which is no program"
-        return "no Chromium found; install it (Debian, Ubuntu: apt-get install chromium) or set $CHROMIUM to its program"
+        return (
+            "no Chromium found; install it (Debian, Ubuntu: apt-get install chromium) or set $CHROMIUM to its program"
+        )
     return ""
 
 
@@ -116,5 +143,8 @@ def watch(page, home: Path | None = None) -> Notes:
         page.on("weberror", lambda error: notes.errors.append(str(error.error)))
     else:
         page.on("pageerror", lambda error: notes.errors.append(str(error)))
-        page.on("websocket", lambda socket: None if stays_here(socket.url) else notes.outside.append(f"websocket {socket.url}"))
+        page.on(
+            "websocket",
+            lambda socket: None if stays_here(socket.url) else notes.outside.append(f"websocket {socket.url}"),
+        )
     return notes

@@ -8,7 +8,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))  # check, execut
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models are faster so, and results don't depend on the machine
 os.environ["MPLBACKEND"] = "Agg"
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background; the tests of Ctrl-C need it, here and in what they start
+# as a shell starts what runs in its background; the tests of Ctrl-C need it, here and in what they start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from transformer_llm.foundations import check_shapes
@@ -27,4 +28,6 @@ settings.load_profile("book")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "browser: needs Chromium and playwright (make test-browser); skipped where they are missing")
+    config.addinivalue_line(
+        "markers", "browser: needs Chromium and playwright (make test-browser); skipped where they are missing"
+    )

@@ -22,9 +22,18 @@ def test_stale_notebooks_are_noticed():
     assert [stale(notebook) for notebook in (changed, cleared, unmarked)] == ["code", "outputs", "code and outputs"]
 
 
-@pytest.mark.parametrize("annotation, bare", [
-    ("Tensor", True), ("Tensor | None", True), ("tuple[Tensor, int]", True), ('Float[Tensor, "batch seq"] | Tensor', True),
-    ('Float[Tensor, "batch seq"]', False), ('Int[Tensor, "batch"] | None', False), ("dict[str, Tensor]", False), ("int", False),
-])
+@pytest.mark.parametrize(
+    "annotation, bare",
+    [
+        ("Tensor", True),
+        ("Tensor | None", True),
+        ("tuple[Tensor, int]", True),
+        ('Float[Tensor, "batch seq"] | Tensor', True),
+        ('Float[Tensor, "batch seq"]', False),
+        ('Int[Tensor, "batch"] | None', False),
+        ("dict[str, Tensor]", False),
+        ("int", False),
+    ],
+)
 def test_tensors_without_a_shape_are_noticed(annotation, bare):
     assert bare_tensors(ast.parse(annotation, mode="eval").body) == bare

@@ -33,7 +33,8 @@ from transformer_llm.transformer import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 
-# Templates, each in the manner of a family: the same constructs, our own words ------------------------------------------
+# Templates, each in the manner of a family: the same constructs, our own words
+# ------------------------------------------
 
 SMOL = """{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}\
 {{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
@@ -243,15 +244,27 @@ ODDS = """{% set texts = [] %}{% for m in messages if m.content %}{{ loop.index 
 {% else %}silence{% endfor %}{{ missing }}{{ missing is defined }}{{ messages | map(attribute='role') | list }}{{ messages | rejectattr('role', 'in', ['user']) | list | length }}
 {% set a, b = 1, 2.5 %}{{ a + b }}{{ 7 // 2 }}{{ -7 % 3 }}{{ 1 < a + 1 <= 2 }}{{ none }}{{ not a or b }}{{ {'x': [1, 'z', none]}.x }}{{ messages[0]['nothing'] | default('-') }}{{ messages | tojson }}"""
 
-FAMILIES = {"smol": SMOL, "llama 3": LLAMA, "qwen 2": QWEN2, "qwen 3": QWEN3, "mistral": MISTRAL, "olmo 2": OLMO, "llama 2": OLD_LLAMA, "odds": ODDS}
+FAMILIES = {
+    "smol": SMOL,
+    "llama 3": LLAMA,
+    "qwen 2": QWEN2,
+    "qwen 3": QWEN3,
+    "mistral": MISTRAL,
+    "olmo 2": OLMO,
+    "llama 2": OLD_LLAMA,
+    "odds": ODDS,
+}
 BOS, EOS = "<s>", "</s>"
 
 
-# Rendering equals jinja2's ----------------------------------------------------------------------------------------------
+# Rendering equals jinja2's
+# ----------------------------------------------------------------------------------------------
 
 def sandbox() -> jinja2.Environment:
     "jinja2 as transformers sets it up."
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -271,7 +284,9 @@ def reference(template: str, messages: list[dict], *, add_generation_prompt: boo
     "What jinja2 makes of it; None for an error."
     names = {"tools": None, "documents": None, "bos_token": BOS, "eos_token": EOS, **extra}
     try:
-        return SANDBOX.from_string(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+        return SANDBOX.from_string(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, **names
+        )
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError):
         return None
 
@@ -291,9 +306,32 @@ def is_sentence(text: str) -> bool:
 
 CONTENT = st.one_of(
     st.text(max_size=12),
-    st.lists(st.sampled_from(["<think>", "</think>", "<tool_response>", "</tool_response>", "<|im_end|>", "<|im_start|>", "\n", " ", "a", "Hello there ", "ß", "😀", "{{ 1 }}", "'"]), max_size=6).map("".join),
+    st.lists(
+        st.sampled_from(
+            [
+                "<think>",
+                "</think>",
+                "<tool_response>",
+                "</tool_response>",
+                "<|im_end|>",
+                "<|im_start|>",
+                "\n",
+                " ",
+                "a",
+                "Hello there ",
+                "ß",
+                "😀",
+                "{{ 1 }}",
+                "'",
+            ]
+        ),
+        max_size=6,
+    ).map("".join),
 )
-MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": CONTENT}, optional={"reasoning_content": CONTENT})
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": CONTENT},
+    optional={"reasoning_content": CONTENT},
+)
 
 
 @st.composite
@@ -311,7 +349,9 @@ def chats(draw) -> list[dict]:
 @given(messages=chats(), prompt=st.booleans())
 def test_rendering_is_that_of_the_sandbox(family, messages, prompt):
     template = FAMILIES[family]
-    assert ours(template, messages, add_generation_prompt=prompt) == reference(template, messages, add_generation_prompt=prompt)
+    assert ours(template, messages, add_generation_prompt=prompt) == reference(
+        template, messages, add_generation_prompt=prompt
+    )
 
 
 def test_templates_render_something():
@@ -325,7 +365,11 @@ def test_templates_render_something():
 def test_else_of_a_loop_that_was_left(leave):
     "jinja2 runs it when no pass came to its end."
     for number in (0, 1, 2):
-        template = "{% for i in [1, 2] %}{{ i }}{% if i > NUMBER %}{% LEAVE %}{% endif %}.{% else %}else{% endfor %}".replace("NUMBER", str(number)).replace("LEAVE", leave)
+        template = (
+            "{% for i in [1, 2] %}{{ i }}{% if i > NUMBER %}{% LEAVE %}{% endif %}.{% else %}else{% endfor %}".replace(
+                "NUMBER", str(number)
+            ).replace("LEAVE", leave)
+        )
         assert ours(template, []) == reference(template, []) is not None
 
 
@@ -334,29 +378,102 @@ def test_names_that_a_template_may_be_given():
     tools = [{"name": "clock", "parameters": {"zone": "Öland"}}]
     for extra in ({"enable_thinking": False}, {"day": "3 Mar 2031"}, {"tools": tools}):
         for family in ("llama 3", "qwen 2", "qwen 3", "mistral"):
-            assert ours(FAMILIES[family], messages, **extra) == reference(FAMILIES[family], messages, **extra) is not None
+            assert (
+                ours(FAMILIES[family], messages, **extra) == reference(FAMILIES[family], messages, **extra) is not None
+            )
 
 
 def test_tool_calls_of_a_conversation():
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "1", "b": "é"}}}]}
-    messages = [{"role": "user", "content": "Hi"}, call, {"role": "ipython", "content": {"x": [1, None, True]}}, {"role": "tool", "content": "done"}]
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"a": "1", "b": "é"}}}],
+    }
+    messages = [
+        {"role": "user", "content": "Hi"},
+        call,
+        {"role": "ipython", "content": {"x": [1, None, True]}},
+        {"role": "tool", "content": "done"},
+    ]
     for family in ("llama 3", "qwen 2"):
-        assert ours(FAMILIES[family], messages[:3] if family == "llama 3" else messages) == reference(FAMILIES[family], messages[:3] if family == "llama 3" else messages)
+        assert ours(FAMILIES[family], messages[:3] if family == "llama 3" else messages) == reference(
+            FAMILIES[family], messages[:3] if family == "llama 3" else messages
+        )
 
 
-ATOMS = st.sampled_from(["1", "2", "0", "-3", "2.5", "'ab'", "'a b,c'", "''", "none", "true", "false", "x", "y", "missing", "messages", "messages[0]", "[1, 'q', 2]", "{'k': 1}", "(1, 2)", "loop.first", "loop.index0"])
+ATOMS = st.sampled_from(
+    [
+        "1",
+        "2",
+        "0",
+        "-3",
+        "2.5",
+        "'ab'",
+        "'a b,c'",
+        "''",
+        "none",
+        "true",
+        "false",
+        "x",
+        "y",
+        "missing",
+        "messages",
+        "messages[0]",
+        "[1, 'q', 2]",
+        "{'k': 1}",
+        "(1, 2)",
+        "loop.first",
+        "loop.index0",
+    ]
+)
 
 
 def grow(inner):
     two = st.tuples(inner, inner)
     return st.one_of(
-        st.tuples(inner, st.sampled_from(["+", "-", "//", "%", "~", "==", "!=", "<", ">=", "in", "not in", "and", "or"]), inner).map(" ".join).map("({})".format),
+        st.tuples(
+            inner,
+            st.sampled_from(["+", "-", "//", "%", "~", "==", "!=", "<", ">=", "in", "not in", "and", "or"]),
+            inner,
+        )
+        .map(" ".join)
+        .map("({})".format),
         inner.map("(not {})".format),
-        inner.map("({}).content".format), inner.map("({})['role']".format), inner.map("({})[0]".format), inner.map("({})[1:]".format), inner.map("({})[::-1]".format),
-        st.tuples(inner, st.sampled_from("trim length upper lower capitalize string int list first last tojson default('d') join(',') join items|list".split())).map("({0[0]})|{0[1]}".format),
-        st.tuples(inner, st.sampled_from("defined undefined none string number mapping iterable sequence boolean integer float odd true".split())).map("({0[0]}) is {0[1]}".format),
-        st.tuples(inner, st.sampled_from(["strip()", "split()", "split(',')", "upper()", "title()", "startswith('a')", "replace('a', 'bb')", "get('k')"])).map("({0[0]}).{0[1]}".format),
-        two.map("({0[0]} if {0[1]} else 'E')".format), two.map("[{0[0]}, {0[1]}]".format),
+        inner.map("({}).content".format),
+        inner.map("({})['role']".format),
+        inner.map("({})[0]".format),
+        inner.map("({})[1:]".format),
+        inner.map("({})[::-1]".format),
+        st.tuples(
+            inner,
+            st.sampled_from(
+                "trim length upper lower capitalize string int list first last "
+                "tojson default('d') join(',') join items|list".split()
+            ),
+        ).map("({0[0]})|{0[1]}".format),
+        st.tuples(
+            inner,
+            st.sampled_from(
+                "defined undefined none string number mapping iterable sequence boolean integer float odd true".split()
+            ),
+        ).map("({0[0]}) is {0[1]}".format),
+        st.tuples(
+            inner,
+            st.sampled_from(
+                [
+                    "strip()",
+                    "split()",
+                    "split(',')",
+                    "upper()",
+                    "title()",
+                    "startswith('a')",
+                    "replace('a', 'bb')",
+                    "get('k')",
+                ]
+            ),
+        ).map("({0[0]}).{0[1]}".format),
+        two.map("({0[0]} if {0[1]} else 'E')".format),
+        two.map("[{0[0]}, {0[1]}]".format),
     )
 
 
@@ -367,15 +484,23 @@ def bodies(inner):
     return st.one_of(
         st.lists(inner, min_size=2, max_size=3).map("".join),
         st.tuples(EXPRESSION, inner, inner).map("{{% if {0[0]} %}}{0[1]}{{% else %}}{0[2]}{{% endif %}}".format),
-        st.tuples(st.sampled_from(["messages", "[3, 1, 2]", "'ab'", "{'k': 1}", "missing"]), inner, inner).map("{{% for x in {0[0]} %}}{0[1]}{{% else %}}{0[2]}{{% endfor %}}".format),
+        st.tuples(st.sampled_from(["messages", "[3, 1, 2]", "'ab'", "{'k': 1}", "missing"]), inner, inner).map(
+            "{{% for x in {0[0]} %}}{0[1]}{{% else %}}{0[2]}{{% endfor %}}".format
+        ),
         inner.map("{{% for y in [1, 2, 3] if y != 2 %}}{0}{{{{ loop.index }}}}{{% endfor %}}".format),
         st.tuples(EXPRESSION, inner).map("{{% set x = {0[0]} %}}{0[1]}".format),
         inner.map("{{% set y %}}{0}{{% endset %}}{{{{ y }}}}".format),
-        EXPRESSION.map("{{% for q in [1, 2] %}}{{% if {0} %}}{{% break %}}{{% endif %}}{{{{ q }}}}{{% endfor %}}".format),
+        EXPRESSION.map(
+            "{{% for q in [1, 2] %}}{{% if {0} %}}{{% break %}}{{% endif %}}{{{{ q }}}}{{% endfor %}}".format
+        ),
     )
 
 
-TEMPLATE = st.recursive(st.one_of(EXPRESSION.map("{{{{ {} }}}}".format), st.sampled_from(["\n  ", "text ", "{{ x }}", "{#- note -#}\n"])), bodies, max_leaves=6)
+TEMPLATE = st.recursive(
+    st.one_of(EXPRESSION.map("{{{{ {} }}}}".format), st.sampled_from(["\n  ", "text ", "{{ x }}", "{#- note -#}\n"])),
+    bodies,
+    max_leaves=6,
+)
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # what jinja2 compiles a nonsense template to
@@ -384,7 +509,8 @@ TEMPLATE = st.recursive(st.one_of(EXPRESSION.map("{{{{ {} }}}}".format), st.samp
 def test_random_templates_render_as_in_the_sandbox(template):
     """Where both render, they agree; ours may refuse what no chat needs.
 
-    The template begins by naming its names: jinja2 forgets a name from outside that is read in a loop first and set behind it.
+    The template begins by naming its names: jinja2 forgets a name from outside that is read in a loop first and set
+    behind it.
     """
     template = "{{ x ~ y }}" + template
     messages = [{"role": "user", "content": " Hi, all "}, {"role": "assistant", "content": "a"}]
@@ -399,9 +525,12 @@ def test_random_templates_render_as_in_the_sandbox(template):
         assert got == wanted, template
 
 
-# Templates from strangers -----------------------------------------------------------------------------------------------
+# Templates from strangers
+# -----------------------------------------------------------------------------------------------
 
-DOUBLING = "{% set ns = namespace(x='ab', l=[1], t=(1, 2)) %}{% for i in range(200) %}{% set ns.BODY %}{% endfor %}{{ ns.x }}"
+DOUBLING = (
+    "{% set ns = namespace(x='ab', l=[1], t=(1, 2)) %}{% for i in range(200) %}{% set ns.BODY %}{% endfor %}{{ ns.x }}"
+)
 TREES = "{% set ns = namespace(l=[1], t=(1, 2)) %}{% for i in range(200) %}{% set ns.l = [ns.l, ns.l] %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}"
 LONG_TEXT = "{% set ns = namespace(x='a') %}{% for i in range(21) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
 HOSTILE = {
@@ -444,10 +573,13 @@ HOSTILE = {
     "comparing trees": DOUBLING.replace("BODY", "l = [ns.l, ns.l]") + "{{ ns.l == [ns.l[0] + [], ns.l[0] + []] }}",
     "a circle": "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
     "a circle in a list": "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns.x }}",
-    "comparing circles": "{% set a = namespace() %}{% set b = namespace() %}{% set a.x = [b] %}{% set b.x = [a] %}{{ [a] == [b] }}",
+    "comparing "
+    "circles": "{% set a = namespace() %}{% set b = namespace() %}{% set a.x = [b] %}{% set b.x = [a] %}{{ [a] == [b] }}",
     "a large indent": "{{ messages|tojson(indent=1000000000) }}",
-    "hoarding slices": "{% set ns = namespace(x='ab', l=[]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% for i in range(9999) %}{% set ns.l = [ns.l, ns.x[1:]] %}{% endfor %}",
-    "hoarding splits": "{% set ns = namespace(x='ab', l=[]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% for i in range(9999) %}{% set ns.l = [ns.l, ns.x.split('q')] %}{% endfor %}",
+    "hoarding "
+    "slices": "{% set ns = namespace(x='ab', l=[]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% for i in range(9999) %}{% set ns.l = [ns.l, ns.x[1:]] %}{% endfor %}",
+    "hoarding "
+    "splits": "{% set ns = namespace(x='ab', l=[]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% for i in range(9999) %}{% set ns.l = [ns.l, ns.x.split('q')] %}{% endfor %}",
     "searching": "{% set ns = namespace(x='a') %}{% for i in range(22) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% for i in range(99999) %}{% if 'b' in ns.x %}{% endif %}{% endfor %}",
     "comparing": "{% set ns = namespace(x='a', y='a') %}{% for i in range(21) %}{% set ns.x = ns.x + ns.x %}{% set ns.y = ns.y + ns.y %}{% endfor %}{% for i in range(99999) %}{% if ns.x == ns.y %}{% endif %}{% endfor %}",
     "power": "{{ 10 ** 10 ** 10 }}",
@@ -463,9 +595,12 @@ HOSTILE = {
     "long sum": "{{ " + "1 + " * 20_000 + "1 }}",
     "long chain": "{{ messages" + "[0]" * 20_000 + " }}",
     "long not": "{{ " + "not " * 20_000 + "1 }}",
-    "nesting by namespace": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
-    "nesting as JSON": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x|tojson }}",
-    "comparing nests": "{% set ns = namespace(x=[], y=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% set ns.y = [ns.y] %}{% endfor %}{{ ns.x == ns.y }}",
+    "nesting by "
+    "namespace": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+    "nesting as "
+    "JSON": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x|tojson }}",
+    "comparing "
+    "nests": "{% set ns = namespace(x=[], y=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% set ns.y = [ns.y] %}{% endfor %}{{ ns.x == ns.y }}",
     "unclosed": "{{ 'a",
     "no statement": "{% frobnicate %}",
     "no end": "{% for i in messages %}",
@@ -483,7 +618,8 @@ HOSTILE = {
     "a tree looked up": TREES + "{{ ns.t in {} }}",
     "a tree looked up by get": TREES + "{{ {}.get(ns.t) }}",
     "a tree as a name in a namespace": TREES + "{{ namespace([(ns.t, 1)]) }}",
-    "a deep key": "{% set ns = namespace(t=()) %}{% for i in range(20000) %}{% set ns.t = (ns.t,) %}{% endfor %}{{ {ns.t: 1} }}",
+    "a deep "
+    "key": "{% set ns = namespace(t=()) %}{% for i in range(20000) %}{% set ns.t = (ns.t,) %}{% endfor %}{{ {ns.t: 1} }}",
     "a tree as a test": TREES + "{{ [1]|select(ns.l) }}",
     "a tree as a path": TREES + "{{ [1]|selectattr(ns.l)|list }}",
     "a tree as another path": TREES + "{{ [1]|map(attribute=ns.l)|list }}",
@@ -505,8 +641,10 @@ HOSTILE = {
     "splitting everywhere": LONG_TEXT + "{{ ns.x.split('a') }}",
     "replacing everywhere": LONG_TEXT + "{{ ns.x.replace('a', '') }}",
     "splitting at blanks": LONG_TEXT.replace("'a'", "'a '").replace("21", "20") + "{{ ns.x.split() }}",
-    "stripping much": LONG_TEXT.replace("21", "19") + "{% set ns.y = 'b' %}{% for i in range(19) %}{% set ns.y = ns.y + ns.y %}{% endfor %}{{ ns.x.strip(ns.y ~ 'a') }}",
-    "trimming much": LONG_TEXT.replace("21", "19") + "{% set ns.y = 'b' %}{% for i in range(19) %}{% set ns.y = ns.y + ns.y %}{% endfor %}{{ ns.x|trim(ns.y ~ 'a') }}",
+    "stripping much": LONG_TEXT.replace("21", "19")
+    + "{% set ns.y = 'b' %}{% for i in range(19) %}{% set ns.y = ns.y + ns.y %}{% endfor %}{{ ns.x.strip(ns.y ~ 'a') }}",
+    "trimming much": LONG_TEXT.replace("21", "19")
+    + "{% set ns.y = 'b' %}{% for i in range(19) %}{% set ns.y = ns.y + ns.y %}{% endfor %}{{ ns.x|trim(ns.y ~ 'a') }}",
     "long separators": LONG_TEXT + "{{ range(9999)|tojson(separators=(ns.x, ns.x)) }}",
     "strange separators": "{{ [1]|tojson(separators=5) }}",
 }
@@ -518,8 +656,12 @@ HI = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory) -> dict[str, dict]:
-    "Each of these templates, rendered in one process that checks no types and may have 200 MB more than it has after its imports."
-    cases = {name: (template, HI) for name, template in HOSTILE.items()} | {name: (FAMILIES[name], LONG) for name in FAMILIES if name != "odds"}
+    """Each of these templates, rendered in one process that checks no types and may have 200 MB more than it has after
+    its imports.
+    """
+    cases = {name: (template, HI) for name, template in HOSTILE.items()} | {
+        name: (FAMILIES[name], LONG) for name in FAMILIES if name != "odds"
+    }
     path = tmp_path_factory.mktemp("templates") / "templates.json"
     path.write_text(json.dumps(cases), encoding="utf-8")
     code = """
@@ -540,7 +682,9 @@ for name, (template, messages) in json.load(open(sys.argv[1])).items():
         error = repr(caught)[:500]
     print(json.dumps([name, dict(error=error, length=length, seconds=time.process_time() - start, same=messages == before)]), flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, encoding="utf-8", cwd=ROOT, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, encoding="utf-8", cwd=ROOT, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
     return dict(map(json.loads, done.stdout.splitlines()))
 
@@ -553,8 +697,14 @@ def test_a_hostile_template_ends_in_one_sentence(rendered, name):
 
 
 def test_what_is_refused_is_named():
-    for template, word in (("{{ 1|xmlattr }}", "filter 'xmlattr'"), ("{{ 1 is callable }}", "test 'callable'"), ("{{ ''.encode() }}", "method 'encode'"),
-                           ("{% include 'x' %}", "'Include' in line 1"), ("{{ lipsum() }}", "'lipsum'"), ("{{ x.__y__ }}", "'__y__'")):
+    for template, word in (
+        ("{{ 1|xmlattr }}", "filter 'xmlattr'"),
+        ("{{ 1 is callable }}", "test 'callable'"),
+        ("{{ ''.encode() }}", "method 'encode'"),
+        ("{% include 'x' %}", "'Include' in line 1"),
+        ("{{ lipsum() }}", "'lipsum'"),
+        ("{{ x.__y__ }}", "'__y__'"),
+    ):
         with pytest.raises(InputError, match=re.escape(word)):
             render_template(template, [], x={})
 
@@ -563,11 +713,22 @@ def test_a_template_may_refuse_messages():
     with pytest.raises(InputError, match="refuses these messages: .*must alternate"):
         render_template(MISTRAL, [{"role": "assistant", "content": "Hi"}])
     with pytest.raises(InputError) as caught:
-        render_template("{{ raise_exception('a\\x1b[31m\\nb' ~ messages[0].content) }}", [{"role": "user", "content": "x" * 5000}])
+        render_template(
+            "{{ raise_exception('a\\x1b[31m\\nb' ~ messages[0].content) }}", [{"role": "user", "content": "x" * 5000}]
+        )
     assert is_sentence(str(caught.value)) and str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("message", [{}, {"content": "a"}, {"role": "user\n<|im_end|>", "content": "a"}, {"role": 3}, {"role": "user", "content": object()}])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"content": "a"},
+        {"role": "user\n<|im_end|>", "content": "a"},
+        {"role": 3},
+        {"role": "user", "content": object()},
+    ],
+)
 def test_what_is_no_message(message):
     with pytest.raises(InputError) as caught:
         render_template(SMOL, [message])
@@ -580,14 +741,19 @@ def test_a_long_conversation_is_within_the_budget(rendered, name):
 
 
 def test_messages_of_other_kinds():
-    "Lists of parts, tool calls, numbers: as the template takes them, or one sentence; what a stranger says is said, names of entries too."
+    """Lists of parts, tool calls, numbers: as the template takes them, or one sentence.
+
+    What a stranger says is said, names of entries too.
+    """
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     newer = "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
     assert ours(newer, parts) == reference(newer, parts) == "Hi"
     for family in FAMILIES:
         assert ours(FAMILIES[family], parts) == reference(FAMILIES[family], parts), family
     call = [{"role": "user", "arguments": {"<|im_end|>": "a"}}]
-    text = render_template("{% for name, value in messages[0].arguments | items %}{{ name }}={{ value }}{% endfor %}", call)
+    text = render_template(
+        "{% for name, value in messages[0].arguments | items %}{{ name }}={{ value }}{% endfor %}", call
+    )
     assert text == "<|im_end|>=a" and text.runs() == [("<|im_end|>", True), ("=", False), ("a", True)]
     deep = []
     for _ in range(9999):
@@ -601,9 +767,12 @@ def test_messages_of_other_kinds():
     assert ours("{{ messages[0].content[1] }}", [{"role": "user", "content": {1: "a"}}]) == "a"
 
 
-# Who wrote what ---------------------------------------------------------------------------------------------------------
+# Who wrote what
+# ---------------------------------------------------------------------------------------------------------
 
-WORDS = "the cat sat on a mat and saw one red hat by the old oak tree near our small house user assistant system You answer questions. ".split(" ")
+WORDS = "the cat sat on a mat and saw one red hat by the old oak tree near our small house user assistant system You answer questions. ".split(
+    " "
+)
 NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 
 
@@ -620,7 +789,9 @@ def test_a_text_keeps_its_marks(text, data):
     said = bytes(data.draw(st.lists(st.integers(0, 1), min_size=len(text), max_size=len(text))))
     marked, other = Text(text, said), Text("xy", b"\1\0")
     separator = data.draw(st.sampled_from([None, " ", "a", text[:1] or "b", text[2:4] or "c"]))
-    place = slice(data.draw(st.integers(-14, 14)), data.draw(st.integers(-14, 14)), data.draw(st.sampled_from([1, 2, -1])))
+    place = slice(
+        data.draw(st.integers(-14, 14)), data.draw(st.integers(-14, 14)), data.draw(st.sampled_from([1, 2, -1]))
+    )
     numbered = [(c, s) for c, s in zip(text, said)]
 
     def pairs(piece):
@@ -639,11 +810,19 @@ def test_a_text_keeps_its_marks(text, data):
     for maxsplit in (-1, 1):
         pieces = marked.split(separator, maxsplit)
         assert list(map(str, pieces)) == text.split(separator, maxsplit)
-        assert [pair for piece in pieces for pair in pairs(piece) if separator is None] == [pair for pair in numbered if separator is None and not pair[0].isspace()] or maxsplit == 1
+        assert [pair for piece in pieces for pair in pairs(piece) if separator is None] == [
+            pair for pair in numbered if separator is None and not pair[0].isspace()
+        ] or maxsplit == 1
     if separator is not None:
-        assert pairs(Text(separator).join(marked.split(separator)))[: len(text.split(separator)[0])] == numbered[: len(text.split(separator)[0])]
+        assert (
+            pairs(Text(separator).join(marked.split(separator)))[: len(text.split(separator)[0])]
+            == numbered[: len(text.split(separator)[0])]
+        )
         assert str(marked.replace(separator, other)) == text.replace(separator, "xy")
-    assert "".join(run for run, _ in marked.runs()) == text and b"".join(bytes([s]) * len(run) for run, s in marked.runs()) == said
+    assert (
+        "".join(run for run, _ in marked.runs()) == text
+        and b"".join(bytes([s]) * len(run) for run, s in marked.runs()) == said
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -651,8 +830,14 @@ def test_a_text_keeps_its_marks(text, data):
 @given(messages=chats())
 def test_marks_tell_messages_from_template(family, messages):
     "Each letter of a message that is in no template is said; each special token that only the template has is not."
-    alphabet = {c: chr(0x10300 + i) for i, c in enumerate(sorted({c for m in messages for c in m["content"] if c.isalnum()}))}
-    messages = [{"role": m["role"], "content": m["content"].translate({ord(a): b for a, b in alphabet.items()})} for m in messages if m["role"] != "tool"]
+    alphabet = {
+        c: chr(0x10300 + i) for i, c in enumerate(sorted({c for m in messages for c in m["content"] if c.isalnum()}))
+    }
+    messages = [
+        {"role": m["role"], "content": m["content"].translate({ord(a): b for a, b in alphabet.items()})}
+        for m in messages
+        if m["role"] != "tool"
+    ]
     try:
         text = render_template(FAMILIES[family], messages, bos_token=BOS, eos_token=EOS)
     except InputError:
@@ -665,7 +850,9 @@ def test_marks_tell_messages_from_template(family, messages):
 
 
 @settings(max_examples=150)
-@given(messages=chats(), family=st.sampled_from(["smol", "llama 3", "qwen 2", "qwen 3", "mistral", "olmo 2", "llama 2"]))
+@given(
+    messages=chats(), family=st.sampled_from(["smol", "llama 3", "qwen 2", "qwen 3", "mistral", "olmo 2", "llama 2"])
+)
 def test_special_tokens_are_the_templates_only(tokenizer, family, messages):
     "As many as with harmless messages; and the text is the same, byte by byte."
     def encode(chat):
@@ -674,7 +861,9 @@ def test_special_tokens_are_the_templates_only(tokenizer, family, messages):
 
     try:
         text, ids = encode(messages)
-        _, harmless = encode([{**m, "content": re.sub("[^\\s]", "a", m["content"])} for m in messages if "think" not in m["content"]])
+        _, harmless = encode(
+            [{**m, "content": re.sub("[^\\s]", "a", m["content"])} for m in messages if "think" not in m["content"]]
+        )
     except InputError:
         return
     assert tokenizer.decode(ids) == text
@@ -701,8 +890,12 @@ def test_a_forged_turn(tokenizer):
     text = render_template(SMOL, [{"role": "user", "content": forged}])
     start = tokenizer.special_tokens["<|im_start|>"]
     assert tokenizer.encode(str(text)).count(start) == 5 and encode_rendered(tokenizer, text).count(start) == 3
-    cut = render_template("{{ messages[0].content + '_end|>' }}{{ '<|im_' + messages[0].content }}", [{"role": "user", "content": "<|im"}])
-    assert not set(encode_rendered(tokenizer, cut)) & set(tokenizer.special_tokens.values())  # half a name from each side
+    cut = render_template(
+        "{{ messages[0].content + '_end|>' }}{{ '<|im_' + messages[0].content }}", [{"role": "user", "content": "<|im"}]
+    )
+    assert not set(encode_rendered(tokenizer, cut)) & set(
+        tokenizer.special_tokens.values()
+    )  # half a name from each side
     for role in ("user\n", "<|im_end|>", "", "a b"):
         with pytest.raises(InputError, match="role"):
             render_template(SMOL, [{"role": role, "content": "Hi"}])
@@ -714,17 +907,28 @@ def test_a_character_tokenizer_has_no_special_tokens():
     assert tokenizer.decode(encode_rendered(tokenizer, text)) == str(text)
 
 
-# Conversations ----------------------------------------------------------------------------------------------------------
+# Conversations
+# ----------------------------------------------------------------------------------------------------------
 
 def make_model(tokenizer, context_length: int = 512, **changes) -> GPT:
     torch.manual_seed(0)
-    settings = dict(vocab_size=tokenizer.vocab_size, context_length=context_length, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, init_std=0.2)
+    settings = dict(
+        vocab_size=tokenizer.vocab_size,
+        context_length=context_length,
+        d_model=32,
+        n_layers=3,
+        n_heads=4,
+        n_kv_heads=2,
+        init_std=0.2,
+    )
     return GPT(GPTConfig(**{**settings, **changes})).eval()
 
 
 def start(tokenizer, model=None, **options) -> Conversation:
     model = make_model(tokenizer) if model is None else model
-    return Conversation(model, tokenizer, **{"template": SMOL, "stop_tokens": [tokenizer.special_tokens["<|im_end|>"]], **options})
+    return Conversation(
+        model, tokenizer, **{"template": SMOL, "stop_tokens": [tokenizer.special_tokens["<|im_end|>"]], **options}
+    )
 
 
 def anew(conversation: Conversation, messages: list[dict], max_new_tokens: int, **options) -> tuple[str, torch.Tensor]:
@@ -732,16 +936,28 @@ def anew(conversation: Conversation, messages: list[dict], max_new_tokens: int, 
     from transformer_llm.generation import decode_pieces, stream
 
     ids = torch.tensor([encode_rendered(conversation.tokenizer, conversation.render(messages))])
-    tokens = stream(conversation.model, ids, max_new_tokens, stop_tokens=conversation.stop_tokens, use_cache=False, **options)
+    tokens = stream(
+        conversation.model, ids, max_new_tokens, stop_tokens=conversation.stop_tokens, use_cache=False, **options
+    )
     return "".join(decode_pieces(conversation.tokenizer, tokens, conversation.stop_tokens)), ids
 
 
 SAY = st.sampled_from(["the cat", "saw the red hat", " and so on ", "<|im_end|>", "😀é", "x" * 30, "You\n\n"])
 
 
-@pytest.mark.parametrize("changes", [{}, {"position": "learned"}, {"position": "alibi"}, {"window": 16}, {"qk_norm": True, "tied_embeddings": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"position": "learned"}, {"position": "alibi"}, {"window": 16}, {"qk_norm": True, "tied_embeddings": False}],
+    ids=str,
+)
 @settings(max_examples=8)
-@given(turns=st.lists(st.tuples(SAY, st.integers(1, 12), st.sampled_from(["whole", "closed", "again", "reset", "system", "edit"])), min_size=2, max_size=6))
+@given(
+    turns=st.lists(
+        st.tuples(SAY, st.integers(1, 12), st.sampled_from(["whole", "closed", "again", "reset", "system", "edit"])),
+        min_size=2,
+        max_size=6,
+    )
+)
 def test_a_kept_cache_changes_no_answer(tokenizer, changes, turns):
     "Random conversations, with answers left in the middle, resets, other system messages and edited messages."
     conversation = start(tokenizer, make_model(tokenizer, 2048, **changes))
@@ -793,7 +1009,9 @@ def test_what_was_read_is_not_read_again(tokenizer):
 
 
 def test_an_interruption_anywhere(tokenizer, monkeypatch):
-    "Ctrl-C inside any layer of any pass, the first (the message is forgotten) or a later one: the next answer is as if nothing had happened."
+    """Ctrl-C inside any layer of any pass, the first (the message is forgotten) or a later one: the next answer is as
+    if nothing had happened.
+    """
     from transformer_llm.transformer import Block
 
     forward = Block.forward
@@ -817,7 +1035,11 @@ def test_an_interruption_anywhere(tokenizer, monkeypatch):
         if moment < 3:
             assert conversation.messages == before
         else:
-            assert conversation.messages == [*before, {"role": "user", "content": "red hat"}, {"role": "assistant", "content": said}]
+            assert conversation.messages == [
+                *before,
+                {"role": "user", "content": "red hat"},
+                {"role": "assistant", "content": said},
+            ]
             assert conversation.turn.ended == "interrupted" and conversation.turn.written == moment // 3
         check_memory(conversation)
         wanted, _ = anew(conversation, [*conversation.messages, {"role": "user", "content": "tree"}], 6, temperature=0)
@@ -829,7 +1051,9 @@ def test_an_answer_left_open_is_ended_by_the_next(tokenizer):
     pieces = conversation.say("the cat", 50, temperature=0)
     first = next(pieces)
     "".join(conversation.say("hat", 3, temperature=0))
-    assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 2 and conversation.messages[1]["content"] == first
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 2 and conversation.messages[1][
+        "content"
+    ] == first
     assert list(pieces) == []
     waiting = conversation.say("never read", 3)
     assert len(conversation.messages) == 4
@@ -884,7 +1108,10 @@ def test_a_stop_token_ends_an_answer_and_is_not_shown(tokenizer):
 
 def test_the_same_seed_gives_the_same_conversation(tokenizer):
     model = make_model(tokenizer)
-    texts = [["".join(start(tokenizer, model, seed=seed).say("the cat", 20, temperature=1.5, top_p=None)) for _ in range(2)] for seed in (0, 1)]
+    texts = [
+        ["".join(start(tokenizer, model, seed=seed).say("the cat", 20, temperature=1.5, top_p=None)) for _ in range(2)]
+        for seed in (0, 1)
+    ]
     assert texts[0][0] == texts[0][1] and texts[1][0] == texts[1][1] and texts[0][0] != texts[1][0]
     conversation = start(tokenizer, model)
     first = "".join(conversation.say("the cat", 20, temperature=1.5))
@@ -892,7 +1119,18 @@ def test_the_same_seed_gives_the_same_conversation(tokenizer):
     assert "".join(conversation.say("the cat", 20, temperature=1.5)) == first
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(top_p=2.0), dict(top_k=0), dict(min_p=-0.5), dict(repetition_penalty=0.0), dict(max_new_tokens=0)], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(temperature=-1.0),
+        dict(top_p=2.0),
+        dict(top_k=0),
+        dict(min_p=-0.5),
+        dict(repetition_penalty=0.0),
+        dict(max_new_tokens=0),
+    ],
+    ids=str,
+)
 def test_settings_that_can_not_be(tokenizer, bad):
     conversation = start(tokenizer)
     with pytest.raises(InputError, match=next(iter(bad))):
@@ -926,7 +1164,8 @@ def test_a_model_without_a_template(monkeypatch):
         Conversation.from_pretrained("some-model")
 
 
-# The command ------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory) -> Path:
@@ -962,13 +1201,17 @@ def test_one_answer_for_a_script(folder):
     first = chat_process("--model", folder, "--prompt", "the cat", "--max_new_tokens", 12)
     assert first.returncode == 0 and first.stderr == "(Cut off after 12 tokens; --max_new_tokens allows more.)\n"
     again = chat_command("--model", folder, "--prompt", "the cat", "--max_new_tokens", 12)
-    other = chat_command("--model", folder, "--prompt", "the cat", "--max_new_tokens", 12, "--temperature", 3, "--top_p", 1, "--seed", 7)
+    other = chat_command(
+        "--model", folder, "--prompt", "the cat", "--max_new_tokens", 12, "--temperature", 3, "--top_p", 1, "--seed", 7
+    )
     assert first.stdout == again.stdout != other.stdout and other.returncode == 0
 
 
 def test_the_fast_decoder_answers_the_same(folder):
     words = ("--model", folder, "--max_new_tokens", 300, "--temperature", 0)
-    plain, fast = (chat_command(*words, *more, input="the cat\nand the red hat\n") for more in ((), ("--dtype", "float32")))
+    plain, fast = (
+        chat_command(*words, *more, input="the cat\nand the red hat\n") for more in ((), ("--dtype", "float32"))
+    )
     assert plain.returncode == fast.returncode == 0 and fast.stdout == plain.stdout and len(plain.stdout) > 100
     for dtype in ("bfloat16", "int8"):
         done = chat_command("--model", folder, "--prompt", "the cat", "--max_new_tokens", 5, "--dtype", dtype)
@@ -997,8 +1240,17 @@ def test_mistakes_are_one_sentence(words, says):
     assert done.stderr.startswith("transformer-llm: ") and done.stderr.count("\n") == 1, done.stderr
 
 
-@pytest.mark.parametrize("line, says", [("/foo", "there is no command '/foo'"), ("/quit now", "there is no command"), ("/temperature hot", "/temperature must be a number"),
-                                        ("/temperature", "/temperature must be"), ("the cat " * 3000, "at most 4,096")], ids=lambda text: text[:20])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("/foo", "there is no command '/foo'"),
+        ("/quit now", "there is no command"),
+        ("/temperature hot", "/temperature must be a number"),
+        ("/temperature", "/temperature must be"),
+        ("the cat " * 3000, "at most 4,096"),
+    ],
+    ids=lambda text: text[:20],
+)
 def test_mistakes_in_a_pipe(folder, line, says):
     done = chat_command("--model", folder, input=line + "\n")
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -1006,7 +1258,9 @@ def test_mistakes_in_a_pipe(folder, line, says):
 
 def test_a_message_of_any_bytes(folder):
     command = [sys.executable, "-m", "transformer_llm", "chat", "--model", str(folder), "--max_new_tokens", "3"]
-    done = subprocess.run(command, input=bytes(range(11, 256)) + b"\n", capture_output=True, env=environment(), timeout=300)
+    done = subprocess.run(
+        command, input=bytes(range(11, 256)) + b"\n", capture_output=True, env=environment(), timeout=300
+    )
     assert done.returncode == 0 and b"Traceback" not in done.stderr
 
 
@@ -1017,7 +1271,11 @@ def test_a_run_of_this_book_is_not_for_talking(tmp_path):
     save_checkpoint(tmp_path / "run", 1, GPT(GPTConfig.preset("demo")))
     for path in (tmp_path / "run", next((tmp_path / "run").glob("step-*"))):
         done = chat_command("--model", path, "--prompt", "a")
-        assert done.returncode == 2 and "has no chat template; use transformer-llm generate --checkpoint" in done.stderr and done.stderr.count("\n") == 1
+        assert (
+            done.returncode == 2
+            and "has no chat template; use transformer-llm generate --checkpoint" in done.stderr
+            and done.stderr.count("\n") == 1
+        )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes end differently on Windows")
@@ -1041,7 +1299,15 @@ class Terminal:
         self.side, other = pty.openpty()
         command = [sys.executable, "-m", "transformer_llm", "chat", *map(str, words)]
         own = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment() | {"TERM": "dumb"}, start_new_session=True, preexec_fn=own)
+        self.process = subprocess.Popen(
+            command,
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            env=environment() | {"TERM": "dumb"},
+            start_new_session=True,
+            preexec_fn=own,
+        )
         os.close(other)
         self.seen = ""
 
@@ -1099,7 +1365,11 @@ def test_an_answer_can_not_command_a_terminal(tmp_path):
     word = "\x1b[2J\x9b\r"
     tokenizer = BPETokenizer.train(word * 40, 257, special_tokens=["<|endoftext|>"])
     wanted = tokenizer.encode("\x1b")[0]
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, context_length=64, d_model=8, n_layers=1, n_heads=1, tied_embeddings=False)).eval()
+    model = GPT(
+        GPTConfig(
+            vocab_size=tokenizer.vocab_size, context_length=64, d_model=8, n_layers=1, n_heads=1, tied_embeddings=False
+        )
+    ).eval()
     with torch.no_grad():
         model.final_norm.weight.zero_()
         model.final_norm.weight[0] = 1
@@ -1136,7 +1406,8 @@ def test_ctrl_c_while_the_model_is_loaded(monkeypatch, capsys):
     assert main(["chat", "--model", "smollm2", "--prompt", "a"]) == 130 and capsys.readouterr() == ("", "\nStopped.\n")
 
 
-# SmolLM2 ----------------------------------------------------------------------------------------------------------------
+# SmolLM2
+# ----------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
@@ -1152,7 +1423,10 @@ def test_the_template_of_smollm2_is_that_of_its_file(smollm2):
     from transformer_llm.pretrained import chat_settings
 
     chat = chat_settings(smollm2)
-    for messages in ([{"role": "user", "content": "Hi"}], [{"role": "system", "content": ""}, {"role": "user", "content": " a "}, {"role": "assistant", "content": "b"}]):
+    for messages in (
+        [{"role": "user", "content": "Hi"}],
+        [{"role": "system", "content": ""}, {"role": "user", "content": " a "}, {"role": "assistant", "content": "b"}],
+    ):
         for prompt in (True, False):
             wanted = reference(chat.template, messages, add_generation_prompt=prompt)
             assert render_template(chat.template, messages, add_generation_prompt=prompt) == wanted

@@ -15,19 +15,49 @@ from transformer_llm import training
 from transformer_llm.dataset import TokenData
 from transformer_llm.foundations import InputError
 from transformer_llm.tokenizer import CharTokenizer
-from transformer_llm.training import (Metrics, Trainer, TrainingConfig, TrainingError, accumulate_gradients, checkpoint_folders,
-                                      cross_entropy, find_checkpoint, learning_rate, load_checkpoint, load_model, remove_leftovers,
-                                      save_checkpoint, verify_checkpoint)
+from transformer_llm.training import (
+    Metrics,
+    Trainer,
+    TrainingConfig,
+    TrainingError,
+    accumulate_gradients,
+    checkpoint_folders,
+    cross_entropy,
+    find_checkpoint,
+    learning_rate,
+    load_checkpoint,
+    load_model,
+    remove_leftovers,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from transformer_llm.transformer import GPT, GPTConfig
 
 TEXT = "the cat sat on the mat, and the dog sat on the cat. " * 40
 TOKENIZER = CharTokenizer.train(TEXT)
 TOKENS = torch.tensor(TOKENIZER.encode(TEXT))
 SHAPE = GPTConfig(vocab_size=TOKENIZER.vocab_size, context_length=16, d_model=16, n_layers=2, n_heads=2, dropout=0.1)
-CONFIG = TrainingConfig(max_steps=24, batch_size=4, accumulation=2, optimizer="muon", learning_rate=3e-3, warmup_steps=4, eval_every=7,
-                        log_every=5, checkpoint_every=6, device="cpu")
-FILES = ("checkpoint.json", "config.json", "model.safetensors", "tokenizer.json", "training.json", "training_state.json",
-         "training_state.safetensors")
+CONFIG = TrainingConfig(
+    max_steps=24,
+    batch_size=4,
+    accumulation=2,
+    optimizer="muon",
+    learning_rate=3e-3,
+    warmup_steps=4,
+    eval_every=7,
+    log_every=5,
+    checkpoint_every=6,
+    device="cpu",
+)
+FILES = (
+    "checkpoint.json",
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "training.json",
+    "training_state.json",
+    "training_state.safetensors",
+)
 
 
 def fresh_model() -> GPT:
@@ -40,7 +70,9 @@ def token_data() -> TokenData:
 
 
 def make_trainer(directory, config=CONFIG, **options) -> Trainer:
-    return Trainer(fresh_model(), token_data(), config, run_directory=directory, tokenizer=TOKENIZER, progress=False, **options)
+    return Trainer(
+        fresh_model(), token_data(), config, run_directory=directory, tokenizer=TOKENIZER, progress=False, **options
+    )
 
 
 def weights(trainer: Trainer) -> dict:
@@ -54,7 +86,10 @@ def assert_equal_bits(first: dict, second: dict) -> None:
 
 
 def untimed(history: list[dict]) -> list[dict]:
-    return [{name: value for name, value in record.items() if name not in ("seconds", "tokens_per_second")} for record in history]
+    return [
+        {name: value for name, value in record.items() if name not in ("seconds", "tokens_per_second")}
+        for record in history
+    ]
 
 
 def sign_again(folder: Path) -> None:
@@ -419,7 +454,9 @@ def fails_with(number: int):
     return fail
 
 
-@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "disk is full"), (errno.EACCES, "permission"), (errno.EROFS, "read-only")])
+@pytest.mark.parametrize(
+    "number, words", [(errno.ENOSPC, "disk is full"), (errno.EACCES, "permission"), (errno.EROFS, "read-only")]
+)
 @pytest.mark.parametrize("place", ["training._sync_file", "training.sha256_of", "os.rename", "foundations.os.fsync"])
 def test_a_disk_that_refuses_leaves_the_last_good_checkpoint(finished, tmp_path, monkeypatch, number, words, place):
     trainer = make_trainer(tmp_path / "run", CONFIG.replace(max_steps=6))
@@ -474,7 +511,9 @@ def test_a_gradient_that_is_no_number_moves_nothing(value):
     with pytest.raises(TrainingError, match="step 2: the loss is [0-9]"):
         trainer.train_step()
     assert_equal_bits(before, weights(trainer))
-    assert trainer.step == 1 and all(t.isfinite().all() for t in training.optimizer_tensors(trainer.model, trainer.optimizers).values())
+    assert trainer.step == 1 and all(
+        t.isfinite().all() for t in training.optimizer_tensors(trainer.model, trainer.optimizers).values()
+    )
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
@@ -509,15 +548,23 @@ def test_loss_equals_torch(reduction, dtype):
     logits = (torch.randn(7, 11) * 30).to(dtype)
     targets = torch.tensor([0, 10, -100, 3, 3, -100, 5])
     wide = logits.double() if dtype == torch.float64 else logits.float()
-    torch.testing.assert_close(cross_entropy(logits, targets, reduction=reduction), torch.nn.functional.cross_entropy(wide, targets, reduction=reduction))
+    torch.testing.assert_close(
+        cross_entropy(logits, targets, reduction=reduction),
+        torch.nn.functional.cross_entropy(wide, targets, reduction=reduction),
+    )
 
 
 def test_evaluation_reads_every_target_once_and_changes_nothing(tmp_path):
     trainer = make_trainer(None)
     ids = token_data().val[None]
     whole = sum(
-        cross_entropy(trainer.model.eval()(ids[:, start : start + 16][:, : ids.shape[1] - 1 - start]), ids[:, start + 1 : start + 17], reduction="sum").item()
-        for start in range(0, ids.shape[1] - 1, 16))
+        cross_entropy(
+            trainer.model.eval()(ids[:, start : start + 16][:, : ids.shape[1] - 1 - start]),
+            ids[:, start + 1 : start + 17],
+            reduction="sum",
+        ).item()
+        for start in range(0, ids.shape[1] - 1, 16)
+    )
     trainer.model.train()
     state = torch.get_rng_state()
     assert trainer.evaluate() == pytest.approx(whole / (ids.shape[1] - 1), rel=1e-5)
@@ -565,10 +612,27 @@ def test_wsd_has_no_jump(decay):
     assert factors[40] == 1.0 and all(abs(a - b) < 1 / 15 for a, b in zip(factors, factors[1:]))
 
 
-@pytest.mark.parametrize("field, value", [
-    ("max_steps", 0), ("batch_size", 0), ("accumulation", -1), ("context_length", 0), ("learning_rate", -0.1), ("learning_rate", float("nan")),
-    ("min_lr_fraction", 1.5), ("betas", (0.9, 1.0)), ("grad_clip", -1), ("eval_batches", 0), ("keep_checkpoints", 0), ("seed", -1),
-    ("optimizer", "sgd"), ("schedule", "step"), ("device", "tpu"), ("dtype", "float16")])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("max_steps", 0),
+        ("batch_size", 0),
+        ("accumulation", -1),
+        ("context_length", 0),
+        ("learning_rate", -0.1),
+        ("learning_rate", float("nan")),
+        ("min_lr_fraction", 1.5),
+        ("betas", (0.9, 1.0)),
+        ("grad_clip", -1),
+        ("eval_batches", 0),
+        ("keep_checkpoints", 0),
+        ("seed", -1),
+        ("optimizer", "sgd"),
+        ("schedule", "step"),
+        ("device", "tpu"),
+        ("dtype", "float16"),
+    ],
+)
 def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(InputError, match=field):
         TrainingConfig(**{field: value})
@@ -588,7 +652,9 @@ def test_a_run_without_validation_text():
         trainer.evaluate()
 
 
-@pytest.mark.parametrize("changes", [dict(dtype="bfloat16"), dict(schedule="wsd", grad_clip=0.0), dict(optimizer="adamw", context_length=7)])
+@pytest.mark.parametrize(
+    "changes", [dict(dtype="bfloat16"), dict(schedule="wsd", grad_clip=0.0), dict(optimizer="adamw", context_length=7)]
+)
 def test_settings_train(changes):
     history = make_trainer(None, CONFIG.replace(max_steps=20, **changes)).train()
     assert history[-1]["loss"] < history[0]["loss"]

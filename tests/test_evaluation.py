@@ -1,4 +1,6 @@
-"""What chapter 10 can't try on its own page: windows of every size, batches, random n-gram tables, bad input, and a real model's answers."""
+"""What chapter 10 can't try on its own page: windows of every size, batches, random n-gram tables, bad input, and a
+real model's answers.
+"""
 import math
 import tracemalloc
 from collections import Counter
@@ -9,13 +11,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer_llm.evaluation import (NGram, Scores, binomial_error, bootstrap_error, choose, compare_samples, encode_options, join_scores,
-                                        reliability, score_options, score_text, score_tokens, window_spans)
+from transformer_llm.evaluation import (
+    NGram,
+    Scores,
+    binomial_error,
+    bootstrap_error,
+    choose,
+    compare_samples,
+    encode_options,
+    join_scores,
+    reliability,
+    score_options,
+    score_text,
+    score_tokens,
+    window_spans,
+)
 from transformer_llm.foundations import InputError, set_seed
 from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
 from transformer_llm.transformer import GPT, GPTConfig
 
-WORDS = "the quick brown fox jumps over the lazy dog; the dog sleeps and the fox, being quick, is gone before noon\n" * 4
+WORDS = (
+    "the quick brown fox jumps over the lazy dog; the dog sleeps and the fox, being quick, is gone before noon\n" * 4
+)
 
 
 def small_model(vocab_size: int = 11, **changes) -> GPT:
@@ -43,7 +60,8 @@ def score_plainly(model, ids: list[int], context_length: int, stride: int, start
     return nats[len(start):]
 
 
-# Windows ---------------------------------------------------------------------------------------------------------------
+# Windows
+# ---------------------------------------------------------------------------------------------------------------
 
 @given(st.integers(0, 200), st.integers(1, 40), st.data())
 def test_each_token_counts_once_in_the_first_window_that_predicts_it(n_tokens, context_length, data):
@@ -61,11 +79,23 @@ def test_each_token_counts_once_in_the_first_window_that_predicts_it(n_tokens, c
 def test_scores_are_those_of_the_plain_form(n_tokens, context_length, batch_size, start, data):
     stride = data.draw(st.integers(1, context_length))
     ids = data.draw(st.lists(st.integers(0, 10), min_size=n_tokens, max_size=n_tokens))
-    scores = score_tokens(MODEL, torch.tensor(ids), context_length=context_length, stride=stride, batch_size=batch_size, start=start)
+    scores = score_tokens(
+        MODEL, torch.tensor(ids), context_length=context_length, stride=stride, batch_size=batch_size, start=start
+    )
     assert len(scores.nats) == len(scores.ranks) == len(scores.confidence) == len(scores.context) == n_tokens
-    assert torch.allclose(scores.nats, torch.tensor(score_plainly(MODEL, ids, context_length, stride, start), dtype=torch.double), atol=2e-5)
-    assert (scores.context[1:] > 0).all() and (scores.context[0] == 0) == (not start) and scores.context.max() <= context_length
-    assert ((scores.ranks == 0) <= ((scores.nats + scores.confidence.log()).abs() < 1e-5)).all()  # the first choice has the confidence
+    assert torch.allclose(
+        scores.nats,
+        torch.tensor(score_plainly(MODEL, ids, context_length, stride, start), dtype=torch.double),
+        atol=2e-5,
+    )
+    assert (
+        (scores.context[1:] > 0).all()
+        and (scores.context[0] == 0) == (not start)
+        and scores.context.max() <= context_length
+    )
+    assert (
+        (scores.ranks == 0) <= ((scores.nats + scores.confidence.log()).abs() < 1e-5)
+    ).all()  # the first choice has the confidence
 
 
 def test_tokens_may_be_a_list_or_an_array():
@@ -89,7 +119,9 @@ def test_a_model_that_looks_back_a_little_is_scored_as_it_predicts(window, n_tok
 def test_logits_of_a_table_over_many_tokens_stay_few(monkeypatch):
     table, most = NGram(2, 3000, context_length=64).fit(range(3000)), []
     forward = NGram.forward
-    monkeypatch.setattr(NGram, "forward", lambda self, ids, **options: most.append(ids.numel()) or forward(self, ids, **options))
+    monkeypatch.setattr(
+        NGram, "forward", lambda self, ids, **options: most.append(ids.numel()) or forward(self, ids, **options)
+    )
     monkeypatch.setattr("transformer_llm.evaluation.SLICE", 200 * 3000)
     ids = torch.arange(1000)
     scores = score_tokens(table, ids, batch_size=64)
@@ -111,7 +143,11 @@ def test_the_model_is_given_back_as_it_was():
     assert model.training and torch.equal(first.nats, second.nats) and not first.nats.requires_grad
 
 
-@pytest.mark.parametrize("changes", [*({"position": kind} for kind in ("learned", "sinusoidal", "rotary", "alibi", "none")), {"window": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [*({"position": kind} for kind in ("learned", "sinusoidal", "rotary", "alibi", "none")), {"window": 3}],
+    ids=str,
+)
 def test_options_don_t_depend_on_what_else_is_in_the_batch(changes):
     model = small_model(CHARACTERS.vocab_size, context_length=64, **changes)
     options = [" dog", " quick brown fox", " a", " the lazy dog sleeps"]
@@ -121,7 +157,8 @@ def test_options_don_t_depend_on_what_else_is_in_the_batch(changes):
         text = score_text(model, CHARACTERS, "over the" + option)
         assert abs(pair.totals[0] - together.totals[number]) < 1e-4
         assert abs(text.nats[len("over the"):].sum() + together.totals[number]) < 1e-4
-    last = score_options(model, CHARACTERS, "over the" + " dog" * 12, [" fox" + " dog" + "s", " x"])  # 65 characters, of which 64 are read
+    # 65 characters, of which 64 are read
+    last = score_options(model, CHARACTERS, "over the" + " dog" * 12, [" fox" + " dog" + "s", " x"])
     assert last.n_tokens[0] == 9 and last.totals.isfinite().all()
     assert together.n_tokens.tolist() == together.n_bytes.tolist() == [len(option) for option in options]
     lengths = {"sum": torch.ones(4), "token": together.n_tokens, "byte": together.n_bytes}
@@ -129,7 +166,10 @@ def test_options_don_t_depend_on_what_else_is_in_the_batch(changes):
         assert choose(model, CHARACTERS, "over the", options, by=by) == (together.totals / lengths[by]).argmax()
 
 
-@given(st.text("the dogfx ", min_size=1, max_size=12), st.lists(st.text("the dogfx ", min_size=1, max_size=8), min_size=2, max_size=4))
+@given(
+    st.text("the dogfx ", min_size=1, max_size=12),
+    st.lists(st.text("the dogfx ", min_size=1, max_size=8), min_size=2, max_size=4),
+)
 def test_question_and_option_are_tokenized_together(question, options):
     try:
         wholes, shared = encode_options(PIECES, question, options)
@@ -145,7 +185,8 @@ def test_question_and_option_are_tokenized_together(question, options):
         assert abs(found.totals[number] + sum(score_plainly(PIECES_READER, whole, 64, 1)[shared:])) < 1e-3
 
 
-# Numbers ---------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------
 
 def test_units_of_a_uniform_model():
     "A model that knows nothing: the perplexity is the vocabulary's size, and one token in that many is right."
@@ -154,8 +195,12 @@ def test_units_of_a_uniform_model():
         model.token_embedding.weight.zero_()
     ids = torch.randint(0, 11, (400,), generator=torch.Generator().manual_seed(0))
     scores = score_tokens(model, ids, n_bytes=400)
-    assert math.isclose(scores.perplexity, 11, rel_tol=1e-5) and math.isclose(scores.bits_per_byte, math.log2(11), rel_tol=1e-5)
-    assert scores.accuracy() == (ids[1:] == 0).double().mean() and scores.accuracy(11) == 1  # of equal logits the lower id ranks first
+    assert math.isclose(scores.perplexity, 11, rel_tol=1e-5) and math.isclose(
+        scores.bits_per_byte, math.log2(11), rel_tol=1e-5
+    )
+    assert (
+        scores.accuracy() == (ids[1:] == 0).double().mean() and scores.accuracy(11) == 1
+    )  # of equal logits the lower id ranks first
 
 
 def test_bits_per_byte_count_bytes():
@@ -182,19 +227,32 @@ def test_a_text_stands_behind_the_tokens_that_begin_every_text():
     scores = score_text(model, tokenizer, "the fox")
     ids = plain.encode("the fox")
     assert scores.context.tolist() == [*range(1, len(ids) + 1)]
-    assert torch.allclose(scores.nats, torch.tensor(score_plainly(model, ids, 64, 1, (begin,)), dtype=torch.double), atol=2e-5)
+    assert torch.allclose(
+        scores.nats, torch.tensor(score_plainly(model, ids, 64, 1, (begin,)), dtype=torch.double), atol=2e-5
+    )
     assert score_text(model, tokenizer, "the fox", start=()).context[0] == 0
     wholes, shared = encode_options(tokenizer, "", ["the", "fox"])  # the question may be empty then
     assert shared == 1 and wholes[0] == [begin, *plain.encode("the")]
     found = score_options(model, tokenizer, "the", [" fox", " dog"])
-    assert abs(found.totals[0] + sum(score_plainly(model, plain.encode("the fox"), 64, 1, (begin,))[len(plain.encode("the")):])) < 1e-4
+    assert (
+        abs(
+            found.totals[0]
+            + sum(score_plainly(model, plain.encode("the fox"), 64, 1, (begin,))[len(plain.encode("the")) :])
+        )
+        < 1e-4
+    )
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60), st.integers(1, 12))
 def test_reliability_counts_each_prediction_once(pairs, bins):
     confidence = torch.tensor([p for p, _ in pairs], dtype=torch.double)
     ranks = torch.tensor([0 if right else 3 for _, right in pairs])
-    rows = reliability(Scores(torch.zeros(len(pairs), dtype=torch.double), ranks, confidence, torch.ones(len(pairs), dtype=torch.long)), bins)
+    rows = reliability(
+        Scores(
+            torch.zeros(len(pairs), dtype=torch.double), ranks, confidence, torch.ones(len(pairs), dtype=torch.long)
+        ),
+        bins,
+    )
     assert sum(n for _, _, n in rows) == len(pairs) and [row[0] for row in rows] == sorted(row[0] for row in rows)
     assert abs(sum(right * n for _, right, n in rows) - sum(right for _, right in pairs)) < 1e-6
 
@@ -208,25 +266,36 @@ def test_errors_shrink_with_the_root():
     assert bootstrap_error([1, 2, 5], [1, 1, 1], seed=1) == bootstrap_error([1, 2, 5], [1, 1, 1], seed=1)
 
 
-# The n-gram table ------------------------------------------------------------------------------------------------------
+# The n-gram table
+# ------------------------------------------------------------------------------------------------------
 
 def witten_bell(tokens: list[int], history: tuple, w: int, vocab_size: int) -> float:
     "Equation (10.4), by going through the text again for every history."
     lower = witten_bell(tokens, history[1:], w, vocab_size) if history else 1 / vocab_size
-    followers = Counter(tokens[end] for end in range(len(history), len(tokens)) if tuple(tokens[end - len(history):end]) == history)
+    followers = Counter(
+        tokens[end] for end in range(len(history), len(tokens)) if tuple(tokens[end - len(history) : end]) == history
+    )
     if not followers:
         return lower
     return (followers[w] + len(followers) * lower) / (followers.total() + len(followers))
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 6))
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    st.integers(1, 6),
+)
 def test_ngram_is_the_recursion_and_adds_up_to_one(tokens, ids, order):
     table = NGram(order, 5).fit(tokens)
     p = table(torch.tensor([ids]))[0].exp()
     assert torch.allclose(p.sum(-1), torch.ones(len(ids), dtype=torch.double)) and (p > 0).all()
     for end in range(1, len(ids) + 1):
         history = tuple(ids[max(0, end - order + 1):end]) if order > 1 else ()
-        assert torch.allclose(p[end - 1], torch.tensor([witten_bell(tokens, history, w, 5) for w in range(5)], dtype=torch.double), atol=1e-12)
+        assert torch.allclose(
+            p[end - 1],
+            torch.tensor([witten_bell(tokens, history, w, 5) for w in range(5)], dtype=torch.double),
+            atol=1e-12,
+        )
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=60), st.integers(1, 5))
@@ -269,17 +338,23 @@ def test_memory_for_a_table_is_bounded(vocab_size):
     assert peak < 250 * len(tokens) + 150e6
 
 
-# Samples ---------------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------------
 
 def test_samples_stand_side_by_side_and_are_repeatable():
-    models = {"counts": (NGram(3, CHARACTERS.vocab_size).fit(CHARACTERS.encode(WORDS)), CHARACTERS), "network": (READER, CHARACTERS), "pieces": (PIECES_READER, PIECES)}
+    models = {
+        "counts": (NGram(3, CHARACTERS.vocab_size).fit(CHARACTERS.encode(WORDS)), CHARACTERS),
+        "network": (READER, CHARACTERS),
+        "pieces": (PIECES_READER, PIECES),
+    }
     rows = compare_samples(models, ["the fox", "dog"], 20, seed=3)
     assert [row[:2] for row in rows] == [(prompt, name) for prompt in ("the fox", "dog") for name in models]
     assert all(len(row[2]) == 20 for row in rows) and rows == compare_samples(models, ["the fox", "dog"], 20, seed=3)
     assert rows != compare_samples(models, ["the fox", "dog"], 20, seed=4)
 
 
-# Bad input -------------------------------------------------------------------------------------------------------------
+# Bad input
+# -------------------------------------------------------------------------------------------------------------
 
 def broken_model(vocab_size: int = 11) -> GPT:
     "One whose training has failed: all weights of its embedding are NaN."
@@ -294,14 +369,32 @@ BAD = {
     "half a character": (lambda: score_text(PIECES_READER, PIECES, "the \ud800"), "lone surrogate"),
     "another tokenizer": (lambda: score_text(small_model(3), CHARACTERS, "the"), "use its own tokenizer"),
     "negative id": (lambda: score_tokens(MODEL, torch.tensor([1, -2])), "token -2"),
-    "stride 0": (lambda: score_tokens(MODEL, torch.arange(5), stride=0), "stride must be a whole number from 1 to 16, not 0"),
-    "stride too long": (lambda: score_tokens(MODEL, torch.arange(5), context_length=4, stride=5), "stride must be a whole number from 1 to 4, not 5"),
-    "context too long": (lambda: score_tokens(MODEL, torch.arange(5), context_length=17), "context_length must be a whole number from 1 to 16"),
+    "stride 0": (
+        lambda: score_tokens(MODEL, torch.arange(5), stride=0),
+        "stride must be a whole number from 1 to 16, not 0",
+    ),
+    "stride too long": (
+        lambda: score_tokens(MODEL, torch.arange(5), context_length=4, stride=5),
+        "stride must be a whole number from 1 to 4, not 5",
+    ),
+    "context too long": (
+        lambda: score_tokens(MODEL, torch.arange(5), context_length=17),
+        "context_length must be a whole number from 1 to 16",
+    ),
     "batch size": (lambda: score_tokens(MODEL, torch.arange(5), batch_size=0), "batch_size"),
-    "start token": (lambda: score_tokens(MODEL, torch.arange(5), start=(11,)), "A start token must be a whole number from 0 to 10"),
+    "start token": (
+        lambda: score_tokens(MODEL, torch.arange(5), start=(11,)),
+        "A start token must be a whole number from 0 to 10",
+    ),
     "NaN": (lambda: score_tokens(broken_model(), torch.arange(5)), "hold NaN or infinity"),
-    "NaN in a choice": (lambda: choose(broken_model(CHARACTERS.vocab_size), CHARACTERS, "the", [" fox", " dog"]), "hold NaN or infinity"),
-    "rows of tokens": (lambda: score_tokens(MODEL, torch.arange(6).view(2, 3)), "one row of whole numbers, not torch.int64 of shape (2, 3)"),
+    "NaN in a choice": (
+        lambda: choose(broken_model(CHARACTERS.vocab_size), CHARACTERS, "the", [" fox", " dog"]),
+        "hold NaN or infinity",
+    ),
+    "rows of tokens": (
+        lambda: score_tokens(MODEL, torch.arange(6).view(2, 3)),
+        "one row of whole numbers, not torch.int64 of shape (2, 3)",
+    ),
     "fractions": (lambda: score_tokens(MODEL, torch.tensor([0.5, 1.0])), "one row of whole numbers"),
     "text for tokens": (lambda: score_tokens(MODEL, "the"), "one row of whole numbers, not str"),
     "no bytes": (lambda: score_tokens(MODEL, torch.arange(5)).bits_per_byte, "number of bytes"),
@@ -323,7 +416,10 @@ BAD = {
     "no question": (lambda: choose(READER, CHARACTERS, "", [" dog", " fox"]), "too short"),
     "merged question": (lambda: choose(PIECES_READER, PIECES, "t", ["he", "o"]), "too short"),
     "long question": (lambda: choose(READER, CHARACTERS, "the " * 16, ["dog", "fox"]), "context_length is 64"),
-    "unknown rule": (lambda: choose(READER, CHARACTERS, "the", [" dog", " fox"], by="luck"), "by must be one of sum, token, byte"),
+    "unknown rule": (
+        lambda: choose(READER, CHARACTERS, "the", [" dog", " fox"], by="luck"),
+        "by must be one of sum, token, byte",
+    ),
     "share": (lambda: binomial_error(1.5, 10), "share must be"),
     "no questions": (lambda: binomial_error(0.5, 0), "n must be"),
     "one piece": (lambda: bootstrap_error([1.0], [1.0]), "two pieces or more"),
@@ -346,10 +442,17 @@ def test_bad_input_ends_in_a_sentence(case):
     assert words in message and message.endswith(".") and "\n" not in message, message
 
 
-# A real model ----------------------------------------------------------------------------------------------------------
+# A real model
+# ----------------------------------------------------------------------------------------------------------
 
-FACTS = [("The capital of France is", " Paris", " Rome"), ("The opposite of hot is", " cold", " green"), ("Honey is made by", " bees", " cows"),
-         ("The day after Monday is", " Tuesday", " Friday"), ("We see with our", " eyes", " knees"), ("The sun rises in the", " east", " north")]
+FACTS = [
+    ("The capital of France is", " Paris", " Rome"),
+    ("The opposite of hot is", " cold", " green"),
+    ("Honey is made by", " bees", " cows"),
+    ("The day after Monday is", " Tuesday", " Friday"),
+    ("We see with our", " eyes", " knees"),
+    ("The sun rises in the", " east", " north"),
+]
 
 
 def test_smollm2_prefers_what_is_right():
@@ -361,5 +464,8 @@ def test_smollm2_prefers_what_is_right():
         pytest.skip(f"SmolLM2 can't be fetched: {error}")
     for question, right, wrong in FACTS:
         assert choose(model, tokenizer, question, [wrong, right]) == 1, question
-    sense, nonsense = (score_text(model, tokenizer, text).bits_per_byte for text in ("The cat sat on the mat.", "Mat the on sat cat the."))
+    sense, nonsense = (
+        score_text(model, tokenizer, text).bits_per_byte
+        for text in ("The cat sat on the mat.", "Mat the on sat cat the.")
+    )
     assert sense < nonsense - 0.5

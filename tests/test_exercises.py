@@ -1,4 +1,5 @@
-"""Every exercise of every chapter: it stands in its chapter, its solution passes, and typical wrong answers are named."""
+"""Every exercise of every chapter: it stands in its chapter, its solution passes, and typical wrong answers are named.
+"""
 import ast
 import re
 
@@ -9,7 +10,10 @@ from transformer_llm import exercises
 from transformer_llm.exercises import CHAPTERS, Verdict, exercises_of, find_exercise, judge
 from transformer_llm.foundations import InputError
 
-STEMS = [next(p.stem for p in NOTEBOOKS if p.parent.name == "nbs" and p.name.startswith(f"{n:02d}_")) for n in range(len(CHAPTERS))]
+STEMS = [
+    next(p.stem for p in NOTEBOOKS if p.parent.name == "nbs" and p.name.startswith(f"{n:02d}_"))
+    for n in range(len(CHAPTERS))
+]
 NUMBER = r'"(\d+\.\d+)"'
 
 
@@ -27,7 +31,11 @@ def calls(notebook: dict, name: str) -> list[ast.Call]:
 @pytest.fixture(scope="module", params=range(len(CHAPTERS)), ids=STEMS)
 def chapter(request):
     number = request.param
-    return number, load(ROOT / "nbs" / f"{STEMS[number]}.ipynb"), load(ROOT / "nbs" / "exercises" / f"{STEMS[number]}.ipynb")
+    return (
+        number,
+        load(ROOT / "nbs" / f"{STEMS[number]}.ipynb"),
+        load(ROOT / "nbs" / "exercises" / f"{STEMS[number]}.ipynb"),
+    )
 
 
 def test_a_chapter_has_at_least_four_exercises_in_order(chapter):
@@ -56,10 +64,14 @@ def test_the_readers_cell_waits_and_the_solution_passes(chapter):
         for one in numbers:
             folded = "#| code-fold: true" in source(cell)
             (solved if folded else asked).append(one)
-            assert f"Exercise {one}: {'right' if folded else 'no answer yet'}." in printed(cell), f"{one}: {printed(cell)}"
+            assert f"Exercise {one}: {'right' if folded else 'no answer yet'}." in printed(cell), (
+                f"{one}: {printed(cell)}"
+            )
             if folded:
                 assert f'#| code-summary: "Solution {one}"' in source(cell)
-                assert cell["metadata"] == {"jupyter": {"outputs_hidden": True, "source_hidden": True}}, f"the solution of {one} lies open in JupyterLab"
+                assert cell["metadata"] == {"jupyter": {"outputs_hidden": True, "source_hidden": True}}, (
+                    f"the solution of {one} lies open in JupyterLab"
+                )
     assert asked == solved == [one.number for one in exercises_of(number)]
 
 
@@ -75,8 +87,26 @@ def test_wrong_answers_are_named(chapter):
         assert one.number in accepted, f"{one.number}: no right answer is tried beside the solution"
 
 
-@pytest.mark.parametrize("answer", ["words", 10**30, -1, float("nan"), True, [1, 2], {}, object(), lambda: 1, lambda *x: "text", lambda x: x,
-                                    lambda *x, **y: 1 / 0, print, len], ids=lambda answer: type(answer).__name__)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "words",
+        10**30,
+        -1,
+        float("nan"),
+        True,
+        [1, 2],
+        {},
+        object(),
+        lambda: 1,
+        lambda *x: "text",
+        lambda x: x,
+        lambda *x, **y: 1 / 0,
+        print,
+        len,
+    ],
+    ids=lambda answer: type(answer).__name__,
+)
 def test_no_answer_breaks_a_check(chapter, answer, capsys):
     for one in exercises_of(chapter[0]):
         verdict = judge(one.number, answer)

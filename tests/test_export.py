@@ -1,4 +1,6 @@
-"""What is given away: transformers, tokenizers, onnxruntime and lm_eval read what the book writes, and nothing is half-written."""
+"""What is given away: transformers, tokenizers, onnxruntime and lm_eval read what the book writes, and nothing is
+half-written.
+"""
 import copy
 import errno
 import importlib.util
@@ -28,7 +30,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformer_llm import export
 from transformer_llm.cli import main
 from transformer_llm.embeddings import RopeScaling
-from transformer_llm.export import export_onnx, family_of, hf_config, onnx_names, plan_shards, save_pretrained, token_roles
+from transformer_llm.export import (
+    export_onnx,
+    family_of,
+    hf_config,
+    onnx_names,
+    plan_shards,
+    save_pretrained,
+    token_roles,
+)
 from transformer_llm.foundations import InputError, largest_difference
 from transformer_llm.generation import generate
 from transformer_llm.pretrained import chat_settings
@@ -43,10 +53,16 @@ OLMO2 = dict(norm_placement="output", qk_norm=True, qk_norm_whole=True)
 LLAMA3 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=16)
 MODELS = {  # family, and what the model has of it
     "gpt2": ("gpt2", GPT2_STYLE),
-    "gpt2 with exact GELU, untied, narrow": ("gpt2", GPT2_STYLE | dict(activation="gelu", tied_embeddings=False, d_ff=40, norm_eps=1e-3)),
+    "gpt2 with exact GELU, untied, narrow": (
+        "gpt2",
+        GPT2_STYLE | dict(activation="gelu", tied_embeddings=False, d_ff=40, norm_eps=1e-3),
+    ),
     "llama": ("llama", {}),
     "llama with grouped queries, interleaved": ("llama", dict(n_kv_heads=2, rope_interleaved=True)),
-    "llama with biases, wide heads, interleaved": ("llama", dict(bias=True, head_dim=12, rope_interleaved=True, rope_base=5e5, norm_eps=1e-3)),
+    "llama with biases, wide heads, interleaved": (
+        "llama",
+        dict(bias=True, head_dim=12, rope_interleaved=True, rope_base=5e5, norm_eps=1e-3),
+    ),
     "llama untied": ("llama", dict(tied_embeddings=False)),
     "llama scaled linearly": ("llama", dict(rope_scaling=RopeScaling("linear", factor=4.0))),
     "llama 3's scaling, interleaved": ("llama", dict(rope_scaling=LLAMA3, rope_base=5e5, rope_interleaved=True)),
@@ -60,7 +76,8 @@ MODELS = {  # family, and what the model has of it
     "olmo2": ("olmo2", OLMO2 | dict(n_kv_heads=2, rope_interleaved=True)),
     "olmo2 with narrow heads, untied": ("olmo2", OLMO2 | dict(head_dim=6, tied_embeddings=False)),
 }
-DIFFERENCE = 5e-5  # the largest one measured is 1.1e-5, where the rows of an interleaved model are added in another order
+# the largest one measured is 1.1e-5, where the rows of an interleaved model are added in another order
+DIFFERENCE = 5e-5
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -105,9 +122,13 @@ def test_transformers_computes_the_same(tmp_path, name):
     start = ids[:1, :5]
     options = dict(max_new_tokens=20, do_sample=False)
     written = theirs.generate(start, attention_mask=torch.ones_like(start), **options)
-    assert written.tolist() == generate(model, start, 20, temperature=0, stop_tokens=BPE.special_tokens.values()).tolist()
+    assert (
+        written.tolist() == generate(model, start, 20, temperature=0, stop_tokens=BPE.special_tokens.values()).tolist()
+    )
     keys = safe_open(tmp_path / "m" / "model.safetensors", "pt")
-    assert keys.metadata() == {"format": "pt"} and sorted(keys.keys()) == sorted(set(theirs.state_dict()) - (set() if "lm_head.weight" in keys.keys() else {"lm_head.weight"}))
+    assert keys.metadata() == {"format": "pt"} and sorted(keys.keys()) == sorted(
+        set(theirs.state_dict()) - (set() if "lm_head.weight" in keys.keys() else {"lm_head.weight"})
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -131,13 +152,17 @@ def test_the_weights_keep_their_type(tmp_path, dtype):
     model = make_model(**GPT2_STYLE).to(dtype)
     save_pretrained(model, tmp_path / "m")
     theirs, back = read_back(tmp_path / "m"), GPT.from_pretrained(tmp_path / "m", dtype=None)
-    assert theirs.dtype == dtype and all(tensor.dtype == dtype for tensor in load_file(tmp_path / "m" / "model.safetensors").values())
+    assert theirs.dtype == dtype and all(
+        tensor.dtype == dtype for tensor in load_file(tmp_path / "m" / "model.safetensors").values()
+    )
     assert all(map(torch.equal, model.parameters(), back.parameters()))
 
 
 def test_rotary_fields_are_read_by_new_and_by_old_transformers():
     c = hf_config(GPTConfig(**SHAPE, rope_base=5e5, rope_scaling=LLAMA3))
-    assert c["rope_theta"] == 5e5 and c["rope_scaling"] == {k: v for k, v in c["rope_parameters"].items() if k != "rope_theta"}
+    assert c["rope_theta"] == 5e5 and c["rope_scaling"] == {
+        k: v for k, v in c["rope_parameters"].items() if k != "rope_theta"
+    }
     for missing in (("rope_parameters",), ("rope_theta", "rope_scaling"), ()):  # each version's fields alone, and both
         read = AutoConfig.for_model(**{name: value for name, value in copy.deepcopy(c).items() if name not in missing})
         assert read.rope_parameters == c["rope_parameters"], missing
@@ -158,19 +183,31 @@ def pretrained_like(**options) -> BPETokenizer:
 
 
 PREFIXED = pretrained_like(pattern="llama3", ignore_merges=True, prefix=(len(BPE.vocab),))
-TOKENIZERS = {"gpt2": (BPE, {}), "smollm": (pretrained_like(pattern="smollm"), dict(n_kv_heads=2)), "llama3": (PREFIXED, {}),
-              "qwen2": (pretrained_like(pattern="qwen2", normalization="NFC"), dict(qkv_bias=True)), "in GPT-2": (pretrained_like(), GPT2_STYLE)}
+TOKENIZERS = {
+    "gpt2": (BPE, {}),
+    "smollm": (pretrained_like(pattern="smollm"), dict(n_kv_heads=2)),
+    "llama3": (PREFIXED, {}),
+    "qwen2": (pretrained_like(pattern="qwen2", normalization="NFC"), dict(qkv_bias=True)),
+    "in GPT-2": (pretrained_like(), GPT2_STYLE),
+}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def tokenizers(request, tmp_path_factory):
     "Ours, and transformers' own reading of it beside a model."
     tokenizer, changes = TOKENIZERS[request.param]
-    folder = save_pretrained(make_model(vocab_size=310, **changes), tmp_path_factory.mktemp("tokenizer") / "m", tokenizer)
+    folder = save_pretrained(
+        make_model(vocab_size=310, **changes), tmp_path_factory.mktemp("tokenizer") / "m", tokenizer
+    )
     return tokenizer, AutoTokenizer.from_pretrained(folder)
 
 
-ODD = st.text(st.one_of(st.sampled_from(list("  \n\t'sStTre.,0123456789e\u0301é東京☃\u200d\U0001f600")), st.characters(codec="utf-8")), max_size=60)
+ODD = st.text(
+    st.one_of(
+        st.sampled_from(list("  \n\t'sStTre.,0123456789e\u0301é東京☃\u200d\U0001f600")), st.characters(codec="utf-8")
+    ),
+    max_size=60,
+)
 
 
 @settings(max_examples=150)
@@ -204,31 +241,59 @@ def test_characters(tmp_path):
 def test_roles_can_be_given():
     tokenizer = pretrained_like()
     assert token_roles(None) == token_roles(CharTokenizer("ab")) == {}
-    assert token_roles(tokenizer, "<|im_end|>") == dict(bos_token="<|im_end|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    assert token_roles(tokenizer, "<|im_end|>") == dict(
+        bos_token="<|im_end|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
     assert token_roles(tokenizer, "<|im_end|>", "<|begin|>")["bos_token"] == "<|begin|>"
-    assert token_roles(BPETokenizer(BPE.vocab, BPE.merges, {"<a>": 299, "<b>": 300})) == {}  # nothing says which ends a text
+    assert (
+        token_roles(BPETokenizer(BPE.vocab, BPE.merges, {"<a>": 299, "<b>": 300})) == {}
+    )  # nothing says which ends a text
     with pytest.raises(InputError, match="bos_token must be one of"):
         token_roles(tokenizer, bos_token="<s>")
 
 
 def test_chat_template_travels(tmp_path):
     template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<|im_end|>{% endfor %}"
-    save_pretrained(make_model(vocab_size=310), tmp_path / "m", pretrained_like(), chat_template=template, eos_token="<|im_end|>")
+    save_pretrained(
+        make_model(vocab_size=310), tmp_path / "m", pretrained_like(), chat_template=template, eos_token="<|im_end|>"
+    )
     theirs = AutoTokenizer.from_pretrained(tmp_path / "m")
-    assert theirs.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False) == "user: the cat<|im_end|>"
-    assert theirs.eos_token == "<|im_end|>" and read_back(tmp_path / "m").generation_config.eos_token_id == theirs.eos_token_id
+    assert (
+        theirs.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False)
+        == "user: the cat<|im_end|>"
+    )
+    assert (
+        theirs.eos_token == "<|im_end|>"
+        and read_back(tmp_path / "m").generation_config.eos_token_id == theirs.eos_token_id
+    )
 
 
 def test_the_command_hands_on_how_to_talk(tmp_path, capsys):
-    "What the files of a model say about conversations is said by its copy too: template, roles, all tokens that end an answer."
-    tokenizer, template = pretrained_like(), "{{ bos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
+    """What the files of a model say about conversations is said by its copy too: template, roles, all tokens that end
+    an answer.
+    """
+    tokenizer, template = (
+        pretrained_like(),
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}",
+    )
     stops = [tokenizer.special_tokens[name] for name in ("<|im_end|>", "<|begin|>")]
-    save_pretrained(make_model(vocab_size=310), tmp_path / "a", tokenizer, chat_template=template, eos_token="<|im_end|>", bos_token="<|begin|>", stop_tokens=stops)
+    save_pretrained(
+        make_model(vocab_size=310),
+        tmp_path / "a",
+        tokenizer,
+        chat_template=template,
+        eos_token="<|im_end|>",
+        bos_token="<|begin|>",
+        stop_tokens=stops,
+    )
     assert main(["export", "--checkpoint", str(tmp_path / "a"), "--hf", str(tmp_path / "b")]) == 0, capsys.readouterr()
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
     theirs = AutoTokenizer.from_pretrained(tmp_path / "b")
-    assert theirs.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False) == "<|begin|>the cat<|im_end|>"
+    assert (
+        theirs.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False)
+        == "<|begin|>the cat<|im_end|>"
+    )
     assert read_back(tmp_path / "b").generation_config.eos_token_id == stops
     assert chat_settings(tmp_path / "b").stop_tokens == tuple(stops)
     with pytest.raises(InputError, match="stop_tokens"):
@@ -238,7 +303,10 @@ def test_the_command_hands_on_how_to_talk(tmp_path, capsys):
 def test_roles_that_the_tokenizer_does_not_know_are_left_out(tmp_path, capsys):
     save_pretrained(make_model(vocab_size=310), tmp_path / "a", pretrained_like(), eos_token="<|im_end|>")
     path = tmp_path / "a" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"bos_token": "<s>", "eos_token": "</s>"}), encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"bos_token": "<s>", "eos_token": "</s>"}),
+        encoding="utf-8",
+    )
     assert main(["export", "--checkpoint", str(tmp_path / "a"), "--hf", str(tmp_path / "b")]) == 0, capsys.readouterr()
 
 
@@ -254,33 +322,40 @@ def test_which_presets_can_be_given():
     assert able == {"demo": None, "nano": None, "tiny": "llama", "small": "llama", "medium": "llama", "gpt2": "gpt2"}
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(activation="relu2"), "nearest family is llama: activation='relu2'"),
-    (dict(activation="gelu"), "llama: activation='gelu'"),
-    (dict(GPT2_STYLE, activation="swiglu"), "gpt2: activation='swiglu'"),
-    (dict(output_bias=True), "llama: output_bias=True"),
-    (dict(GPT2_STYLE, output_bias=True), "gpt2: output_bias=True"),
-    (dict(norm="layernorm"), "llama: norm='layernorm'"),
-    (dict(norm_placement="post"), "llama: norm_placement='post'"),
-    (dict(norm_placement="output"), "norm_placement='output'"),
-    (dict(position="alibi"), "llama: position='alibi'"),
-    (dict(position="sinusoidal"), "llama: position='sinusoidal'"),
-    (dict(position="none"), "llama: position='none'"),
-    (dict(GPT2_STYLE, position="sinusoidal"), "gpt2: position='sinusoidal'"),
-    (dict(GPT2_STYLE, bias=False), "gpt2: bias=False has no counterpart there (GPT-2 has all biases"),
-    (dict(GPT2_STYLE, n_kv_heads=2), "gpt2: n_kv_heads=2"),
-    (dict(GPT2_STYLE, head_dim=4), "gpt2: head_dim=4"),
-    (dict(GPT2_STYLE, window=8), "gpt2: window=8"),
-    (dict(GPT2_STYLE, qk_norm=True), "gpt2: qk_norm=True"),
-    (dict(bias=True, qkv_bias=False), "llama: qkv_bias=False"),
-    (dict(bias=True, window=8), "llama: window=8"),
-    (dict(bias=True, qk_norm=True), "llama: qk_norm=True"),
-    (dict(bias=True, n_heads=3, head_dim=10), "llama: d_model=32"),
-    (dict(qk_norm=True, qk_norm_whole=True), "qk_norm_whole=True"),
-    (dict(OLMO2, window=8), "olmo2: window=8"),
-    (dict(rope_scaling=RopeScaling("divisors", divisors=(1.0, 2.0, 3.0, 4.0))), "llama: rope_scaling='divisors'"),
-    (dict(activation="relu2", output_bias=True), "activation='relu2' has no counterpart there (GPT-2's network is made with GELU and that of the others with SwiGLU) and output_bias"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(activation="relu2"), "nearest family is llama: activation='relu2'"),
+        (dict(activation="gelu"), "llama: activation='gelu'"),
+        (dict(GPT2_STYLE, activation="swiglu"), "gpt2: activation='swiglu'"),
+        (dict(output_bias=True), "llama: output_bias=True"),
+        (dict(GPT2_STYLE, output_bias=True), "gpt2: output_bias=True"),
+        (dict(norm="layernorm"), "llama: norm='layernorm'"),
+        (dict(norm_placement="post"), "llama: norm_placement='post'"),
+        (dict(norm_placement="output"), "norm_placement='output'"),
+        (dict(position="alibi"), "llama: position='alibi'"),
+        (dict(position="sinusoidal"), "llama: position='sinusoidal'"),
+        (dict(position="none"), "llama: position='none'"),
+        (dict(GPT2_STYLE, position="sinusoidal"), "gpt2: position='sinusoidal'"),
+        (dict(GPT2_STYLE, bias=False), "gpt2: bias=False has no counterpart there (GPT-2 has all biases"),
+        (dict(GPT2_STYLE, n_kv_heads=2), "gpt2: n_kv_heads=2"),
+        (dict(GPT2_STYLE, head_dim=4), "gpt2: head_dim=4"),
+        (dict(GPT2_STYLE, window=8), "gpt2: window=8"),
+        (dict(GPT2_STYLE, qk_norm=True), "gpt2: qk_norm=True"),
+        (dict(bias=True, qkv_bias=False), "llama: qkv_bias=False"),
+        (dict(bias=True, window=8), "llama: window=8"),
+        (dict(bias=True, qk_norm=True), "llama: qk_norm=True"),
+        (dict(bias=True, n_heads=3, head_dim=10), "llama: d_model=32"),
+        (dict(qk_norm=True, qk_norm_whole=True), "qk_norm_whole=True"),
+        (dict(OLMO2, window=8), "olmo2: window=8"),
+        (dict(rope_scaling=RopeScaling("divisors", divisors=(1.0, 2.0, 3.0, 4.0))), "llama: rope_scaling='divisors'"),
+        (
+            dict(activation="relu2", output_bias=True),
+            "activation='relu2' has no counterpart there (GPT-2's network is made with "
+            "GELU and that of the others with SwiGLU) and output_bias",
+        ),
+    ],
+)
 def test_a_configuration_without_a_family_is_refused(tmp_path, changes, words):
     model = make_model(**changes)
     with pytest.raises(InputError) as error:
@@ -309,13 +384,19 @@ def test_shards(tmp_path, limit):
     folder = save_pretrained(model, tmp_path / "m", max_shard_bytes=limit)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
-    assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)] == sorted(p.name for p in folder.glob("*.safetensors"))
+    assert (
+        files
+        == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        == sorted(p.name for p in folder.glob("*.safetensors"))
+    )
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in whole.values())
     for file in files:
         tensors = load_file(folder / file)
         assert safe_open(folder / file, "pt").metadata() == {"format": "pt"}
         assert len(tensors) == 1 or sum(t.numel() * t.element_size() for t in tensors.values()) <= limit
-        assert all(index["weight_map"][name] == file and torch.equal(whole[name], tensor) for name, tensor in tensors.items())
+        assert all(
+            index["weight_map"][name] == file and torch.equal(whole[name], tensor) for name, tensor in tensors.items()
+        )
     ids = torch.randint(300, (2, 9))
     with torch.no_grad():
         assert largest_difference(read_back(folder)(ids).logits, model(ids)) < DIFFERENCE
@@ -324,7 +405,10 @@ def test_shards(tmp_path, limit):
 
 def test_plan_of_shards():
     assert plan_shards({"a": 5, "b": 5, "c": 1, "d": 20}, 10) == {
-        "model-00001-of-00003.safetensors": ["a", "b"], "model-00002-of-00003.safetensors": ["c"], "model-00003-of-00003.safetensors": ["d"]}
+        "model-00001-of-00003.safetensors": ["a", "b"],
+        "model-00002-of-00003.safetensors": ["c"],
+        "model-00003-of-00003.safetensors": ["d"],
+    }
     assert plan_shards({"a": 5, "b": 5}, 10) == {"model.safetensors": ["a", "b"]}
 
 
@@ -339,7 +423,11 @@ def test_a_folder_with_content_is_refused_and_replaced_on_demand(tmp_path):
         save_pretrained(second, tmp_path / "m")
     assert contents(tmp_path / "m") == before
     save_pretrained(second, tmp_path / "m", overwrite=True)
-    assert sorted(contents(tmp_path / "m")) == ["config.json", "generation_config.json", "model.safetensors"]  # nothing of the old one is left
+    assert sorted(contents(tmp_path / "m")) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]  # nothing of the old one is left
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
@@ -361,7 +449,9 @@ def test_folders_that_are_named_in_other_ways(tmp_path, monkeypatch):
     model = make_model()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert save_pretrained(model, "deep/down") == Path("deep/down") and (tmp_path / "here/deep/down/config.json").exists()
+    assert (
+        save_pretrained(model, "deep/down") == Path("deep/down") and (tmp_path / "here/deep/down/config.json").exists()
+    )
     (tmp_path / "disk").mkdir()
     os.symlink(tmp_path / "disk", tmp_path / "link")
     save_pretrained(model, tmp_path / "link")
@@ -381,8 +471,12 @@ def full_disk(*args, **kwargs):
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "disk is full"), (errno.EACCES, "permission"), (errno.EROFS, "read-only")])
-@pytest.mark.parametrize("place", ["os.fsync", "os.rename", "os.replace", "pathlib.Path.mkdir", "safetensors.torch.save_file"])
+@pytest.mark.parametrize(
+    "number, words", [(errno.ENOSPC, "disk is full"), (errno.EACCES, "permission"), (errno.EROFS, "read-only")]
+)
+@pytest.mark.parametrize(
+    "place", ["os.fsync", "os.rename", "os.replace", "pathlib.Path.mkdir", "safetensors.torch.save_file"]
+)
 def test_a_disk_that_refuses_leaves_what_was_there(tmp_path, monkeypatch, number, words, place):
     save_pretrained(make_model(1), tmp_path / "m", BPE)
     before = contents(tmp_path / "m")
@@ -437,7 +531,9 @@ while True:  # two models in turn, one of them in shards, until somebody ends it
 """
 
 
-@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs processes that can be killed")
+@pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="needs processes that can be killed"
+)
 def test_killed_while_writing(tmp_path):
     whole, halves, context, draw = [], 0, multiprocessing.get_context("forkserver"), random.Random(4)
     for seed, limit in ((1, 10**9), (2, 5_000)):
@@ -474,7 +570,9 @@ GRAPHS = {
     "llama": dict(n_kv_heads=2, rope_interleaved=True, rope_scaling=LLAMA3, tied_embeddings=False),
     "qwen3": dict(qk_norm=True, window=5, head_dim=6, qkv_bias=True),
     "olmo2": OLMO2 | dict(rope_scaling=RopeScaling("linear", factor=2.0)),
-    "post-norm and sines": dict(position="sinusoidal", norm_placement="post", norm="layernorm", activation="gelu", output_bias=True),
+    "post-norm and sines": dict(
+        position="sinusoidal", norm_placement="post", norm="layernorm", activation="gelu", output_bias=True
+    ),
     "alibi": dict(position="alibi", n_kv_heads=1, window=6, bias=True, activation="relu2"),
     "no positions, shortest context": dict(position="none", context_length=7),
 }
@@ -482,7 +580,10 @@ BOTH = ("gpt2", "llama", "alibi")  # with and without a cache; the others with o
 
 
 def empty_past(config: GPTConfig, batch: int) -> dict[str, np.ndarray]:
-    return {name: np.zeros((batch, config.n_kv_heads, 0, config.head_dim), np.float32) for name in onnx_names(config, True)[0][1:]}
+    return {
+        name: np.zeros((batch, config.n_kv_heads, 0, config.head_dim), np.float32)
+        for name in onnx_names(config, True)[0][1:]
+    }
 
 
 def in_pieces(session, config: GPTConfig, ids: torch.Tensor, lengths: list[int]) -> np.ndarray:
@@ -499,16 +600,27 @@ def in_pieces(session, config: GPTConfig, ids: torch.Tensor, lengths: list[int])
 def test_onnxruntime_computes_the_same(tmp_path, name):
     model = make_model(**GRAPHS[name])
     c, draw = model.config, torch.Generator().manual_seed(0)
-    checked, wanted = not shape_checks.jaxtyping_disable, {key: value.clone() for key, value in model.state_dict().items()}
+    checked, wanted = (
+        not shape_checks.jaxtyping_disable,
+        {key: value.clone() for key, value in model.state_dict().items()},
+    )
     kinds = ["cached", "whole"] if name in BOTH else ["cached"]
     for kind in kinds:
         assert export_onnx(model, tmp_path / f"{kind}.onnx", with_cache=kind == "cached") == tmp_path / f"{kind}.onnx"
     assert sorted(p.stem for p in tmp_path.iterdir()) == kinds and checked != shape_checks.jaxtyping_disable
-    assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items()) and model.blocks[0].attention.causal
+    assert (
+        all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
+        and model.blocks[0].attention.causal
+    )
     for graph in tmp_path.iterdir():
-        assert not any(word in graph.read_bytes() for word in (b"transformer_llm/", b"site-packages", b"stack_trace", str(ROOT).encode()))
+        assert not any(
+            word in graph.read_bytes()
+            for word in (b"transformer_llm/", b"site-packages", b"stack_trace", str(ROOT).encode())
+        )
     cached, *whole = (onnxruntime.InferenceSession(tmp_path / f"{kind}.onnx") for kind in kinds)
-    assert [put.name for put in cached.get_inputs()] == onnx_names(c, True)[0] and [put.name for put in cached.get_outputs()] == onnx_names(c, True)[1]
+    assert [put.name for put in cached.get_inputs()] == onnx_names(c, True)[0] and [
+        put.name for put in cached.get_outputs()
+    ] == onnx_names(c, True)[1]
     largest = 0.0
     for batch, length in ((1, 1), (1, 2), (3, 5), (4, c.context_length - 1), (2, c.context_length)):
         ids = torch.randint(300, (batch, length), generator=draw)
@@ -516,7 +628,9 @@ def test_onnxruntime_computes_the_same(tmp_path, name):
             right = model(ids)
         outputs = [session.run(None, {"ids": ids.numpy()})[0] for session in whole]
         outputs += [in_pieces(cached, c, ids, [length]), in_pieces(cached, c, ids, [1] * length)]
-        outputs += [in_pieces(cached, c, ids, [first, length - first]) for first in {1, length // 2, length - 1} - {0, length}]
+        outputs += [
+            in_pieces(cached, c, ids, [first, length - first]) for first in {1, length // 2, length - 1} - {0, length}
+        ]
         largest = max([largest, *(largest_difference(torch.from_numpy(given), right) for given in outputs)])
     print(f"\n{name}: largest difference {largest:.1e} of logits up to {right.abs().max():.1f}")
     assert largest < 1e-4
@@ -531,12 +645,16 @@ def test_onnxruntime_computes_the_same(tmp_path, name):
 
 def test_large_weights_stand_in_a_second_file(tmp_path, monkeypatch):
     ids = torch.randint(300, (2, 9))
-    for seed, limit, files in ((3, 1000, ["m.onnx", "m.onnx.data"]), (4, 10**9, ["m.onnx"])):  # the second replaces the first
+    # the second replaces the first
+    for seed, limit, files in ((3, 1000, ["m.onnx", "m.onnx.data"]), (4, 10**9, ["m.onnx"])):
         monkeypatch.setattr(export, "ONE_FILE_BYTES", limit)
         model = make_model(seed, n_layers=1)
         export_onnx(model, tmp_path / "m.onnx")
         given = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"ids": ids.numpy()})[0]
-        assert sorted(p.name for p in tmp_path.iterdir()) == files and largest_difference(torch.from_numpy(given), model(ids)) < 1e-4
+        assert (
+            sorted(p.name for p in tmp_path.iterdir()) == files
+            and largest_difference(torch.from_numpy(given), model(ids)) < 1e-4
+        )
 
 
 def test_a_graph_that_can_not_be_written(tmp_path, monkeypatch):
@@ -549,7 +667,10 @@ def test_a_graph_that_can_not_be_written(tmp_path, monkeypatch):
     assert not shape_checks.jaxtyping_disable and contents(tmp_path) == {"m.onnx": b"old"}
     program = export.trace_onnx(model, False, 18)
     monkeypatch.setattr(export, "trace_onnx", lambda *args: program)
-    for place, function, words in (("os.fsync", fails_with(errno.ENOSPC), "disk is full"), ("os.replace", fails_with(errno.EROFS), "read-only")):
+    for place, function, words in (
+        ("os.fsync", fails_with(errno.ENOSPC), "disk is full"),
+        ("os.replace", fails_with(errno.EROFS), "read-only"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, function)
             with pytest.raises(InputError, match=words) as error:
@@ -572,7 +693,9 @@ def test_a_graph_that_can_not_be_written(tmp_path, monkeypatch):
 def test_without_onnx_a_sentence_says_what_to_install(tmp_path, monkeypatch, missing):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
-    with pytest.raises(InputError, match=rf"needs the package {missing}, which is not installed; run: pip install onnx onnxscript") as error:
+    with pytest.raises(
+        InputError, match=rf"needs the package {missing}, which is not installed; run: pip install onnx onnxscript"
+    ) as error:
         export_onnx(make_model(n_layers=1), tmp_path / "m.onnx")
     assert sentence(error) and not list(tmp_path.iterdir())
 
@@ -619,7 +742,13 @@ def test_lm_eval_runs_the_task_of_the_page(tmp_path):
     save_pretrained(model, tmp_path / "days", BPE)
     command = re.search(r"^lm_eval (--model.*)$", page, re.M)[1].split()
     offline = {name: "1" for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    done = subprocess.run([LM_EVAL, *command], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **offline, "HF_HOME": str(tmp_path / "home")})
+    done = subprocess.run(
+        [LM_EVAL, *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **offline, "HF_HOME": str(tmp_path / "home")},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     print("\n" + done.stdout)
     assert re.search(rf"\|days\s*\|.*\|acc\s*\|.*\|\s*{right / 20:.4g}0*\|", done.stdout), done.stdout

@@ -119,7 +119,13 @@ def test_temperature_raises_ratios_to_a_power(logits, temperature):
 @given(some_logits, st.floats(1, 4), st.data())
 def test_penalty_never_helps_a_seen_token_and_never_touches_others(logits, penalty, data):
     vocab = logits.shape[1]
-    ids = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, vocab - 1), min_size=6, max_size=6), min_size=len(logits), max_size=len(logits))))
+    ids = torch.tensor(
+        data.draw(
+            st.lists(
+                st.lists(st.integers(0, vocab - 1), min_size=6, max_size=6), min_size=len(logits), max_size=len(logits)
+            )
+        )
+    )
     result = repetition_penalty(logits, ids, penalty)
     for before, after, row in zip(logits, result, ids):
         seen = torch.isin(torch.arange(vocab), row)
@@ -174,11 +180,23 @@ def test_each_row_is_drawn_on_its_own():
 # Caches, windows, batches -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"n_kv_heads": 1}, {"n_kv_heads": 4, "qk_norm": True},
-                                     {"norm": "layernorm", "bias": True, "activation": "gelu", "tied_embeddings": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window": 3},
+        {"n_kv_heads": 1},
+        {"n_kv_heads": 4, "qk_norm": True},
+        {"norm": "layernorm", "bias": True, "activation": "gelu", "tied_embeddings": False},
+    ],
+    ids=str,
+)
 def test_cached_equals_uncached_past_the_context(position, changes):
     model = tiny(position=position, **changes)
-    for options in (dict(temperature=0), dict(temperature=1.2, top_k=8, top_p=0.95, min_p=0.02, repetition_penalty=1.1, generator=3)):
+    for options in (
+        dict(temperature=0),
+        dict(temperature=1.2, top_k=8, top_p=0.95, min_p=0.02, repetition_penalty=1.1, generator=3),
+    ):
         cached = generate(model, prompts(), 20, **options)
         assert torch.equal(cached, generate(model, prompts(), 20, use_cache=False, **options))
 
@@ -201,7 +219,8 @@ def test_left_padded_batch_equals_one_by_one(position, use_cache, window):
     model = tiny(position=position, window=window)
     texts = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], list(range(12))]
     ids, is_token = left_pad(texts, pad_token=12)
-    options = dict(temperature=0, repetition_penalty=1.2, use_cache=use_cache)  # 20 tokens: each row slides at its own time
+    # 20 tokens: each row slides at its own time
+    options = dict(temperature=0, repetition_penalty=1.2, use_cache=use_cache)
     together = generate(model, ids, 20, attention_mask=is_token, **options)
     for text, row in zip(texts, together):
         alone = generate(model, torch.tensor([text]), 20, **options)
@@ -221,7 +240,12 @@ def test_what_was_written_is_penalised_too():
 
 def test_padding_tokens_are_never_read_nor_penalised():
     model, mask = tiny(), torch.tensor([[False, False, True, True]])
-    results = [generate(model, torch.tensor([[pad, pad, 5, 6]]), 20, temperature=0, repetition_penalty=1.5, attention_mask=mask) for pad in (0, 9)]
+    results = [
+        generate(
+            model, torch.tensor([[pad, pad, 5, 6]]), 20, temperature=0, repetition_penalty=1.5, attention_mask=mask
+        )
+        for pad in (0, 9)
+    ]
     assert torch.equal(results[0][:, 2:], results[1][:, 2:])
 
 
@@ -246,14 +270,19 @@ def test_the_sliding_rule():
 def test_after_a_slide_the_text_is_that_of_the_newest_half():
     model = tiny()
     text = generate(model, prompts(1, 12), 1, temperature=0)  # 13 tokens: one too many
-    assert torch.equal(generate(model, text[:, -6:], 1, temperature=0)[:, -1], generate(model, prompts(1, 12), 2, temperature=0)[:, -1])
+    assert torch.equal(
+        generate(model, text[:, -6:], 1, temperature=0)[:, -1], generate(model, prompts(1, 12), 2, temperature=0)[:, -1]
+    )
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 5])
 def test_short_contexts(context):
     model = tiny(context_length=context)
     cached = generate(model, prompts(2, 1), 20, temperature=0)
-    assert torch.equal(cached, generate(model, prompts(2, 1), 20, temperature=0, use_cache=False)) and cached.shape == (2, 21)
+    assert torch.equal(cached, generate(model, prompts(2, 1), 20, temperature=0, use_cache=False)) and cached.shape == (
+        2,
+        21,
+    )
 
 
 def test_each_token_is_read_once_with_the_cache():
@@ -268,7 +297,11 @@ def test_each_token_is_read_once_with_the_cache():
 
 def test_the_cache_is_no_larger_than_needed(monkeypatch):
     sizes, init = [], KVCache.__init__
-    monkeypatch.setattr(KVCache, "__init__", lambda self, b, h, capacity, d, **o: (sizes.append(capacity), init(self, b, h, capacity, d, **o))[1])
+    monkeypatch.setattr(
+        KVCache,
+        "__init__",
+        lambda self, b, h, capacity, d, **o: (sizes.append(capacity), init(self, b, h, capacity, d, **o))[1],
+    )
     generate(tiny(), prompts(1, 3), 4)
     assert set(sizes) == {7}
 
@@ -309,7 +342,9 @@ def test_stop_tokens(use_cache):
 
 
 def test_stop_token_in_the_prompt_does_not_stop():
-    assert generate(tiny(), torch.full((1, 3), 3), 5, stop_tokens=[3], temperature=0, repetition_penalty=50.0).shape[1] > 4
+    assert (
+        generate(tiny(), torch.full((1, 3), 3), 5, stop_tokens=[3], temperature=0, repetition_penalty=50.0).shape[1] > 4
+    )
 
 
 def test_nothing_to_write():
@@ -368,14 +403,18 @@ def test_beams_equal_exhaustive_search(stops, length_penalty):
         assert [tuple(b) for b in beams[row, : n // 2, 2:].tolist()] == [text for text, _ in truth[: n // 2]]
         assert largest_difference(scores[row, :n], torch.tensor([score for _, score in truth])) < 1e-4
         assert (scores[row, n:] == -torch.inf).all()
-        assert torch.equal(beam_search(model, ids, 4, n_beams=256, length_penalty=length_penalty, stop_tokens=stops), beams[:, 0])
+        assert torch.equal(
+            beam_search(model, ids, 4, n_beams=256, length_penalty=length_penalty, stop_tokens=stops), beams[:, 0]
+        )
 
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_one_beam_is_greedy_and_the_cache_changes_nothing(position):
     model = tiny(position=position)
     assert torch.equal(beam_search(model, prompts(), 20, n_beams=1), generate(model, prompts(), 20, temperature=0))
-    cached, uncached = (beam_candidates(model, prompts(), 20, n_beams=3, stop_tokens=[4], use_cache=use) for use in (True, False))
+    cached, uncached = (
+        beam_candidates(model, prompts(), 20, n_beams=3, stop_tokens=[4], use_cache=use) for use in (True, False)
+    )
     assert torch.equal(cached[0], uncached[0]) and largest_difference(cached[1], uncached[1]) < 1e-3
     assert (cached[1][:, 1:] <= cached[1][:, :-1]).all()  # best first
 
@@ -397,7 +436,11 @@ def test_text_streamed_equals_text_generated():
     assert len(whole[0]) == 33
     stops = tokenizer.encode("e")
     cut = generate_text(model, tokenizer, "abc", 30, generator=4, stop_tokens=stops)[0]
-    assert cut == whole[0].split("e")[0] == "abc" + "".join(stream_text(model, tokenizer, "abc", 30, generator=4, stop_tokens=stops))
+    assert (
+        cut
+        == whole[0].split("e")[0]
+        == "abc" + "".join(stream_text(model, tokenizer, "abc", 30, generator=4, stop_tokens=stops))
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -434,12 +477,23 @@ def test_left_pad():
 
 # Errors -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options, word", [
-    (dict(temperature=-0.1), "temperature"), (dict(temperature=1e-9), "temperature"), (dict(temperature=float("nan")), "temperature"),
-    (dict(top_k=0), "top_k"), (dict(top_k=-3), "top_k"), (dict(top_p=1.01), "top_p"), (dict(top_p=-1), "top_p"),
-    (dict(min_p=2), "min_p"), (dict(repetition_penalty=0), "repetition_penalty"), (dict(repetition_penalty=float("inf")), "repetition_penalty"),
-    (dict(generator=True), "generator"),
-], ids=str)
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(temperature=-0.1), "temperature"),
+        (dict(temperature=1e-9), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(top_k=0), "top_k"),
+        (dict(top_k=-3), "top_k"),
+        (dict(top_p=1.01), "top_p"),
+        (dict(top_p=-1), "top_p"),
+        (dict(min_p=2), "min_p"),
+        (dict(repetition_penalty=0), "repetition_penalty"),
+        (dict(repetition_penalty=float("inf")), "repetition_penalty"),
+        (dict(generator=True), "generator"),
+    ],
+    ids=str,
+)
 def test_settings_out_of_range_are_refused_at_once(options, word):
     with pytest.raises(InputError, match=word):
         stream(tiny(), prompts(), 5, **options)  # no token was asked for yet
@@ -448,8 +502,13 @@ def test_settings_out_of_range_are_refused_at_once(options, word):
 @pytest.mark.parametrize("function", [stream, generate, beam_search], ids=lambda f: f.__name__)
 def test_prompts_that_cannot_be(function):
     model = tiny()
-    for ids, message in [(prompts()[:, :0], "empty"), (prompts(1, 13), "13 tokens.*12"), (torch.tensor([[13]]), "token 13"),
-                         (torch.tensor([[-1]]), "token -1"), (prompts()[:0], "empty")]:
+    for ids, message in [
+        (prompts()[:, :0], "empty"),
+        (prompts(1, 13), "13 tokens.*12"),
+        (torch.tensor([[13]]), "token 13"),
+        (torch.tensor([[-1]]), "token -1"),
+        (prompts()[:0], "empty"),
+    ]:
         with pytest.raises(InputError, match=message):
             function(model, ids, 5)
     with pytest.raises(InputError, match="max_new_tokens"):

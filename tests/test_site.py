@@ -27,8 +27,14 @@ from browser import needs_browser, watch
 
 PHONE, DESKTOP = {"width": 375, "height": 760}, {"width": 1280, "height": 900}
 LARGEST = 1_500_000  # bytes of a page with all that it loads
-RAW = {"a fenced div": r"^:::", "a Quarto reference": r"@(fig|eq|tbl|sec)-", "dollars": r"\$\$", "an unrendered formula": r"\\[(\[]|\\(frac|operatorname|sqrt|tag)\b",
-       "question marks for a reference": r"\?\?", "a directive": r"^#\|"}
+RAW = {
+    "a fenced div": r"^:::",
+    "a Quarto reference": r"@(fig|eq|tbl|sec)-",
+    "dollars": r"\$\$",
+    "an unrendered formula": r"\\[(\[]|\\(frac|operatorname|sqrt|tag)\b",
+    "question marks for a reference": r"\?\?",
+    "a directive": r"^#\|",
+}
 
 
 # ---------------------------------------------------------------- translation, without a browser
@@ -50,7 +56,10 @@ def page_of(*cells, address="attention.html", folder=Path("unused")):
 
 def linked(pages, chapters=None):
     "Pages of markdown, by address, after their references became links; also what leads nowhere."
-    soups = {address: render.body([translate.markdown(translate.exercises(translate.equations(text))[0])])[0] for address, text in pages.items()}
+    soups = {
+        address: render.body([translate.markdown(translate.exercises(translate.equations(text))[0])])[0]
+        for address, text in pages.items()
+    }
     targets = references.collect(soups, chapters or {})
     problems = [problem for address, soup in soups.items() for problem in references.link(soup, address, targets)]
     return soups, problems
@@ -72,8 +81,15 @@ def test_equations_in_code_stay():
 
 def test_exercises_become_boxes_with_hints_cell_and_solution():
     soup, held = page_of(
-        translate.markdown("> **Exercise 1.1 (predict).** How *much*?\n> Say it.\n\n<details><summary>Hint 1</summary>\n\nThink of $x$.\n\n</details>"),
-        code("def helper(): ..."), code('check("1.1", ...)'), code('#| code-fold: true\n#| code-summary: "Solution 1.1"\ncheck("1.1", 3)'), translate.markdown("Outside."))
+        translate.markdown(
+            "> **Exercise 1.1 (predict).** How *much*?\n> Say "
+            "it.\n\n<details><summary>Hint 1</summary>\n\nThink of $x$.\n\n</details>"
+        ),
+        code("def helper(): ..."),
+        code('check("1.1", ...)'),
+        code('#| code-fold: true\n#| code-summary: "Solution 1.1"\ncheck("1.1", 3)'),
+        translate.markdown("Outside."),
+    )
     box = soup.find(id="exercise-1.1")
     assert box.find(class_="title").get_text() == "Exercise 1.1 predict" and box.find("em").get_text() == "much"
     assert [s.get_text() for s in box.find_all("summary")] == ["Hint 1", "Solution 1.1"]
@@ -86,7 +102,9 @@ def test_an_exercise_between_paragraphs_closes_its_box():
 
 
 def test_pictures_become_figures(tmp_path):
-    cell = code('#| fig-alt: "A <small> square"\n#| fig-cap: "Figure 1.3. What $x$ does."\ndraw();', picture(), picture())
+    cell = code(
+        '#| fig-alt: "A <small> square"\n#| fig-cap: "Figure 1.3. What $x$ does."\ndraw();', picture(), picture()
+    )
     soup, held = page_of(cell, folder=tmp_path / "figures")
     figure = soup.find(id="figure-1.3")
     assert [image["alt"] for image in figure.find_all("img")] == ["A <small> square"] * 2
@@ -96,85 +114,181 @@ def test_pictures_become_figures(tmp_path):
 
 
 def test_controls_become_a_note():
-    soup, held = page_of(code("explore(draw, window=(1, 8))", {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "interactive(...)"}}))
+    soup, held = page_of(
+        code(
+            "explore(draw, window=(1, 8))",
+            {
+                "output_type": "display_data",
+                "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "interactive(...)"},
+            },
+        )
+    )
     assert soup.select_one(".kernel a")["href"] == "#open" and "interactive" not in soup.get_text()
 
 
 def test_source_stands_before_its_cards():
-    entries = {n: api.Entry(n, "attention", "01_attention.ipynb", 1, f"About {n}.", [("x", 'Float[Tensor, "seq"]', "", "Of `seq`")]) for n in ("one", "two")}
-    cells = [code("#| echo: false\nshow_doc(two)"), code('#| code-fold: show\n#| code-summary: "Exported source"\n#| exports\ndef one(x): ...\ndef two(x): ...'), code("show_doc(one)")]
+    entries = {
+        n: api.Entry(
+            n, "attention", "01_attention.ipynb", 1, f"About {n}.", [("x", 'Float[Tensor, "seq"]', "", "Of `seq`")]
+        )
+        for n in ("one", "two")
+    }
+    cells = [
+        code("#| echo: false\nshow_doc(two)"),
+        code('#| code-fold: show\n#| code-summary: "Exported source"\n#| exports\ndef one(x): ...\ndef two(x): ...'),
+        code("show_doc(one)"),
+    ]
     made = translate.translate(cells, "attention.html", entries, Path("unused"))
-    assert made[0]["source"].startswith("def one") and [re.search('id="(.*?)"', c["source"]).group(1) for c in made[1:]] == ["one", "two"]
-    assert "<td><code>Float[Tensor, \"seq\"]</code></td>" in made[1]["source"] and 'href="source/attention.html#L1"' in made[1]["source"]
+    assert made[0]["source"].startswith("def one") and [
+        re.search('id="(.*?)"', c["source"]).group(1) for c in made[1:]
+    ] == ["one", "two"]
+    assert (
+        '<td><code>Float[Tensor, "seq"]</code></td>' in made[1]["source"]
+        and 'href="source/attention.html#L1"' in made[1]["source"]
+    )
 
 
 def test_parameters_are_read_with_their_comments(tmp_path):
-    (tmp_path / "attention.py").write_text('# File to edit: ../nbs/01_attention.ipynb.\nclass C:\n    "A class."\n    def __init__(self, *, a: int = 3):  # ignored\n        ...\n'
-                                           '    def step(self, b):\n        "Goes on."\n\ndef f(\n    x: Float[Tensor, "seq"],  # The `x`\n    y=(1, 2), z: int | None = None,  # Last, # and all\n) -> int:  # How many\n    "Counts."\n')
+    (tmp_path / "attention.py").write_text(
+        '# File to edit: ../nbs/01_attention.ipynb.\nclass C:\n    "A class."\n    '
+        'def __init__(self, *, a: int = 3):  # ignored\n        ...\n'
+        '    def step(self, b):\n        "Goes on."\n\ndef f(\n    x: Float[Tensor, "seq"],  # The `x`\n    y=(1, '
+        '2), z: int | None = None,  # Last, # and all\n) -> int:  # How many\n    "Counts."\n'
+    )
     found = api.read_package(tmp_path)
-    assert found["f"].parameters == [("x", 'Float[Tensor, "seq"]', "", "The `x`"), ("y", "", "(1, 2)", ""), ("z", "int | None", "None", "Last, # and all")]
-    assert found["f"].returns == ("int", "How many") and found["f"].line == 9 and found["C"].methods[0].anchor == "c.step"
+    assert found["f"].parameters == [
+        ("x", 'Float[Tensor, "seq"]', "", "The `x`"),
+        ("y", "", "(1, 2)", ""),
+        ("z", "int | None", "None", "Last, # and all"),
+    ]
+    assert (
+        found["f"].returns == ("int", "How many") and found["f"].line == 9 and found["C"].methods[0].anchor == "c.step"
+    )
 
 
 def test_references_become_links():
-    soups, problems = linked({
-        "attention.html": "$$x \\tag{1.1}$$\n\n$$y \\tag{1.2}$$\n\n<figure id=\"figure-1.3\"><figcaption>\n\n**Figure 1.3.** As in Figure 1.3.\n\n</figcaption></figure>\n\n> **Exercise 1.1.** Do.",
-        "exercises/attention.html": "See (1.1), equations (1.1) and\n(1.2), Figure 1.3, Exercise 1.1 and chapter 02. Not `Figure 1.3`, not version (3.11), not chapter 40, not chapter 2.",
-        "feedforward.html": "In chapter 02, [see chapter 02](x.html)."}, {1: "attention.html", 2: "feedforward.html"})
+    soups, problems = linked(
+        {
+            "attention.html": '$$x \\tag{1.1}$$\n\n$$y \\tag{1.2}$$\n\n<figure id="figure-1.3"><figcaption>\n\n**Figure 1.3.** As in Figure 1.3.\n\n</figcaption></figure>\n\n> **Exercise 1.1.** Do.',
+            "exercises/attention.html": "See (1.1), equations (1.1) and\n(1.2), Figure 1.3, Exercise 1.1 and chapter 02. Not `Figure 1.3`, not version (3.11), not chapter 40, not chapter 2.",
+            "feedforward.html": "In chapter 02, [see chapter 02](x.html).",
+        },
+        {1: "attention.html", 2: "feedforward.html"},
+    )
     assert problems == []
     up = "../attention.html#"
-    assert hrefs(soups["exercises/attention.html"]) == {"(1.1)": f"{up}equation-1.1", "(1.2)": f"{up}equation-1.2", "Figure 1.3": f"{up}figure-1.3",
-                                                        "Exercise 1.1": f"{up}exercise-1.1", "chapter 02": "../feedforward.html"}
+    assert hrefs(soups["exercises/attention.html"]) == {
+        "(1.1)": f"{up}equation-1.1",
+        "(1.2)": f"{up}equation-1.2",
+        "Figure 1.3": f"{up}figure-1.3",
+        "Exercise 1.1": f"{up}exercise-1.1",
+        "chapter 02": "../feedforward.html",
+    }
     assert len(soups["exercises/attention.html"].find_all("a")) == 6
-    assert hrefs(soups["feedforward.html"]) == {"see chapter 02": "x.html"} and not soups["attention.html"].find_all("a")
+    assert hrefs(soups["feedforward.html"]) == {"see chapter 02": "x.html"} and not soups["attention.html"].find_all(
+        "a"
+    )
 
 
-@pytest.mark.parametrize("text, name", [("Figure 1.9 shows it.", "Figure 1.9"), ("By equation (1.8), so.", "equation (1.8)"), ("It is (1.7) again.", "(1.7)"), ("Exercise 2.4 asks.", "Exercise 2.4")])
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("Figure 1.9 shows it.", "Figure 1.9"),
+        ("By equation (1.8), so.", "equation (1.8)"),
+        ("It is (1.7) again.", "(1.7)"),
+        ("Exercise 2.4 asks.", "Exercise 2.4"),
+    ],
+)
 def test_a_reference_to_nothing_is_named_with_page_and_text(text, name):
     _, problems = linked({"attention.html": text}, {1: "attention.html"})
-    assert len(problems) == 1 and problems[0].startswith(f"attention.html: {name!r} refers to nothing") and text[-9:] in problems[0]
+    assert (
+        len(problems) == 1
+        and problems[0].startswith(f"attention.html: {name!r} refers to nothing")
+        and text[-9:] in problems[0]
+    )
 
 
 def test_citations_lead_to_the_bibliography():
-    soups, problems = linked({"bibliography.html": "- Vaswani et al. (2017). *Attention*. arXiv.\n- Shazeer (2019). *Fast*.\n- Milakov and Gimelshein (2018). *Online*.",
-                              "a.html": "Vaswani et al. (2017, section 3.2.1), then Shazeer (2019) and Milakov and Gimelshein (2018); Nobody et al. (2020) too."})
-    assert list(hrefs(soups["a.html"]).values()) == ["bibliography.html#vaswani-2017", "bibliography.html#shazeer-2019", "bibliography.html#milakov-2018"]
+    soups, problems = linked(
+        {
+            "bibliography.html": "- Vaswani et al. (2017). *Attention*. arXiv.\n- Shazeer (2019). *Fast*.\n- Milakov and Gimelshein (2018). *Online*.",
+            "a.html": "Vaswani et al. (2017, section 3.2.1), then Shazeer (2019) and Milakov and Gimelshein (2018); Nobody et al. (2020) too.",
+        }
+    )
+    assert list(hrefs(soups["a.html"]).values()) == [
+        "bibliography.html#vaswani-2017",
+        "bibliography.html#shazeer-2019",
+        "bibliography.html#milakov-2018",
+    ]
     assert problems == ["a.html: Nobody et al. (2020) is not in the bibliography"]
 
 
 def test_the_first_mention_of_a_term_leads_to_the_glossary():
-    soups, _ = linked({"glossary.html": "### token\n\nA piece of text.\n\n### attention head\n\nOne of several.", "a.html": "## Tokens\n\n`token`. Tokens and\nattention heads; a token."})
+    soups, _ = linked(
+        {
+            "glossary.html": "### token\n\nA piece of text.\n\n### attention head\n\nOne of several.",
+            "a.html": "## Tokens\n\n`token`. Tokens and\nattention heads; a token.",
+        }
+    )
     assert [(a.get_text().replace("\n", " "), a["href"], a["title"]) for a in soups["a.html"].find_all("a")] == [
-        ("Tokens", "glossary.html#token", "A piece of text."), ("attention heads", "glossary.html#attention-head", "One of several.")]
+        ("Tokens", "glossary.html#token", "A piece of text."),
+        ("attention heads", "glossary.html#attention-head", "One of several."),
+    ]
     assert not soups["glossary.html"].find_all("a")
 
 
 def test_other_names_of_a_term_count_as_mentions_and_two_meanings_do_not():
-    soups, _ = linked({"glossary.html": "### KV cache\n\nAlso: KVCache, key-value cache. What is kept. More of it.\n\n### value (of a token)\n\nWhat it hands over.",
-                       "a.html": "The key-value cache keeps a value; the KV cache keeps a key."})
-    assert [(a.get_text(), a["href"], a["title"]) for a in soups["a.html"].find_all("a")] == [("key-value cache", "glossary.html#kv-cache", "What is kept.")]
+    soups, _ = linked(
+        {
+            "glossary.html": "### KV cache\n\nAlso: KVCache, key-value cache. What is kept. More of it.\n\n### value (of a token)\n\nWhat it hands over.",
+            "a.html": "The key-value cache keeps a value; the KV cache keeps a key.",
+        }
+    )
+    assert [(a.get_text(), a["href"], a["title"]) for a in soups["a.html"].find_all("a")] == [
+        ("key-value cache", "glossary.html#kv-cache", "What is kept.")
+    ]
 
 
 def test_folds_hide_code_and_solutions_hide_all():
     printed = {"output_type": "stream", "name": "stdout", "text": "told"}
-    soup, _ = page_of(code('#| code-fold: true\n#| code-summary: "How"\nprint()', printed), code('#| code-fold: true\n#| code-summary: "Solution 1.1"\nprint()', printed))
-    assert [(d["class"], len(d.find_all(attrs={"data-held": True}))) for d in soup.find_all("details")] == [(["fold"], 1), (["solution"], 2)]
+    soup, _ = page_of(
+        code('#| code-fold: true\n#| code-summary: "How"\nprint()', printed),
+        code('#| code-fold: true\n#| code-summary: "Solution 1.1"\nprint()', printed),
+    )
+    assert [(d["class"], len(d.find_all(attrs={"data-held": True}))) for d in soup.find_all("details")] == [
+        (["fold"], 1),
+        (["solution"], 2),
+    ]
     assert len(soup.find_all(attrs={"data-held": True})) == 4
 
 
 def test_dead_links_are_named(tmp_path):
-    (tmp_path / "a.html").write_text('<p id="here"><a href="#here">x</a><a href="b.html#there">y</a><a href="c.html">z</a><a href="https://example.org">w</a></p>', encoding="utf-8")
+    (tmp_path / "a.html").write_text(
+        '<p id="here"><a href="#here">x</a><a href="b.html#there">y</a><a '
+        'href="c.html">z</a><a href="https://example.org">w</a></p>',
+        encoding="utf-8",
+    )
     (tmp_path / "b.html").write_text("<p></p>", encoding="utf-8")
     assert references.dead_links(tmp_path) == ["a.html: b.html#there has no such anchor", "a.html: c.html is not there"]
 
 
 def test_headings_and_tables():
-    soup, _ = render.body([translate.markdown("## The *size* of `x`: 3?\n\n## Twice\n\n## Twice\n\n| a |\n|---|\n| b |")])
-    assert [h["id"] for h in soup.find_all("h2")] == ["the-size-of-x-3", "twice", "twice-1"] and soup.table.parent["tabindex"] == "0"
+    soup, _ = render.body(
+        [translate.markdown("## The *size* of `x`: 3?\n\n## Twice\n\n## Twice\n\n| a |\n|---|\n| b |")]
+    )
+    assert [h["id"] for h in soup.find_all("h2")] == ["the-size-of-x-3", "twice", "twice-1"] and soup.table.parent[
+        "tabindex"
+    ] == "0"
 
 
 def run_build(*arguments, **options):
-    return subprocess.run([sys.executable, str(ROOT / "book" / "build.py"), *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "book" / "build.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        **options,
+    )
 
 
 def test_help_and_errors_are_short(tmp_path):
@@ -185,15 +299,27 @@ def test_help_and_errors_are_short(tmp_path):
 
 PROJECT = {
     "settings.ini": "[DEFAULT]\nrepo = small\nlib_name = small\nuser = someone\nbranch = main\nversion = 0.1\ntitle = Small\nnbs_path = nbs\nlib_path = small\ndoc_path = _docs\n"
-                    "recursive = True\ncustom_sidebar = True\ngit_url = https://example.org/small\ndoc_host = https://example.com\ndoc_baseurl = /small\nmin_python = 3.11\n"
-                    "description = d\nkeywords = k\nauthor = a\nauthor_email = a@example.org\ncopyright = c\nlanguage = English\nlicense = apache2\nstatus = 3\n",
+    "recursive = True\ncustom_sidebar = True\ngit_url = "
+    "https://example.org/small\ndoc_host = https://example.com\ndoc_baseurl = /small\nmin_python = 3.11\n"
+    "description = d\nkeywords = k\nauthor = a\nauthor_email = "
+    "a@example.org\ncopyright = c\nlanguage = English\nlicense = apache2\nstatus = 3\n",
     "_quarto.yml": "project:\n  type: website\n  output-dir: _docs\nwebsite:\n  title: Small\n  sidebar:\n    contents: [index.ipynb, 01_one.ipynb, api.ipynb]\n",
-    "nbs/index.ipynb": ["# Small\n\n> A book of one chapter.", "See [the chapter](01_one.ipynb#A-heading), equation (1.1) and [the licence](../LICENSE)."],
-    "nbs/01_one.ipynb": ["# One\n\n> Of `one`.", "$$x \\tag{1.1}$$", "## A heading", "#| default_exp one", "#| exports\ndef one():\n    'One.'"],
+    "nbs/index.ipynb": [
+        "# Small\n\n> A book of one chapter.",
+        "See [the chapter](01_one.ipynb#A-heading), equation (1.1) and [the licence](../LICENSE).",
+    ],
+    "nbs/01_one.ipynb": [
+        "# One\n\n> Of `one`.",
+        "$$x \\tag{1.1}$$",
+        "## A heading",
+        "#| default_exp one",
+        "#| exports\ndef one():\n    'One.'",
+    ],
     "small/__init__.py": "",
     "small/one.py": '# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/01_one.ipynb.\ndef one():\n    "One."\n',
 }
-# Stands for Quarto: a page for each notebook, at the address that its front matter names, in the folder that _quarto.yml names.
+# Stands for Quarto: a page for each notebook, at the address that its front matter names, in the folder that
+# _quarto.yml names.
 QUARTO = """#!{python}
 import sys
 from pathlib import Path
@@ -215,13 +341,25 @@ def small(tmp_path):
     for name, content in PROJECT.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         if not isinstance(content, str):
-            content = json.dumps({"cells": [code(text) if text.startswith("#|") else translate.markdown(text) for text in content],
-                                  "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}, "nbformat": 4, "nbformat_minor": 5})
+            content = json.dumps(
+                {
+                    "cells": [code(text) if text.startswith("#|") else translate.markdown(text) for text in content],
+                    "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}},
+                    "nbformat": 4,
+                    "nbformat_minor": 5,
+                }
+            )
         (tmp_path / name).write_text(content, encoding="utf-8")
     return tmp_path
 
 
-@pytest.mark.parametrize("renderer", ["own", pytest.param("quarto", marks=pytest.mark.skipif(os.name == "nt", reason="the stand-in for Quarto is a script"))])
+@pytest.mark.parametrize(
+    "renderer",
+    [
+        "own",
+        pytest.param("quarto", marks=pytest.mark.skipif(os.name == "nt", reason="the stand-in for Quarto is a script")),
+    ],
+)
 def test_a_small_book_is_built_by_either_renderer(small, renderer):
     tools = small / "tools"
     tools.mkdir()
@@ -230,18 +368,44 @@ def test_a_small_book_is_built_by_either_renderer(small, renderer):
         (tools / "quarto").chmod(0o755)
     done = run_build("--root", small, env={**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert {path.relative_to(small / "_docs").as_posix() for path in (small / "_docs").rglob("*.html")} == {"index.html", "one.html", "api.html", "source/one.html"}
+    assert {path.relative_to(small / "_docs").as_posix() for path in (small / "_docs").rglob("*.html")} == {
+        "index.html",
+        "one.html",
+        "api.html",
+        "source/one.html",
+    }
     text = (small / "_docs" / "index.html").read_text(encoding="utf-8")
-    assert 'href="one.html#a-heading"' in text and 'href="one.html#equation-1.1"' in text and "https://example.org/small/blob/main/LICENSE" in text
-    assert "/someone/small/blob/main/nbs/index.ipynb" in text and (small / "_docs" / "notebooks" / "01_one.ipynb").exists()
+    assert (
+        'href="one.html#a-heading"' in text
+        and 'href="one.html#equation-1.1"' in text
+        and "https://example.org/small/blob/main/LICENSE" in text
+    )
+    assert (
+        "/someone/small/blob/main/nbs/index.ipynb" in text and (small / "_docs" / "notebooks" / "01_one.ipynb").exists()
+    )
 
 
-@pytest.mark.parametrize("name, old, new, code, told", [
-    ("nbs/index.ipynb", "equation (1.1)", "equation (1.9)", 1, "index.html: 'equation (1.9)' refers to nothing"),
-    ("_quarto.yml", "01_one.ipynb,", "01_one.ipynb, 02_two.ipynb,", 1, "_quarto.yml lists 02_two.ipynb, which is not there"),
-    ("nbs/01_one.ipynb", "$$x", "$$\\\\nonsense{x", 2, "one.html: The formula '\\\\nonsense{x' can't be turned into MathML."),
-    ("nbs/01_one.ipynb", "cells", "cel", 2, "nbdev can't process the notebooks"),
-])
+@pytest.mark.parametrize(
+    "name, old, new, code, told",
+    [
+        ("nbs/index.ipynb", "equation (1.1)", "equation (1.9)", 1, "index.html: 'equation (1.9)' refers to nothing"),
+        (
+            "_quarto.yml",
+            "01_one.ipynb,",
+            "01_one.ipynb, 02_two.ipynb,",
+            1,
+            "_quarto.yml lists 02_two.ipynb, which is not there",
+        ),
+        (
+            "nbs/01_one.ipynb",
+            "$$x",
+            "$$\\\\nonsense{x",
+            2,
+            "one.html: The formula '\\\\nonsense{x' can't be turned into MathML.",
+        ),
+        ("nbs/01_one.ipynb", "cells", "cel", 2, "nbdev can't process the notebooks"),
+    ],
+)
 def test_what_is_wrong_with_a_book_is_named(small, name, old, new, code, told):
     text = (small / name).read_text(encoding="utf-8")
     assert old in text
@@ -278,7 +442,10 @@ def test_pages_are_light(built):
     heavy = {}
     for path in sorted(folder.rglob("*.html")):
         text = path.read_text(encoding="utf-8")
-        loaded = {(path.parent / name).resolve() for name in re.findall(r'<(?:img|link|script)\b[^>]*?\s(?:src|href)="([^"]+)"', text)} | set((folder / "fonts").iterdir())
+        loaded = {
+            (path.parent / name).resolve()
+            for name in re.findall(r'<(?:img|link|script)\b[^>]*?\s(?:src|href)="([^"]+)"', text)
+        } | set((folder / "fonts").iterdir())
         weight = path.stat().st_size + sum(p.stat().st_size for p in loaded if p.exists())
         if weight > LARGEST:
             heavy[path.relative_to(folder).as_posix()] = weight
@@ -329,9 +496,13 @@ def addresses(folder):
     return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.html"))]
 
 
-# axe looks at each text's contrast anew, which takes seconds on a long page. Contrast is decided by a text's colour and size and by what is
-# behind it: one text of each kind is enough. (Tokens of code have a test of their own; here code is one text, and so is a formula.)
-FLATTEN = "for (const inner of document.querySelectorAll('pre.code > code, math')) inner.textContent = inner.textContent"
+# axe looks at each text's contrast anew, which takes seconds on a long page. Contrast is decided by a text's colour and
+# size and by what is
+# behind it: one text of each kind is enough. (Tokens of code have a test of their own; here code is one text, and so is
+# a formula.)
+FLATTEN = (
+    "for (const inner of document.querySelectorAll('pre.code > code, math')) inner.textContent = inner.textContent"
+)
 COLOURS = ["color-contrast", "link-in-text-block"]
 KINDS = """() => {
   const seen = new Set();
@@ -356,8 +527,15 @@ def axe():
 
 def violations(page, where=None, **options):
     "What axe finds on a page, or in the elements that a selector names."
-    found = page.evaluate("([where, options]) => axe.run(where ? { include: [[where]] } : document, options).then(r => r.violations)", [where, {"resultTypes": ["violations"], **options}])
-    return [f"{item['id']}: {item['nodes'][0]['html'][:120]}" + (f" and {len(item['nodes']) - 1} more" if len(item["nodes"]) > 1 else "") for item in found]
+    found = page.evaluate(
+        "([where, options]) => axe.run(where ? { include: [[where]] } : document, options).then(r => r.violations)",
+        [where, {"resultTypes": ["violations"], **options}],
+    )
+    return [
+        f"{item['id']}: {item['nodes'][0]['html'][:120]}"
+        + (f" and {len(item['nodes']) - 1} more" if len(item["nodes"]) > 1 else "")
+        for item in found
+    ]
 
 
 def contrasts(page):
@@ -379,23 +557,39 @@ def read_pages(browser, pages, site, shots):
         page.set_viewport_size(DESKTOP)
         page.emulate_media(color_scheme="light")
         page.goto(site + here)
-        text = page.evaluate("() => { const m = document.querySelector('main').cloneNode(true); m.querySelectorAll('code, pre, math').forEach(e => e.remove()); return m.textContent }")
+        text = page.evaluate(
+            "() => { const m = document.querySelector('main').cloneNode(true); "
+            "m.querySelectorAll('code, pre, math').forEach(e => e.remove()); return m.textContent }"
+        )
         for what, pattern in RAW.items():
             if found := re.search(pattern, text, re.M):
                 note(f"{what}: {text[max(0, found.start() - 30):found.end() + 30]!r}")
-        if not page.title() or page.locator("main").count() != 1 or page.locator("h1").count() != 1 or not page.locator("meta[name=description]").get_attribute("content"):
+        if (
+            not page.title()
+            or page.locator("main").count() != 1
+            or page.locator("h1").count() != 1
+            or not page.locator("meta[name=description]").get_attribute("content")
+        ):
             note("no title, description, main part or heading")
-        if missing := page.evaluate("[...document.images].filter(i => !i.hasAttribute('alt') || !i.getAttribute('alt').trim()).map(i => i.src)"):
+        if missing := page.evaluate(
+            "[...document.images].filter(i => !i.hasAttribute('alt') || !i.getAttribute('alt').trim()).map(i => i.src)"
+        ):
             note(f"no alternative text: {missing}")
         page.evaluate(FLATTEN)
         page.evaluate(script)
-        problems.extend(f"{here}: {v}" for v in violations(page, rules={rule: {"enabled": False} for rule in COLOURS}) + contrasts(page))
+        problems.extend(
+            f"{here}: {v}"
+            for v in violations(page, rules={rule: {"enabled": False} for rule in COLOURS}) + contrasts(page)
+        )
         page.emulate_media(color_scheme="dark")
         page.set_viewport_size(PHONE)
         page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         if (width := page.evaluate("document.documentElement.scrollWidth")) > PHONE["width"]:
             note(f"{width} pixels wide on a phone of {PHONE['width']}")
-        problems.extend(f"{here}, dark, phone: {v}" for v in contrasts(page) + violations(page, runOnly=["scrollable-region-focusable"]))
+        problems.extend(
+            f"{here}, dark, phone: {v}"
+            for v in contrasts(page) + violations(page, runOnly=["scrollable-region-focusable"])
+        )
         problems.extend(f"{here}: {problem}" for problem in notes.problems())
         notes.clear()
         page.screenshot(path=shots / f"{here.replace('/', '-').removesuffix('.html')}-phone-dark.png")
@@ -404,7 +598,10 @@ def read_pages(browser, pages, site, shots):
 
 @in_browser
 def test_every_page_in_a_browser(built, site, browser, shots):
-    "Nothing fails, nothing comes from elsewhere, nothing is left untranslated; accessible in light and dark; no page is wider than a phone."
+    """Nothing fails, nothing comes from elsewhere, nothing is left untranslated; accessible in light and dark.
+
+    No page is wider than a phone.
+    """
     pages = sorted(addresses(built[0]), key=lambda name: -(built[0] / name).stat().st_size)
 
     def second():
@@ -419,12 +616,20 @@ def test_every_page_in_a_browser(built, site, browser, shots):
 @in_browser
 def test_code_colours_can_be_read(built, site, browser):
     "Each kind of token, once, on the code's background, by axe's measure, light and dark."
-    kinds = {kind for path in built[0].rglob("*.html") for kind in re.findall(r'<span class="(\w{1,3})">', path.read_text(encoding="utf-8"))}
+    kinds = {
+        kind
+        for path in built[0].rglob("*.html")
+        for kind in re.findall(r'<span class="(\w{1,3})">', path.read_text(encoding="utf-8"))
+    }
     assert len(kinds) > 15
     page = browser.new_page(viewport=DESKTOP)
     page.goto(site + "api.html")
     page.evaluate(axe())
-    page.evaluate("kinds => { document.querySelector('main').innerHTML = '<h1>Kinds</h1><pre class=\"sample code\" tabindex=\"0\">' + kinds.map(k => `<span class=\"${k}\">${k} token</span>`).join(' ') + '</pre>' }", sorted(kinds))
+    page.evaluate(
+        "kinds => { document.querySelector('main').innerHTML = '<h1>Kinds</h1><pre class=\"sample code\" "
+        "tabindex=\"0\">' + kinds.map(k => `<span class=\"${k}\">${k} token</span>`).join(' ') + '</pre>' }",
+        sorted(kinds),
+    )
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         assert violations(page, "pre.sample", runOnly=["color-contrast"]) == [], scheme
@@ -437,7 +642,9 @@ def test_search_finds_a_section_without_a_mouse(site, browser):
     page.keyboard.press("/")
     page.keyboard.type("attention")
     page.wait_for_selector(".results a")
-    assert page.locator(".results a").count() > 5 and "attention" in page.locator(".results li").first.inner_text().lower()
+    assert (
+        page.locator(".results a").count() > 5 and "attention" in page.locator(".results li").first.inner_text().lower()
+    )
     with page.expect_navigation():
         page.keyboard.press("Enter")
     assert page.locator("main h1").count() == 1
@@ -449,7 +656,12 @@ def test_dark_mode_follows_the_system_until_one_chooses(site, browser):
     page = context.new_page()
 
     def brightness():
-        return sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))[:3]))
+        return sum(
+            map(
+                int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))[:3]
+            )
+        )
+
     page.goto(site + "index.html")
     assert brightness() < 200 and page.locator("#theme").get_attribute("aria-pressed") == "true"
     page.click("#theme")
@@ -476,7 +688,11 @@ def test_everything_can_be_read_without_scripts(site, browser, shots):
     context = browser.new_context(viewport=PHONE, java_script_enabled=False)
     page = context.new_page()
     page.goto(site + "attention.html")
-    assert page.locator("main math").count() > 20 and page.locator("main p").count() > 30 and page.locator("#theme").is_hidden()
+    assert (
+        page.locator("main math").count() > 20
+        and page.locator("main p").count() > 30
+        and page.locator("#theme").is_hidden()
+    )
     assert not page.locator("#book").is_visible()
     page.click("a.menu")
     assert page.locator("#book a", has_text="Training").first.is_visible()

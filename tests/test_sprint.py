@@ -1,4 +1,6 @@
-"""What chapter 12 can't try on its own page: every way into the model, hashes at their edges, bad input, and what a finished run must hold."""
+"""What chapter 12 can't try on its own page: every way into the model, hashes at their edges, bad input, and what a
+finished run must hold.
+"""
 import ast
 import json
 import math
@@ -13,14 +15,41 @@ from hypothesis import strategies as st
 from transformer_llm.dataset import read_text, split_text
 from transformer_llm.foundations import InputError
 from transformer_llm.generation import generate
-from transformer_llm.sprint import (DOCUMENTED, NGRAMS, PLAIN, RECIPES, RememberingCache, RowAdagrad, SprintGPT, SprintTrainer, character_ids,
-                                    count_loss, evaluate_all, load_sprint, ngram_rows, read_characters, run_recipe, save_sprint)
+from transformer_llm.sprint import (
+    DOCUMENTED,
+    NGRAMS,
+    PLAIN,
+    RECIPES,
+    RememberingCache,
+    RowAdagrad,
+    SprintGPT,
+    SprintTrainer,
+    character_ids,
+    count_loss,
+    evaluate_all,
+    load_sprint,
+    ngram_rows,
+    read_characters,
+    run_recipe,
+    save_sprint,
+)
 from transformer_llm.training import TrainingError, load_model, save_checkpoint
 from transformer_llm.transformer import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
-SHAPE = dict(vocab_size=11, context_length=24, d_model=16, n_layers=2, n_heads=2, d_ff=24, position="rotary", rope_interleaved=True,
-             activation="relu2", qk_norm=True, tied_embeddings=False)
+SHAPE = dict(
+    vocab_size=11,
+    context_length=24,
+    d_model=16,
+    n_layers=2,
+    n_heads=2,
+    d_ff=24,
+    position="rotary",
+    rope_interleaved=True,
+    activation="relu2",
+    qk_norm=True,
+    tied_embeddings=False,
+)
 
 
 def small_model(ngrams=((2, 144), (3, 50)), token_shift=True, **changes) -> SprintGPT:
@@ -42,7 +71,12 @@ def text_file(tmp_path):
 
 
 def tiny(recipe, **training):
-    return recipe.change(recipe.name, "small", model=dict(context_length=16, d_model=16, n_layers=1, n_heads=2, d_ff=16), training=dict(max_steps=4, batch_size=4, warmup_steps=1) | training)
+    return recipe.change(
+        recipe.name,
+        "small",
+        model=dict(context_length=16, d_model=16, n_layers=1, n_heads=2, d_ff=16),
+        training=dict(max_steps=4, batch_size=4, warmup_steps=1) | training,
+    )
 
 
 @pytest.mark.parametrize("ngrams", [(), ((2, 144),), ((3, 7), (5, 1000)), ((7, 33),)])
@@ -51,7 +85,10 @@ def test_every_way_through_the_model_agrees(ngrams, token_shift):
     model = small_model(ngrams, token_shift)
     ids = torch.randint(11, (3, 24), generator=torch.Generator().manual_seed(0))
     logits = model(ids)
-    ways = {"blocks of GPT": model.unembed(GPT.hidden_states(model, ids, positions=torch.arange(24))), "mask of ones": model(ids, attention_mask=torch.ones(3, 24, dtype=torch.bool))}
+    ways = {
+        "blocks of GPT": model.unembed(GPT.hidden_states(model, ids, positions=torch.arange(24))),
+        "mask of ones": model(ids, attention_mask=torch.ones(3, 24, dtype=torch.bool)),
+    }
     for size in (1, 5, 24):
         cache = model.new_cache(3)
         ways[f"cache, {size} at a time"] = torch.cat([model(part, cache=cache) for part in ids.split(size, 1)], 1)
@@ -59,13 +96,18 @@ def test_every_way_through_the_model_agrees(ngrams, token_shift):
         assert torch.allclose(logits, other, atol=2e-4), name
     pad = torch.zeros(3, 4, dtype=torch.int64)
     mask = torch.cat((pad.bool(), torch.ones(3, 20, dtype=torch.bool)), 1)
-    assert torch.allclose(model(torch.cat((pad, ids[:, :20]), 1), attention_mask=mask)[:, 4:], logits[:, :20], atol=2e-4), "padding on the left"
+    assert torch.allclose(
+        model(torch.cat((pad, ids[:, :20]), 1), attention_mask=mask)[:, 4:], logits[:, :20], atol=2e-4
+    ), "padding on the left"
 
 
 def test_gradients_agree_with_the_blocks_of_gpt():
     model, ids = small_model(), torch.randint(11, (2, 20), generator=torch.Generator().manual_seed(1))
     weights = [p for p in model.parameters() if p.requires_grad and p is not model.lm_head.weight]
-    fast, plain = (torch.autograd.grad(h.sin().sum(), weights) for h in (model.hidden_states(ids), GPT.hidden_states(model, ids, positions=torch.arange(20))))
+    fast, plain = (
+        torch.autograd.grad(h.sin().sum(), weights)
+        for h in (model.hidden_states(ids), GPT.hidden_states(model, ids, positions=torch.arange(20)))
+    )
     for a, b in zip(fast, plain):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
@@ -74,7 +116,9 @@ def test_no_token_sees_a_later_one():
     model, ids = small_model(), torch.randint(11, (1, 20), generator=torch.Generator().manual_seed(2))
     changed = ids.clone()
     changed[0, 12] = (ids[0, 12] + 1) % 11
-    assert torch.equal(model(ids)[:, :12], model(changed)[:, :12]) and not torch.allclose(model(ids)[:, 12:], model(changed)[:, 12:])
+    assert torch.equal(model(ids)[:, :12], model(changed)[:, :12]) and not torch.allclose(
+        model(ids)[:, 12:], model(changed)[:, 12:]
+    )
 
 
 def test_a_cache_can_be_cropped_and_reordered():
@@ -96,12 +140,26 @@ def test_a_cache_can_be_cropped_and_reordered():
 def test_generation_is_the_same_with_and_without_a_cache_and_beyond_the_context():
     model = small_model()
     for length in (10, 40):
-        a, b = (generate(model, torch.tensor([[1, 2, 3]]), length, temperature=0.0, use_cache=cached) for cached in (True, False))
+        a, b = (
+            generate(model, torch.tensor([[1, 2, 3]]), length, temperature=0.0, use_cache=cached)
+            for cached in (True, False)
+        )
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("field, value", [("position", "learned"), ("rope_interleaved", False), ("norm", "layernorm"), ("activation", "gelu"), ("dropout", 0.1),
-                                          ("qk_norm", False), ("bias", True), ("norm_placement", "post")])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("position", "learned"),
+        ("rope_interleaved", False),
+        ("norm", "layernorm"),
+        ("activation", "gelu"),
+        ("dropout", 0.1),
+        ("qk_norm", False),
+        ("bias", True),
+        ("norm_placement", "post"),
+    ],
+)
 def test_a_configuration_that_it_cannot_build_is_named(field, value):
     with pytest.raises(InputError, match=field):
         SprintGPT(GPTConfig(**SHAPE | {field: value}))
@@ -120,13 +178,22 @@ def test_rows_of_ngrams(vocab_size, order, length, data):
         group = padded[t : t + order][::-1]
         assert found[t] == sum((i + 1) * (vocab_size + 1) ** j for j, i in enumerate(group))
     rows = ngram_rows(torch.tensor([ids]), [(2, 13), (order + 1, 17)], vocab_size)
-    assert rows.shape == (1, length, 2) and (0 <= rows[..., 0]).all() and (rows[..., 0] < 13).all() and (13 <= rows[..., 1]).all() and (rows[..., 1] < 30).all()
+    assert (
+        rows.shape == (1, length, 2)
+        and (0 <= rows[..., 0]).all()
+        and (rows[..., 0] < 13).all()
+        and (13 <= rows[..., 1]).all()
+        and (rows[..., 1] < 30).all()
+    )
 
 
 def test_the_table_moves_only_the_rows_that_were_looked_up():
     table = torch.nn.Parameter(torch.zeros(9, 4))
     optimizer = RowAdagrad([table], lr=0.1)
-    (torch.nn.functional.embedding_bag(torch.tensor([[3], [3], [7]]), table, mode="sum", sparse=True) * torch.arange(1.0, 13).view(3, 4)).sum().backward()
+    (
+        torch.nn.functional.embedding_bag(torch.tensor([[3], [3], [7]]), table, mode="sum", sparse=True)
+        * torch.arange(1.0, 13).view(3, 4)
+    ).sum().backward()
     optimizer.step()
     assert set(table.detach().abs().sum(1).nonzero().flatten().tolist()) == {3, 7}
     dense = torch.nn.Parameter(torch.zeros(9, 4))
@@ -169,7 +236,9 @@ def test_evaluation_takes_each_token_once():
 @pytest.mark.parametrize("name", ["documented", "plain", "ngrams"])
 def test_a_run_is_complete_and_repeatable(text_file, name):
     recipe = tiny(RECIPES[name])
-    first, again, other = (run_recipe(recipe, text_file, seed, eval_every=2, eval_tokens=100, model_too=True) for seed in (0, 0, 1))
+    first, again, other = (
+        run_recipe(recipe, text_file, seed, eval_every=2, eval_tokens=100, model_too=True) for seed in (0, 0, 1)
+    )
     assert first["val_loss"] == again["val_loss"] != other["val_loss"]
     assert 0 < first["evaluation_seconds"] < first["seconds"] and [row[0] for row in first["curve"]] == [2, 4]
     assert first["tokens"] == 4 * 4 * 16 and first["parameters"] == first["model"].num_parameters()
@@ -185,7 +254,9 @@ def test_a_sprint_learns_and_is_kept(text_file, tmp_path):
     assert torch.equal(model(ids), result["model"](ids)) and model.ngrams == NGRAMS.ngrams
     with pytest.raises(InputError, match="unknown"):
         load_model(tmp_path / "run")
-    save_checkpoint(tmp_path / "plain", 0, GPT(GPTConfig(vocab_size=5, context_length=8, d_model=8, n_layers=1, n_heads=2)))
+    save_checkpoint(
+        tmp_path / "plain", 0, GPT(GPTConfig(vocab_size=5, context_length=8, d_model=8, n_layers=1, n_heads=2))
+    )
     with pytest.raises(InputError, match="load_model"):
         load_sprint(tmp_path / "plain")
 
@@ -209,19 +280,45 @@ def test_counts_are_probabilities(tmp_path):
 
 def test_the_documented_recipe_is_nanogpts():
     training, model = DOCUMENTED.training, DOCUMENTED.make_model(65)
-    assert (training.max_steps, training.batch_size, training.learning_rate, training.betas) == (2000, 12, 1e-3, (0.9, 0.99))
-    assert model.config.to_dict() | {} and model.num_parameters() == 65 * 128 + 64 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
+    assert (training.max_steps, training.batch_size, training.learning_rate, training.betas) == (
+        2000,
+        12,
+        1e-3,
+        (0.9, 0.99),
+    )
+    assert (
+        model.config.to_dict() | {}
+        and model.num_parameters() == 65 * 128 + 64 * 128 + 4 * (12 * 128**2 + 2 * 128) + 128
+    )
 
 
 def test_the_committed_runs_belong_to_the_recipes():
     runs = json.loads((ROOT / "data" / "sprint.json").read_text(encoding="utf-8"))
     for run in runs["final"]:
         recipe = RECIPES[run["name"]]
-        assert run["steps"] == recipe.training.max_steps and run["tokens"] == run["steps"] * recipe.training.batch_size * 64
-        assert 0 < run["evaluation_seconds"] < run["seconds"] and run["parameters"] == recipe.make_model(69).num_parameters()
-    assert {"documented", "tuned", "plain", "ngrams", "under-1.60", "minute", "minute-plain", "five-minutes"} <= {run["name"] for run in runs["final"]} <= set(RECIPES)
-    assert all(sorted(run["seed"] for run in runs["final"] if run["name"] == name) == [0, 1, 2] for name in ("documented", "tuned", "plain", "ngrams", "under-1.60"))
-    assert all(run["seconds"] < limit for name, limit in (("minute", 60), ("five-minutes", 300)) for run in runs["final"] if run["name"] == name)
+        assert (
+            run["steps"] == recipe.training.max_steps
+            and run["tokens"] == run["steps"] * recipe.training.batch_size * 64
+        )
+        assert (
+            0 < run["evaluation_seconds"] < run["seconds"]
+            and run["parameters"] == recipe.make_model(69).num_parameters()
+        )
+    assert (
+        {"documented", "tuned", "plain", "ngrams", "under-1.60", "minute", "minute-plain", "five-minutes"}
+        <= {run["name"] for run in runs["final"]}
+        <= set(RECIPES)
+    )
+    assert all(
+        sorted(run["seed"] for run in runs["final"] if run["name"] == name) == [0, 1, 2]
+        for name in ("documented", "tuned", "plain", "ngrams", "under-1.60")
+    )
+    assert all(
+        run["seconds"] < limit
+        for name, limit in (("minute", 60), ("five-minutes", 300))
+        for run in runs["final"]
+        if run["name"] == name
+    )
     mark = np.mean([run["val_loss"] for run in runs["final"] if run["name"] == "documented"])
     assert all(run["val_loss"] <= mark for run in runs["final"] if run["name"] in ("plain", "ngrams", "tuned"))
     assert all(run["val_loss"] < 1.6 and run["seconds"] < 60 for run in runs["final"] if run["name"] == "under-1.60")
@@ -229,5 +326,9 @@ def test_the_committed_runs_belong_to_the_recipes():
 
 def test_nothing_of_a_peer_is_imported():
     tree = ast.parse((ROOT / "transformer_llm" / "sprint.py").read_text(encoding="utf-8"))
-    names = {getattr(node, "module", None) or node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)}
+    names = {
+        getattr(node, "module", None) or node.names[0].name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
     assert not any(name.startswith(("transformers", "tokenizers")) for name in names)

@@ -7,7 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "transformer_llm").glob("*.py") if not path.stem.startswith("_"))
 LIGHT = {"foundations", "widgets", "tokenizer", "cli"}  # which need no torch
-EXTRAS = {"jaxtyping", "wadler_lindig", "regex", "jinja2", "markupsafe"}  # what the modules import besides torch: some hundredths of a second, where torch takes more than one
+# what the modules import besides torch: some hundredths of a second, where torch takes more than one
+EXTRAS = {"jaxtyping", "wadler_lindig", "regex", "jinja2", "markupsafe"}
 
 BEGIN = """
 import json, sys
@@ -54,12 +55,18 @@ print(json.dumps(found))
 
 
 def test_light_modules_stay_light():
-    found = fresh(f"from importlib import import_module\nfor name in {sorted(LIGHT)}: import_module('transformer_llm.' + name)\nprint(json.dumps(foreign()))")
+    found = fresh(
+        f"from importlib import import_module\nfor name in {sorted(LIGHT)}: "
+        "import_module('transformer_llm.' + name)\nprint(json.dumps(foreign()))"
+    )
     assert set(found) <= {"regex"}, found
 
 
 def test_modules_import_little_besides_torch():
-    "No module imports what draws, fetches or reads other people's files until that is needed; the peers of the benchmark least of all."
+    """No module imports what draws, fetches or reads other people's files until that is needed.
+
+    The peers of the benchmark least of all.
+    """
     code = f"""
 from importlib import import_module
 import torch
@@ -70,11 +77,16 @@ for name in {MODULES}:
 print(json.dumps(found))
 """
     found = fresh(code)
-    assert len(found) == len(MODULES) > 15 and not {package for packages in found.values() for package in packages} - EXTRAS, found
+    assert (
+        len(found) == len(MODULES) > 15
+        and not {package for packages in found.values() for package in packages} - EXTRAS
+    ), found
 
 
 def test_a_public_name_loads_only_what_it_needs():
     code = "from transformer_llm import GPT\nprint(json.dumps(sorted(name for name in sys.modules if name.startswith('transformer_llm.'))))"
-    assert fresh(code) == [f"transformer_llm.{name}" for name in ("attention", "embeddings", "feedforward", "foundations", "transformer")]
+    assert fresh(code) == [
+        f"transformer_llm.{name}" for name in ("attention", "embeddings", "feedforward", "foundations", "transformer")
+    ]
     code = "from transformer_llm import BPETokenizer, InputError\nprint(json.dumps(foreign()))"
     assert fresh(code) == ["regex"]

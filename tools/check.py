@@ -18,10 +18,34 @@ from execute import ROOT, fingerprints, notebooks
 NOTEBOOKS = notebooks()
 PACKAGE = ROOT / "transformer_llm"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "_modidx")
-# The order of the book: a module imports only from modules before it. (00, the overture, uses all of Part I; the checks of
+# The order of the book: a module imports only from modules before it. (00, the overture, uses all of Part I; the checks
+# of
 # exercises may use everything, and nothing uses them.)
-ORDER = ["foundations", "plots", "widgets", "attention", "feedforward", "embeddings", "transformer", "tokenizer", "dataset", "training",
-         "generation", "pretrained", "chat", "evaluation", "export", "performance", "sprint", "decoding", "peers", "benchmark", "demo", "cli", "__main__"]
+ORDER = [
+    "foundations",
+    "plots",
+    "widgets",
+    "attention",
+    "feedforward",
+    "embeddings",
+    "transformer",
+    "tokenizer",
+    "dataset",
+    "training",
+    "generation",
+    "pretrained",
+    "chat",
+    "evaluation",
+    "export",
+    "performance",
+    "sprint",
+    "decoding",
+    "peers",
+    "benchmark",
+    "demo",
+    "cli",
+    "__main__",
+]
 DOORS = {("transformer", "pretrained"), ("transformer", "export")}  # a method that only hands over to a later module
 BY_HAND = {PACKAGE / "__init__.py"}
 
@@ -54,7 +78,12 @@ def in_sync() -> list[str]:
             if done.returncode:
                 return [f"{command} fails: {done.stderr.strip().splitlines()[-1]}"]
         for kind in ("nbs/**/*.ipynb", "transformer_llm/**/*.py"):
-            names = {p.relative_to(base) for base in (ROOT, copy) for p in base.glob(kind) if ".ipynb_checkpoints" not in p.parts}
+            names = {
+                p.relative_to(base)
+                for base in (ROOT, copy)
+                for p in base.glob(kind)
+                if ".ipynb_checkpoints" not in p.parts
+            }
             for name in sorted(names):
                 ours, fresh = ROOT / name, copy / name
                 if not fresh.exists() or not ours.exists():
@@ -89,10 +118,13 @@ def imports_go_backwards() -> list[str]:
                 name = (node.module or "").removeprefix("transformer_llm").strip(".")
                 if checks and name in ("", "exercises"):
                     continue
-                if (path.stem, name) in DOORS and node.col_offset == 8:  # inside a method, so it runs when that is called
+                # inside a method, so it runs when that is called
+                if (path.stem, name) in DOORS and node.col_offset == 8:
                     continue
                 if name and (name not in ORDER or ORDER.index(name) >= place):
-                    problems.append(f"{path.name} line {node.lineno} imports from {name}, which does not stand before it")
+                    problems.append(
+                        f"{path.name} line {node.lineno} imports from {name}, which does not stand before it"
+                    )
     return problems
 
 
@@ -108,7 +140,10 @@ def executed() -> list[str]:
     for path in NOTEBOOKS:
         notebook = load(path)
         if what := stale(notebook):
-            problems.append(f"{path.name} was not executed as it stands (changed since: {what}); run python tools/execute.py {path.relative_to(ROOT).as_posix()}")
+            problems.append(
+                f"{path.name} was not executed as it stands (changed since: {what}); run "
+                f"python tools/execute.py {path.relative_to(ROOT).as_posix()}"
+            )
         for number, cell in enumerate(notebook["cells"]):
             for output in cell.get("outputs", []):
                 if output["output_type"] == "error":
@@ -154,10 +189,12 @@ def cells_are_well_formed() -> list[str]:
 
 
 SHAPED = {"Float", "Int", "Bool", "Shaped", "Num", "Integer", "UInt8"}
-UNTYPED = {"self", "cls", "ax", "tokenizer", "data", "meta", "params", "value",  # many kinds of things, none of them one tensor
+# many kinds of things, none of them one tensor
+UNTYPED = {"self", "cls", "ax", "tokenizer", "data", "meta", "params", "value",
            "tokens", "train", "val"}  # arrays, memory maps or tensors alike
 NO_TENSORS = {"foundations", "widgets", "cli", "__main__"}
-COLLECTIONS = {"dict", "list", "Mapping", "Sequence", "Iterable", "Callable"}  # of parameters, say, which have no shape in common
+# of parameters, say, which have no shape in common
+COLLECTIONS = {"dict", "list", "Mapping", "Sequence", "Iterable", "Callable"}
 
 
 def bare_tensors(note: ast.AST | None) -> bool:
@@ -192,7 +229,11 @@ def public_names_are_documented() -> list[str]:
     for path in MODULES:
         name = path.relative_to(PACKAGE).with_suffix("").as_posix()
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+            if (
+                isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and not node.name.startswith("_")
+                and not ast.get_docstring(node)
+            ):
                 problems.append(f"{name}.{node.name} has no docstring")
     return problems
 
@@ -207,7 +248,9 @@ def links_lead_somewhere() -> list[str]:
     "Every relative link of the notebooks and the README names a file that is there."
     problems = []
     texts = [(p, "\n".join(source(c) for c in load(p)["cells"] if c["cell_type"] == "markdown")) for p in NOTEBOOKS]
-    texts += [(p, p.read_text(encoding="utf-8")) for p in (ROOT / "README.md", ROOT / "data" / "README.md") if p.exists()]
+    texts += [
+        (p, p.read_text(encoding="utf-8")) for p in (ROOT / "README.md", ROOT / "data" / "README.md") if p.exists()
+    ]
     for path, text in texts:
         text = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$", "", text, flags=re.S)
         for target in re.findall(r"\]\(([^)\s]+)\)", text):

@@ -3,7 +3,8 @@
     python tools/execute.py                    # every notebook, in order
     python tools/execute.py nbs/01_attention.ipynb
 
-The stamp holds a fingerprint of the code cells and one of what they gave: a notebook whose code changed, or whose outputs
+The stamp holds a fingerprint of the code cells and one of what they gave: a notebook whose code changed, or whose
+outputs
 were cleared or edited, after it was executed fails `tools/check.py`.
 """
 import hashlib
@@ -24,7 +25,11 @@ ROOT = Path(__file__).parent.parent
 def notebooks() -> list[Path]:
     "Every notebook of the book, in order."
     folder = ROOT / "nbs"
-    return [p for p in sorted(folder.rglob("*.ipynb")) if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
+    return [
+        p
+        for p in sorted(folder.rglob("*.ipynb"))
+        if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)
+    ]
 
 
 def fingerprints(notebook: dict) -> dict[str, str]:
@@ -41,15 +46,22 @@ def execute(path: Path) -> float:
     notebook = nbformat.read(path, as_version=4)
     environment = dict(os.environ, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
     start = time.perf_counter()
-    NotebookClient(notebook, timeout=600, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute(env=environment)
+    NotebookClient(
+        notebook, timeout=600, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}
+    ).execute(env=environment)
     seconds = time.perf_counter() - start
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         solution, hidden = (re.search(rf"^#\| {mark}$", cell.source, re.M) for mark in ("code-fold: true", "hide"))
-        closed = {"source_hidden": True, "outputs_hidden": True} if solution else {"source_hidden": True} if hidden else {}
-        cell.metadata = {"jupyter": closed} if closed else {}  # in JupyterLab as on the site; what a solution prints stays closed until it is run
+        closed = (
+            {"source_hidden": True, "outputs_hidden": True} if solution else {"source_hidden": True} if hidden else {}
+        )
+        # in JupyterLab as on the site; what a solution prints stays closed until it is run
+        cell.metadata = {"jupyter": closed} if closed else {}
         if "outputs" in cell:  # a widget without its kernel is dead
-            cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+            cell.outputs = [
+                o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
+            ]
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "executed": {"seconds": round(seconds)}}
     nbformat.write(notebook, path)
     nbdev_clean(str(path))
@@ -68,7 +80,11 @@ def stamp(path: Path) -> None:
 def main() -> None:
     paths = [Path(p) for p in sys.argv[1:]] or notebooks()
     for path in paths:
-        print(f"{path.stem if path.parent.name == 'nbs' else path.parent.name + '/' + path.stem}: executed in {execute(path):.1f} s", flush=True)
+        print(
+            f"{path.stem if path.parent.name == 'nbs' else path.parent.name + '/' + path.stem}: executed in "
+            f"{execute(path):.1f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

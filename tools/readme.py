@@ -1,4 +1,6 @@
-"""Derive README.md from nbs/index.ipynb: its text, its cells with what they print, its pictures as files beside the notebooks."""
+"""Derive README.md from nbs/index.ipynb: its text, its cells with what they print, its pictures as files beside the
+notebooks.
+"""
 import base64
 import json
 import re
@@ -31,7 +33,9 @@ def derive() -> dict[Path, bytes]:
                     files[path] = base64.b64decode(text_of(data["image/png"]))
                     parts.append(f"![{alt.group(1) if alt else ''}](nbs/images/{path.name})")
                 elif "text/markdown" in data:
-                    parts.append(re.sub(r"\]\((?![a-z]+:|#)(?:\.\./)?([^)]+)\)", link, text_of(data["text/markdown"]).strip()))
+                    parts.append(
+                        re.sub(r"\]\((?![a-z]+:|#)(?:\.\./)?([^)]+)\)", link, text_of(data["text/markdown"]).strip())
+                    )
                 elif output.get("text") or "text/plain" in data:
                     parts.append(f"```text\n{text_of(output.get('text') or data['text/plain']).rstrip()}\n```")
     files[ROOT / "README.md"] = ("\n\n".join(parts) + "\n").encode("utf-8")

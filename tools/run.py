@@ -1,4 +1,5 @@
-"""Everything that must be green, in one command: the notebooks as `nbdev_test` runs them, then pytest. Counts at the end.
+"""Everything that must be green, in one command: the notebooks as `nbdev_test` runs them, then pytest. Counts at the
+end.
 
     python tools/run.py           # all; exits 1 if anything failed
 """
@@ -27,8 +28,16 @@ def run_notebooks(environment: dict[str, str]) -> tuple[int, int]:
     paths = notebooks()
     completed = set()
     command = [str(TOOLS / "nbdev_test"), "--n_workers", "2", "--timing", "--do_print"]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          encoding="utf-8", errors="replace") as process:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             if found := re.match(r"- Completed (.*\.ipynb)\s*$", line):
@@ -44,7 +53,23 @@ def run_pytest(environment: dict[str, str]) -> tuple[int, int, int]:
     section("tests (pytest)")
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        code = subprocess.run([sys.executable, "-m", "pytest", "tests", "-q", "-n", "2", "--dist", "loadfile", "--durations=8", f"--junitxml={report}"], cwd=ROOT, env=environment).returncode
+        code = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "tests",
+                "-q",
+                "-n",
+                "2",
+                "--dist",
+                "loadfile",
+                "--durations=8",
+                f"--junitxml={report}",
+            ],
+            cwd=ROOT,
+            env=environment,
+        ).returncode
         if not report.exists():
             return 0, 1, 0
         suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -55,7 +80,9 @@ def run_pytest(environment: dict[str, str]) -> tuple[int, int, int]:
 
 def main() -> int:
     start = time.perf_counter()
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUTF8="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    environment = dict(
+        os.environ, OMP_NUM_THREADS="1", PYTHONUTF8="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1"
+    )
     notebooks, notebooks_failed = run_notebooks(environment)
     tests, tests_failed, skipped = run_pytest(environment)
     passed, failed = notebooks + tests, notebooks_failed + tests_failed

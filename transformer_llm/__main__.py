@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/93_python_m.ipynb #93-003
+# %% ../nbs/93_python_m.ipynb #a1ea2c6a
 from .cli import run
 
-# %% ../nbs/93_python_m.ipynb #93-005
+# %% ../nbs/93_python_m.ipynb #4390bb3e
 if __name__ == "__main__" and __package__:
     run()

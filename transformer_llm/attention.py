@@ -6,7 +6,7 @@
 __all__ = ['Mask', 'Rotate', 'softmax', 'is_boolean', 'causal_mask', 'sliding_window_mask', 'padding_mask', 'combine_masks',
            'expand_kv', 'attention_weights', 'attention_plain', 'attention_fused', 'KVCache', 'MultiHeadAttention']
 
-# %% ../nbs/01_attention.ipynb #01-006
+# %% ../nbs/01_attention.ipynb #d6405fe9
 import math
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/01_attention.ipynb #01-022
+# %% ../nbs/01_attention.ipynb #ece41d0f
 def softmax(
     x: Float[Tensor, "..."],  # Scores of any size
     dim: int = -1,  # The axis that is to add up to one
@@ -30,16 +30,22 @@ def softmax(
     weights = x.exp()
     return weights / weights.sum(dim, keepdim=True)
 
-# %% ../nbs/01_attention.ipynb #01-028
+# %% ../nbs/01_attention.ipynb #b3804a47
 Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]  # True: may attend; or numbers that are added to the scores
 
 
 def is_boolean(
     mask: Shaped[Tensor, "..."],  # Of any kind
 ) -> bool:
-    "Tell a boolean mask (True: may attend) from one that is added. Whole numbers could mean either and raise `InputError`."
+    """Tell a boolean mask (True: may attend) from one that is added.
+
+    Whole numbers could mean either and raise `InputError`.
+    """
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise InputError(f"A mask must be boolean or floating point, not {mask.dtype}; if its ones mean 'may attend', give mask.bool().")
+        raise InputError(
+            f"A mask must be boolean or floating point, not {mask.dtype}; if "
+            "its ones mean 'may attend', give mask.bool()."
+        )
     return mask.dtype == torch.bool
 
 
@@ -67,7 +73,9 @@ def sliding_window_mask(
     window: int,  # How many keys a query may see, itself included
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "queries keys"]:
-    "The causal mask that also forgets: True for the `window` most recent keys, as in Beltagy et al. (2020), section 3.1."
+    """The causal mask that also forgets: True for the `window` most recent keys, as in Beltagy et al. (2020), section
+    3.1.
+    """
     return causal_mask(n_queries, n_keys, window, device=device)
 
 
@@ -87,14 +95,16 @@ def combine_masks(
         return allowed
     return mask & allowed if is_boolean(mask) else mask.masked_fill(~allowed, -math.inf)
 
-# %% ../nbs/01_attention.ipynb #01-037
+# %% ../nbs/01_attention.ipynb #b9492e30
 def expand_kv(
     x: Float[Tensor, "batch kv_heads keys head_dim"],  # Keys or values
     n_heads: int,  # How many query heads share them
 ) -> Float[Tensor, "batch heads keys head_dim"]:
     "Repeat each key/value head for the group of query heads that shares it: 0 0 1 1 for two heads of a group."
     if n_heads % x.shape[1]:
-        raise InputError(f"{x.shape[1]} key/value heads can't be shared out among {n_heads} query heads in equal groups.")
+        raise InputError(
+            f"{x.shape[1]} key/value heads can't be shared out among {n_heads} query heads in equal groups."
+        )
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 
@@ -135,7 +145,7 @@ def attention_plain(
     weights = attention_weights(q, k, mask, causal=causal, scale=scale)
     return F.dropout(weights, dropout) @ expand_kv(v, q.shape[1])
 
-# %% ../nbs/01_attention.ipynb #01-046
+# %% ../nbs/01_attention.ipynb #c0920eaa
 def attention_fused(
     q: Float[Tensor, "batch heads queries head_dim"],
     k: Float[Tensor, "batch kv_heads keys head_dim"],
@@ -150,7 +160,8 @@ def attention_fused(
     n_queries, n_keys = q.shape[2], k.shape[2]
     if n_queries == 1:  # a lone query is the last one: it sees every key
         causal = False
-    if causal and (mask is not None or n_queries != n_keys):  # the kernel's own mask aligns the first query, ours the last
+    # the kernel's own mask aligns the first query, ours the last
+    if causal and (mask is not None or n_queries != n_keys):
         mask, causal = combine_masks(mask, causal_mask(n_queries, n_keys, device=q.device)), False
     options = dict(dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
     if mask is None:
@@ -161,7 +172,7 @@ def attention_fused(
     mask = mask.masked_fill(lonely, True) if is_bool else mask.masked_fill(lonely, 0.0).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, **options).masked_fill(lonely, 0.0)
 
-# %% ../nbs/01_attention.ipynb #01-064
+# %% ../nbs/01_attention.ipynb #39e6db02
 class KVCache:
     """The keys and values of the tokens read so far, for one layer, in storage that is allocated once.
 
@@ -188,12 +199,17 @@ class KVCache:
         v: Float[Tensor, "batch kv_heads seq head_dim"],
     ) -> tuple[Float[Tensor, "batch kv_heads keys head_dim"], Float[Tensor, "batch kv_heads keys head_dim"]]:
         "Append the new tokens' keys and values; return views of all so far. Raises `InputError` when they don't fit."
-        if k[:, :, :0].shape != self.k[:, :, :0].shape or v.shape != k.shape:  # copying would broadcast a batch of one without a word
-            raise InputError(f"The key-value cache has shape {tuple(self.k.shape)} and can't take keys of {tuple(k.shape)} and values of {tuple(v.shape)}.")
+        # copying would broadcast a batch of one without a word
+        if k[:, :, :0].shape != self.k[:, :, :0].shape or v.shape != k.shape:
+            raise InputError(
+                f"The key-value cache has shape {tuple(self.k.shape)} and can't take keys "
+                f"of {tuple(k.shape)} and values of {tuple(v.shape)}."
+            )
         end = self.length + k.shape[2]
         if end > self.capacity:
             raise InputError(
-                f"The key-value cache holds {self.capacity} tokens and can't take token {end}; make it larger or crop it."
+                f"The key-value cache holds {self.capacity} tokens and can't "
+                f"take token {end}; make it larger or crop it."
             )
         self.k[:, :, self.length : end] = k.detach()
         self.v[:, :, self.length : end] = v.detach()
@@ -212,12 +228,14 @@ class KVCache:
         "Let sequence i become what sequence `index[i]` was, as beam search needs; there may be more or fewer of them."
         self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
 
-# %% ../nbs/01_attention.ipynb #01-065
+# %% ../nbs/01_attention.ipynb #c27a85bc
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (q, k) -> (q, k), each batch, heads, seq, head_dim
 
 
 class MultiHeadAttention(nn.Module):
-    "Several attention heads side by side, as in Vaswani et al. (2017), section 3.2.2, with the grouped queries of Ainslie et al. (2023)."
+    """Several attention heads side by side, as in Vaswani et al. (2017), section 3.2.2, with the grouped queries of
+    Ainslie et al. (2023).
+    """
 
     def __init__(
         self,
@@ -242,7 +260,9 @@ class MultiHeadAttention(nn.Module):
             if size is not None:
                 check_range(name, size, 1, integer=True)
         if head_dim is None and d_model % n_heads:
-            raise InputError(f"d_model must be a multiple of n_heads={n_heads} when head_dim isn't given, not {d_model}.")
+            raise InputError(
+                f"d_model must be a multiple of n_heads={n_heads} when head_dim isn't given, not {d_model}."
+            )
         if n_heads % n_kv_heads:
             raise InputError(f"n_kv_heads must divide n_heads={n_heads}, so that groups are equal, not {n_kv_heads}.")
         if window is not None and not causal:
@@ -282,7 +302,9 @@ class MultiHeadAttention(nn.Module):
     def full_mask(
         self, n_queries: int, n_keys: int, mask: Mask | None, device: torch.device
     ) -> tuple[Mask | None, bool]:
-        "What to hand to attention as `mask` and `causal`: the window is built into the mask, only where it closes a key."
+        """What to hand to attention as `mask` and `causal`: the window is built into the mask, only where it closes a
+        key.
+        """
         if self.window is None or self.window >= n_keys:
             return mask, self.causal
         return combine_masks(mask, causal_mask(n_queries, n_keys, self.window, device=device)), False

@@ -22,7 +22,7 @@ __all__ = ['HEADINGS', 'FORMAT', 'FIGURE_FIELDS', 'LINE_FIELDS', 'SECTION_FIELDS
            'product_lines', 'bound_lines', 'generation', 'quiet_peers', 'fresh_process', 'tokenizer_lines',
            'stream_lines', 'seconds_of_help', 'start_up_lines', 'training_steps', 'memory_lines']
 
-# %% ../nbs/87_benchmark.ipynb #87-006
+# %% ../nbs/87_benchmark.ipynb #697b4db8
 import contextlib
 import importlib.util
 import json
@@ -44,12 +44,20 @@ from statistics import median
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .foundations import InputError, check_choice, check_range, os_error_sentence, read_json, sha256_of, write_json
+from transformer_llm.foundations import (
+    InputError,
+    check_choice,
+    check_range,
+    os_error_sentence,
+    read_json,
+    sha256_of,
+    write_json,
+)
 from .plots import Axes
 from .training import TrainingConfig
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/87_benchmark.ipynb #87-010
+# %% ../nbs/87_benchmark.ipynb #a0f46f15
 def failure(error: Exception) -> str:
     "An error as the sentence that stands in place of a number."
     said = str(error).strip().splitlines()
@@ -57,14 +65,19 @@ def failure(error: Exception) -> str:
 
 
 def measure(
-    forms: Mapping[str, Callable[[], float | None] | str],  # By name: what to run, or a sentence that says why it can't be
+    forms: Mapping[
+        str, Callable[[], float | None] | str
+    ],  # By name: what to run, or a sentence that says why it can't be
     rounds: int = 5,
     *,
     warm_up: int = 1,  # Rounds before the first that counts
     theirs: Collection[str] = (),  # Forms that may fail: the error becomes their sentence
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float] | str]:
-    "Run the forms in turn, A B C, A B C, ...: what each gave in each round, or its seconds where it gave None. A sentence stays a sentence."
+    """Run the forms in turn, A B C, A B C, ...: what each gave in each round, or its seconds where it gave None.
+
+    A sentence stays a sentence.
+    """
     check_range("rounds", rounds, 1, integer=True)
     results = {name: [] if callable(form) else form for name, form in forms.items()}
     for turn in range(-warm_up, rounds):
@@ -83,7 +96,7 @@ def measure(
                 results[name].append(max(clock() - start, 1e-9) if value is None else float(value))
     return results
 
-# %% ../nbs/87_benchmark.ipynb #87-016
+# %% ../nbs/87_benchmark.ipynb #3c5fb810
 def figure(
     name: str,  # Whose it is, in words
     runs: Iterable[float] | str,  # One number a round, or the sentence that says why there is none
@@ -103,7 +116,10 @@ def ratio(
     peer: Mapping,  # Another
     better: str = "higher",  # Whether a "higher" or a "lower" number is the better one
 ) -> dict | None:
-    "How many times better ours is: the median of the rounds' ratios, equation (87.1), the lowest and the highest; None where a figure is missing."
+    """How many times better ours is: the median of the rounds' ratios, equation (87.1), the lowest and the highest.
+
+    None where a figure is missing.
+    """
     if "missing" in ours or "missing" in peer or min(ours["runs"] + peer["runs"]) <= 0:
         return None
     together = len(ours["runs"]) == len(peer["runs"])
@@ -136,8 +152,19 @@ def line(
     rival = best(peers, better)
     found = ratio(ours, rival, better) if rival else None
     goal = {"at_least": at_least} if at_least is not None else {"within": within} if within is not None else None
-    return {"name": name, "unit": unit, "better": better, "ours": dict(ours), "peers": [dict(peer) for peer in peers], "against": rival["name"] if rival else None,
-            "ratio": found, "goal": goal, "conditions": conditions, "met": is_met(found, goal, conditions.values()), "note": note}
+    return {
+        "name": name,
+        "unit": unit,
+        "better": better,
+        "ours": dict(ours),
+        "peers": [dict(peer) for peer in peers],
+        "against": rival["name"] if rival else None,
+        "ratio": found,
+        "goal": goal,
+        "conditions": conditions,
+        "met": is_met(found, goal, conditions.values()),
+        "note": note,
+    }
 
 
 def is_met(found: Mapping | None, goal: Mapping | None, conditions: Iterable[bool | None]) -> bool | None:
@@ -145,12 +172,14 @@ def is_met(found: Mapping | None, goal: Mapping | None, conditions: Iterable[boo
     conditions = list(conditions)
     if goal is None or found is None:
         return None
-    reached = found["median"] >= goal["at_least"] if "at_least" in goal else abs(found["median"] - 1) <= goal["within"] + 1e-9
+    reached = (
+        found["median"] >= goal["at_least"] if "at_least" in goal else abs(found["median"] - 1) <= goal["within"] + 1e-9
+    )
     if not reached or False in conditions:
         return False
     return None if None in conditions else True
 
-# %% ../nbs/87_benchmark.ipynb #87-019
+# %% ../nbs/87_benchmark.ipynb #117c45aa
 def three_digits(value: float) -> str:
     "A number with three digits that count, and commas from a thousand on."
     value = float(f"{value:.3g}")
@@ -189,7 +218,11 @@ HEADINGS = ["ratio", "spread", "goal", "met", "what"]
 def line_cells(one: Mapping) -> list[str]:
     "A line's ratio, spread, goal, whether it is met, and name."
     found = one["ratio"]
-    numbers = [f"{three_digits(found['median'])} ×", f"{three_digits(found['low'])} to {three_digits(found['high'])}"] if found else ["-", ""]
+    numbers = (
+        [f"{three_digits(found['median'])} ×", f"{three_digits(found['low'])} to {three_digits(found['high'])}"]
+        if found
+        else ["-", ""]
+    )
     return [*numbers, goal_in_words(one["goal"]), {True: "yes", False: "NO", None: ""}[one["met"]], one["name"]]
 
 
@@ -198,7 +231,11 @@ def line_details(one: Mapping) -> list[str]:
     shown = [peer for peer in one["peers"] if peer["name"] == one["against"] or "missing" in peer]
     figures = [figure_in_words(each, one["unit"]) for each in [one["ours"], *shown]]
     said = {True: "and", False: "but NOT:", None: "unknown:"}
-    return ["; ".join(figures), *(f"{said[holds]} {words}" for words, holds in one["conditions"].items()), *([one["note"]] if one["note"] else [])]
+    return [
+        "; ".join(figures),
+        *(f"{said[holds]} {words}" for words, holds in one["conditions"].items()),
+        *([one["note"]] if one["note"] else []),
+    ]
 
 
 def format_section(section: Mapping) -> str:
@@ -207,11 +244,15 @@ def format_section(section: Mapping) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     text = [section["title"], section["setting"], ""]
     for row, one in zip(rows, [None, *section["lines"]]):
-        text.append("  ".join([row[0].rjust(widths[0]), *(cell.ljust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip())
+        text.append(
+            "  ".join(
+                [row[0].rjust(widths[0]), *(cell.ljust(width) for cell, width in zip(row[1:], widths[1:]))]
+            ).rstrip()
+        )
         text += [" " * (sum(widths[:4]) + 10) + detail for detail in (line_details(one) if one else [])]
     return "\n".join(text)
 
-# %% ../nbs/87_benchmark.ipynb #87-022
+# %% ../nbs/87_benchmark.ipynb #152f73c5
 def plot_section(section: Mapping, ax=None) -> Axes:
     "Draw a section: a bar for each line's ratio with its spread, and a diamond for its goal."
     from transformer_llm.plots import PALETTE, new_axes
@@ -226,14 +267,24 @@ def plot_section(section: Mapping, ax=None) -> Axes:
         colour = {True: PALETTE[0], False: PALETTE[1], None: PALETTE[6]}[one["met"]]
         ax.barh(place, found["median"] - 1, left=1, height=0.62, color=colour)
         ax.plot([found["low"], found["high"]], [place, place], color="black", linewidth=1.2)
-        for mark in [goal["at_least"]] if "at_least" in goal else [1 - goal["within"], 1 + goal["within"]] if goal else []:
+        for mark in (
+            [goal["at_least"]] if "at_least" in goal else [1 - goal["within"], 1 + goal["within"]] if goal else []
+        ):
             ax.plot(mark, place, marker="D", color="black", markerfacecolor="white", markersize=6, zorder=3)
-    ratios = [value for one in lines if one["ratio"] for value in one["ratio"].values()] + [one["goal"]["at_least"] for one in lines if one["goal"] and "at_least" in one["goal"]]
+    ratios = [value for one in lines if one["ratio"] for value in one["ratio"].values()] + [
+        one["goal"]["at_least"] for one in lines if one["goal"] and "at_least" in one["goal"]
+    ]
     low, high = min([0.8, *ratios]), max([1.5, *ratios])
     ax.set_xscale("log")
     ax.set_xlim(low / 1.15, high * 1.25)
     wide = high / low
-    marks = (0.1, 1, 10, 100, 1000) if wide > 60 else (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if wide > 6 else (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5)
+    marks = (
+        (0.1, 1, 10, 100, 1000)
+        if wide > 60
+        else (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+        if wide > 6
+        else (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5)
+    )
     ticks = [mark for mark in marks if low / 1.15 <= mark <= high * 1.25]
     ax.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     ax.set_xticks([], minor=True)
@@ -244,7 +295,7 @@ def plot_section(section: Mapping, ax=None) -> Axes:
     ax.set(title=section["title"], xlabel="ratio (diamond: goal)")
     return ax
 
-# %% ../nbs/87_benchmark.ipynb #87-024
+# %% ../nbs/87_benchmark.ipynb #53b5bbdd
 FORMAT = 1
 FIGURE_FIELDS = {"name": str, "median": float, "low": float, "high": float, "runs": list}
 LINE_FIELDS = {"name": str, "unit": str, "better": str, "ours": dict, "peers": list, "conditions": dict, "note": str}
@@ -267,15 +318,28 @@ def is_figure(value: object) -> bool:
     "Whether a value from a JSON file is what `figure` makes."
     if has_fields(value, {"name": str, "missing": str}):
         return True
-    return has_fields(value, FIGURE_FIELDS) and bool(value["runs"]) and all(fits(run, float) for run in value["runs"]) and fits(value.get("share", 0), float)
+    return (
+        has_fields(value, FIGURE_FIELDS)
+        and bool(value["runs"])
+        and all(fits(run, float) for run in value["runs"])
+        and fits(value.get("share", 0), float)
+    )
 
 
 def is_line(value: object) -> bool:
     "Whether a value from a JSON file is what `line` makes."
     if not has_fields(value, LINE_FIELDS) or not {"against", "ratio", "goal", "met"} <= set(value):
         return False
-    whole = is_figure(value["ours"]) and all(is_figure(peer) for peer in value["peers"]) and value["met"] in (True, False, None)
-    goal = value["goal"] is None or has_fields(value["goal"], {"at_least": float}) or has_fields(value["goal"], {"within": float})
+    whole = (
+        is_figure(value["ours"])
+        and all(is_figure(peer) for peer in value["peers"])
+        and value["met"] in (True, False, None)
+    )
+    goal = (
+        value["goal"] is None
+        or has_fields(value["goal"], {"at_least": float})
+        or has_fields(value["goal"], {"within": float})
+    )
     found = value["ratio"] is None or has_fields(value["ratio"], {"median": float, "low": float, "high": float})
     return whole and goal and found and all(holds in (True, False, None) for holds in value["conditions"].values())
 
@@ -291,17 +355,25 @@ def load_results(path: str | Path = "../data/benchmark.json") -> dict:
     if not isinstance(value, dict) or "format" not in value or "sections" not in value:
         raise InputError(f"{path} holds no results of a benchmark; give the file that transformer-llm bench wrote.")
     if value["format"] != FORMAT:
-        raise InputError(f"{path} has format {value['format']!r:.40} and this package reads format {FORMAT}; run transformer-llm bench again.")
+        raise InputError(
+            f"{path} has format {value['format']!r:.40} and this package reads "
+            f"format {FORMAT}; run transformer-llm bench again."
+        )
     whole = has_fields(value, {"machine": dict, "settings": dict, "sections": dict})
     if not whole or not all(is_section(section) for section in value["sections"].values()):
-        raise InputError(f"{path} is damaged: it is not what transformer-llm bench writes; remove it and run transformer-llm bench again.")
+        raise InputError(
+            f"{path} is damaged: it is not what transformer-llm bench writes; "
+            "remove it and run transformer-llm bench again."
+        )
     return value
 
-# %% ../nbs/87_benchmark.ipynb #87-026
+# %% ../nbs/87_benchmark.ipynb #73c3ded3
 def find_section(results: Mapping, name: str) -> Mapping:
     "One section of the results by its name; raises `InputError` where it was not measured."
     if name not in results["sections"]:
-        raise InputError(f"These results have no section {name!r}; they have {', '.join(results['sections']) or 'none'}.")
+        raise InputError(
+            f"These results have no section {name!r}; they have {', '.join(results['sections']) or 'none'}."
+        )
     return results["sections"][name]
 
 
@@ -322,7 +394,7 @@ def show_section(results: Mapping, name: str, ax=None) -> Axes:
     "Draw a section's picture."
     return plot_section(find_section(results, name), ax)
 
-# %% ../nbs/87_benchmark.ipynb #87-028
+# %% ../nbs/87_benchmark.ipynb #dcf26a8b
 VERSIONS = ("torch", "transformers", "tokenizers")
 INSTRUCTIONS = ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile")  # what torch can tell of an x86 processor
 
@@ -340,7 +412,9 @@ def version_of(package: str) -> str | None:
 def processor_name() -> str:
     "What the processor calls itself."
     with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+        )
         if found:
             return found[1].strip()
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -359,15 +433,24 @@ def memory_bytes() -> int | None:
 
 
 def describe_machine() -> dict:
-    "The machine and the versions: what a stranger needs to judge the numbers, and nothing that says whose machine it is."
+    """The machine and the versions: what a stranger needs to judge the numbers, and nothing that says whose machine it
+    is.
+    """
     import torch
 
     has = [name for name in INSTRUCTIONS if getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "processor": processor_name(), "architecture": platform.machine(), "cores": cores, "threads": torch.get_num_threads(), "instructions": has,
-        "memory": memory_bytes(), "system": platform.system(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(), **{name: version_of(name) for name in VERSIONS},
+        "processor": processor_name(),
+        "architecture": platform.machine(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "instructions": has,
+        "memory": memory_bytes(),
+        "system": platform.system(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: version_of(name) for name in VERSIONS},
     }
 
 
@@ -375,10 +458,17 @@ def machine_in_words(machine: Mapping) -> str:
     "The machine as a few lines of text."
     memory = in_words(machine["memory"], "bytes") if machine["memory"] else "unknown"
     versions = [f"{name} {machine[name] or 'not installed'}" for name in ("python", *VERSIONS)]
-    return "\n".join([f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['system']} {machine['architecture']}",
-                      f"instructions {', '.join(machine['instructions']) or 'unknown'}; memory {memory}; GPU {machine['gpu'] or 'none'}", ", ".join(versions)])
+    return "\n".join(
+        [
+            f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} "
+            f"threads, {machine['system']} {machine['architecture']}",
+            f"instructions {', '.join(machine['instructions']) or 'unknown'}; "
+            f"memory {memory}; GPU {machine['gpu'] or 'none'}",
+            ", ".join(versions),
+        ]
+    )
 
-# %% ../nbs/87_benchmark.ipynb #87-031
+# %% ../nbs/87_benchmark.ipynb #1e3857c9
 @dataclass(frozen=True)
 class Plan:
     "How much is measured. The defaults are the long form."
@@ -396,7 +486,17 @@ class Plan:
     characters: int | None = None  # Of the text, for the tokenizers; None: all
 
 
-QUICK = dict(quick=True, rounds=3, long_rounds=1, seeds=1, reference_steps=60, trajectory=1, new_tokens=48, large=False, characters=1_000_000)
+QUICK = dict(
+    quick=True,
+    rounds=3,
+    long_rounds=1,
+    seeds=1,
+    reference_steps=60,
+    trajectory=1,
+    new_tokens=48,
+    large=False,
+    characters=1_000_000,
+)
 SHORTEST_TEXT = 20_000
 
 
@@ -410,13 +510,19 @@ def make_plan(quick: bool = False, seed: int = 0, text: str | Path | None = None
         if text.is_dir():
             raise InputError(f"{text} is a folder; the benchmark takes one text file.")
         if len(read_text(text)) < SHORTEST_TEXT:
-            raise InputError(f"{text} is too short to measure anything; give a text of at least {SHORTEST_TEXT:,} characters.")
+            raise InputError(
+                f"{text} is too short to measure anything; give a text of at least {SHORTEST_TEXT:,} characters."
+            )
     return Plan(**(QUICK if quick else {}), seed=seed, text=text)
 
 
 def settings_of(plan: Plan) -> dict:
     "What sections must have in common to stand in one file."
-    text = {"name": plan.text.name, "bytes": plan.text.stat().st_size, "sha256": sha256_of(plan.text)} if plan.text else None
+    text = (
+        {"name": plan.text.name, "bytes": plan.text.stat().st_size, "sha256": sha256_of(plan.text)}
+        if plan.text
+        else None
+    )
     return {"seed": plan.seed, "text": text}
 
 
@@ -441,7 +547,7 @@ def choose_sections(names: Iterable[str] | None = None) -> list[str]:
     names = [check_choice("section", name, SECTIONS) for name in names]
     return [name for name in SECTIONS if name in names]
 
-# %% ../nbs/87_benchmark.ipynb #87-033
+# %% ../nbs/87_benchmark.ipynb #f1c98089
 def check_writable(path: Path) -> None:
     "Raise `InputError` unless a file can be written at this path."
     if path.is_dir():
@@ -455,14 +561,19 @@ def check_writable(path: Path) -> None:
 
 
 def begin(path: Path | None, machine: dict, settings: dict) -> dict:
-    "Results to fill: those in the file where machine, versions and settings are the same, else new ones. A file that would be lost raises `InputError`."
+    """Results to fill: those in the file where machine, versions and settings are the same, else new ones.
+
+    A file that would be lost raises `InputError`.
+    """
     new = {"format": FORMAT, "draft": False, "machine": machine, "settings": settings, "sections": {}}
     if path is None or not path.exists():
         return new
     try:
         old = load_results(path)
     except InputError as error:
-        raise InputError(f"{path} is there already and is no file of results that can be continued; give another --output.") from error
+        raise InputError(
+            f"{path} is there already and is no file of results that can be continued; give another --output."
+        ) from error
     if old.get("draft"):
         return new
     texts = [one.get("text") for one in (old["settings"], settings) if one.get("text")]
@@ -470,7 +581,10 @@ def begin(path: Path | None, machine: dict, settings: dict) -> dict:
     differs += ["seed"] if old["settings"].get("seed") != settings["seed"] else []
     differs += ["text"] if len(texts) == 2 and texts[0] != texts[1] else []
     if differs:
-        raise InputError(f"{path} holds results that were measured otherwise ({', '.join(differs)}); remove it, or give another --output.")
+        raise InputError(
+            f"{path} holds results that were measured otherwise "
+            f"({', '.join(differs)}); remove it, or give another --output."
+        )
     return new | {"sections": old["sections"], "settings": settings | {"text": texts[-1] if texts else None}}
 
 
@@ -478,7 +592,13 @@ def run_section(name: str, plan: Plan) -> dict:
     "Measure one section."
     section, start = SECTIONS[name], time.perf_counter()
     lines = section.run(plan)
-    return {"title": section.title, "setting": section.setting, "quick": plan.quick, "seconds": round(time.perf_counter() - start, 1), "lines": lines}
+    return {
+        "title": section.title,
+        "setting": section.setting,
+        "quick": plan.quick,
+        "seconds": round(time.perf_counter() - start, 1),
+        "lines": lines,
+    }
 
 
 def run_benchmark(
@@ -512,7 +632,11 @@ def run_benchmark(
                 write_json(path, in_order(results))
             finished.append(name)
     except KeyboardInterrupt:
-        kept = f"; {path} holds what was measured: {', '.join(finished)}" if finished and path else " before a section was complete"
+        kept = (
+            f"; {path} holds what was measured: {', '.join(finished)}"
+            if finished and path
+            else " before a section was complete"
+        )
         tell(f"\nStopped{kept}.")
         raise
     return in_order(results)
@@ -542,15 +666,23 @@ def save_picture(results: Mapping, path: str | Path) -> None:
         axes.flat[0].figure.savefig(file, format="png")
     plt.close(axes.flat[0].figure)
 
-# %% ../nbs/87_benchmark.ipynb #87-036
+# %% ../nbs/87_benchmark.ipynb #f310d438
 MINUTE, MINUTE_LOSS = 60.0, 1.60
 SPRINTS = {"plain": "plain", "ngrams": "n-grams"}  # recipes of chapter 12
 LONGER = {"under-1.60": 3, "minute": 1}  # more of them, and for how many seeds each
-REFERENCES = {"documented": "as documented, our Trainer", "hf": "as documented, transformers", "tuned": "tuned, our Trainer", "hf tuned": "tuned, transformers"}
+REFERENCES = {
+    "documented": "as documented, our Trainer",
+    "hf": "as documented, transformers",
+    "tuned": "tuned, our Trainer",
+    "hf tuned": "tuned, transformers",
+}
 
 
 def run_once(name: str, plan: Plan, seed: int) -> dict:
-    "One run of a recipe by its name: `val_loss` and `seconds`; a reference is cut short and scaled up where the plan says so."
+    """One run of a recipe by its name: `val_loss` and `seconds`.
+
+    A reference is cut short and scaled up where the plan says so.
+    """
     from transformer_llm.sprint import RECIPES, run_recipe
 
     if name.startswith("hf"):
@@ -564,7 +696,9 @@ def run_once(name: str, plan: Plan, seed: int) -> dict:
     recipe = RECIPES[name]
     if name in REFERENCES and plan.reference_steps is not None:
         steps = recipe.training.max_steps
-        run = run_recipe(replace(recipe, training=recipe.training.replace(max_steps=plan.reference_steps)), plan.text, seed)
+        run = run_recipe(
+            replace(recipe, training=recipe.training.replace(max_steps=plan.reference_steps)), plan.text, seed
+        )
         rest = run["seconds"] - run["evaluation_seconds"]
         return {"seconds": rest * steps / plan.reference_steps + run["evaluation_seconds"], "val_loss": None}
     return run_recipe(recipe, plan.text, seed)
@@ -604,7 +738,11 @@ def losses_in_words(runs: Iterable[Mapping]) -> str:
 def run_figure(name: str, runs: list[dict] | str) -> dict:
     "The seconds of a recipe's runs, with their losses in the name."
     words = (SPRINTS | REFERENCES)[name]
-    return figure(words, runs) if isinstance(runs, str) else figure(f"{words}, loss {losses_in_words(runs)}", [run["seconds"] for run in runs])
+    return (
+        figure(words, runs)
+        if isinstance(runs, str)
+        else figure(f"{words}, loss {losses_in_words(runs)}", [run["seconds"] for run in runs])
+    )
 
 
 def reaches(runs: Iterable[Mapping], references: Iterable[list[dict] | str]) -> dict[str, bool | None]:
@@ -613,19 +751,35 @@ def reaches(runs: Iterable[Mapping], references: Iterable[list[dict] | str]) -> 
     target = min(there, key=lambda run: run["seconds"])["val_loss"] if there else None
     if target is None:
         return {"the loss of the recipe as documented is reached": None}
-    return {f"the loss of the recipe as documented, {target:.3f}, is reached": median(run["val_loss"] for run in runs) <= target}
+    return {
+        f"the loss of the recipe as documented, {target:.3f}, is reached": median(run["val_loss"] for run in runs)
+        <= target
+    }
 
 
 def training_loss(plan: Plan, run: Callable[[str, Plan, int], dict] = run_once) -> list[dict]:
     "The section `training-loss`."
     runs = loss_runs(plan, run)
     kinds = {"documented": ["documented", "hf"], "tuned": ["tuned", "hf tuned"]}
-    note, lines = "The references' time is calculated from their first steps." if plan.reference_steps is not None else "", []
+    note, lines = (
+        "The references' time is calculated from their first steps." if plan.reference_steps is not None else "",
+        [],
+    )
     for sprint, goals in (("plain", (20, 10)), ("ngrams", (40, 20))):
         for (kind, peers), goal in zip(kinds.items(), goals):
             condition = reaches(runs[sprint], [runs[name] for name in kinds["documented"]])
-            lines.append(line(f"{SPRINTS[sprint]} against {kind}", run_figure(sprint, runs[sprint]), [run_figure(name, runs[name]) for name in peers],
-                              unit="s", better="lower", at_least=goal, conditions=condition, note=note))
+            lines.append(
+                line(
+                    f"{SPRINTS[sprint]} against {kind}",
+                    run_figure(sprint, runs[sprint]),
+                    [run_figure(name, runs[name]) for name in peers],
+                    unit="s",
+                    better="lower",
+                    at_least=goal,
+                    conditions=condition,
+                    note=note,
+                )
+            )
     return [*lines, *minute_lines(runs)]
 
 
@@ -636,28 +790,58 @@ def minute_lines(runs: Mapping[str, list[dict] | str]) -> list[dict]:
     if isinstance(runs["under-1.60"], str):
         return [line(mark, figure("the recipe under-1.60", runs["under-1.60"]), limit, at_least=1, **options)]
     said = {name: losses_in_words(runs[name]) for name in LONGER}
-    below = {f"validation loss {said['under-1.60']}, below {MINUTE_LOSS:.2f}": max(one["val_loss"] for one in runs["under-1.60"]) < MINUTE_LOSS}
+    below = {
+        f"validation loss {said['under-1.60']}, below {MINUTE_LOSS:.2f}": max(
+            one["val_loss"] for one in runs["under-1.60"]
+        )
+        < MINUTE_LOSS
+    }
     seconds = {name: [one["seconds"] for one in runs[name]] for name in LONGER}
-    return [line(mark, figure("the recipe under-1.60", seconds["under-1.60"]), limit, at_least=1, conditions=below, **options),
-            line(lowest, figure(f"the recipe minute, loss {said['minute']}", seconds["minute"]), limit, **options)]
+    return [
+        line(
+            mark, figure("the recipe under-1.60", seconds["under-1.60"]), limit, at_least=1, conditions=below, **options
+        ),
+        line(lowest, figure(f"the recipe minute, loss {said['minute']}", seconds["minute"]), limit, **options),
+    ]
 
 
-SECTIONS["training-loss"] = Section("Training: time to loss", "Seconds to the final validation loss of nanoGPT's recipe for a CPU, everything included but the import of torch.",
-                                    training_loss, needs_text=True)
+SECTIONS["training-loss"] = Section(
+    "Training: time to loss",
+    "Seconds to the final validation loss of nanoGPT's recipe for a CPU, everything included but the import of torch.",
+    training_loss,
+    needs_text=True,
+)
 
-# %% ../nbs/87_benchmark.ipynb #87-038
+# %% ../nbs/87_benchmark.ipynb #93c1040d
 GPU_RECIPE = dict(d_model=384, n_layers=6, n_heads=6, context_length=256, dropout=0.2)
-GPU_TRAINING = dict(max_steps=5000, batch_size=64, learning_rate=1e-3, min_lr_fraction=0.1, warmup_steps=100, betas=(0.9, 0.99), dtype="bfloat16", compile=True, device="cuda",
-                    eval_every=250, eval_batches=50, checkpoint_every=0)
+GPU_TRAINING = dict(
+    max_steps=5000,
+    batch_size=64,
+    learning_rate=1e-3,
+    min_lr_fraction=0.1,
+    warmup_steps=100,
+    betas=(0.9, 0.99),
+    dtype="bfloat16",
+    compile=True,
+    device="cuda",
+    eval_every=250,
+    eval_batches=50,
+    checkpoint_every=0,
+)
 GPU_LOSS = 1.47
 
 
 def seconds_until(history: Iterable[Mapping], loss: float) -> float | None:
     "The seconds of the first record of a history whose validation loss is at most this."
-    return next((record["seconds"] for record in history if record.get("val_loss") is not None and record["val_loss"] <= loss), None)
+    return next(
+        (record["seconds"] for record in history if record.get("val_loss") is not None and record["val_loss"] <= loss),
+        None,
+    )
 
 
-def gpu_training_loss(plan: Plan, model: Mapping = GPU_RECIPE, training: Mapping = GPU_TRAINING, loss: float = GPU_LOSS) -> list[dict]:
+def gpu_training_loss(
+    plan: Plan, model: Mapping = GPU_RECIPE, training: Mapping = GPU_TRAINING, loss: float = GPU_LOSS
+) -> list[dict]:
     "The section `gpu-training-loss`."
     import torch
 
@@ -671,16 +855,36 @@ def gpu_training_loss(plan: Plan, model: Mapping = GPU_RECIPE, training: Mapping
         return [line(name, figure("our Trainer", "this machine has no GPU"), [], unit="s", better="lower")]
     train, val, vocab_size = read_characters(plan.text)
     set_seed(plan.seed)
-    trainer = Trainer(GPT(GPTConfig(vocab_size=vocab_size, **model)), TokenData.from_tokens(train, val), TrainingConfig(**training, seed=plan.seed), progress=False)
+    trainer = Trainer(
+        GPT(GPTConfig(vocab_size=vocab_size, **model)),
+        TokenData.from_tokens(train, val),
+        TrainingConfig(**training, seed=plan.seed),
+        progress=False,
+    )
     history = trainer.train()
     seconds = seconds_until(history, loss)
     best_loss = min(record["val_loss"] for record in history if record["val_loss"] is not None)
-    return [line(name, figure("our Trainer", [seconds] if seconds else f"its best validation loss was {best_loss:.3f}"), [], unit="s", better="lower", note=f"Best validation loss {best_loss:.3f}.")]
+    return [
+        line(
+            name,
+            figure("our Trainer", [seconds] if seconds else f"its best validation loss was {best_loss:.3f}"),
+            [],
+            unit="s",
+            better="lower",
+            note=f"Best validation loss {best_loss:.3f}.",
+        )
+    ]
 
 
-SECTIONS["gpu-training-loss"] = Section("Training on a GPU: time to loss", "nanoGPT's setting for a GPU on the text's characters.", gpu_training_loss, needs_text=True, on_request=True)
+SECTIONS["gpu-training-loss"] = Section(
+    "Training on a GPU: time to loss",
+    "nanoGPT's setting for a GPU on the text's characters.",
+    gpu_training_loss,
+    needs_text=True,
+    on_request=True,
+)
 
-# %% ../nbs/87_benchmark.ipynb #87-040
+# %% ../nbs/87_benchmark.ipynb #fb4218d0
 PEAK_SECONDS = 0.3  # For measuring what matrix products reach at most
 TRAINING_SIZES = {"tiny": dict(batch_size=8, context_length=256), "gpt2": dict(batch_size=2, context_length=256)}
 QUICK_SIZES = {"tiny": dict(batch_size=8, context_length=256), "gpt2": dict(batch_size=2, context_length=64)}
@@ -772,7 +976,7 @@ def peer_makers(compiled: bool = False) -> dict[str, Callable | str]:
 
     return {"transformers": why_missing("transformers") or of_transformers, "torch.nn.TransformerEncoder": of_torch}
 
-# %% ../nbs/87_benchmark.ipynb #87-041
+# %% ../nbs/87_benchmark.ipynb #15e77f7b
 TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # By what share losses of the same step may differ
 AUTOCAST = {"float32": "float32", "bfloat16": "autocast"}  # What a peer's precision is called
 
@@ -782,10 +986,21 @@ def make_learners(model: GPT, tokens, settings: TrainingConfig, compiled: bool =
     from transformer_llm.performance import FastTrainer
     from transformer_llm.training import Trainer
 
-    ours = {"Trainer, float32": (Trainer, "float32"), "FastTrainer, float32": (FastTrainer, "float32"), "FastTrainer, bfloat16": (FastTrainer, "bfloat16")}
-    learners = {name: our_learner(kind, model, tokens, settings.replace(dtype=dtype, compile=compiled)) for name, (kind, dtype) in ours.items()}
+    ours = {
+        "Trainer, float32": (Trainer, "float32"),
+        "FastTrainer, float32": (FastTrainer, "float32"),
+        "FastTrainer, bfloat16": (FastTrainer, "bfloat16"),
+    }
+    learners = {
+        name: our_learner(kind, model, tokens, settings.replace(dtype=dtype, compile=compiled))
+        for name, (kind, dtype) in ours.items()
+    }
     for name, make in peer_makers(compiled).items():
-        each = {dtype: make for dtype in AUTOCAST} if isinstance(make, str) else their_learners(make, model, tokens, settings)
+        each = (
+            {dtype: make for dtype in AUTOCAST}
+            if isinstance(make, str)
+            else their_learners(make, model, tokens, settings)
+        )
         learners |= {f"{name}, {AUTOCAST[dtype]}": learner for dtype, learner in each.items()}
     return learners
 
@@ -811,14 +1026,30 @@ def first_losses(
 
 
 def same_losses(losses: Mapping[str, list[float] | str], names: Iterable[str], dtype: str) -> dict[str, bool | None]:
-    "As a condition of a line: whether these learners' first losses are those of the plain Trainer, within the tolerance of the precision."
+    """As a condition of a line: whether these learners' first losses are those of the plain Trainer, within the
+    tolerance of the precision.
+    """
     plain = losses["Trainer, float32"]
     apart = [abs(a - b) / b for name in names if not isinstance(losses[name], str) for a, b in zip(losses[name], plain)]
     largest = max(apart, default=0.0)
-    return {f"the first {len(plain)} losses are those of the plain Trainer (largest difference {largest:.1e} of them)": largest <= TOLERANCES[dtype]}
+    return {
+        f"the first {len(plain)} losses are those of the plain Trainer "
+        f"(largest difference {largest:.1e} of them)": largest
+        <= TOLERANCES[dtype]
+    }
 
 
-def training_runs(plan: Plan, config: GPTConfig, batch_size: int, context_length: int, *, steps: int, rounds: int, device: str = "cpu", compiled: bool = False) -> tuple[dict, dict]:
+def training_runs(
+    plan: Plan,
+    config: GPTConfig,
+    batch_size: int,
+    context_length: int,
+    *,
+    steps: int,
+    rounds: int,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> tuple[dict, dict]:
     "Tokens a second of every learner in turn, with what matrix products reach at most, and the learners' first losses."
     import torch
 
@@ -829,8 +1060,18 @@ def training_runs(plan: Plan, config: GPTConfig, batch_size: int, context_length
     model = GPT(config).to(device)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tokens = torch.randint(config.vocab_size, (max(100_000, 2 * context_length),), generator=generator)
-    settings = TrainingConfig(max_steps=10**6, batch_size=batch_size, context_length=context_length, learning_rate=3e-4, warmup_steps=0, schedule="constant",
-                              seed=plan.seed, device=device, checkpoint_every=0, eval_every=0)
+    settings = TrainingConfig(
+        max_steps=10**6,
+        batch_size=batch_size,
+        context_length=context_length,
+        learning_rate=3e-4,
+        warmup_steps=0,
+        schedule="constant",
+        seed=plan.seed,
+        device=device,
+        checkpoint_every=0,
+        eval_every=0,
+    )
     learners = make_learners(model, tokens, settings, compiled)
     theirs = [name for name in learners if "Trainer" not in name]
     losses = first_losses(learners, weights, plan.trajectory, theirs)
@@ -841,13 +1082,20 @@ def training_runs(plan: Plan, config: GPTConfig, batch_size: int, context_length
             learner.step()
         return steps * batch_size * context_length / (time.perf_counter() - start)
 
-    forms = {name: losses[name] if isinstance(losses[name], str) else partial(speed, learner) for name, learner in learners.items()}
-    forms |= {f"peak, {name}": partial(matmul_peak, getattr(torch, name), PEAK_SECONDS, device=device) for name in AUTOCAST}
+    forms = {
+        name: losses[name] if isinstance(losses[name], str) else partial(speed, learner)
+        for name, learner in learners.items()
+    }
+    forms |= {
+        f"peak, {name}": partial(matmul_peak, getattr(torch, name), PEAK_SECONDS, device=device) for name in AUTOCAST
+    }
     return measure(forms, rounds, warm_up=0, theirs=theirs), losses
 
 
 def training_lines(title: str, config: GPTConfig, runs: Mapping, losses: Mapping, context_length: int) -> list[dict]:
-    "The lines of one size: our bfloat16 against both precisions of the peers, our float32 against theirs, and the plain Trainer."
+    """The lines of one size: our bfloat16 against both precisions of the peers, our float32 against theirs, and the
+    plain Trainer.
+    """
     from transformer_llm.performance import utilisation
 
     peaks = {dtype: median(runs[f"peak, {dtype}"]) for dtype in AUTOCAST}
@@ -855,19 +1103,41 @@ def training_lines(title: str, config: GPTConfig, runs: Mapping, losses: Mapping
     def of(name: str) -> dict:
         dtype = "float32" if name.endswith("float32") else "bfloat16"
         missing = isinstance(runs[name], str)
-        return figure(name, runs[name], share=None if missing else utilisation(median(runs[name]), config, peaks[dtype], context_length))
+        return figure(
+            name,
+            runs[name],
+            share=None if missing else utilisation(median(runs[name]), config, peaks[dtype], context_length),
+        )
 
     def one(what: str, ours: str, dtypes: Collection[str], at_least: float | None = None, note: str = "") -> dict:
-        peers = [name for name in runs if "Trainer" not in name and not name.startswith("peak") and any(name.endswith(f", {AUTOCAST[dtype]}") for dtype in dtypes)]
+        peers = [
+            name
+            for name in runs
+            if "Trainer" not in name
+            and not name.startswith("peak")
+            and any(name.endswith(f", {AUTOCAST[dtype]}") for dtype in dtypes)
+        ]
         precision = "float32" if ours.endswith("float32") and set(dtypes) == {"float32"} else "bfloat16"
         conditions = same_losses(losses, [ours, *peers], precision)
-        return line(f"{title}: {what}", of(ours), map(of, peers), unit="tokens/s", at_least=at_least, conditions=conditions, note=note)
+        return line(
+            f"{title}: {what}",
+            of(ours),
+            map(of, peers),
+            unit="tokens/s",
+            at_least=at_least,
+            conditions=conditions,
+            note=note,
+        )
 
     rate = f"On this machine, products in bfloat16 reach {peaks['bfloat16'] / peaks['float32']:.2f} times the rate of those in float32."
     fastest = max(("FastTrainer, float32", "FastTrainer, bfloat16"), key=lambda name: median(runs[name]))
-    return [one("bfloat16 against float32", "FastTrainer, bfloat16", ["float32"], 1.8, rate), one("bfloat16 against autocast", "FastTrainer, bfloat16", ["bfloat16"], 1.3, rate),
-            one("float32 against float32", "FastTrainer, float32", ["float32"], 1.0), one("our fastest against autocast", fastest, ["bfloat16"]),
-            one("the plain Trainer against float32", "Trainer, float32", ["float32"])]
+    return [
+        one("bfloat16 against float32", "FastTrainer, bfloat16", ["float32"], 1.8, rate),
+        one("bfloat16 against autocast", "FastTrainer, bfloat16", ["bfloat16"], 1.3, rate),
+        one("float32 against float32", "FastTrainer, float32", ["float32"], 1.0),
+        one("our fastest against autocast", fastest, ["bfloat16"]),
+        one("the plain Trainer against float32", "Trainer, float32", ["float32"]),
+    ]
 
 
 def training_throughput(plan: Plan) -> list[dict]:
@@ -891,16 +1161,21 @@ def gpu_lines(plan: Plan, device: str = "cuda", compiled: bool = True, sizes: Ma
     lines = []
     for preset, size in (GPU_SIZES if sizes is None else sizes).items():
         config = gpt2_shape(preset)
-        runs, losses = training_runs(plan, config, **size, steps=10, rounds=plan.rounds, device=device, compiled=compiled)
+        runs, losses = training_runs(
+            plan, config, **size, steps=10, rounds=plan.rounds, device=device, compiled=compiled
+        )
         lines += training_lines(f"GPU, {preset}, {size_in_words(config)}", config, runs, losses, size["context_length"])
     return lines
 
 
 SECTIONS["training-throughput"] = Section(
-    "Training: tokens a second", "Full steps at equal shape, weights and batches. The percentage is the share of what matrix products of that precision reach on this machine.",
-    training_throughput)
+    "Training: tokens a second",
+    "Full steps at equal shape, weights and batches. The percentage is the share of "
+    "what matrix products of that precision reach on this machine.",
+    training_throughput,
+)
 
-# %% ../nbs/87_benchmark.ipynb #87-043
+# %% ../nbs/87_benchmark.ipynb #199ba971
 GENERATION_SIZES = {"nano": dict(context_length=256), "tiny": {}, "gpt2": {}}  # presets in GPT-2's shape
 DECODER_GOALS = {"nano": 4.0, "tiny": 2.5, "gpt2": 1.8}  # At batch 1, against transformers in the same precision
 INT8_GOAL, BOUND_GOAL = 4.5, 1 / 1.5
@@ -918,7 +1193,10 @@ def decoders(model: GPT, dtypes: Iterable[str]) -> dict[str, Callable]:
 
 
 def writers(model: GPT, ours: Mapping) -> dict[str, Callable | str]:
-    "What writes: from (prompts, number of tokens, sampled or not) to prompts with the tokens behind them; or why it can't be."
+    """What writes: from (prompts, number of tokens, sampled or not) to prompts with the tokens behind them.
+
+    Or why it can't be.
+    """
     import torch
 
     from transformer_llm.peers import hf_generate, hf_gpt2, why_missing
@@ -930,7 +1208,9 @@ def writers(model: GPT, ours: Mapping) -> dict[str, Callable | str]:
     for dtype in ours:
         if dtype != "int8":
             missing = why_missing("transformers")
-            found[f"transformers.generate, {dtype}"] = missing or partial(hf_generate, hf_gpt2(model).to(getattr(torch, dtype)))
+            found[f"transformers.generate, {dtype}"] = missing or partial(
+                hf_generate, hf_gpt2(model).to(getattr(torch, dtype))
+            )
     return found
 
 
@@ -938,14 +1218,18 @@ def drafted_writer(ours: Mapping) -> Callable:
     "Speculative decoding: the eight-bit decoder drafts, the one in float32 decides. One prompt."
     from transformer_llm.decoding import speculative
 
-    return lambda ids, n, sampled=False: speculative(ours["float32"], ours["int8"], ids, n, lookahead=LOOKAHEAD, temperature=1.0 if sampled else 0.0, generator=0)[0]
+    return lambda ids, n, sampled=False: speculative(
+        ours["float32"], ours["int8"], ids, n, lookahead=LOOKAHEAD, temperature=1.0 if sampled else 0.0, generator=0
+    )[0]
 
 
 def plain_writer(model: GPT) -> Callable:
     "The plain form: every token reads the whole text again."
     from transformer_llm.generation import generate
 
-    return lambda ids, n, sampled=False: generate(model, ids, n, temperature=1.0 if sampled else 0.0, use_cache=False, generator=0)
+    return lambda ids, n, sampled=False: generate(
+        model, ids, n, temperature=1.0 if sampled else 0.0, use_cache=False, generator=0
+    )
 
 
 def writing_speeds(
@@ -967,18 +1251,32 @@ def writing_speeds(
         return len(ids) * n / seconds
 
     theirs = [name for name in forms if not name.startswith("Decoder")]
-    warm = measure({name: form if isinstance(form, str) else partial(speed, form, 4) for name, form in forms.items()}, 1, warm_up=0, theirs=theirs)
-    ready = {name: warm[name] if isinstance(warm[name], str) else partial(speed, forms[name], new_tokens) for name in forms}
+    warm = measure(
+        {name: form if isinstance(form, str) else partial(speed, form, 4) for name, form in forms.items()},
+        1,
+        warm_up=0,
+        theirs=theirs,
+    )
+    ready = {
+        name: warm[name] if isinstance(warm[name], str) else partial(speed, forms[name], new_tokens) for name in forms
+    }
     return measure(ready | dict(besides or {}), rounds, warm_up=0, theirs=theirs)
 
 
-def same_tokens(model: GPT, forms: Mapping[str, Callable | str], ids: Int[Tensor, "batch seq"], new_tokens: int = 24) -> dict[str, bool | None]:
+def same_tokens(
+    model: GPT, forms: Mapping[str, Callable | str], ids: Int[Tensor, "batch seq"], new_tokens: int = 24
+) -> dict[str, bool | None]:
     "As a condition: whether our decoder in float32 writes what the plain form writes, greedily."
-    equal = [plain_writer(model)(ids, new_tokens, sampled).equal(forms["Decoder, float32"](ids, new_tokens, sampled)) for sampled in (False, True)]
+    equal = [
+        plain_writer(model)(ids, new_tokens, sampled).equal(forms["Decoder, float32"](ids, new_tokens, sampled))
+        for sampled in (False, True)
+    ]
     return {"the decoder writes what the plain form writes, greedy and sampled": all(equal)}
 
 
-def same_draft(ours: Mapping, drafted: Callable, ids: Int[Tensor, "1 seq"], new_tokens: int = 24) -> dict[str, bool | None]:
+def same_draft(
+    ours: Mapping, drafted: Callable, ids: Int[Tensor, "1 seq"], new_tokens: int = 24
+) -> dict[str, bool | None]:
     "As a condition: whether drafting leaves the float32 decoder's greedy text as it is."
     alone = ours["float32"].generate(ids, new_tokens, temperature=0.0)
     return {"the text is the one without a draft": alone.equal(drafted(ids, new_tokens))}
@@ -1000,25 +1298,83 @@ def generation_of(plan: Plan, preset: str, config: GPTConfig) -> list[dict]:
     same = same_tokens(model, forms, one)
 
     def versus(what: str, runs: Mapping, ours: str, theirs: str, goal: float | None, **options) -> dict:
-        return line(f"{title}, {what}", figure(ours, runs[ours]), [figure(theirs, runs[theirs])], unit="tokens/s", at_least=goal, **options)
+        return line(
+            f"{title}, {what}",
+            figure(ours, runs[ours]),
+            [figure(theirs, runs[theirs])],
+            unit="tokens/s",
+            at_least=goal,
+            **options,
+        )
 
     drafted = {"Decoder, float32, drafted in int8": drafted_writer(ours)} if large else {}
-    greedy = writing_speeds(forms | drafted, one, plan.new_tokens, rounds, besides={"bandwidth": memory_bandwidth} if large else None)
-    lines = [versus("batch 1, greedy, float32", greedy, "Decoder, float32", "transformers.generate, float32", DECODER_GOALS[preset], conditions=same),
-             versus("batch 1, greedy, bfloat16", greedy, "Decoder, bfloat16", "transformers.generate, bfloat16", DECODER_GOALS[preset])]
+    greedy = writing_speeds(
+        forms | drafted, one, plan.new_tokens, rounds, besides={"bandwidth": memory_bandwidth} if large else None
+    )
+    lines = [
+        versus(
+            "batch 1, greedy, float32",
+            greedy,
+            "Decoder, float32",
+            "transformers.generate, float32",
+            DECODER_GOALS[preset],
+            conditions=same,
+        ),
+        versus(
+            "batch 1, greedy, bfloat16",
+            greedy,
+            "Decoder, bfloat16",
+            "transformers.generate, bfloat16",
+            DECODER_GOALS[preset],
+        ),
+    ]
     if large:
-        lines.append(versus("batch 1, greedy, int8", greedy, "Decoder, int8", "transformers.generate, float32", INT8_GOAL, note="What int8 costs in quality is measured in chapter 13."))
-        lines += [versus("batch 1, greedy, drafted in int8", greedy, name, "Decoder, float32", None, conditions=same_draft(ours, write, one)) for name, write in drafted.items()]
+        lines.append(
+            versus(
+                "batch 1, greedy, int8",
+                greedy,
+                "Decoder, int8",
+                "transformers.generate, float32",
+                INT8_GOAL,
+                note="What int8 costs in quality is measured in chapter 13.",
+            )
+        )
+        lines += [
+            versus(
+                "batch 1, greedy, drafted in int8",
+                greedy,
+                name,
+                "Decoder, float32",
+                None,
+                conditions=same_draft(ours, write, one),
+            )
+            for name, write in drafted.items()
+        ]
         lines += product_lines(title, model, ours, rounds)
-        lines += bound_lines(title, greedy, {dtype: bytes_per_token(decoder, PROMPT + plan.new_tokens // 2) for dtype, decoder in ours.items()})
+        lines += bound_lines(
+            title,
+            greedy,
+            {dtype: bytes_per_token(decoder, PROMPT + plan.new_tokens // 2) for dtype, decoder in ours.items()},
+        )
     if large and plan.quick:
         return lines
     pairs = {name: forms[name] for name in ("Decoder, float32", "transformers.generate, float32")}
     sampled = writing_speeds(pairs, one, plan.new_tokens, rounds, sampled=True)
     lines.append(versus("batch 1, sampled, float32", sampled, *pairs, DECODER_GOALS[preset], conditions=same))
-    batch = writing_speeds({name: form for name, form in forms.items() if "int8" not in name}, many, plan.new_tokens, 1 if large else rounds)
-    lines += [versus(f"batch 16, greedy, {dtype}", batch, f"Decoder, {dtype}", f"transformers.generate, {dtype}", 1.0) for dtype in dtypes if dtype != "int8"]
-    plain = writing_speeds({"our plain form": plain_writer(model)}, one, plan.new_tokens // 4 if large else plan.new_tokens, 1)
+    batch = writing_speeds(
+        {name: form for name, form in forms.items() if "int8" not in name},
+        many,
+        plan.new_tokens,
+        1 if large else rounds,
+    )
+    lines += [
+        versus(f"batch 16, greedy, {dtype}", batch, f"Decoder, {dtype}", f"transformers.generate, {dtype}", 1.0)
+        for dtype in dtypes
+        if dtype != "int8"
+    ]
+    plain = writing_speeds(
+        {"our plain form": plain_writer(model)}, one, plan.new_tokens // 4 if large else plan.new_tokens, 1
+    )
     return [*lines, versus("batch 1, greedy, to no cache", greedy | plain, "Decoder, float32", "our plain form", None)]
 
 
@@ -1035,7 +1391,9 @@ def linear_weights(model: GPT) -> list[Float[Tensor, "rows columns"]]:
 
 
 def product_lines(title: str, model: GPT, ours: Mapping, rounds: int) -> list[dict]:
-    "One row times each matrix in turn: ours against `nn.Linear`'s way in the same precision, in eight bits against ours that isn't fetched first."
+    """One row times each matrix in turn: ours against `nn.Linear`'s way in the same precision, in eight bits against
+    ours that isn't fetched first.
+    """
     import copy
 
     import torch
@@ -1066,12 +1424,23 @@ def product_lines(title: str, model: GPT, ours: Mapping, rounds: int) -> list[di
             for matrix in plain:
                 matrix.pieces = []
         else:
-            peer, plain = f"nn.Linear, {dtype}", [partial(F.linear, weight=weight.to(decoder.dtype)) for weight in weights]
+            peer, plain = (
+                f"nn.Linear, {dtype}",
+                [partial(F.linear, weight=weight.to(decoder.dtype)) for weight in weights],
+            )
         peers[f"Decoder, {dtype}"] = peer
         forms |= {f"Decoder, {dtype}": form(decoder.matrices(), decoder.dtype), peer: form(plain, decoder.dtype)}
     runs = measure(forms, 2 * rounds)
-    return [line(f"{title}, one row's products, {name.removeprefix('Decoder, ')}", figure(name, runs[name]), [figure(peer, runs[peer])], unit="s", better="lower")
-            for name, peer in peers.items()]
+    return [
+        line(
+            f"{title}, one row's products, {name.removeprefix('Decoder, ')}",
+            figure(name, runs[name]),
+            [figure(peer, runs[peer])],
+            unit="s",
+            better="lower",
+        )
+        for name, peer in peers.items()
+    ]
 
 
 def bound_lines(title: str, runs: Mapping, read: Mapping[str, int]) -> list[dict]:
@@ -1081,14 +1450,26 @@ def bound_lines(title: str, runs: Mapping, read: Mapping[str, int]) -> list[dict
         name = f"the bound: {in_words(n_bytes, 'bytes')} a token at {in_words(median(runs['bandwidth']), 'bytes')}/s"
         bound = figure(name, [speed / n_bytes for speed in runs["bandwidth"]])
         goal = BOUND_GOAL if dtype == "float32" else None
-        lines.append(line(f"{title}, batch 1, {dtype}, to the bound", figure(f"Decoder, {dtype}", runs[f"Decoder, {dtype}"]), [bound], unit="tokens/s", at_least=goal))
+        lines.append(
+            line(
+                f"{title}, batch 1, {dtype}, to the bound",
+                figure(f"Decoder, {dtype}", runs[f"Decoder, {dtype}"]),
+                [bound],
+                unit="tokens/s",
+                at_least=goal,
+            )
+        )
     return lines
 
 
 def generation(plan: Plan) -> list[dict]:
     "The section `generation`."
     quiet_peers()
-    return [one for preset, changes in GENERATION_SIZES.items() for one in generation_of(plan, preset, gpt2_shape(preset, **changes))]
+    return [
+        one
+        for preset, changes in GENERATION_SIZES.items()
+        for one in generation_of(plan, preset, gpt2_shape(preset, **changes))
+    ]
 
 
 def quiet_peers() -> None:
@@ -1097,9 +1478,13 @@ def quiet_peers() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-SECTIONS["generation"] = Section("Generation", f"Greedy and sampled texts after a prompt of {PROMPT} tokens; random weights, the same for all.", generation)
+SECTIONS["generation"] = Section(
+    "Generation",
+    f"Greedy and sampled texts after a prompt of {PROMPT} tokens; random weights, the same for all.",
+    generation,
+)
 
-# %% ../nbs/87_benchmark.ipynb #87-045
+# %% ../nbs/87_benchmark.ipynb #45645c69
 def fresh_process(code: str, *arguments: str) -> float:
     "The number that a Python program prints last, run in a process of its own; an error in it raises `RuntimeError`."
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
@@ -1115,7 +1500,15 @@ TEXTBOOK_CHARACTERS, TEXTBOOK_MERGES = 100_000, 100
 def tokenizer_lines(plan: Plan) -> list[dict]:
     "The section `tokenizer`."
     from transformer_llm.dataset import read_text
-    from transformer_llm.peers import END, pieces_of, rust_encoder, rust_merges, rust_training, textbook_merges, why_missing
+    from transformer_llm.peers import (
+        END,
+        pieces_of,
+        rust_encoder,
+        rust_merges,
+        rust_training,
+        textbook_merges,
+        why_missing,
+    )
     from transformer_llm.tokenizer import BPETokenizer, count_words, learn_merges, visible
 
     text = read_text(plan.text)[: plan.characters]
@@ -1130,19 +1523,35 @@ def tokenizer_lines(plan: Plan) -> list[dict]:
 
         return run
 
-    size = min(TOKENIZER_SIZE, 257 + len(learn_merges(count_words([text], [END]), TOKENIZER_SIZE)))  # a short text gives fewer
-    reference, n_merges = BPETokenizer.train(text, size), min(TEXTBOOK_MERGES, len(learn_merges(count_words([few], [END]), TEXTBOOK_MERGES)))
+    # a short text gives fewer
+    size = min(TOKENIZER_SIZE, 257 + len(learn_merges(count_words([text], [END]), TOKENIZER_SIZE)))
+    reference, n_merges = (
+        BPETokenizer.train(text, size),
+        min(TEXTBOOK_MERGES, len(learn_merges(count_words([few], [END]), TEXTBOOK_MERGES))),
+    )
 
     def empty_ours() -> BPETokenizer:
         return BPETokenizer(reference.vocab, reference.merges, reference.special_tokens)
 
-    training = {"ours": keep("train", lambda: lambda: BPETokenizer.train(text, size)),
-                "tokenizers, the text whole": missing or keep("whole", lambda: lambda: rust_training([text], size)),
-                "tokenizers, in pieces, all cores": missing or keep("pieces", lambda: lambda: rust_training(pieces, size))}
-    encoding = {"ours": keep("ids", lambda: partial(empty_ours().encode, text)),
-                "tokenizers, the text whole": missing or keep("whole ids", lambda: lambda rust=rust_encoder(reference): rust.encode(text).ids),
-                "tokenizers, in pieces": missing or keep("piece ids", lambda: lambda rust=rust_encoder(reference): [i for one in rust.encode_batch_fast(pieces) for i in one.ids])}
-    textbook = {"ours": lambda: learn_merges(count_words([few], [END]), n_merges), "the textbook": lambda: textbook_merges(few, n_merges)}
+    training = {
+        "ours": keep("train", lambda: lambda: BPETokenizer.train(text, size)),
+        "tokenizers, the text whole": missing or keep("whole", lambda: lambda: rust_training([text], size)),
+        "tokenizers, in pieces, all cores": missing or keep("pieces", lambda: lambda: rust_training(pieces, size)),
+    }
+    encoding = {
+        "ours": keep("ids", lambda: partial(empty_ours().encode, text)),
+        "tokenizers, the text whole": missing
+        or keep("whole ids", lambda: lambda rust=rust_encoder(reference): rust.encode(text).ids),
+        "tokenizers, in pieces": missing
+        or keep(
+            "piece ids",
+            lambda: lambda rust=rust_encoder(reference): [i for one in rust.encode_batch_fast(pieces) for i in one.ids],
+        ),
+    }
+    textbook = {
+        "ours": lambda: learn_merges(count_words([few], [END]), n_merges),
+        "the textbook": lambda: textbook_merges(few, n_merges),
+    }
     textbook = {name: keep(name, lambda form=form: form) for name, form in textbook.items()}
 
     def compare(name: str, forms: Mapping, at_least: float | None, conditions: Mapping | Callable) -> dict:
@@ -1151,9 +1560,30 @@ def tokenizer_lines(plan: Plan) -> list[dict]:
         return line(name, ours, peers, unit="s", better="lower", at_least=at_least, conditions=conditions())
 
     merges = [(visible(a), visible(b)) for a, b in reference.merges]
-    lines = [compare("training", training, 1 / 5, lambda: {"the merges are the same": rust_merges(kept["whole"]) == merges if "whole" in kept else None}),
-             compare("encoding", encoding, 1 / 4, lambda: {"the ids are the same": kept["whole ids"] == kept["ids"] == kept["piece ids"] if "piece ids" in kept else None}),
-             compare(f"training, a textbook's way, {n_merges} merges", textbook, None, lambda: {"the merges are the same": kept["ours"] == kept["the textbook"]})]
+    lines = [
+        compare(
+            "training",
+            training,
+            1 / 5,
+            lambda: {"the merges are the same": rust_merges(kept["whole"]) == merges if "whole" in kept else None},
+        ),
+        compare(
+            "encoding",
+            encoding,
+            1 / 4,
+            lambda: {
+                "the ids are the same": kept["whole ids"] == kept["ids"] == kept["piece ids"]
+                if "piece ids" in kept
+                else None
+            },
+        ),
+        compare(
+            f"training, a textbook's way, {n_merges} merges",
+            textbook,
+            None,
+            lambda: {"the merges are the same": kept["ours"] == kept["the textbook"]},
+        ),
+    ]
     return lines + stream_lines(plan, text, size)
 
 
@@ -1183,9 +1613,18 @@ print(peak() - before)
 
 
 def stream_lines(plan: Plan, text: str, size: int) -> list[dict]:
-    "The memory that a fresh process takes for a long file against that for a tenth of it: 1 means that the length doesn't matter."
+    """The memory that a fresh process takes for a long file against that for a tenth of it: 1 means that the length
+    doesn't matter.
+    """
     if importlib.util.find_spec("resource") is None:  # Windows
-        return [line("memory of a stream", figure("a long file", "this system doesn't tell a process's peak of memory"), [], unit="bytes")]
+        return [
+            line(
+                "memory of a stream",
+                figure("a long file", "this system doesn't tell a process's peak of memory"),
+                [],
+                unit="bytes",
+            )
+        ]
     data, small, large = text.encode("utf-8"), 5, 20 if plan.quick else 50
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -1193,15 +1632,31 @@ def stream_lines(plan: Plan, text: str, size: int) -> list[dict]:
             path = Path(folder) / f"{megabytes}.txt"
             path.write_bytes(b"\n".join([data] * math.ceil(megabytes * 1e6 / len(data))))
             for task in ("training", "encoding"):
-                found[task, megabytes] = fresh_process(STREAM, task, str(path), str(Path(folder) / "tokenizer.json"), str(size))
-    return [line(f"memory of {task}, {large} against {small} MB", figure(f"{large} MB", [found[task, large]]), [figure(f"{small} MB", [found[task, small]])],
-                 unit="bytes", better="lower", within=0.1) for task in ("training", "encoding")]
+                found[task, megabytes] = fresh_process(
+                    STREAM, task, str(path), str(Path(folder) / "tokenizer.json"), str(size)
+                )
+    return [
+        line(
+            f"memory of {task}, {large} against {small} MB",
+            figure(f"{large} MB", [found[task, large]]),
+            [figure(f"{small} MB", [found[task, small]])],
+            unit="bytes",
+            better="lower",
+            within=0.1,
+        )
+        for task in ("training", "encoding")
+    ]
 
 
-SECTIONS["tokenizer"] = Section("Tokenizer", f"A byte-level BPE of {TOKENIZER_SIZE:,} tokens: trained on the text, then all of it encoded with an empty cache. Rust's encoder has one thread.",
-                                tokenizer_lines, needs_text=True)
+SECTIONS["tokenizer"] = Section(
+    "Tokenizer",
+    f"A byte-level BPE of {TOKENIZER_SIZE:,} tokens: trained on the text, then all of "
+    "it encoded with an empty cache. Rust's encoder has one thread.",
+    tokenizer_lines,
+    needs_text=True,
+)
 
-# %% ../nbs/87_benchmark.ipynb #87-047
+# %% ../nbs/87_benchmark.ipynb #c6b34ded
 IMPORT = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
 NAMES = "from transformer_llm import GPT, GPTConfig, Trainer, TrainingConfig, TokenData, BPETokenizer, generate"
 IMPORT_GOAL = 1 / 1.05  # "No more than import torch plus 5 %"
@@ -1214,12 +1669,33 @@ def seconds_of_help() -> None:
 
 def start_up_lines(plan: Plan) -> list[dict]:
     "Imports against PyTorch's own, and the help against half a second."
-    codes = {"import torch": "import torch", "import transformer_llm": "import transformer_llm", "import of the usual names": NAMES}
-    runs = measure({name: partial(fresh_process, IMPORT.format(code)) for name, code in codes.items()} | {"--help": seconds_of_help}, plan.rounds)
+    codes = {
+        "import torch": "import torch",
+        "import transformer_llm": "import transformer_llm",
+        "import of the usual names": NAMES,
+    }
+    runs = measure(
+        {name: partial(fresh_process, IMPORT.format(code)) for name, code in codes.items()}
+        | {"--help": seconds_of_help},
+        plan.rounds,
+    )
     torch, limit = figure("import torch", runs["import torch"]), figure("the limit", [0.5])
     goals = {"import transformer_llm": IMPORT_GOAL, "import of the usual names": None}
-    lines = [line(name, figure("this book", runs[name]), [torch], unit="s", better="lower", at_least=goal) for name, goal in goals.items()]
-    return [*lines, line("transformer-llm --help", figure("the whole process", runs["--help"]), [limit], unit="s", better="lower", at_least=1)]
+    lines = [
+        line(name, figure("this book", runs[name]), [torch], unit="s", better="lower", at_least=goal)
+        for name, goal in goals.items()
+    ]
+    return [
+        *lines,
+        line(
+            "transformer-llm --help",
+            figure("the whole process", runs["--help"]),
+            [limit],
+            unit="s",
+            better="lower",
+            at_least=1,
+        ),
+    ]
 
 
 MEMORY_CASES = {  # preset, batch, tokens, precision, checkpointing
@@ -1236,7 +1712,13 @@ def training_steps(preset: str, batch_size: int, seq: int, dtype: str, checkpoin
 
     config = GPTConfig.preset(preset)
     settings = TrainingConfig(batch_size=batch_size, context_length=seq, dtype=dtype, device="cpu")
-    trainer = FastTrainer(GPT(config), (torch.randint(config.vocab_size, (10 * seq,)), None), settings, checkpointing=checkpointing, progress=False)
+    trainer = FastTrainer(
+        GPT(config),
+        (torch.randint(config.vocab_size, (10 * seq,)), None),
+        settings,
+        checkpointing=checkpointing,
+        progress=False,
+    )
     for _ in range(steps):
         trainer.train_step()
 
@@ -1252,21 +1734,45 @@ print(peak() - before)
 
 
 def memory_lines(plan: Plan) -> list[dict]:
-    "Chapter 11's formula for the memory of training against the tensors counted in a run, and against a fresh process's growth."
+    """Chapter 11's formula for the memory of training against the tensors counted in a run, and against a fresh
+    process's growth.
+    """
     from transformer_llm.performance import measure_peak_memory, peak_training_memory
 
     lines, tells = [], importlib.util.find_spec("resource") is not None
     for name, (preset, batch, seq, dtype, checkpointing) in MEMORY_CASES.items():
         if preset == "gpt2" and not plan.large:
             continue
-        predicted = figure("predicted", [peak_training_memory(GPTConfig.preset(preset), batch, seq, dtype=dtype, checkpointing=checkpointing)])
+        predicted = figure(
+            "predicted",
+            [peak_training_memory(GPTConfig.preset(preset), batch, seq, dtype=dtype, checkpointing=checkpointing)],
+        )
         case = [preset, batch, seq, dtype, checkpointing]
-        lines.append(line(f"memory, {name}: tensors", predicted, [figure("counted in a run", [measure_peak_memory(partial(training_steps, *case))])], unit="bytes", within=0.15))
+        lines.append(
+            line(
+                f"memory, {name}: tensors",
+                predicted,
+                [figure("counted in a run", [measure_peak_memory(partial(training_steps, *case))])],
+                unit="bytes",
+                within=0.15,
+            )
+        )
         grown = fresh_process(GROWTH, json.dumps(case)) if tells else "this system doesn't tell it"
-        lines.append(line(f"memory, {name}: process", predicted, [figure("a fresh process's growth", [grown] if tells else grown)], unit="bytes",
-                          note="A process also holds libraries' buffers and what the allocator keeps."))
+        lines.append(
+            line(
+                f"memory, {name}: process",
+                predicted,
+                [figure("a fresh process's growth", [grown] if tells else grown)],
+                unit="bytes",
+                note="A process also holds libraries' buffers and what the allocator keeps.",
+            )
+        )
     return lines
 
 
-SECTIONS["start-up-and-memory"] = Section("Start-up and memory", "Each run is a process of its own. For memory, the ratio is predicted over measured: 8 windows of 256 tokens for tiny, 2 for gpt2.",
-                                          lambda plan: start_up_lines(plan) + memory_lines(plan))
+SECTIONS["start-up-and-memory"] = Section(
+    "Start-up and memory",
+    "Each run is a process of its own. For memory, the ratio is predicted over "
+    "measured: 8 windows of 256 tokens for tiny, 2 for gpt2.",
+    lambda plan: start_up_lines(plan) + memory_lines(plan),
+)

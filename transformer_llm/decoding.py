@@ -9,7 +9,7 @@ __all__ = ['HALVES', 'TINY', 'COLD', 'PIECE', 'WIDE', 'Function', 'memory_bandwi
            'pairs_of', 'WideCache', 'DecoderCache', 'sampler', 'Layer', 'Decoder', 'bytes_per_token', 'speed_bound',
            'Speculation', 'verify', 'Reader', 'check_pair', 'speculative']
 
-# %% ../nbs/13_decoding.ipynb #13-006
+# %% ../nbs/13_decoding.ipynb #195fdc94
 import contextlib
 import copy
 import math
@@ -29,13 +29,15 @@ from .foundations import InputError, check_range
 from .generation import check_prompt, filter_logits, generate, mark_seen, penalise_seen, sample, stream
 from .transformer import GPT, Block, GPTConfig, RMSNorm
 
-# %% ../nbs/13_decoding.ipynb #13-013
+# %% ../nbs/13_decoding.ipynb #9545118c
 @torch.inference_mode()
 def memory_bandwidth(
     n_bytes: int = 2**28,  # Read at once; far more than the caches hold, or it is them that you measure
     repeats: int = 7,
 ) -> float:
-    "Bytes a second that the processor reads from memory: the best of several sums over a large matrix and products of it with a vector."
+    """Bytes a second that the processor reads from memory: the best of several sums over a large matrix and products of
+    it with a vector.
+    """
     columns = 2**13
     matrix, vector = torch.ones(max(1, n_bytes // (4 * columns)), columns), torch.ones(columns)
     seconds = []
@@ -46,7 +48,7 @@ def memory_bandwidth(
             seconds.append(time.perf_counter() - start)
     return matrix.nbytes / min(seconds)
 
-# %% ../nbs/13_decoding.ipynb #13-021
+# %% ../nbs/13_decoding.ipynb #a2f1e75b
 class FloatMatrix:
     "x Wᵀ + b for many x: the weight is copied once into the order in which a product with one row reads it."
 
@@ -75,7 +77,7 @@ class FloatMatrix:
         if self.bias is not None:
             residual.add_(self.bias)
 
-# %% ../nbs/13_decoding.ipynb #62a77a89
+# %% ../nbs/13_decoding.ipynb #b630ad6d
 HALVES = 256  # A float32 matrix of at least so many rows and columns is multiplied in two halves on a CPU
 
 
@@ -92,11 +94,14 @@ def rows_product(
 
 
 class HalvedMatrix(FloatMatrix):
-    "A float32 matrix in the order of `nn.Linear`, cut in two: one row is multiplied with both halves in one batched product."
+    """A float32 matrix in the order of `nn.Linear`, cut in two: one row is multiplied with both halves in one batched
+    product.
+    """
 
     def __init__(self, weight: Float[Tensor, "rows columns"], bias: Float[Tensor, "rows"] | None = None):
         self.rows, self.bias = len(weight), None if bias is None else bias.clone()
-        self.weight = F.pad(weight, (0, 0, 0, self.rows % 2)).unflatten(0, (2, -1))  # a row of zeros makes an odd number even
+        # a row of zeros makes an odd number even
+        self.weight = F.pad(weight, (0, 0, 0, self.rows % 2)).unflatten(0, (2, -1))
         self.column = None if bias is None else F.pad(self.bias, (0, self.rows % 2)).view(2, -1, 1)
         self.n_bytes = self.weight.nbytes
 
@@ -106,10 +111,17 @@ class HalvedMatrix(FloatMatrix):
             return rows_product(x, self.weight.flatten(0, 1)[: self.rows], self.bias)
         return self.halves(x.reshape(1, -1)).flatten()[: self.rows].view(*x.shape[:-1], -1)
 
-    def halves(self, row: Float[Tensor, "1 columns"], out: Float[Tensor, "_ half 1"] | None = None) -> Float[Tensor, "_ half 1"]:
+    def halves(
+        self, row: Float[Tensor, "1 columns"], out: Float[Tensor, "_ half 1"] | None = None
+    ) -> Float[Tensor, "_ half 1"]:
         "Both halves times one row of x, turned up, with the bias."
-        both = row.t().expand(2, -1, -1)  # turned by its strides: as a column of its own, MKL reads it several times more slowly
-        return torch.bmm(self.weight, both, out=out) if self.bias is None else torch.baddbmm(self.column, self.weight, both, out=out)
+        # turned by its strides: as a column of its own, MKL reads it several times more slowly
+        both = row.t().expand(2, -1, -1)
+        return (
+            torch.bmm(self.weight, both, out=out)
+            if self.bias is None
+            else torch.baddbmm(self.column, self.weight, both, out=out)
+        )
 
     def into(self, x: Float[Tensor, "batch columns"], out: Float[Tensor, "batch rows"]) -> None:
         "The product in a tensor that is there already."
@@ -127,7 +139,7 @@ class HalvedMatrix(FloatMatrix):
         if self.bias is not None:
             residual.add_(self.bias)
 
-# %% ../nbs/13_decoding.ipynb #13-024
+# %% ../nbs/13_decoding.ipynb #b34dc5d2
 class OtherMatrix(FloatMatrix):
     "A matrix whose kernel has no form that writes into a given tensor; a subclass says how it multiplies."
 
@@ -144,7 +156,10 @@ class PackedMatrix(OtherMatrix):
     "A bfloat16 matrix in the order that torch's CPU library wants, so that it need not be put into it at every call."
 
     def __init__(self, weight: Float[Tensor, "rows columns"], bias: Float[Tensor, "rows"] | None = None):
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.clone()), None if bias is None else bias.clone()
+        self.weight, self.bias = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.clone()),
+            None if bias is None else bias.clone(),
+        )
         self.n_bytes = weight.nbytes
 
     def __call__(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
@@ -160,7 +175,7 @@ class PackedMatrix(OtherMatrix):
             return False
         return bool((product == 1).all())
 
-# %% ../nbs/13_decoding.ipynb #13-026
+# %% ../nbs/13_decoding.ipynb #12463b7b
 TINY = torch.tensor(1e-30)  # Keeps the scale of a row of zeros above zero
 
 
@@ -191,7 +206,10 @@ class Int8Matrix(FloatMatrix):
 
     @staticmethod
     def works() -> bool:
-        "Whether this torch's product of whole numbers is exact on this processor; some cut sums of two terms off at 16 bits."
+        """Whether this torch's product of whole numbers is exact on this processor.
+
+        Some cut sums of two terms off at 16 bits.
+        """
         largest = torch.full((32, 64), 127, dtype=torch.int8)
         try:
             return bool((torch._int_mm(largest, largest.t()) == 64 * 127**2).all())
@@ -255,7 +273,7 @@ class Int8Embedding(nn.Module):
         "The tokens' rows, times their scales."
         return F.embedding(ids, self.matrix.rows) * self.matrix.scale[ids][..., None]
 
-# %% ../nbs/13_decoding.ipynb #13-027
+# %% ../nbs/13_decoding.ipynb #12cd269d
 def pack(
     weights: list[Float[Tensor, "..."]],  # Matrices that multiply the same x; they become one
     biases: list[Float[Tensor, "..."] | None],  # As many
@@ -275,7 +293,10 @@ def pack(
 
 
 class PackedAttention(MultiHeadAttention):
-    "Multi-head attention with queries, keys and values from one product; masks, windows and the cache are those of chapter 01."
+    """Multi-head attention with queries, keys and values from one product.
+
+    Masks, windows and the cache are those of chapter 01.
+    """
 
     def __init__(self, attention: MultiHeadAttention, dtype: torch.dtype | str):
         nn.Module.__init__(self)
@@ -291,7 +312,9 @@ class PackedAttention(MultiHeadAttention):
     def project(
         self, x: Float[Tensor, "batch seq d_model"], rotate: Rotate | None = None
     ) -> tuple[
-        Float[Tensor, "batch heads seq head_dim"], Float[Tensor, "batch kv_heads seq head_dim"], Float[Tensor, "batch kv_heads seq head_dim"]
+        Float[Tensor, "batch heads seq head_dim"],
+        Float[Tensor, "batch kv_heads seq head_dim"],
+        Float[Tensor, "batch kv_heads seq head_dim"],
     ]:
         "Queries, keys and values of each head, the first two normalised and rotated if that is wanted."
         q, k, v = self.qkv(x).split(self.widths, -1)
@@ -329,15 +352,25 @@ class PackedBlock(Block):
     def __init__(self, block: Block, dtype: torch.dtype | str):
         nn.Module.__init__(self)
         self.placement, self.dropout = block.placement, nn.Identity()
-        self.attention_norm, self.feedforward_norm = copy.deepcopy(block.attention_norm), copy.deepcopy(block.feedforward_norm)
-        self.attention, self.feedforward = PackedAttention(block.attention, dtype), PackedFeedForward(block.feedforward, dtype)
+        self.attention_norm, self.feedforward_norm = (
+            copy.deepcopy(block.attention_norm),
+            copy.deepcopy(block.feedforward_norm),
+        )
+        self.attention, self.feedforward = (
+            PackedAttention(block.attention, dtype),
+            PackedFeedForward(block.feedforward, dtype),
+        )
 
-# %% ../nbs/13_decoding.ipynb #13-029
-WIDE = 2**23  # A bfloat16 model of at most so many numbers is computed in float32 on a CPU: it stays in the caches anyway
+# %% ../nbs/13_decoding.ipynb #8ff7323e
+# A bfloat16 model of at most so many numbers is computed in float32 on a CPU: it stays in the caches anyway
+WIDE = 2**23
 
 
 class PackedGPT(GPT):
-    "A `GPT` for reading and writing only, whose weights are copied and packed; masks, caches and refusals are those of chapter 04."
+    """A `GPT` for reading and writing only, whose weights are copied and packed.
+
+    Masks, caches and refusals are those of chapter 04.
+    """
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -345,12 +378,16 @@ class PackedGPT(GPT):
         self,
         model: GPT,
         *,
-        dtype: torch.dtype | str | None = None,  # torch.float32, torch.bfloat16, torch.float16 or "int8"; None: the model's own
+        dtype: torch.dtype
+        | str
+        | None = None,  # torch.float32, torch.bfloat16, torch.float16 or "int8"; None: the model's own
     ):
         nn.Module.__init__(self)
         kind = model.token_embedding.weight.dtype if dtype is None else dtype
         if kind not in (torch.float32, torch.bfloat16, torch.float16, "int8"):
-            raise InputError(f'dtype must be None, torch.float32, torch.bfloat16, torch.float16 or "int8", not {dtype!r}.')
+            raise InputError(
+                f'dtype must be None, torch.float32, torch.bfloat16, torch.float16 or "int8", not {dtype!r}.'
+            )
         if kind == "int8" and model.device.type != "cpu":
             raise InputError(f'dtype="int8" is for CPUs; on {model.device} take torch.bfloat16.')
         if kind == torch.bfloat16 and model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= WIDE:
@@ -359,7 +396,10 @@ class PackedGPT(GPT):
         self.kind, self.dtype = kind, torch.float32 if kind == "int8" else kind
         self.dropout, self.rotary = nn.Identity(), model.rotary
         self.blocks = nn.ModuleList([PackedBlock(block, kind) for block in model.blocks])
-        self.position_embedding, self.final_norm = copy.deepcopy(model.position_embedding), copy.deepcopy(model.final_norm)
+        self.position_embedding, self.final_norm = (
+            copy.deepcopy(model.position_embedding),
+            copy.deepcopy(model.final_norm),
+        )
         self.output_bias = None if model.output_bias is None else nn.Parameter(model.output_bias.detach().clone())
         self.pack_embeddings(model)
         self.to(self.dtype).requires_grad_(False).eval()
@@ -369,7 +409,9 @@ class PackedGPT(GPT):
         table = model.token_embedding.weight
         self.head = pack([table if model.lm_head is None else model.lm_head.weight], [None], self.kind)
         if self.kind == "int8":
-            self.token_embedding = Int8Embedding(self.head if model.lm_head is None else pack([table], [None], self.kind))
+            self.token_embedding = Int8Embedding(
+                self.head if model.lm_head is None else pack([table], [None], self.kind)
+            )
         else:
             self.token_embedding = copy.deepcopy(model.token_embedding)
 
@@ -403,7 +445,7 @@ class PackedGPT(GPT):
         logits = self.head(x)
         return logits if self.output_bias is None else logits + self.output_bias
 
-# %% ../nbs/13_decoding.ipynb #13-032
+# %% ../nbs/13_decoding.ipynb #962ec909
 Function = Callable[[Tensor], Tensor]
 
 
@@ -433,7 +475,7 @@ def norm_function(
     shape, weight, bias, eps = tuple(norm.weight.shape), norm.weight, norm.bias, norm.eps
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
-# %% ../nbs/13_decoding.ipynb #13-038
+# %% ../nbs/13_decoding.ipynb #7b97bc34
 def pairs_of(
     x: Float[Tensor, "..."],
     interleaved: bool,  # As in `apply_rotary`
@@ -470,14 +512,17 @@ class DecoderCache(list):
     ):
         c, made, stored = config, dict(dtype=dtype, device=device), stored or dtype
         self.config, self.batch_size, self.capacity = c, batch_size, check_range("capacity", capacity, 1, integer=True)
-        self.kv = torch.zeros(c.n_layers, 2, batch_size, c.n_kv_heads, capacity, c.head_dim, dtype=stored, device=device)
+        self.kv = torch.zeros(
+            c.n_layers, 2, batch_size, c.n_kv_heads, capacity, c.head_dim, dtype=stored, device=device
+        )
         for k, v in self.kv.unbind(0):
             layer = (KVCache if stored == dtype else WideCache)(batch_size, c.n_kv_heads, 1, c.head_dim, **made)
             layer.k, layer.v, layer.capacity = k, v, capacity
             self.append(layer)
         self.own = self[0].k  # after `reorder` the layers have tensors of their own
         self.keys, self.values = self.kv.unbind(1)
-        self.products = stored == torch.float32  # then attention is two batched products: a matrix for each row and key/value head
+        # then attention is two batched products: a matrix for each row and key/value head
+        self.products = stored == torch.float32
         if self.products:
             self.keys, self.values = self.keys.flatten(1, 2).transpose(2, 3), self.values.flatten(1, 2)
         self.x = torch.empty(batch_size, c.d_model, **made)
@@ -496,15 +541,20 @@ class DecoderCache(list):
         self.turned, self.cos = self.heads, None
         if c.position == "rotary":
             self.turned = torch.empty(B, n_turned + c.n_kv_heads, c.head_dim, **made)
-            self.old_pairs, self.new_pairs = (pairs_of(x[:, :n_turned], c.rope_interleaved) for x in (self.heads, self.turned))
-            cos, sin = rotary_angles(torch.arange(self.capacity, device=made["device"]), c.head_dim, c.rope_base, c.rope_scaling)
+            self.old_pairs, self.new_pairs = (
+                pairs_of(x[:, :n_turned], c.rope_interleaved) for x in (self.heads, self.turned)
+            )
+            cos, sin = rotary_angles(
+                torch.arange(self.capacity, device=made["device"]), c.head_dim, c.rope_base, c.rope_scaling
+            )
             both = cos.repeat_interleave(2, -1) if c.rope_interleaved else torch.cat([cos, cos], -1)
             ones = torch.ones(self.capacity, c.n_kv_heads, c.head_dim, device=both.device)  # values are not turned
             self.cos, self.sin = torch.cat([both[:, None].expand(-1, n_turned, -1), ones], 1).unbind(0), sin.unbind(0)
         self.q = self.turned[:, :c.n_heads].unflatten(1, (c.n_kv_heads, -1))
         self.new_kv = self.turned[:, c.n_heads:].unflatten(1, (2, -1)).transpose(0, 1)
         stored = dict(dtype=self.kv.dtype, device=made["device"])
-        one_row = B == 1 and self.q.dtype == self.kv.dtype  # then the queries lie one behind the other, and no copy is needed
+        # then the queries lie one behind the other, and no copy is needed
+        one_row = B == 1 and self.q.dtype == self.kv.dtype
         self.q_rows = self.q[0] if one_row else torch.empty(B * c.n_kv_heads, *self.q.shape[2:], **stored)
         self.q_copy = None if one_row else self.q_rows.view(self.q.shape)
         self.nothing, self.wide = torch.zeros(1, 1, 1, **stored), self.q.dtype != self.kv.dtype
@@ -534,14 +584,16 @@ class DecoderCache(list):
         gathered = torch.bmm(scores.softmax(-1), values).view(self.batch_size, -1)
         return gathered.to(self.q.dtype) if self.wide else gathered
 
-# %% ../nbs/13_decoding.ipynb #13-040
+# %% ../nbs/13_decoding.ipynb #b8f12078
 def sampler(
     batch_size: int,
     vocab_size: int,
     device: torch.device,
     **settings,  # Those of `sample`
 ) -> Callable[[Tensor, Tensor], None]:
-    "A function that draws a token a row from logits into a given tensor, as `sample` does and with the same random numbers."
+    """A function that draws a token a row from logits into a given tensor, as `sample` does and with the same random
+    numbers.
+    """
     temperature, generator = settings["temperature"], settings["generator"]
     if temperature == 0:
         return lambda logits, out: torch.argmax(logits, -1, out=out)
@@ -551,11 +603,13 @@ def sampler(
 
     def draw(logits: Float[Tensor, "batch vocab"], out: Int[Tensor, "batch"]) -> None:
         noise.exponential_(generator=generator)
-        torch.argmax((logits if temperature == 1 else logits / temperature) - noise.log().to(logits.device), -1, out=out)
+        torch.argmax(
+            (logits if temperature == 1 else logits / temperature) - noise.log().to(logits.device), -1, out=out
+        )
 
     return draw
 
-# %% ../nbs/13_decoding.ipynb #13-041
+# %% ../nbs/13_decoding.ipynb #feb57832
 @dataclass(frozen=True)
 class Layer:
     "What a step needs of a block, looked up once."
@@ -584,15 +638,20 @@ class Layer:
             return ()
         if attention.norm_whole:
             return ("whole_q", norm_function(attention.q_norm)), ("whole_k", norm_function(attention.k_norm))
-        weights = [attention.q_norm.weight.expand(attention.n_heads, -1), attention.k_norm.weight.expand(attention.n_kv_heads, -1)]
+        weights = [
+            attention.q_norm.weight.expand(attention.n_heads, -1),
+            attention.k_norm.weight.expand(attention.n_kv_heads, -1),
+        ]
         return (("qk", rms_function(torch.cat(weights), attention.q_norm.eps)),)
 
-# %% ../nbs/13_decoding.ipynb #13-042
+# %% ../nbs/13_decoding.ipynb #fa27c735
 class Decoder(PackedGPT):
     """A `PackedGPT` that reads one token in as few operator calls as it can, and writes.
 
-    It can be called like the `GPT` that it was made of, with the same results up to rounding, and handed to all functions of
-    chapter 08. It stays on the device where it was made, can't be trained, and doesn't notice when the model's weights change.
+    It can be called like the `GPT` that it was made of, with the same results up to rounding, and handed to all
+    functions of
+    chapter 08. It stays on the device where it was made, can't be trained, and doesn't notice when the model's weights
+    change.
     """
 
     @torch.inference_mode(False)
@@ -601,11 +660,15 @@ class Decoder(PackedGPT):
         self,
         model: GPT,
         *,
-        dtype: torch.dtype | str | None = None,  # torch.float32, torch.bfloat16, torch.float16 or "int8"; None: the model's own
+        dtype: torch.dtype
+        | str
+        | None = None,  # torch.float32, torch.bfloat16, torch.float16 or "int8"; None: the model's own
     ):
         super().__init__(model, dtype=dtype)
         c = self.config
-        self.steps = c.norm_placement == "pre" and c.position != "alibi" and (c.window is None or c.window >= c.context_length)
+        self.steps = (
+            c.norm_placement == "pre" and c.position != "alibi" and (c.window is None or c.window >= c.context_length)
+        )
         self.scale, self.workspace, self.last_norm = c.head_dim**-0.5, None, norm_function(self.final_norm)
         self.layers = [Layer.of(block) for block in self.blocks]
         positions = torch.arange(c.context_length, device=self.place)
@@ -629,7 +692,13 @@ class Decoder(PackedGPT):
     def can_step(self, cache: DecoderCache, batch_size: int) -> bool:
         "Whether `step` knows this configuration, and there is room for a token in a cache that it knows."
         room = min(cache.capacity, self.config.context_length) - cache[0].length
-        return self.steps and room > 0 and batch_size == cache.batch_size and cache[0].k is cache.own and cache.config == self.config
+        return (
+            self.steps
+            and room > 0
+            and batch_size == cache.batch_size
+            and cache[0].k is cache.own
+            and cache.config == self.config
+        )
 
     def hidden_states(
         self,
@@ -640,7 +709,9 @@ class Decoder(PackedGPT):
         cache: list[KVCache] | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         "As in `GPT`: a lone new token without padding takes a step, all else goes through the packed blocks."
-        lone = attention_mask is None and positions is None and ids.shape[1:] == (1,) and isinstance(cache, DecoderCache)
+        lone = (
+            attention_mask is None and positions is None and ids.shape[1:] == (1,) and isinstance(cache, DecoderCache)
+        )
         if lone and self.can_step(cache, len(ids)):
             return self.step(ids[:, 0], cache)[:, None]
         return super().hidden_states(ids, attention_mask=attention_mask, positions=positions, cache=cache)
@@ -702,14 +773,18 @@ class Decoder(PackedGPT):
     ) -> Int[Tensor, "batch total"]:
         "What `generation.generate` gives for the same arguments and seed; padded prompts are handed to it."
         settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)
-        options = settings | dict(repetition_penalty=repetition_penalty, stop_tokens=tuple(stop_tokens), attention_mask=attention_mask)
+        options = settings | dict(
+            repetition_penalty=repetition_penalty, stop_tokens=tuple(stop_tokens), attention_mask=attention_mask
+        )
         stream(self, ids, max_new_tokens, use_cache=False, **options)  # refuses what can't be, and does nothing else
         if not self.steps or (attention_mask is not None and not bool(attention_mask.all())):
             return generate(self, ids, max_new_tokens, **options)
         if generator is not None and not isinstance(generator, torch.Generator):
             settings["generator"] = torch.Generator(self.place).manual_seed(int(generator))
         draw = sampler(len(ids), self.config.vocab_size, self.place, **settings)
-        return self.write(ids.long().to(self.place), int(max_new_tokens), draw, repetition_penalty, sorted(options["stop_tokens"])).clone()
+        return self.write(
+            ids.long().to(self.place), int(max_new_tokens), draw, repetition_penalty, sorted(options["stop_tokens"])
+        ).clone()
 
     @torch.inference_mode()
     def write(
@@ -748,7 +823,7 @@ class Decoder(PackedGPT):
                 break
         return tokens[:end].t().contiguous()
 
-# %% ../nbs/13_decoding.ipynb #13-058
+# %% ../nbs/13_decoding.ipynb #322b5059
 def bytes_per_token(
     decoder: PackedGPT,
     length: int,  # Tokens in the cache
@@ -756,7 +831,10 @@ def bytes_per_token(
     "What one step reads: every matrix once, and the keys and values of the tokens so far."
     c = decoder.config
     cached = 2 * c.n_layers * c.n_kv_heads * c.head_dim * check_range("length", length, 0, integer=True)
-    return sum(matrix.n_bytes for matrix in decoder.matrices()) + cached * torch.empty(0, dtype=decoder.cache_dtype).element_size()
+    return (
+        sum(matrix.n_bytes for matrix in decoder.matrices())
+        + cached * torch.empty(0, dtype=decoder.cache_dtype).element_size()
+    )
 
 
 def speed_bound(
@@ -767,7 +845,7 @@ def speed_bound(
     "Tokens a second that no batch of one can pass while its weights come from memory, equation (13.1)."
     return bandwidth / bytes_per_token(decoder, length)
 
-# %% ../nbs/13_decoding.ipynb #13-063
+# %% ../nbs/13_decoding.ipynb #b2a02c11
 @dataclass(frozen=True)
 class Speculation:
     "How a speculative run went: for each round, how many tokens the draft proposed and how many of them were kept."
@@ -792,7 +870,9 @@ def verify(
     proposed: Int[Tensor, "seq"],  # Drawn from the rows of q
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "kept"]:
-    "The proposed tokens up to the first that is refused, equation (13.5), and one token of the large model's own, (13.6)."
+    """The proposed tokens up to the first that is refused, equation (13.5), and one token of the large model's own,
+    (13.6).
+    """
     index = proposed[:, None]
     chance = torch.rand(len(proposed), generator=generator, dtype=p.dtype, device=p.device)
     refused = chance * q.gather(1, index)[:, 0] >= p[:-1].gather(1, index)[:, 0]
@@ -829,13 +909,19 @@ def check_pair(model: GPT, draft: GPT, ids: Int[Tensor, "batch seq"]) -> None:
     "Raise `InputError` unless the two read the same tokens, the draft as many of them, and there is one prompt."
     large, small = model.config, draft.config
     if large.vocab_size != small.vocab_size:
-        raise InputError(f"The draft must know the model's tokens: its vocab_size is {small.vocab_size}, the model's is {large.vocab_size}.")
+        raise InputError(
+            "The draft must know the model's tokens: its vocab_size is "
+            f"{small.vocab_size}, the model's is {large.vocab_size}."
+        )
     if small.context_length < large.context_length:
-        raise InputError(f"The draft's context_length is {small.context_length}; it must be at least the model's, {large.context_length}.")
+        raise InputError(
+            f"The draft's context_length is {small.context_length}; it must be "
+            f"at least the model's, {large.context_length}."
+        )
     if len(check_prompt(model, ids)) != 1:
         raise InputError(f"Speculative decoding takes one prompt at a time, not {len(ids)}.")
 
-# %% ../nbs/13_decoding.ipynb #13-064
+# %% ../nbs/13_decoding.ipynb #f8310ca2
 @torch.inference_mode()
 def speculative(
     model: GPT,  # The large model, or a `Decoder` of it
@@ -847,7 +933,8 @@ def speculative(
     temperature: float = 1.0,  # 0: always the most probable token
     generator: torch.Generator | int | None = None,  # A generator or a seed; None: torch's global generator
 ) -> tuple[Int[Tensor, "1 total"], Speculation]:
-    """Write with the model's own distribution, reading several proposed tokens at once: Leviathan et al. (2023), algorithm 1.
+    """Write with the model's own distribution, reading several proposed tokens at once: Leviathan et al. (2023),
+    algorithm 1.
 
     Past the context length the window slides as in chapter 08. Models answer as they are: put them in evaluation mode.
     """
@@ -856,7 +943,9 @@ def speculative(
     end = ids.shape[1] + check_range("max_new_tokens", max_new_tokens, 0, integer=True)
     filter_logits(torch.zeros(1, 2), temperature=temperature or 1.0)  # a bad temperature is refused here
     if generator is not None and not isinstance(generator, torch.Generator):
-        generator = torch.Generator(model.device).manual_seed(check_range("generator, if a seed,", generator, integer=True))
+        generator = torch.Generator(model.device).manual_seed(
+            check_range("generator, if a seed,", generator, integer=True)
+        )
     limit, first, rounds = model.config.context_length, 0, []
     readers = large, small = [Reader(one, min(limit, end), temperature) for one in (model, draft)]
     ids = ids.long().to(model.device)

@@ -6,7 +6,7 @@
 __all__ = ['TRAINING_STARTS', 'HELD_OUT_STARTS', 'TRAINING_LENGTH', 'HELD_OUT_LENGTHS', 'counting_sequences', 'count_from',
            'Counter', 'train_counter', 'counting_accuracy', 'attention_of', 'run_demo', 'save_demo_pictures']
 
-# %% ../nbs/00_counting.ipynb #00-006
+# %% ../nbs/00_counting.ipynb #ce0312ef
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from .plots import new_axes, plot_curves, show_attention, use_style
 from .training import AdamW
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/00_counting.ipynb #00-013
+# %% ../nbs/00_counting.ipynb #3ea25b44
 def counting_sequences(
     starts: Int[Tensor, "batch"],  # First digit of each sequence
     length: int,  # Digits in each
@@ -31,13 +31,13 @@ def counting_sequences(
     "Sequences that count up from `starts`, digit by digit, 9 being followed by 0 (equation 0.1)."
     return (starts[:, None] + torch.arange(length)) % 10
 
-# %% ../nbs/00_counting.ipynb #00-019
+# %% ../nbs/00_counting.ipynb #e3a60a10
 TRAINING_STARTS = (0, 1, 2, 3, 4, 5, 6)  # Every training sequence begins with one of these
 HELD_OUT_STARTS = (7, 8, 9)  # No training sequence does
 TRAINING_LENGTH = 24  # Digits of the longest training sequence
 HELD_OUT_LENGTHS = tuple(range(25, 33))  # Lengths that only the test has; 32 is the model's window
 
-# %% ../nbs/00_counting.ipynb #00-033
+# %% ../nbs/00_counting.ipynb #c2cef462
 def count_from(
     model: GPT,  # A model over the ten digits
     start: int,  # First digit
@@ -47,7 +47,7 @@ def count_from(
     digits = generate(model, torch.tensor([[start]]), length - 1, temperature=0.0)[0]
     return " → ".join(str(digit) for digit in digits.tolist())
 
-# %% ../nbs/00_counting.ipynb #00-036
+# %% ../nbs/00_counting.ipynb #7a0658d9
 @dataclass
 class Counter:
     "A model that was trained to count, and how its training went."
@@ -70,7 +70,12 @@ def train_counter(
     "Train the 5,162-parameter transformer to count, on the given starts and length only."
     from tqdm.auto import tqdm
 
-    for name, value, low in (("steps", steps, 1), ("batch_size", batch_size, 1), ("length", length, 2), ("len(starts)", len(starts), 1)):
+    for name, value, low in (
+        ("steps", steps, 1),
+        ("batch_size", batch_size, 1),
+        ("length", length, 2),
+        ("len(starts)", len(starts), 1),
+    ):
         check_range(name, value, low, integer=True)
     generator = set_seed(seed)
     model = GPT(GPTConfig.preset("demo"))
@@ -94,7 +99,7 @@ def train_counter(
         watch(steps, model)
     return Counter(model.eval(), losses, time.perf_counter() - began)
 
-# %% ../nbs/00_counting.ipynb #00-048
+# %% ../nbs/00_counting.ipynb #3659fe3c
 def counting_accuracy(
     model: GPT,  # Any model over the ten digits
     starts: tuple[int, ...] = HELD_OUT_STARTS,  # First digits
@@ -109,7 +114,7 @@ def counting_accuracy(
         total += truth[:, 1:].numel()
     return right / total
 
-# %% ../nbs/00_counting.ipynb #00-055
+# %% ../nbs/00_counting.ipynb #6a3abdc6
 def attention_of(
     model: GPT,  # Any model
     ids: Int[Tensor, "1 seq"],  # One sequence
@@ -120,23 +125,34 @@ def attention_of(
     with torch.no_grad():
         return model.attention_maps(ids)[layer][0, head]
 
-# %% ../nbs/00_counting.ipynb #00-079
+# %% ../nbs/00_counting.ipynb #e9c22412
 def run_demo(
     out: str | Path = "demo",  # Folder for the pictures
     seed: int = 0,  # Of weights and data
     progress: bool = True,  # Show a progress bar
 ) -> float:
-    "Train the counting model, test it on what was held out, print and save what it does; returns the held-out accuracy."
+    """Train the counting model, test it on what was held out, print and save what it does.
+
+    Returns the held-out accuracy.
+    """
     model = GPT(GPTConfig.preset("demo"))
     print(f"A transformer with {model.num_parameters():,} parameters learns to count.")
-    print(f"Trained on sequences that start with {TRAINING_STARTS[0]} to {TRAINING_STARTS[-1]}, {TRAINING_LENGTH} digits long.")
-    print(f"Held out: the starts {', '.join(map(str, HELD_OUT_STARTS))} and the lengths {HELD_OUT_LENGTHS[0]} to {HELD_OUT_LENGTHS[-1]}.\n")
+    print(
+        f"Trained on sequences that start with {TRAINING_STARTS[0]} to "
+        f"{TRAINING_STARTS[-1]}, {TRAINING_LENGTH} digits long."
+    )
+    print(
+        f"Held out: the starts {', '.join(map(str, HELD_OUT_STARTS))} and the "
+        f"lengths {HELD_OUT_LENGTHS[0]} to {HELD_OUT_LENGTHS[-1]}.\n"
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model is faster on one core: sharing its work out costs more than doing it
     counter = train_counter(seed=seed, progress=progress)
     torch.set_num_threads(threads)
     accuracy = counting_accuracy(counter.model)
-    print(f"\nTrained in {counter.seconds:.1f} s; loss {counter.losses[0]:.3f} → {counter.losses[-1]:.5f} nats a digit.")
+    print(
+        f"\nTrained in {counter.seconds:.1f} s; loss {counter.losses[0]:.3f} → {counter.losses[-1]:.5f} nats a digit."
+    )
     print(f"Accuracy on held-out starts and lengths: {accuracy:.1%} of the digits it writes on its own.\n")
     print(f"It was given the 7 and wrote:\n{count_from(counter.model, 7)}\n")
     for path in save_demo_pictures(counter, Path(out)):
@@ -157,7 +173,12 @@ def save_demo_pictures(counter: Counter, out: Path) -> list[Path]:
     ids = counting_sequences(torch.tensor([7]), 10)
     axes = new_axes(7, 3.4, columns=2)
     for layer, ax in enumerate(axes):
-        show_attention(attention_of(counter.model, ids, layer), [str(i) for i in ids[0].tolist()], title=f"Layer {layer}, head 0", ax=ax)
+        show_attention(
+            attention_of(counter.model, ids, layer),
+            [str(i) for i in ids[0].tolist()],
+            title=f"Layer {layer}, head 0",
+            ax=ax,
+        )
     files = []
     for name, figure in (("loss.png", curve.figure), ("attention.png", axes[0].figure)):
         with atomic_write(out / name) as file:

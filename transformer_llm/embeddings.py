@@ -7,7 +7,7 @@ __all__ = ['TokenEmbedding', 'LearnedPositions', 'check_even', 'rotary_angles', 
            'RopeScaling', 'apply_rotary', 'Rotary', 'split_pairs', 'interleaved_to_half', 'half_to_interleaved',
            'alibi_slopes', 'alibi_bias']
 
-# %% ../nbs/03_embeddings.ipynb #03-006
+# %% ../nbs/03_embeddings.ipynb #da7aea7b
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .foundations import InputError, check_choice, check_range
 
-# %% ../nbs/03_embeddings.ipynb #03-015
+# %% ../nbs/03_embeddings.ipynb #c2ae8d43
 class TokenEmbedding(nn.Module):
     "One learned vector for each token of the vocabulary; the same vectors can score the next token (`unembed`)."
 
@@ -35,10 +35,12 @@ class TokenEmbedding(nn.Module):
         return F.embedding(ids, self.weight)
 
     def unembed(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens vocab"]:
-        "Score every token of the vocabulary by its dot product with `x`: tied output weights, as in Press and Wolf (2017)."
+        """Score every token of the vocabulary by its dot product with `x`: tied output weights, as in Press and Wolf
+        (2017).
+        """
         return F.linear(x, self.weight)
 
-# %% ../nbs/03_embeddings.ipynb #03-026
+# %% ../nbs/03_embeddings.ipynb #5a107a2d
 class LearnedPositions(nn.Module):
     "One learned vector for each position, as in GPT-2; there is none for positions from `context_length` on."
 
@@ -53,14 +55,14 @@ class LearnedPositions(nn.Module):
         "The vectors to add to the token embeddings at these positions."
         return F.embedding(positions, self.weight)
 
-# %% ../nbs/03_embeddings.ipynb #03-031
+# %% ../nbs/03_embeddings.ipynb #5ee8e735
 def check_even(name: str, value: int) -> int:
     "Return `value` if it can be cut into pairs. Raises `InputError` otherwise."
     if check_range(name, value, 2, integer=True) % 2:
         raise InputError(f"{name} must be even, because positions are written in pairs of numbers, not {value}.")
     return value
 
-# %% ../nbs/03_embeddings.ipynb #03-032
+# %% ../nbs/03_embeddings.ipynb #4d027a66
 def rotary_angles(
     positions: Int[Tensor, "*tokens"],
     head_dim: int,  # Even: a pair of numbers for each frequency
@@ -74,7 +76,7 @@ def rotary_angles(
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
-# %% ../nbs/03_embeddings.ipynb #03-033
+# %% ../nbs/03_embeddings.ipynb #b3e31475
 def sinusoidal_table(context_length: int, d_model: int) -> Float[Tensor, "context_length d_model"]:
     """Sines and cosines of each position at d_model / 2 frequencies, in turn: Vaswani et al. (2017), section 3.5."""
     check_range("context_length", context_length, 1, integer=True)
@@ -93,10 +95,11 @@ class SinusoidalPositions(nn.Module):
         "The vectors to add to the token embeddings at these positions."
         return F.embedding(positions, self.table)
 
-# %% ../nbs/03_embeddings.ipynb #03-056
+# %% ../nbs/03_embeddings.ipynb #da3ab41a
 @dataclass(frozen=True)
 class RopeScaling:
-    """How a rotary model reads longer texts than those it was first trained on: each pair's frequency is divided by a number.
+    """How a rotary model reads longer texts than those it was first trained on: each pair's frequency is divided by a
+    number.
 
     Raises `InputError` that names the field, the value and what is allowed.
     """
@@ -116,26 +119,36 @@ class RopeScaling:
             "factor": float(check_range("rope_scaling factor", self.factor, 1)),
             "low_freq_factor": float(check_range("rope_scaling low_freq_factor", self.low_freq_factor, 0)),
             "high_freq_factor": float(check_range("rope_scaling high_freq_factor", self.high_freq_factor, 0)),
-            "original_context_length": check_range("rope_scaling original_context_length", self.original_context_length, 1, integer=True),
+            "original_context_length": check_range(
+                "rope_scaling original_context_length", self.original_context_length, 1, integer=True
+            ),
             "divisors": tuple(float(check_range("rope_scaling divisors", d, 1e-6)) for d in self.divisors),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.low_freq_factor >= self.high_freq_factor:
-            raise InputError(f"rope_scaling low_freq_factor must be below high_freq_factor={self.high_freq_factor}, not {self.low_freq_factor}.")
+            raise InputError(
+                "rope_scaling low_freq_factor must be below "
+                f"high_freq_factor={self.high_freq_factor}, not {self.low_freq_factor}."
+            )
 
     @classmethod
     def from_dict(cls, values: dict) -> "RopeScaling":
         "From its fields as a dictionary; one that is missing or unknown raises `InputError`."
         names = [field.name for field in fields(cls)]
         if "kind" not in values or not set(values) <= set(names):
-            raise InputError(f"rope_scaling needs a kind and has the fields {', '.join(names)}, not {', '.join(map(str, values))}.")
+            raise InputError(
+                f"rope_scaling needs a kind and has the fields {', '.join(names)}, not {', '.join(map(str, values))}."
+            )
         return cls(**values)
 
     def check_head(self, head_dim: int) -> None:
         "Raise `InputError` if there is not a divisor for each pair of a head, where each has its own."
         if self.kind == "divisors" and len(self.divisors) != head_dim // 2:
-            raise InputError(f"rope_scaling needs {head_dim // 2} divisors for head_dim={head_dim}, one for each pair, not {len(self.divisors)}.")
+            raise InputError(
+                f"rope_scaling needs {head_dim // 2} divisors for "
+                f"head_dim={head_dim}, one for each pair, not {len(self.divisors)}."
+            )
 
     def slow(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
         "The frequencies after scaling: Chen et al. (2023) for \"linear\", equation (3.7) for \"llama3\"."
@@ -147,7 +160,7 @@ class RopeScaling:
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return frequencies * (kept + (1 - kept) / self.factor)
 
-# %% ../nbs/03_embeddings.ipynb #03-057
+# %% ../nbs/03_embeddings.ipynb #e8aa5523
 def apply_rotary(
     x: Float[Tensor, "batch heads seq head_dim"],  # Queries or keys
     cos: Float[Tensor, "*tokens half"],  # For each position (seq, half), or each sequence's own (batch, seq, half)
@@ -179,7 +192,12 @@ class Rotary(nn.Module):
         scaling: RopeScaling | None = None,  # For a model that was stretched to longer texts
     ):
         super().__init__()
-        self.head_dim, self.base, self.interleaved, self.scaling = check_even("head_dim", head_dim), base, interleaved, scaling
+        self.head_dim, self.base, self.interleaved, self.scaling = (
+            check_even("head_dim", head_dim),
+            base,
+            interleaved,
+            scaling,
+        )
         if not base > 0:
             raise InputError(f"base must be above 0, not {base}.")
         if scaling is not None:
@@ -199,11 +217,15 @@ class Rotary(nn.Module):
         "Turn queries and keys to their positions."
         return self.at(positions)(q, k)
 
-# %% ../nbs/03_embeddings.ipynb #03-078
-def split_pairs(weight: Float[Tensor, "rows ..."], n_heads: int, *, pairs_last: bool) -> Float[Tensor, "n_heads a b ..."]:
+# %% ../nbs/03_embeddings.ipynb #afe29cb8
+def split_pairs(
+    weight: Float[Tensor, "rows ..."], n_heads: int, *, pairs_last: bool
+) -> Float[Tensor, "n_heads a b ..."]:
     "Rows of a projection as (heads, half, 2) or (heads, 2, half). Raises `InputError` if they don't divide so."
     if weight.shape[0] % (2 * check_range("n_heads", n_heads, 1, integer=True)):
-        raise InputError(f"{weight.shape[0]} rows can't be cut into pairs for n_heads={n_heads}; give the projection's own number.")
+        raise InputError(
+            f"{weight.shape[0]} rows can't be cut into pairs for n_heads={n_heads}; give the projection's own number."
+        )
     return weight.unflatten(0, (n_heads, -1, 2) if pairs_last else (n_heads, 2, -1))
 
 
@@ -222,7 +244,7 @@ def half_to_interleaved(
     "The inverse of `interleaved_to_half`."
     return split_pairs(weight, n_heads, pairs_last=False).transpose(1, 2).flatten(0, 2)
 
-# %% ../nbs/03_embeddings.ipynb #03-087
+# %% ../nbs/03_embeddings.ipynb #0e6fe384
 def alibi_slopes(n_heads: int) -> Float[Tensor, "heads"]:
     """How fast each head forgets: 2^(-8/n), 2^(-16/n), ..., as in Press et al. (2022), section 3.
 
@@ -241,7 +263,9 @@ def alibi_bias(
     *,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "heads queries keys"]:
-    "What to add to the scores: minus slope · distance for earlier keys, zero for later ones (the causal mask closes them)."
+    """What to add to the scores: minus slope · distance for earlier keys, zero for later ones (the causal mask closes
+    them).
+    """
     n_keys = n_queries if n_keys is None else n_keys
     query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
     distance = (query - torch.arange(n_keys, device=device)).clamp(min=0)

@@ -7,7 +7,7 @@ __all__ = ['DENSE', 'SLICE', 'Scores', 'join_scores', 'count_codes', 'Followers'
            'judge_logits', 'score_ends', 'score_tokens', 'score_text', 'binomial_error', 'bootstrap_error',
            'reliability', 'encode_options', 'OptionScores', 'score_options', 'choose', 'compare_samples']
 
-# %% ../nbs/10_evaluation.ipynb #10-006
+# %% ../nbs/10_evaluation.ipynb #498c7766
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .foundations import InputError, check_choice, check_range
 from .generation import check_prompt, evaluating, left_pad, stream_text
 from .transformer import GPT
 
-# %% ../nbs/10_evaluation.ipynb #10-022
+# %% ../nbs/10_evaluation.ipynb #5d1fd9c7
 @dataclass(frozen=True)
 class Scores:
     "What a model made of each token of a text."
@@ -31,7 +31,9 @@ class Scores:
     nats: Float[Tensor, "seq"]  # Surprise at the token, in nats
     ranks: Int[Tensor, "seq"]  # How many tokens the model found more probable; 0: this was its first choice
     confidence: Float[Tensor, "seq"]  # Probability of its first choice
-    context: Int[Tensor, "seq"]  # Tokens that it had read before; 0: no prediction, counted as a draw from the whole vocabulary
+    context: Int[
+        Tensor, "seq"
+    ]  # Tokens that it had read before; 0: no prediction, counted as a draw from the whole vocabulary
     n_bytes: int = 0  # Bytes of the text in UTF-8
 
     @property
@@ -46,9 +48,14 @@ class Scores:
 
     @property
     def bits_per_byte(self) -> float:
-        "Equation (10.3). Comparable between any two models on the same text; `InputError` where the number of bytes isn't known."
+        """Equation (10.3).
+
+        Comparable between any two models on the same text; `InputError` where the number of bytes isn't known.
+        """
         if self.n_bytes < 1:
-            raise InputError("Bits per byte need the text's number of bytes; score a text with score_text, or give n_bytes.")
+            raise InputError(
+                "Bits per byte need the text's number of bytes; score a text with score_text, or give n_bytes."
+            )
         return self.nats.sum().item() / (self.n_bytes * math.log(2))
 
     def accuracy(
@@ -59,7 +66,10 @@ class Scores:
         check_range("k", k, 1, integer=True)
         predicted = self.context > 0
         if not predicted.any():
-            raise InputError("Accuracy needs a token that was predicted, and the first one of a text is not; give a text of at least two tokens.")
+            raise InputError(
+                "Accuracy needs a token that was predicted, and the first one of a "
+                "text is not; give a text of at least two tokens."
+            )
         return (self.ranks[predicted] < k).double().mean().item()
 
 
@@ -70,9 +80,11 @@ def join_scores(
     if not len(parts):
         raise InputError("There are no scores to join; score at least one text.")
     names = ("nats", "ranks", "confidence", "context")
-    return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in names), sum(part.n_bytes for part in parts))
+    return Scores(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in names), sum(part.n_bytes for part in parts)
+    )
 
-# %% ../nbs/10_evaluation.ipynb #10-030
+# %% ../nbs/10_evaluation.ipynb #1667173f
 DENSE = 2**23  # up to so many possible codes, counting them in an array beats sorting
 
 
@@ -91,7 +103,10 @@ def count_codes(
 
 @dataclass(frozen=True)
 class Followers:
-    "What followed the histories of one length, as arrays. A history and its follower are themselves a history, one token longer."
+    """What followed the histories of one length, as arrays.
+
+    A history and its follower are themselves a history, one token longer.
+    """
 
     codes: np.ndarray  # Number of the history, times the vocabulary's size, plus the token that followed; in order
     tokens: np.ndarray  # The token that followed
@@ -102,7 +117,10 @@ class Followers:
     @classmethod
     def of(cls, codes: np.ndarray, counts: np.ndarray, n_histories: int, vocab_size: int) -> "Followers":
         "The table for these codes and their counts."
-        first, sums = np.searchsorted(codes, np.arange(n_histories + 1) * vocab_size), np.concatenate([[0], np.cumsum(counts)])
+        first, sums = (
+            np.searchsorted(codes, np.arange(n_histories + 1) * vocab_size),
+            np.concatenate([[0], np.cumsum(counts)]),
+        )
         return cls(codes, codes % vocab_size, counts, first, sums[first[1:]] - sums[first[:-1]])
 
     def find(self, histories: np.ndarray, tokens: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -111,7 +129,7 @@ class Followers:
         places = np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)
         return np.where(self.codes[places] == codes, places, -1)
 
-# %% ../nbs/10_evaluation.ipynb #10-031
+# %% ../nbs/10_evaluation.ipynb #06a89132
 def as_ids(
     tokens,  # A list, array or tensor
 ) -> Int[Tensor, "seq"]:
@@ -122,14 +140,17 @@ def as_ids(
         ids = None
     if ids is None or ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex())):
         kind = type(tokens).__name__ if ids is None else f"{ids.dtype} of shape {tuple(ids.shape)}"
-        raise InputError(f"A text's tokens must be one row of whole numbers, not {kind}; a tokenizer's encode gives them.")
+        raise InputError(
+            f"A text's tokens must be one row of whole numbers, not {kind}; a tokenizer's encode gives them."
+        )
     return ids.long().cpu()
 
 
 class NGram(nn.Module):
     """A table of counts with the smoothing of Witten and Bell (1991), equation (10.4), that can be called like a `GPT`.
 
-    `fit` needs about 100 bytes of memory for each token of the text, and 150 MB at most besides. Raises `InputError` for an order
+    `fit` needs about 100 bytes of memory for each token of the text, and 150 MB at most besides. Raises `InputError`
+    for an order
     or tokens that can't be.
     """
 
@@ -144,7 +165,9 @@ class NGram(nn.Module):
         super().__init__()
         self.order = check_range("order", order, 1, 64, integer=True)
         sizes = dict(vocab_size=vocab_size, context_length=context_length)
-        self.config = SimpleNamespace(**{name: check_range(name, size, 1, 2**31, integer=True) for name, size in sizes.items()})
+        self.config = SimpleNamespace(
+            **{name: check_range(name, size, 1, 2**31, integer=True) for name, size in sizes.items()}
+        )
         self.levels: list[Followers] = []  # for histories of 0, 1, 2, ... tokens
 
     def fit(
@@ -154,7 +177,10 @@ class NGram(nn.Module):
         "Count a text, in place of what was counted before; returns itself."
         tokens, size = as_ids(tokens).numpy(), self.config.vocab_size
         if not len(tokens) or tokens.min() < 0 or tokens.max() >= size:
-            raise InputError(f"An NGram is fitted to at least one token, all from 0 to {size - 1}; use the tokenizer that vocab_size comes from.")
+            raise InputError(
+                "An NGram is fitted to at least one token, all from 0 to "
+                f"{size - 1}; use the tokenizer that vocab_size comes from."
+            )
         self.levels, histories, n_histories = [], np.zeros(len(tokens), dtype=np.int64), 1
         for length in range(min(self.order, len(tokens))):
             codes, counts, histories = count_codes(histories * size + tokens[length:], n_histories * size)
@@ -167,7 +193,10 @@ class NGram(nn.Module):
         return sum(len(level.codes) for level in self.levels)
 
     def histories(self, ids: np.ndarray, is_token: np.ndarray) -> list[np.ndarray]:
-        "For each length, the number of the history that ends at each place; -1 for one that was never seen, or reaches into padding."
+        """For each length, the number of the history that ends at each place.
+
+        -1 for one that was never seen, or reaches into padding.
+        """
         found = [np.zeros(ids.shape, dtype=np.int64)]
         for level in self.levels[:-1]:
             unseen = np.full_like(ids[:, :1], -1)
@@ -176,7 +205,10 @@ class NGram(nn.Module):
         return found
 
     def probabilities(self, histories: list[np.ndarray]) -> np.ndarray:
-        "Equation (10.4), from the shortest history to the longest, for all places and all tokens; shape (places, vocab)."
+        """Equation (10.4), from the shortest history to the longest, for all places and all tokens.
+
+        Shape (places, vocab).
+        """
         p = np.full((histories[0].size, self.config.vocab_size), 1 / self.config.vocab_size)
         for level, history in zip(self.levels, map(np.ravel, histories)):
             rows = np.flatnonzero((history >= 0) & (level.total[history] > 0))
@@ -184,7 +216,8 @@ class NGram(nn.Module):
             kinds = level.first[history + 1] - level.first[history]
             weight = 1 / (level.total[history] + kinds)
             p[rows] *= (kinds * weight)[:, None]
-            steps = np.arange(kinds.sum()) - np.repeat(np.cumsum(kinds) - kinds, kinds)  # 0, 1, 2, ... anew for each row
+            # 0, 1, 2, ... anew for each row
+            steps = np.arange(kinds.sum()) - np.repeat(np.cumsum(kinds) - kinds, kinds)
             places = np.repeat(level.first[history], kinds) + steps
             p[np.repeat(rows, kinds), level.tokens[places]] += level.counts[places] * np.repeat(weight, kinds)
         return p
@@ -206,7 +239,7 @@ class NGram(nn.Module):
         histories = [part[:, -1:] if last_only else part for part in self.histories(*seen)]
         return torch.from_numpy(np.log(self.probabilities(histories))).view(*histories[0].shape, -1)
 
-# %% ../nbs/10_evaluation.ipynb #10-044
+# %% ../nbs/10_evaluation.ipynb #f93c8cc8
 def window_spans(
     n_tokens: int,  # Of the whole text
     context_length: int,  # Tokens that the model reads at once
@@ -226,7 +259,7 @@ def window_spans(
         begin, first = begin + stride, end
     return spans
 
-# %% ../nbs/10_evaluation.ipynb #10-059
+# %% ../nbs/10_evaluation.ipynb #9ed08f5b
 SLICE = 2**24  # logits that are in memory at once, at most: 64 megabytes
 
 
@@ -234,14 +267,21 @@ def judge_logits(
     logits: Float[Tensor, "batch seq vocab"],
     targets: Int[Tensor, "batch seq"],  # The tokens that came
 ) -> tuple[Float[Tensor, "batch seq"], Int[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:
-    "Surprise at each target in nats, its rank, and the probability of the model's first choice. Of equal logits, the lower id ranks first. `InputError` for NaN."
+    """Surprise at each target in nats, its rank, and the probability of the model's first choice.
+
+    Of equal logits, the lower id ranks first. `InputError` for NaN.
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     total, picked = logits.logsumexp(-1), logits.gather(-1, targets[..., None])
     if not total.isfinite().all():
-        raise InputError("The model's logits hold NaN or infinity, so nothing can be said about its predictions; its training has failed or its weights are damaged.")
+        raise InputError(
+            "The model's logits hold NaN or infinity, so nothing can be said about its "
+            "predictions; its training has failed or its weights are damaged."
+        )
     earlier = torch.arange(logits.shape[-1], device=logits.device) < targets[..., None]
     ranks = (logits > picked).sum(-1) + ((logits == picked) & earlier).sum(-1)
-    return (total - picked[..., 0]).cpu().double(), ranks.cpu(), (logits.amax(-1) - total).exp().cpu().double()  # not every device has float64
+    # not every device has float64
+    return (total - picked[..., 0]).cpu().double(), ranks.cpu(), (logits.amax(-1) - total).exp().cpu().double()
 
 
 def score_ends(
@@ -269,21 +309,30 @@ def score_tokens(
     *,
     context_length: int | None = None,  # Tokens that the model reads at once; None: as many as it can
     stride: int | None = None,  # Tokens between the beginnings of two windows; None: half a window
-    start: Sequence[int] = (),  # Tokens put before the text; none: the first token counts as drawn from the whole vocabulary
+    start: Sequence[
+        int
+    ] = (),  # Tokens put before the text; none: the first token counts as drawn from the whole vocabulary
     batch_size: int = 8,  # Windows that are read together
     n_bytes: int = 0,  # Of the text in UTF-8, for bits per byte
     progress: bool = False,  # Show a bar
 ) -> Scores:
     """Score every token of a text exactly once, equation (10.1), with a sliding window (see `window_spans`).
 
-    Evaluation mode, no gradients; the model is given back as it was. Raises `InputError` for a text without tokens, tokens
+    Evaluation mode, no gradients; the model is given back as it was. Raises `InputError` for a text without tokens,
+    tokens
     that the model doesn't know, and settings that can't be.
     """
     from tqdm.auto import tqdm
 
     limit, vocab_size = model.config.context_length, model.config.vocab_size
-    context_length = limit if context_length is None else check_range("context_length", context_length, 1, limit, integer=True)
-    stride = max(1, context_length // 2) if stride is None else check_range("stride", stride, 1, context_length, integer=True)
+    context_length = (
+        limit if context_length is None else check_range("context_length", context_length, 1, limit, integer=True)
+    )
+    stride = (
+        max(1, context_length // 2)
+        if stride is None
+        else check_range("stride", stride, 1, context_length, integer=True)
+    )
     check_range("batch_size", batch_size, 1, integer=True)
     ids = as_ids(ids)
     if not len(ids):
@@ -294,10 +343,14 @@ def score_tokens(
     ids = torch.cat([torch.tensor(start, dtype=torch.long), ids])
     low, high = map(int, ids.aminmax())
     if low < 0 or high >= vocab_size:
-        raise InputError(f"The text holds token {low if low < 0 else high}, but the model knows 0 to {vocab_size - 1} only; use its own tokenizer.")
+        raise InputError(
+            f"The text holds token {low if low < 0 else high}, but the model knows "
+            f"0 to {vocab_size - 1} only; use its own tokenizer."
+        )
     spans = window_spans(len(ids), context_length, stride)
     uniform = torch.tensor([math.log(vocab_size), 1 / vocab_size], dtype=torch.double)
-    parts = [(uniform[:1], torch.tensor([vocab_size]), uniform[1:], torch.tensor([0]))]  # the first token: no prediction
+    # the first token: no prediction
+    parts = [(uniform[:1], torch.tensor([vocab_size]), uniform[1:], torch.tensor([0]))]
     bar = tqdm(total=len(spans), desc="scoring", unit="window", disable=not progress)
     for (length, first), group in groupby(spans, key=lambda span: (span[2] - span[0], span[1] - span[0])):
         for begins in torch.tensor([span[0] for span in group])[:, None].split(batch_size):
@@ -316,11 +369,16 @@ def score_text(
     text: str,  # Names of special tokens in it are read as plain text
     **options,  # As for `score_tokens`; `start` is the tokenizer's `prefix` where it has one (Llama 3)
 ) -> Scores:
-    "Score every token of a text. Raises `InputError` for an empty text, and for a character that a `CharTokenizer` doesn't know."
-    ids = torch.tensor(tokenizer.encode(text, special=False), dtype=torch.long)
-    return score_tokens(model, ids, n_bytes=len(text.encode("utf-8")), **{"start": getattr(tokenizer, "prefix", ())} | options)
+    """Score every token of a text.
 
-# %% ../nbs/10_evaluation.ipynb #10-072
+    Raises `InputError` for an empty text, and for a character that a `CharTokenizer` doesn't know.
+    """
+    ids = torch.tensor(tokenizer.encode(text, special=False), dtype=torch.long)
+    return score_tokens(
+        model, ids, n_bytes=len(text.encode("utf-8")), **{"start": getattr(tokenizer, "prefix", ())} | options
+    )
+
+# %% ../nbs/10_evaluation.ipynb #c60e6802
 def binomial_error(
     share: float,  # Of right answers
     n: int,  # Questions
@@ -335,46 +393,67 @@ def bootstrap_error(
     draws: int = 1000,
     seed: int = 0,
 ) -> float:
-    "Standard error of `sum(numerators) / sum(denominators)` when pieces are drawn anew, after Efron (1979). `InputError` for fewer than two pieces."
+    """Standard error of `sum(numerators) / sum(denominators)` when pieces are drawn anew, after Efron (1979).
+
+    `InputError` for fewer than two pieces.
+    """
     above, below = np.array([*numerators], dtype=float), np.array([*denominators], dtype=float)
     if above.shape != below.shape or len(above) < 2 or (below <= 0).any():
-        raise InputError(f"A bootstrap needs two pieces or more, each with a denominator above zero, not {len(above)} and {len(below)} numbers.")
+        raise InputError(
+            "A bootstrap needs two pieces or more, each with a denominator above "
+            f"zero, not {len(above)} and {len(below)} numbers."
+        )
     if not (np.isfinite(above) & np.isfinite(below)).all():
         raise InputError("A piece's number is NaN or infinite, so no error can be given; look at the scores first.")
     draw = np.random.default_rng(check_range("seed", seed, 0, integer=True))
     chosen = (draw.integers(0, len(above), len(above)) for _ in range(check_range("draws", draws, 2, integer=True)))
     return float(np.std([above[places].sum() / below[places].sum() for places in chosen], ddof=1))
 
-# %% ../nbs/10_evaluation.ipynb #10-093
+# %% ../nbs/10_evaluation.ipynb #eeeb5350
 def reliability(
     scores: Scores,
     bins: int = 10,  # Of equal width, from 0 to 1
 ) -> list[tuple[float, float, int]]:
-    "For each bin of confidence that isn't empty: mean confidence, share of first choices that were right, and how many there are. Guo et al. (2017, section 2)."
+    """For each bin of confidence that isn't empty: mean confidence, share of first choices that were right, and how
+    many there are. Guo et al. (2017, section 2).
+    """
     check_range("bins", bins, 1, integer=True)
     predicted = scores.context > 0
     confidence, right = scores.confidence[predicted], (scores.ranks[predicted] == 0).double()
     number = (confidence * bins).long().clamp(max=bins - 1)
     masks = [number == one for one in range(bins)]
-    return [(confidence[mask].mean().item(), right[mask].mean().item(), int(mask.sum())) for mask in masks if mask.any()]
+    return [
+        (confidence[mask].mean().item(), right[mask].mean().item(), int(mask.sum())) for mask in masks if mask.any()
+    ]
 
-# %% ../nbs/10_evaluation.ipynb #10-097
+# %% ../nbs/10_evaluation.ipynb #b4b6f300
 def encode_options(
     tokenizer,  # A `CharTokenizer` or `BPETokenizer`
     question: str,
     options: Sequence[str],  # Continuations, with the blank that they begin with
 ) -> tuple[list[list[int]], int]:
-    """Tokens of the question with each option, tokenized together, and how many at their beginning are the question's own.
+    """Tokens of the question with each option, tokenized together, and how many at their beginning are the question's
+    own.
 
     Raises `InputError` for options that are missing or empty, and for a question that leaves nothing to predict from.
     """
-    if isinstance(options, str) or len(options) < 2 or not all(option and isinstance(option, str) for option in options):
+    if (
+        isinstance(options, str)
+        or len(options) < 2
+        or not all(option and isinstance(option, str) for option in options)
+    ):
         raise InputError("Options must be a list of at least two texts that aren't empty.")
-    asked, *wholes = ([*getattr(tokenizer, "prefix", ()), *tokenizer.encode(text, special=False)] for text in (question, *(question + option for option in options)))
+    asked, *wholes = (
+        [*getattr(tokenizer, "prefix", ()), *tokenizer.encode(text, special=False)]
+        for text in (question, *(question + option for option in options))
+    )
     columns = enumerate(zip(asked, *wholes))
     shared = next((number for number, column in columns if len(set(column)) > 1), min(len(asked), *map(len, wholes)))
     if shared < 1:
-        raise InputError("The question is too short: its first token depends on the option, and nothing stands before that; put a word in front.")
+        raise InputError(
+            "The question is too short: its first token depends on the option, "
+            "and nothing stands before that; put a word in front."
+        )
     return wholes, shared
 
 
@@ -401,7 +480,10 @@ def score_options(
     question: str,
     options: Sequence[str],  # Continuations, with the blank that they begin with
 ) -> OptionScores:
-    "Score all options as one batch, padded on the left; raises `InputError` for what `encode_options` refuses, and for texts longer than the model's context."
+    """Score all options as one batch, padded on the left.
+
+    Raises `InputError` for what `encode_options` refuses, and for texts longer than the model's context.
+    """
     wholes, shared = encode_options(tokenizer, question, options)
     ids, is_token = left_pad(wholes)
     ids, is_token = ids.to(model.device), is_token.to(model.device)
@@ -410,7 +492,9 @@ def score_options(
     n_tokens = torch.tensor([len(whole) - shared for whole in wholes])
     nats, _, _ = score_ends(model, ids, int(n_tokens.max()), is_token)
     counted = torch.arange(nats.shape[1]) >= nats.shape[1] - n_tokens[:, None]
-    return OptionScores(-nats.where(counted, 0.0).sum(1), n_tokens, torch.tensor([len(option.encode("utf-8")) for option in options]))
+    return OptionScores(
+        -nats.where(counted, 0.0).sum(1), n_tokens, torch.tensor([len(option.encode("utf-8")) for option in options])
+    )
 
 
 def choose(
@@ -424,7 +508,7 @@ def choose(
     "The place of the option that the model finds most probable after the question; errors as in `score_options`."
     return score_options(model, tokenizer, question, options).best(by)
 
-# %% ../nbs/10_evaluation.ipynb #10-113
+# %% ../nbs/10_evaluation.ipynb #b945b9f6
 def compare_samples(
     models: Mapping[str, tuple],  # A name, and a model with its tokenizer
     prompts: Sequence[str],
@@ -433,7 +517,9 @@ def compare_samples(
     seed: int = 0,  # The same for every model and prompt
     **options,  # As for `stream_text`: temperature, top_p, ...
 ) -> list[tuple[str, str, str]]:
-    "Rows of prompt, model and continuation, cut to the same number of characters, so that they can be read side by side."
+    """Rows of prompt, model and continuation, cut to the same number of characters, so that they can be read side by
+    side.
+    """
     check_range("length", length, 1, integer=True)
     if isinstance(prompts, str):
         raise InputError("prompts must be a list of texts; put the one text into brackets.")
@@ -441,7 +527,9 @@ def compare_samples(
     for prompt in prompts:
         for name, (model, tokenizer) in models.items():
             written = ""
-            for piece in stream_text(model, tokenizer, prompt, length, generator=seed, use_cache=hasattr(model, "new_cache"), **options):
+            for piece in stream_text(
+                model, tokenizer, prompt, length, generator=seed, use_cache=hasattr(model, "new_cache"), **options
+            ):
                 written += piece
                 if len(written) >= length:
                     break

@@ -8,7 +8,7 @@ __all__ = ['LLAMA', 'REASONS', 'ACTIVATION_NAMES', 'CLASS_NAMES', 'WRITTEN', 'ON
            'check_target', 'folder_in_one_step', 'token_roles', 'save_pretrained', 'StatelessCache', 'StatelessGPT',
            'tracing', 'onnx_names', 'trace_onnx', 'check_onnx', 'without_traces', 'export_onnx']
 
-# %% ../nbs/89_export.ipynb #89-008
+# %% ../nbs/89_export.ipynb #78f6d2cc
 import copy
 import importlib.util
 import logging
@@ -30,9 +30,20 @@ from .foundations import InputError, check_range, os_error_sentence, sync_folder
 from .pretrained import Stored, hf_tensors
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/89_export.ipynb #89-014
-LLAMA = dict(norm=["rmsnorm"], norm_placement=["pre"], position=["rotary"], activation=["swiglu"], bias=[False], qkv_bias=[False],
-             qk_norm=[False], qk_norm_whole=[False], window=[None], rope_scaling=[None, "linear", "llama3"], output_bias=[False])
+# %% ../nbs/89_export.ipynb #f31e4d25
+LLAMA = dict(
+    norm=["rmsnorm"],
+    norm_placement=["pre"],
+    position=["rotary"],
+    activation=["swiglu"],
+    bias=[False],
+    qkv_bias=[False],
+    qk_norm=[False],
+    qk_norm_whole=[False],
+    window=[None],
+    rope_scaling=[None, "linear", "llama3"],
+    output_bias=[False],
+)
 
 REASONS = {
     "norm": "GPT-2 has LayerNorm and the others RMSNorm",
@@ -55,8 +66,19 @@ REASONS = {
 def families(config: GPTConfig) -> dict[str, dict[str, list]]:
     "What each family of models allows in each field that it doesn't leave open, for a model of this size."
     c = config
-    gpt2 = dict(norm=["layernorm"], norm_placement=["pre"], position=["learned"], activation=["gelu_tanh", "gelu"], bias=[True],
-                qkv_bias=[c.bias], qk_norm=[False], window=[None], output_bias=[False], n_kv_heads=[c.n_heads], head_dim=[c.d_model // c.n_heads])
+    gpt2 = dict(
+        norm=["layernorm"],
+        norm_placement=["pre"],
+        position=["learned"],
+        activation=["gelu_tanh", "gelu"],
+        bias=[True],
+        qkv_bias=[c.bias],
+        qk_norm=[False],
+        window=[None],
+        output_bias=[False],
+        n_kv_heads=[c.n_heads],
+        head_dim=[c.d_model // c.n_heads],
+    )
     return {
         "gpt2": gpt2,
         "llama": LLAMA | dict(bias=[False, True], qkv_bias=[c.bias], d_model=[c.d_model - c.d_model % c.n_heads]),
@@ -71,27 +93,47 @@ def facts(config: GPTConfig) -> dict:
     "The fields that decide the family; those that change nothing as if they were not set."
     c = config
     window = None if c.window is None or c.window >= c.context_length else c.window
-    return vars(c) | dict(window=window, qk_norm_whole=c.qk_norm and c.qk_norm_whole, rope_scaling=c.rope_scaling and c.rope_scaling.kind)
+    return vars(c) | dict(
+        window=window, qk_norm_whole=c.qk_norm and c.qk_norm_whole, rope_scaling=c.rope_scaling and c.rope_scaling.kind
+    )
 
 
 def family_of(config: GPTConfig) -> str:
-    "The family, as transformers' `model_type`, that this configuration is a member of; `InputError` says why it is of none."
+    """The family, as transformers' `model_type`, that this configuration is a member of.
+
+    `InputError` says why it is of none.
+    """
     have = facts(config)
-    misfits = {family: [field for field, allowed in wanted.items() if have[field] not in allowed] for family, wanted in families(config).items()}
+    misfits = {
+        family: [field for field, allowed in wanted.items() if have[field] not in allowed]
+        for family, wanted in families(config).items()
+    }
     family = min(misfits, key=lambda name: len(misfits[name]))
     if misfits[family]:
-        fields = " and ".join(f"{field}={have[field]!r} has no counterpart there ({REASONS[field]})" for field in misfits[family])
-        raise InputError(f"This model can't be written for transformers, where its nearest family is {family}: {fields}.")
+        fields = " and ".join(
+            f"{field}={have[field]!r} has no counterpart there ({REASONS[field]})" for field in misfits[family]
+        )
+        raise InputError(
+            f"This model can't be written for transformers, where its nearest family is {family}: {fields}."
+        )
     return family
 
-# %% ../nbs/89_export.ipynb #89-018
+# %% ../nbs/89_export.ipynb #04a4330f
 ACTIVATION_NAMES = {"gelu_tanh": "gelu_new", "gelu": "gelu", "swiglu": "silu"}
-CLASS_NAMES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-               "qwen3": "Qwen3ForCausalLM", "olmo2": "Olmo2ForCausalLM"}
+CLASS_NAMES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+}
 
 
 def rope_fields(config: GPTConfig) -> dict:
-    "Rotary positions as transformers 5 reads them (`rope_parameters`) and as version 4 did (`rope_theta`, `rope_scaling`)."
+    """Rotary positions as transformers 5 reads them (`rope_parameters`) and as version 4 did (`rope_theta`,
+    `rope_scaling`).
+    """
     scaling, s = {"rope_type": "default"}, config.rope_scaling
     if s is not None:
         scaling = {"rope_type": s.kind, "factor": s.factor}
@@ -105,24 +147,53 @@ def rope_fields(config: GPTConfig) -> dict:
 def hf_config(config: GPTConfig) -> dict:
     "The model's shape in the words of transformers' `config.json`; `InputError` where it has none."
     c, family = config, family_of(config)
-    both = dict(model_type=family, architectures=[CLASS_NAMES[family]], vocab_size=c.vocab_size, tie_word_embeddings=c.tied_embeddings,
-                initializer_range=min(c.init_std, 1.0), use_cache=True)
+    both = dict(
+        model_type=family,
+        architectures=[CLASS_NAMES[family]],
+        vocab_size=c.vocab_size,
+        tie_word_embeddings=c.tied_embeddings,
+        initializer_range=min(c.init_std, 1.0),
+        use_cache=True,
+    )
     if family == "gpt2":
-        return both | dict(n_positions=c.context_length, n_embd=c.d_model, n_layer=c.n_layers, n_head=c.n_heads, n_inner=c.d_ff,
-                           activation_function=ACTIVATION_NAMES[c.activation], layer_norm_epsilon=c.norm_eps,
-                           resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout)
-    shape = both | rope_fields(c) | dict(
-        max_position_embeddings=c.context_length, hidden_size=c.d_model, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.d_ff, hidden_act=ACTIVATION_NAMES[c.activation],
-        rms_norm_eps=c.norm_eps, attention_dropout=c.dropout)
+        return both | dict(
+            n_positions=c.context_length,
+            n_embd=c.d_model,
+            n_layer=c.n_layers,
+            n_head=c.n_heads,
+            n_inner=c.d_ff,
+            activation_function=ACTIVATION_NAMES[c.activation],
+            layer_norm_epsilon=c.norm_eps,
+            resid_pdrop=c.dropout,
+            embd_pdrop=c.dropout,
+            attn_pdrop=c.dropout,
+        )
+    shape = (
+        both
+        | rope_fields(c)
+        | dict(
+            max_position_embeddings=c.context_length,
+            hidden_size=c.d_model,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+            intermediate_size=c.d_ff,
+            hidden_act=ACTIVATION_NAMES[c.activation],
+            rms_norm_eps=c.norm_eps,
+            attention_dropout=c.dropout,
+        )
+    )
     window = facts(c)["window"]
     if family == "mistral":
         return shape | dict(sliding_window=window)
     if family in ("qwen2", "qwen3"):
-        shape |= dict(use_sliding_window=window is not None, sliding_window=window, max_window_layers=0 if window else c.n_layers)
+        shape |= dict(
+            use_sliding_window=window is not None, sliding_window=window, max_window_layers=0 if window else c.n_layers
+        )
     return shape | (dict(attention_bias=c.bias, mlp_bias=c.bias) if family == "llama" else dict(attention_bias=False))
 
-# %% ../nbs/89_export.ipynb #89-021
+# %% ../nbs/89_export.ipynb #8be40f42
 def half_split(
     name: str,  # One of our parameters
     parameter: Float[Tensor, "rows ..."],
@@ -146,7 +217,7 @@ def their_tensor(
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     return tensor.T if entry.transposed else tensor
 
-# %% ../nbs/89_export.ipynb #89-030
+# %% ../nbs/89_export.ipynb #70c37778
 def plan_shards(
     sizes: dict[str, int],  # Bytes of each tensor
     max_shard_bytes: int,  # The most bytes of tensors in a file; a larger tensor has a file of its own
@@ -165,7 +236,9 @@ def plan_shards(
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    "Write a safetensors file as transformers expects it: each tensor contiguous, and the note that it came from PyTorch."
+    """Write a safetensors file as transformers expects it: each tensor contiguous, and the note that it came from
+    PyTorch.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -178,32 +251,49 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_weights(folder: Path, model: GPT, max_shard_bytes: int) -> None:
-    "One file of weights, or several with an index that says which tensor is where; one file's tensors in memory at a time."
+    """One file of weights, or several with an index that says which tensor is where.
+
+    One file's tensors in memory at a time.
+    """
     c, parameters = model.config, dict(model.named_parameters())
     entries = {entry.name: entry for entry in hf_tensors(family_of(c), c)}
-    sizes = {name: sum(parameters[ours].numel() * parameters[ours].element_size() for ours in entry.holds) for name, entry in entries.items()}
+    sizes = {
+        name: sum(parameters[ours].numel() * parameters[ours].element_size() for ours in entry.holds)
+        for name, entry in entries.items()
+    }
     shards = plan_shards(sizes, max_shard_bytes)
     for file, names in shards.items():
         write_shard(folder / file, {name: their_tensor(entries[name], parameters, c) for name in names})
     if len(shards) > 1:
         places = {name: file for file, names in shards.items() for name in names}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places},
+        )
 
-# %% ../nbs/89_export.ipynb #89-033
-WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|(model\.safetensors\.index|config|generation_config|tokenizer|tokenizer_config|"
-                     r"special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja")  # what transformers and this book write
+# %% ../nbs/89_export.ipynb #2fa216bd
+WRITTEN = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|(model\.safetensors\.index|config|generation_config|tokenizer|tokenizer_config|"
+    r"special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja"
+)  # what transformers and this book write
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    "Raise `InputError` if `folder` is a file, holds something that may not be replaced, or something that isn't a model's."
+    """Raise `InputError` if `folder` is a file, holds something that may not be replaced, or something that isn't a
+    model's.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"Can't write the model to {folder}: that is a file; give a folder.")
     inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if inside and not overwrite:
-        raise InputError(f"{folder} is not empty ({inside[0]}); choose another folder, or replace it with overwrite=True.")
+        raise InputError(
+            f"{folder} is not empty ({inside[0]}); choose another folder, or replace it with overwrite=True."
+        )
     foreign = [name for name in inside if not WRITTEN.fullmatch(name)]
     if foreign:
-        raise InputError(f"{folder} holds {foreign[0]}, which is no file of a saved model and would be lost; choose another folder.")
+        raise InputError(
+            f"{folder} holds {foreign[0]}, which is no file of a saved model and would be lost; choose another folder."
+        )
 
 
 @contextmanager
@@ -242,17 +332,23 @@ def folder_in_one_step(
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/89_export.ipynb #89-035
+# %% ../nbs/89_export.ipynb #689622ee
 def token_roles(
     tokenizer,  # A `CharTokenizer`, a `BPETokenizer`, or None
     eos_token: str | None = None,  # None: the only special token, or `<|endoftext|>`
     bos_token: str | None = None,  # None: what begins every text, or as eos_token
 ) -> dict[str, str]:
-    "The special tokens that end, begin and pad a text, by the names that transformers gives to these roles; padding is written as the end."
+    """The special tokens that end, begin and pad a text, by the names that transformers gives to these roles.
+
+    Padding is written as the end.
+    """
     names = list(getattr(tokenizer, "special_tokens", {}))
     for role, token in (("eos_token", eos_token), ("bos_token", bos_token)):
         if token is not None and token not in names:
-            raise InputError(f"{role} must be one of the tokenizer's special tokens ({', '.join(names) or 'it has none'}), not {token!r}.")
+            raise InputError(
+                f"{role} must be one of the tokenizer's special tokens "
+                f"({', '.join(names) or 'it has none'}), not {token!r}."
+            )
     if eos_token is None:
         eos_token = names[0] if len(names) == 1 else "<|endoftext|>" if "<|endoftext|>" in names else None
     ids = {i: name for name, i in getattr(tokenizer, "special_tokens", {}).items()}
@@ -273,9 +369,11 @@ def save_pretrained(
     bos_token: str | None = None,
     stop_tokens: Sequence[int] = (),  # All that end an answer, where there are more than eos_token
 ) -> Path:
-    """Write a model, in the dtype of its weights, so that transformers' `AutoModelForCausalLM` and `AutoTokenizer` read it; returns the folder.
+    """Write a model, in the dtype of its weights, so that transformers' `AutoModelForCausalLM` and `AutoTokenizer` read
+    it; returns the folder.
 
-    The folder is there complete or not at all. Raises `InputError` for a configuration that no family of transformers has
+    The folder is there complete or not at all. Raises `InputError` for a configuration that no family of transformers
+    has
     (the sentence says why), for a folder that holds something, and when the disk refuses.
     """
     c, dtype = model.config, str(model.token_embedding.weight.dtype).removeprefix("torch.")
@@ -283,28 +381,47 @@ def save_pretrained(
     if tokenizer is None and chat_template is not None:
         raise InputError("A chat_template is kept with the tokenizer; give the tokenizer too.")
     if tokenizer is not None and tokenizer.vocab_size > c.vocab_size:
-        raise InputError(f"The tokenizer has {tokenizer.vocab_size} tokens and the model {c.vocab_size}; give the model's own tokenizer.")
+        raise InputError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{c.vocab_size}; give the model's own tokenizer."
+        )
     if strangers := [i for i in stop_tokens if not 0 <= i < c.vocab_size]:
         raise InputError(f"stop_tokens must be ids from 0 to {c.vocab_size - 1}, not {strangers[0]}.")
     roles = token_roles(tokenizer, eos_token, bos_token)
-    ids = {f"{role}_id": tokenizer.special_tokens[roles[role]] if role in roles else None for role in ("bos_token", "eos_token", "pad_token")}
+    ids = {
+        f"{role}_id": tokenizer.special_tokens[roles[role]] if role in roles else None
+        for role in ("bos_token", "eos_token", "pad_token")
+    }
     shape = hf_config(c) | ids | {"dtype": dtype, "torch_dtype": dtype}
     with folder_in_one_step(directory, overwrite=overwrite) as folder:
         write_json(folder / "config.json", shape)
-        write_json(folder / "generation_config.json", ids | ({"eos_token_id": list(stop_tokens)} if len(stop_tokens) > 1 else {}))
+        write_json(
+            folder / "generation_config.json",
+            ids | ({"eos_token_id": list(stop_tokens)} if len(stop_tokens) > 1 else {}),
+        )
         write_weights(folder, model, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer.json")
             template = {} if chat_template is None else {"chat_template": chat_template}
-            write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.context_length,
-                                                          "clean_up_tokenization_spaces": False} | roles | template)
+            write_json(
+                folder / "tokenizer_config.json",
+                {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "model_max_length": c.context_length,
+                    "clean_up_tokenization_spaces": False,
+                }
+                | roles
+                | template,
+            )
     return Path(directory)
 
-# %% ../nbs/89_export.ipynb #89-048
+# %% ../nbs/89_export.ipynb #18413015
 class StatelessCache:
     "A `KVCache` that changes nothing in place: `update` makes new tensors, which a traced graph can give back."
 
-    def __init__(self, k: Float[Tensor, "batch kv_heads keys head_dim"], v: Float[Tensor, "batch kv_heads keys head_dim"]):
+    def __init__(
+        self, k: Float[Tensor, "batch kv_heads keys head_dim"], v: Float[Tensor, "batch kv_heads keys head_dim"]
+    ):
         self.k, self.v = k, v
 
     @property
@@ -323,7 +440,9 @@ class StatelessCache:
 
 
 class StatelessGPT(nn.Module):
-    "A `GPT` as a function of its inputs alone, without a branch that depends on a length: what can be traced into a graph."
+    """A `GPT` as a function of its inputs alone, without a branch that depends on a length: what can be traced into a
+    graph.
+    """
 
     def __init__(self, model: GPT):
         super().__init__()
@@ -350,13 +469,15 @@ class StatelessGPT(nn.Module):
         logits = model.unembed(model.final_norm(x))
         return logits if cache is None else (logits, [(layer.k, layer.v) for layer in cache])
 
-# %% ../nbs/89_export.ipynb #89-049
+# %% ../nbs/89_export.ipynb #b1f78951
 ONE_FILE_BYTES = 1_900_000_000  # An ONNX file can't pass 2 GiB; larger weights stand in a second file
 
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    "While a graph is traced, lengths are symbols: shapes are not checked, and the tracer's notes to its authors are not shown."
+    """While a graph is traced, lengths are symbols: shapes are not checked, and the tracer's notes to its authors are
+    not shown.
+    """
     from jaxtyping import config
 
     checked, disabled = not config.jaxtyping_disable, logging.root.manager.disable
@@ -373,7 +494,10 @@ def tracing() -> Iterator[None]:
 
 def onnx_names(config: GPTConfig, with_cache: bool) -> tuple[list[str], list[str]]:
     "The names of the graph's inputs and outputs."
-    past, present = ([f"{when}.{i}.{what}" for i in range(config.n_layers) for what in ("key", "value")] for when in ("past", "present"))
+    past, present = (
+        [f"{when}.{i}.{what}" for i in range(config.n_layers) for what in ("key", "value")]
+        for when in ("past", "present")
+    )
     return ["ids", *past], ["logits", *present]
 
 
@@ -388,18 +512,32 @@ def trace_onnx(model: GPT, with_cache: bool, opset: int):
         past = [tuple(weight.new_zeros(2, c.n_kv_heads, 4, c.head_dim) for _ in range(2)) for _ in range(c.n_layers)]
         example, free = (ids, past), (*free, [({0: "batch", 2: "past"},) * 2] * c.n_layers)
     with tracing():
-        return torch.onnx.export(StatelessGPT(model), example, dynamo=True, dynamic_shapes=free, input_names=inputs, output_names=outputs,
-                                 opset_version=opset, verbose=False)
+        return torch.onnx.export(
+            StatelessGPT(model),
+            example,
+            dynamo=True,
+            dynamic_shapes=free,
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=opset,
+            verbose=False,
+        )
 
 
 def check_onnx(model: GPT, with_cache: bool) -> None:
-    "Raise `InputError` where a graph can't be made: packages are missing, or the model isn't in float32, or its context is too short."
+    """Raise `InputError` where a graph can't be made: packages are missing, or the model isn't in float32, or its
+    context is too short.
+    """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"ONNX export needs the package {missing[0]}, which is not installed; run: pip install onnx onnxscript")
+        raise InputError(
+            f"ONNX export needs the package {missing[0]}, which is not installed; run: pip install onnx onnxscript"
+        )
     dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
     if dtypes:
-        raise InputError(f"ONNX export takes weights in float32, not {str(dtypes.pop()).removeprefix('torch.')}; give model.float().")
+        raise InputError(
+            f"ONNX export takes weights in float32, not {str(dtypes.pop()).removeprefix('torch.')}; give model.float()."
+        )
     least = 7 if with_cache else 3
     if model.config.context_length < least:
         raise InputError(f"ONNX export needs a context_length of at least {least}, not {model.config.context_length}.")
@@ -424,13 +562,17 @@ def export_onnx(
 
     With `with_cache`, the inputs `past.0.key`, `past.0.value`, ... hold each layer's earlier keys and values, of shape
     (batch, n_kv_heads, past, head_dim), where past may be 0, and the outputs `present.0.key`, ... are what to give the
-    next call. The graph knows no padding and does not check context_length. Weights above `ONE_FILE_BYTES` go to a second
-    file, the path with `.data` behind it. What is there already is replaced. Raises `InputError` when onnx or onnxscript is missing and when the disk refuses.
+    next call. The graph knows no padding and does not check context_length. Weights above `ONE_FILE_BYTES` go to a
+    second
+    file, the path with `.data` behind it. What is there already is replaced. Raises `InputError` when onnx or
+    onnxscript is missing and when the disk refuses.
     """
     opset = int(check_range("opset", opset, 18, 25, integer=True))
     path = Path(path).expanduser().resolve()
     if path.is_dir():
-        raise InputError(f"Can't write the graph to {path}: that is a folder; give a file, such as {path / 'model.onnx'}.")
+        raise InputError(
+            f"Can't write the graph to {path}: that is a folder; give a file, such as {path / 'model.onnx'}."
+        )
     check_onnx(model, with_cache)
     program = trace_onnx(model, with_cache, opset)
     without_traces(program)

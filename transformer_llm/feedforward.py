@@ -6,14 +6,14 @@
 __all__ = ['ACTIVATIONS', 'gelu', 'gelu_tanh', 'relu_squared', 'silu', 'FeedForward', 'SwiGLU', 'make_feedforward', 'n_matrices',
            'default_d_ff', 'feedforward_parameters', 'feedforward_flops']
 
-# %% ../nbs/02_feedforward.ipynb #02-006
+# %% ../nbs/02_feedforward.ipynb #353018ad
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .foundations import InputError, check_choice, check_range
 
-# %% ../nbs/02_feedforward.ipynb #02-022
+# %% ../nbs/02_feedforward.ipynb #d8744722
 def gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     "x · Φ(x), where Φ is the normal distribution function: a soft gate; Hendrycks and Gimpel (2016, section 2)."
     return F.gelu(x)
@@ -33,12 +33,15 @@ def silu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     "x · sigmoid(x), also called swish: the gate of SwiGLU; Ramachandran et al. (2017, section 4)."
     return F.silu(x)
 
-# %% ../nbs/02_feedforward.ipynb #02-035
+# %% ../nbs/02_feedforward.ipynb #7a27ff2f
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu2": relu_squared, "swiglu": silu}  # names in configurations
 
 
 class FeedForward(nn.Module):
-    "Widen each token to `d_ff` numbers, bend them, narrow again: down(activation(up(x))); Vaswani et al. (2017, equation 2)."
+    """Widen each token to `d_ff` numbers, bend them, narrow again: down(activation(up(x))).
+
+    Vaswani et al. (2017, equation 2).
+    """
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class FeedForward(nn.Module):
         "Transform every token alone; the result has the shape of `x`."
         return F.dropout(self.down(self.activation(self.up(x))), self.dropout, self.training)
 
-# %% ../nbs/02_feedforward.ipynb #02-045
+# %% ../nbs/02_feedforward.ipynb #7c6a9815
 class SwiGLU(nn.Module):
     "A feed-forward network whose hidden numbers are gated: down(silu(gate(x)) · up(x)); Shazeer (2020, equation 6)."
 
@@ -101,7 +104,7 @@ def make_feedforward(
         return SwiGLU(d_model, d_ff, bias=bias, dropout=dropout)
     return FeedForward(d_model, d_ff, activation=activation, bias=bias, dropout=dropout)
 
-# %% ../nbs/02_feedforward.ipynb #02-056
+# %% ../nbs/02_feedforward.ipynb #2d9ca121
 def n_matrices(activation: str) -> int:
     "How many d_model × d_ff matrices the network has: up and down, and a gate for SwiGLU."
     return 3 if check_choice("activation", activation, [*ACTIVATIONS]) == "swiglu" else 2

@@ -7,7 +7,7 @@ __all__ = ['InputError', 'check_range', 'check_choice', 'os_error_sentence', 'sy
            'read_json', 'sha256_of', 'cache_dir', 'set_seed', 'pick_device', 'largest_difference', 'shape_checker',
            'check_shapes']
 
-# %% ../nbs/90_foundations.ipynb #90-004
+# %% ../nbs/90_foundations.ipynb #016c3f89
 import errno
 import hashlib
 import json
@@ -20,11 +20,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/90_foundations.ipynb #90-006
+# %% ../nbs/90_foundations.ipynb #dcbec150
 class InputError(ValueError):
     "Something that was given to the package can't be used; the message says what, and what to do instead."
 
-# %% ../nbs/90_foundations.ipynb #90-007
+# %% ../nbs/90_foundations.ipynb #8485f010
 def check_range(
     name: str,  # What the person calls it: `top_p`, `--max_steps`
     value: float,  # What was given
@@ -33,7 +33,10 @@ def check_range(
     *,
     integer: bool = False,  # Only whole numbers are allowed
 ) -> float:
-    "Return `value` (as an `int` where `integer`) if it is a finite number within `[low, high]`; raise `InputError` naming all three otherwise."
+    """Return `value` (as an `int` where `integer`) if it is a finite number within `[low, high]`.
+
+    Raise `InputError` naming all three otherwise.
+    """
     kind = "a whole number" if integer else "a number"
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if is_number and not (integer and value != int(value)):
@@ -48,7 +51,7 @@ def check_range(
         limits = f" of at most {high}" if high is not None else ""
     raise InputError(f"{name} must be {kind}{limits}, not {value!r:.60}.")
 
-# %% ../nbs/90_foundations.ipynb #90-008
+# %% ../nbs/90_foundations.ipynb #12c25c74
 def check_choice(
     name: str,  # What the person calls it
     value: str,  # What was given
@@ -60,7 +63,7 @@ def check_choice(
         raise InputError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
     return value
 
-# %% ../nbs/90_foundations.ipynb #90-012
+# %% ../nbs/90_foundations.ipynb #0ed1a2c8
 def os_error_sentence(action: str, path: str | Path, error: OSError) -> str:
     "Say in one sentence what the system refused, and the way out."
     no_permission = "you have no permission; choose another folder or change its permissions"
@@ -76,7 +79,7 @@ def os_error_sentence(action: str, path: str | Path, error: OSError) -> str:
     }
     return f"Can't {action} {path}: {hints.get(error.errno, error.strerror or str(error))}."
 
-# %% ../nbs/90_foundations.ipynb #90-013
+# %% ../nbs/90_foundations.ipynb #14ea6509
 def sync_folder(path: Path) -> None:
     "Put a folder's entries on the disk, so that a rename inside it survives a power cut (a no-op on Windows)."
     if os.name == "nt":
@@ -87,7 +90,7 @@ def sync_folder(path: Path) -> None:
     finally:
         os.close(descriptor)
 
-# %% ../nbs/90_foundations.ipynb #90-014
+# %% ../nbs/90_foundations.ipynb #4ed7f7dc
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator:
     "Give a binary file to write to, which takes the name `path` only when all of it is on the disk."
@@ -110,7 +113,7 @@ def atomic_write(path: str | Path) -> Iterator:
         if temporary is not None and os.path.exists(temporary):
             os.remove(temporary)
 
-# %% ../nbs/90_foundations.ipynb #90-015
+# %% ../nbs/90_foundations.ipynb #0ed27f39
 def write_json(path: str | Path, value: object) -> None:
     "Write `value` as indented JSON, atomically."
     with atomic_write(path) as file:
@@ -125,9 +128,11 @@ def read_json(path: str | Path) -> object:
     except OSError as error:
         raise InputError(os_error_sentence("read", path, error)) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a readable JSON file; it is damaged or was not written by this package.") from error
+        raise InputError(
+            f"{path} is not a readable JSON file; it is damaged or was not written by this package."
+        ) from error
 
-# %% ../nbs/90_foundations.ipynb #90-016
+# %% ../nbs/90_foundations.ipynb #259172da
 def sha256_of(path: str | Path) -> str:
     "The SHA-256 of a file's bytes, as 64 hexadecimal digits; how the book tells whether a file is the one it was."
     try:
@@ -136,7 +141,7 @@ def sha256_of(path: str | Path) -> str:
     except OSError as error:
         raise InputError(os_error_sentence("read", path, error)) from error
 
-# %% ../nbs/90_foundations.ipynb #90-023
+# %% ../nbs/90_foundations.ipynb #129778f2
 def cache_dir() -> Path:
     "The folder for downloads: `$TRANSFORMER_LLM_CACHE`, or `transformer_llm` in the user's cache folder."
     if os.environ.get("TRANSFORMER_LLM_CACHE"):
@@ -144,9 +149,12 @@ def cache_dir() -> Path:
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "transformer_llm"
 
-# %% ../nbs/90_foundations.ipynb #90-025
+# %% ../nbs/90_foundations.ipynb #218f80b1
 def set_seed(seed: int = 0):
-    "Seed Python's, NumPy's and PyTorch's global generators; return a new `torch.Generator` with the same seed, from 0 to 2⁶³ − 1."
+    """Seed Python's, NumPy's and PyTorch's global generators.
+
+    Return a new `torch.Generator` with the same seed, from 0 to 2⁶³ − 1.
+    """
     import numpy
     import torch
 
@@ -158,7 +166,10 @@ def set_seed(seed: int = 0):
 
 
 def pick_device(name: str = "auto"):
-    "The `torch.device` of that name; `auto` takes a CUDA GPU, else Apple's, else the CPU. Raises `InputError` for one that isn't there."
+    """The `torch.device` of that name.
+
+    `auto` takes a CUDA GPU, else Apple's, else the CPU. Raises `InputError` for one that isn't there.
+    """
     import torch
 
     check_choice("device", name, ["auto", "cpu", "cuda", "mps"])
@@ -169,7 +180,7 @@ def pick_device(name: str = "auto"):
         raise InputError(f"device {name!r} is not available on this machine; use --device cpu or auto.")
     return torch.device(name)
 
-# %% ../nbs/90_foundations.ipynb #90-029
+# %% ../nbs/90_foundations.ipynb #c4264af9
 def largest_difference(a, b) -> float:
     """The largest absolute difference between two tensors, or between two equally long sequences of tensors.
 
@@ -189,7 +200,7 @@ def largest_difference(a, b) -> float:
     largest = [(x - y).abs().masked_fill(x == y, 0.0).max() for x, y in pairs]
     return torch.stack(largest).max().item() if largest else 0.0  # torch's max keeps a NaN, Python's can lose it
 
-# %% ../nbs/90_foundations.ipynb #90-032
+# %% ../nbs/90_foundations.ipynb #077f6397
 def shape_checker(function):
     "Decorate `function` with beartype's run-time type check, where a whole number may stand for a `float`."
     from beartype import BeartypeConf, beartype
@@ -198,7 +209,9 @@ def shape_checker(function):
 
 
 def check_shapes() -> None:
-    "From now on check jaxtyping's shapes in modules of this package that are imported later, and in later cells of a notebook."
+    """From now on check jaxtyping's shapes in modules of this package that are imported later, and in later cells of a
+    notebook.
+    """
     import importlib
     import sys
 

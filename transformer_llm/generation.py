@@ -8,7 +8,7 @@ __all__ = ['apply_temperature', 'keep_from', 'top_k_filter', 'top_p_filter', 'mi
            'write_tokens', 'generate', 'left_pad', 'stop_ids', 'before_stop', 'prompt_ids', 'generate_text',
            'stream_text', 'decode_pieces', 'keep_best', 'beam_candidates', 'beam_search']
 
-# %% ../nbs/08_generation.ipynb #08-006
+# %% ../nbs/08_generation.ipynb #c8da57a2
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,18 +20,21 @@ from torch import Tensor, nn
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/08_generation.ipynb #08-017
+# %% ../nbs/08_generation.ipynb #34d72daf
 def apply_temperature(
     logits: Float[Tensor, "batch vocab"],
     temperature: float,  # Below 1: sharper; above 1: flatter
 ) -> Float[Tensor, "batch vocab"]:
-    "Divide the logits by the temperature, equation (8.1); `InputError` below 0.001, where 0 is meant: the most probable token."
+    """Divide the logits by the temperature, equation (8.1).
+
+    `InputError` below 0.001, where 0 is meant: the most probable token.
+    """
     if not 1e-3 <= check_range("temperature", temperature, 0):
         way_out = "sample, stream and generate take temperature=0 for the most probable token"
         raise InputError(f"temperature must be at least 0.001 to divide by, not {temperature!r}; {way_out}.")
     return logits if temperature == 1 else logits / temperature
 
-# %% ../nbs/08_generation.ipynb #08-028
+# %% ../nbs/08_generation.ipynb #d94e1d1f
 def keep_from(
     logits: Float[Tensor, "batch vocab"],
     threshold: Float[Tensor, "batch 1"],  # The smallest logit that stays
@@ -70,7 +73,8 @@ def min_p_filter(
     logits: Float[Tensor, "batch vocab"],
     p: float,  # The smallest allowed probability, as a fraction of the largest
 ) -> Float[Tensor, "batch vocab"]:
-    """Keep the tokens that are at least `p` times as probable as the most probable one, Nguyen et al. (2024), equation (8.3).
+    """Keep the tokens that are at least `p` times as probable as the most probable one, Nguyen et al. (2024), equation
+    (8.3).
 
     Raises `InputError` when `p` is not from 0 (all tokens stay) to 1 (only the best does).
     """
@@ -78,7 +82,7 @@ def min_p_filter(
         return logits
     return keep_from(logits, logits.amax(-1, keepdim=True) + math.log(p))
 
-# %% ../nbs/08_generation.ipynb #08-043
+# %% ../nbs/08_generation.ipynb #982535ca
 def mark_seen(
     ids: Int[Tensor, "batch seq"],
     vocab_size: int,
@@ -86,7 +90,12 @@ def mark_seen(
 ) -> Bool[Tensor, "batch vocab"]:
     "Which tokens of the vocabulary occur in each row."
     counts = torch.zeros(ids.shape[0], vocab_size, dtype=torch.long, device=ids.device)
-    return counts.scatter_add_(1, ids.long(), torch.ones_like(ids, dtype=torch.long) if is_token is None else is_token.long()) > 0
+    return (
+        counts.scatter_add_(
+            1, ids.long(), torch.ones_like(ids, dtype=torch.long) if is_token is None else is_token.long()
+        )
+        > 0
+    )
 
 
 def penalise_seen(
@@ -107,7 +116,7 @@ def repetition_penalty(
     "Make the tokens in `ids` less probable, Keskar et al. (2019, section 4.1), here with an eye on the sign."
     return penalise_seen(logits, mark_seen(ids, logits.shape[-1]), penalty)
 
-# %% ../nbs/08_generation.ipynb #08-056
+# %% ../nbs/08_generation.ipynb #23573146
 def filter_logits(
     logits: Float[Tensor, "batch vocab"],
     *,
@@ -144,7 +153,7 @@ def sample(
     noise.exponential_(generator=generator)
     return (logits - noise.log().to(logits.device)).argmax(-1)
 
-# %% ../nbs/08_generation.ipynb #08-079
+# %% ../nbs/08_generation.ipynb #006f7e9d
 @contextmanager
 def evaluating(
     model: nn.Module,  # Its modules get back the mode that they had
@@ -166,25 +175,36 @@ def check_prompt(
     ids: Int[Tensor, "batch seq"],
     attention_mask: Bool[Tensor, "batch seq"] | None = None,  # True for tokens, False for padding on the left
 ) -> list[int]:
-    "Each prompt's number of tokens. Raises `InputError` for one that is empty, too long, foreign or padded on the right."
+    """Each prompt's number of tokens.
+
+    Raises `InputError` for one that is empty, too long, foreign or padded on the right.
+    """
     if ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
         shapes = tuple(ids.shape) if attention_mask is None else (tuple(ids.shape), tuple(attention_mask.shape))
-        raise InputError(f"Prompts, and attention_mask if given, must both have shape (batch, seq), not {shapes}; add an axis with [None].")
+        raise InputError(
+            "Prompts, and attention_mask if given, must both have shape "
+            f"(batch, seq), not {shapes}; add an axis with [None]."
+        )
     batch, seq = ids.shape
     limit, vocab_size = model.config.context_length, model.config.vocab_size
     lengths = [seq] * batch if attention_mask is None else attention_mask.sum(1).tolist()
     if not lengths or min(lengths) < 1:
         raise InputError("The prompt is empty; give at least one token to continue from.")
     if max(lengths) > limit:
-        raise InputError(f"The prompt has {max(lengths)} tokens, but the model's context_length is {limit}; shorten the prompt.")
+        raise InputError(
+            f"The prompt has {max(lengths)} tokens, but the model's context_length is {limit}; shorten the prompt."
+        )
     if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
         raise InputError("attention_mask has padding after a token; pad prompts on the left, as left_pad does.")
     low, high = ids.aminmax()
     if low < 0 or high >= vocab_size:
-        raise InputError(f"The prompt holds token {int(low if low < 0 else high)}, but the model knows 0 to {vocab_size - 1} only; use its own tokenizer.")
+        raise InputError(
+            f"The prompt holds token {int(low if low < 0 else high)}, but the model "
+            f"knows 0 to {vocab_size - 1} only; use its own tokenizer."
+        )
     return lengths
 
-# %% ../nbs/08_generation.ipynb #08-080
+# %% ../nbs/08_generation.ipynb #7f82f36b
 class TextWindow:
     """The tokens that the model sees while it writes: at most `context_length` of them for each row.
 
@@ -247,7 +267,7 @@ class TextWindow:
         for layer in self.cache or ():
             layer.reorder(index)
 
-# %% ../nbs/08_generation.ipynb #08-082
+# %% ../nbs/08_generation.ipynb #9027f1b3
 def stream(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
@@ -267,14 +287,17 @@ def stream(
 
     The order is: repetition penalty, temperature, top-k, top-p, min-p, draw. A row that has stopped repeats its stop
     token. Past the context length, a row forgets the older half of its window (see `TextWindow`). The model answers
-    in evaluation mode and is given back as it was. Raises `InputError`, at once, for settings and prompts that can't be.
+    in evaluation mode and is given back as it was. Raises `InputError`, at once, for settings and prompts that can't
+    be.
     """
     max_new_tokens = int(check_range("max_new_tokens", max_new_tokens, 0, integer=True))
     check_range("repetition_penalty", repetition_penalty, 0.01)
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     filter_logits(torch.zeros(1, 2), **settings | {"temperature": temperature or 1.0})  # a bad setting is refused here
     if generator is not None and not isinstance(generator, torch.Generator):
-        generator = torch.Generator(model.device).manual_seed(int(check_range("generator, if a seed,", generator, integer=True)))
+        generator = torch.Generator(model.device).manual_seed(
+            int(check_range("generator, if a seed,", generator, integer=True))
+        )
     window = TextWindow(model, ids, attention_mask, use_cache=use_cache, max_new_tokens=max_new_tokens)
     return write_tokens(window, max_new_tokens, settings | {"generator": generator}, repetition_penalty, stop_tokens)
 
@@ -286,7 +309,10 @@ def write_tokens(
     penalty: float,  # The repetition penalty
     stop_tokens: Iterable[int],
 ) -> Iterator[Int[Tensor, "batch"]]:
-    "The loop behind `stream`: score, filter, draw, append. Only the question whether all rows have stopped waits for a GPU."
+    """The loop behind `stream`: score, filter, draw, append.
+
+    Only the question whether all rows have stopped waits for a GPU.
+    """
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=window.ids.device)
     done = torch.zeros(len(window.lengths), dtype=torch.bool, device=window.ids.device)
     seen = mark_seen(window.ids, window.model.config.vocab_size, window.is_token()) if penalty != 1 else None
@@ -305,7 +331,7 @@ def write_tokens(
             if bool(done.all()):
                 return
 
-# %% ../nbs/08_generation.ipynb #08-083
+# %% ../nbs/08_generation.ipynb #c0e14048
 def generate(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
@@ -316,7 +342,7 @@ def generate(
     new = [tokens[:, None] for tokens in stream(model, ids, max_new_tokens, **options)]
     return torch.cat([ids.long().to(model.device), *new], 1)
 
-# %% ../nbs/08_generation.ipynb #08-103
+# %% ../nbs/08_generation.ipynb #fe97633b
 def left_pad(
     prompts: Sequence[Sequence[int]],  # Token ids, of different lengths
     pad_token: int = 0,  # Any token of the vocabulary; it is never read
@@ -328,7 +354,7 @@ def left_pad(
     shape = (len(prompts), width)
     return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(is_token, dtype=torch.bool).view(shape)
 
-# %% ../nbs/08_generation.ipynb #08-118
+# %% ../nbs/08_generation.ipynb #2093abdc
 def stop_ids(
     tokenizer,  # A `CharTokenizer` or `BPETokenizer`
     stop_tokens: Iterable[int] | None,  # None: the tokenizer's special tokens
@@ -363,7 +389,10 @@ def generate_text(
     stop_tokens: Iterable[int] | None = None,  # None: the tokenizer's special tokens
     **options,  # As for `stream`
 ) -> list[str]:
-    "Continue the prompts; each text begins with its prompt and ends before its stop token. A prompt's samples stand together."
+    """Continue the prompts; each text begins with its prompt and ends before its stop token.
+
+    A prompt's samples stand together.
+    """
     check_range("num_samples", num_samples, 1, integer=True)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     tokens = [prompt_ids(tokenizer, text) for text in prompts for _ in range(num_samples)]
@@ -371,9 +400,12 @@ def generate_text(
     stops = stop_ids(tokenizer, stop_tokens)
     written = generate(model, ids, max_new_tokens, stop_tokens=stops, attention_mask=is_token, **options)
     hidden = len(getattr(tokenizer, "prefix", ()))  # the reader's text does not show it
-    return [tokenizer.decode([*start[hidden:], *before_stop(row, stops)]) for start, row in zip(tokens, written[:, ids.shape[1]:].tolist())]
+    return [
+        tokenizer.decode([*start[hidden:], *before_stop(row, stops)])
+        for start, row in zip(tokens, written[:, ids.shape[1] :].tolist())
+    ]
 
-# %% ../nbs/08_generation.ipynb #08-119
+# %% ../nbs/08_generation.ipynb #92924707
 def stream_text(
     model: nn.Module,
     tokenizer,  # The model's own `CharTokenizer` or `BPETokenizer`
@@ -404,7 +436,7 @@ def decode_pieces(
     if rest := decoder.flush():
         yield rest
 
-# %% ../nbs/08_generation.ipynb #08-134
+# %% ../nbs/08_generation.ipynb #f84c5732
 def keep_best(
     totals: Float[Tensor, "batch beams vocab"],  # Sums of log-probabilities, with each possible next token
     length: Float[Tensor, "batch beams"],  # New tokens, the next one included
@@ -416,7 +448,7 @@ def keep_best(
     best = scores.topk(min(n_beams, scores.shape[1])).indices
     return totals.flatten(1).gather(1, best), best // totals.shape[2], best % totals.shape[2]
 
-# %% ../nbs/08_generation.ipynb #08-135
+# %% ../nbs/08_generation.ipynb #794943f0
 def beam_candidates(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
@@ -468,6 +500,9 @@ def beam_search(
     stop_tokens: Iterable[int] = (),  # A continuation ends with the first of these
     use_cache: bool = True,
 ) -> Int[Tensor, "batch total"]:
-    "Each prompt with the best continuation that a beam search finds; a row that stops early is filled up with its stop token."
+    """Each prompt with the best continuation that a beam search finds.
+
+    A row that stops early is filled up with its stop token.
+    """
     options = dict(n_beams=n_beams, length_penalty=length_penalty, stop_tokens=stop_tokens, use_cache=use_cache)
     return beam_candidates(model, ids, max_new_tokens, **options)[0][:, 0]

@@ -8,7 +8,7 @@ __all__ = ['ENCODER_NAMES', 'HF_DOCUMENTED', 'HF_TUNED', 'END', 'why_missing', '
            'cosine_rate', 'hf_reference', 'pieces_of', 'rust_training', 'rust_encoder', 'rust_merges',
            'textbook_merges']
 
-# %% ../nbs/86_peers.ipynb #86-008
+# %% ../nbs/86_peers.ipynb #9acaceb9
 import importlib.util
 import json
 import math
@@ -34,21 +34,31 @@ from .tokenizer import BYTE_IDS, BPETokenizer, count_words
 from .training import TrainingConfig
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/86_peers.ipynb #86-012
+# %% ../nbs/86_peers.ipynb #bca17e22
 def why_missing(package: str) -> str | None:
     "The sentence that says that a package isn't installed, or None where it is; nothing is imported."
     return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
-# %% ../nbs/86_peers.ipynb #86-015
+# %% ../nbs/86_peers.ipynb #ff3272c5
 def hf_gpt2(model: GPT) -> nn.Module:
-    "transformers' `GPT2LMHeadModel` with this model's shape and a copy of its weights; the shape must be GPT-2's, else `InputError`."
+    """transformers' `GPT2LMHeadModel` with this model's shape and a copy of its weights.
+
+    The shape must be GPT-2's, else `InputError`.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
     settings = hf_config(c)
     if settings["model_type"] != "gpt2":
-        raise InputError(f"This model's family is {settings['model_type']}, and only a GPT-2 can be compared; make it with GPT2_STYLE.")
-    faster = dict(activation_function="gelu_pytorch_tanh" if c.activation == "gelu_tanh" else "gelu", bos_token_id=None, eos_token_id=None)
+        raise InputError(
+            f"This model's family is {settings['model_type']}, and only a "
+            "GPT-2 can be compared; make it with GPT2_STYLE."
+        )
+    faster = dict(
+        activation_function="gelu_pytorch_tanh" if c.activation == "gelu_tanh" else "gelu",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     theirs = GPT2LMHeadModel(GPT2Config(**settings | faster)).to(model.device)
     parameters = dict(model.named_parameters())
     state = {entry.name: their_tensor(entry, parameters, c) for entry in hf_tensors("gpt2", c)}
@@ -64,7 +74,7 @@ def hf_logits(
     "The logits of transformers' model; no cache is made, as none is used in training."
     return theirs(input_ids=ids, use_cache=False).logits
 
-# %% ../nbs/86_peers.ipynb #86-017
+# %% ../nbs/86_peers.ipynb #2cef0bd0
 class EncoderLM(nn.Module):
     "A GPT made of `torch.nn.TransformerEncoder`, with a copy of our model's weights; the shape must be GPT-2's."
 
@@ -74,10 +84,14 @@ class EncoderLM(nn.Module):
         if hf_config(c)["model_type"] != "gpt2":
             raise InputError("torch.nn.TransformerEncoder can hold only a GPT-2; make the model with GPT2_STYLE.")
         activation = partial(F.gelu, approximate="tanh") if c.activation == "gelu_tanh" else F.gelu
-        layer = nn.TransformerEncoderLayer(c.d_model, c.n_heads, c.d_ff, c.dropout, activation, c.norm_eps, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            c.d_model, c.n_heads, c.d_ff, c.dropout, activation, c.norm_eps, batch_first=True, norm_first=True
+        )
         self.tokens, self.positions = nn.Embedding(c.vocab_size, c.d_model), nn.Embedding(c.context_length, c.d_model)
         self.dropout = nn.Dropout(c.dropout)
-        self.encoder = nn.TransformerEncoder(layer, c.n_layers, nn.LayerNorm(c.d_model, c.norm_eps), enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(
+            layer, c.n_layers, nn.LayerNorm(c.d_model, c.norm_eps), enable_nested_tensor=False
+        )
         mask = nn.Transformer.generate_square_subsequent_mask(c.context_length)
         self.register_buffer("mask", mask, persistent=False)
         self.load_state_dict(encoder_state(model))
@@ -90,8 +104,13 @@ class EncoderLM(nn.Module):
         return F.linear(self.encoder(x, self.mask[:seq, :seq], is_causal=True), self.tokens.weight)
 
 
-ENCODER_NAMES = {"attention_norm": "norm1", "attention.o_proj": "self_attn.out_proj", "feedforward_norm": "norm2", "feedforward.up": "linear1",
-                 "feedforward.down": "linear2"}
+ENCODER_NAMES = {
+    "attention_norm": "norm1",
+    "attention.o_proj": "self_attn.out_proj",
+    "feedforward_norm": "norm2",
+    "feedforward.up": "linear1",
+    "feedforward.down": "linear2",
+}
 
 
 def encoder_state(model: GPT) -> dict[str, Tensor]:
@@ -102,11 +121,15 @@ def encoder_state(model: GPT) -> dict[str, Tensor]:
         state[f"encoder.norm.{kind}"] = ours[f"final_norm.{kind}"]
         for i in range(model.config.n_layers):
             block, layer = f"blocks.{i}", f"encoder.layers.{i}"
-            state |= {f"{layer}.{theirs}.{kind}": ours[f"{block}.{name}.{kind}"] for name, theirs in ENCODER_NAMES.items()}
-            state[f"{layer}.self_attn.in_proj_{kind}"] = torch.cat([ours[f"{block}.attention.{x}_proj.{kind}"] for x in "qkv"])
+            state |= {
+                f"{layer}.{theirs}.{kind}": ours[f"{block}.{name}.{kind}"] for name, theirs in ENCODER_NAMES.items()
+            }
+            state[f"{layer}.self_attn.in_proj_{kind}"] = torch.cat(
+                [ours[f"{block}.attention.{x}_proj.{kind}"] for x in "qkv"]
+            )
     return state
 
-# %% ../nbs/86_peers.ipynb #86-021
+# %% ../nbs/86_peers.ipynb #05024c76
 class PlainLoop:
     "The training loop of PyTorch's documentation around any model: `train_step` makes one whole update."
 
@@ -139,7 +162,7 @@ class PlainLoop:
         self.optimizer.step()
         return loss.item()
 
-# %% ../nbs/86_peers.ipynb #86-028
+# %% ../nbs/86_peers.ipynb #9743a102
 def hf_generate(
     theirs: nn.Module,  # From `hf_gpt2`, in evaluation mode
     ids: Int[Tensor, "batch seq"],
@@ -151,16 +174,24 @@ def hf_generate(
     options = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if sampled else dict(do_sample=False)
     mask = torch.ones_like(ids)
     with torch.inference_mode():
-        return theirs.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, min_new_tokens=None, pad_token_id=0, **options)
+        return theirs.generate(
+            ids, attention_mask=mask, max_new_tokens=max_new_tokens, min_new_tokens=None, pad_token_id=0, **options
+        )
 
-# %% ../nbs/86_peers.ipynb #86-033
-HF_DOCUMENTED = dict(d_model=128, n_layers=4, n_heads=4, context_length=64, batch_size=12, steps=2000, lr=1e-3, min_lr=1e-4, warmup=100)
+# %% ../nbs/86_peers.ipynb #bab6f700
+HF_DOCUMENTED = dict(
+    d_model=128, n_layers=4, n_heads=4, context_length=64, batch_size=12, steps=2000, lr=1e-3, min_lr=1e-4, warmup=100
+)
 HF_TUNED = HF_DOCUMENTED | dict(steps=1250, lr=3e-3, min_lr=1e-5)  # as chapter 12 tunes it
 
 
 def read_characters(path: str | Path) -> tuple[Int[Tensor, "..."], Int[Tensor, "..."], int]:
-    "A text as numbers of its characters: nine tenths to train on, the last tenth, and how many different ones there are."
-    points = [np.frombuffer(part.encode("utf-32-le"), dtype=np.uint32) for part in split_text(read_text(Path(path)), 0.1)]
+    """A text as numbers of its characters: nine tenths to train on, the last tenth, and how many different ones there
+    are.
+    """
+    points = [
+        np.frombuffer(part.encode("utf-32-le"), dtype=np.uint32) for part in split_text(read_text(Path(path)), 0.1)
+    ]
     characters = np.unique(np.concatenate(points))
     train, val = (torch.from_numpy(np.searchsorted(characters, part).astype(np.int64)) for part in points)
     return train, val, len(characters)
@@ -176,18 +207,35 @@ def plain_evaluation(
     "Mean loss a token in nats on all of a text, in windows one after another; the last one may be shorter."
     count = len(tokens) - 1
     whole = count // context_length * context_length
-    windows = [(tokens[:whole].view(-1, context_length), tokens[1 : whole + 1].view(-1, context_length))] if whole else []
+    windows = (
+        [(tokens[:whole].view(-1, context_length), tokens[1 : whole + 1].view(-1, context_length))] if whole else []
+    )
     batches = [pair for inputs, targets in windows for pair in zip(inputs.split(batch_size), targets.split(batch_size))]
     batches += [(tokens[None, whole:-1], tokens[None, whole + 1 :])] if count > whole else []
-    return sum(F.cross_entropy(logits(x).flatten(0, 1), y.flatten(), reduction="sum").item() for x, y in batches) / count
+    return (
+        sum(F.cross_entropy(logits(x).flatten(0, 1), y.flatten(), reduction="sum").item() for x, y in batches) / count
+    )
 
 
 def hf_characters(vocab_size: int, context_length: int, d_model: int, n_layers: int, n_heads: int) -> nn.Module:
     "A fresh `GPT2LMHeadModel` for characters, without dropout, as transformers makes and initialises it."
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=context_length, n_embd=d_model, n_layer=n_layers, n_head=n_heads, resid_pdrop=0.0,
-                                      embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, use_cache=False))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=context_length,
+            n_embd=d_model,
+            n_layer=n_layers,
+            n_head=n_heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+        )
+    )
 
 
 def cosine_rate(step: int, steps: int, warmup: int, top: float, bottom: float) -> float:
@@ -206,7 +254,9 @@ def hf_reference(
     lr: float = 1e-3, min_lr: float = 1e-4, warmup: int = 100,  # As for `cosine_rate`
     limit: int | None = None,  # Stop after so many steps, to measure how long one takes; the loss is then None
 ) -> dict:
-    "nanoGPT's CPU recipe as transformers' GPT-2 in a plain loop: validation loss, seconds of everything but the imports, and of the evaluation in them."
+    """nanoGPT's CPU recipe as transformers' GPT-2 in a plain loop: validation loss, seconds of everything but the
+    imports, and of the evaluation in them.
+    """
     import torch._dynamo  # PyTorch itself imports it when the first optimizer is made; imports don't count
     import transformers.models.gpt2.modeling_gpt2
 
@@ -215,7 +265,9 @@ def hf_reference(
     train, val, vocab_size = read_characters(path)
     model = hf_characters(vocab_size, context_length, d_model, n_layers, n_heads)
     decayed, others = ([p for p in model.parameters() if (p.ndim >= 2) is matrix] for matrix in (True, False))
-    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.1), dict(params=others, weight_decay=0.0)], lr=lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        [dict(params=decayed, weight_decay=0.1), dict(params=others, weight_decay=0.0)], lr=lr, betas=(0.9, 0.99)
+    )
     offsets, made = torch.arange(context_length + 1), steps if limit is None else min(steps, limit)
     model.train()
     ready = time.perf_counter()
@@ -231,15 +283,23 @@ def hf_reference(
     trained = time.perf_counter()
     val_loss = plain_evaluation(partial(hf_logits, model.eval()), val, context_length) if made == steps else None
     end = time.perf_counter()
-    return {"val_loss": val_loss, "seconds": end - start, "evaluation_seconds": end - trained, "step_seconds": (trained - ready) / made,
-            "steps": made, "tokens": made * batch_size * context_length}
+    return {
+        "val_loss": val_loss,
+        "seconds": end - start,
+        "evaluation_seconds": end - trained,
+        "step_seconds": (trained - ready) / made,
+        "steps": made,
+        "tokens": made * batch_size * context_length,
+    }
 
-# %% ../nbs/86_peers.ipynb #86-037
+# %% ../nbs/86_peers.ipynb #b509bd0a
 END = "<|endoftext|>"
 
 
 def pieces_of(text: str, size: int = 1000) -> list[str]:
-    "The text in pieces of about `size` characters with the words of the whole: each but the first begins with the newline before a word."
+    """The text in pieces of about `size` characters with the words of the whole: each but the first begins with the
+    newline before a word.
+    """
     pieces, start = [], 0
     for match in re.finditer(r"\n(?=\S)", text):
         if match.start() - start >= size:
@@ -256,7 +316,12 @@ def rust_training(pieces: list[str], vocab_size: int):
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     theirs = tokenizers.Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     theirs.train_from_iterator(pieces, trainer)
     return theirs
 
@@ -269,7 +334,9 @@ def rust_encoder(reference: BPETokenizer, cache: int = 2**17):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     written = reference.to_json()
     theirs, model = tokenizers.Tokenizer.from_str(written), json.loads(written)["model"]
-    theirs.model = models.BPE(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], cache_capacity=cache)
+    theirs.model = models.BPE(
+        vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], cache_capacity=cache
+    )
     return theirs
 
 

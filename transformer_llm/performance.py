@@ -7,7 +7,7 @@ __all__ = ['Angles', 'CACHED_ROWS', 'GRADIENT_ROWS', 'matmul_peak', 'fastest_dty
            'batched_attention', 'chunked_cross_entropy', 'WorkingCopy', 'FusedAdamW', 'gradient_norm', 'FastTrainer',
            'working_activations', 'peak_training_memory', 'measure_peak_memory', 'checkpoint_activations']
 
-# %% ../nbs/11_fast.ipynb #11-006
+# %% ../nbs/11_fast.ipynb #bb11aad9
 import math
 import time
 import weakref
@@ -28,7 +28,7 @@ from .foundations import InputError, check_range
 from .training import AdamW, Trainer, TrainingConfig, TrainingError, learning_rate, set_learning_rate
 from .transformer import GPT, GPTConfig, RMSNorm, flops_per_token
 
-# %% ../nbs/11_fast.ipynb #11-012
+# %% ../nbs/11_fast.ipynb #03b263b9
 def matmul_peak(
     dtype: torch.dtype = torch.float32,
     seconds: float = 0.5,  # How long to try
@@ -48,7 +48,10 @@ def matmul_peak(
 
 
 def fastest_dtype(seconds: float = 0.2, device: str | torch.device = "cpu") -> str:
-    "The `dtype` of a `TrainingConfig` in which this machine multiplies matrices fastest; measured, because instructions alone don't tell."
+    """The `dtype` of a `TrainingConfig` in which this machine multiplies matrices fastest.
+
+    Measured, because instructions alone don't tell.
+    """
     names = ("float32", "bfloat16")
     return max(names, key=lambda name: matmul_peak(getattr(torch, name), seconds / 2, device=device))
 
@@ -59,10 +62,13 @@ def utilisation(
     peak: float,  # Operations a second, from `matmul_peak`
     seq: int | None = None,  # Tokens in a sequence; None: context_length
 ) -> float:
-    "Model FLOPs utilisation, equation (11.1): the share of the peak that the model's own products take; after Chowdhery et al. (2022, appendix B)."
+    """Model FLOPs utilisation, equation (11.1): the share of the peak that the model's own products take.
+
+    After Chowdhery et al. (2022, appendix B).
+    """
     return tokens_per_second * flops_per_token(config, seq, training=True) / check_range("peak", peak, 1)
 
-# %% ../nbs/11_fast.ipynb #11-019
+# %% ../nbs/11_fast.ipynb #a227e358
 class _Workspace:
     "Large tensors that are needed for a moment, made once and used at every step."
 
@@ -78,10 +84,20 @@ class _Workspace:
 
 
 class _Packed:
-    "Some masters side by side in one matrix or vector of the copy's dtype, and one for their gradients. A lone master of that dtype is used as it is."
+    """Some masters side by side in one matrix or vector of the copy's dtype, and one for their gradients.
 
-    def __init__(self, masters: Sequence[nn.Parameter], dtype: torch.dtype, workspace: _Workspace, *, gradient: bool = True):
-        self.masters, self.workspace, first, sizes = list(masters), workspace, masters[0], [len(master) for master in masters]
+    A lone master of that dtype is used as it is.
+    """
+
+    def __init__(
+        self, masters: Sequence[nn.Parameter], dtype: torch.dtype, workspace: _Workspace, *, gradient: bool = True
+    ):
+        self.masters, self.workspace, first, sizes = (
+            list(masters),
+            workspace,
+            masters[0],
+            [len(master) for master in masters],
+        )
         new = lambda dtype: torch.zeros(sum(sizes), *first.shape[1:], dtype=dtype, device=first.device)
         copied = len(masters) > 1 or dtype != first.dtype
         self.value = new(dtype) if copied else first.detach()
@@ -140,16 +156,22 @@ class _Linear(torch.autograd.Function):
             ctx.bias.add_gradient(rows)
         return (rows @ ctx.weight.value).view(x.shape), None, None, grad if ctx.needs_input_grad[3] else None
 
-# %% ../nbs/11_fast.ipynb #11-028
+# %% ../nbs/11_fast.ipynb #cc7ffc30
 class _RMSNorm(torch.autograd.Function):
     "Equation (4.3) in three passes over the numbers, and its gradient in six."
 
     @staticmethod
     def forward(
-        ctx: object, x: Float[Tensor, "*tokens d_model"], weight: Float[Tensor, "d_model"], eps: float, dtype: torch.dtype
+        ctx: object,
+        x: Float[Tensor, "*tokens d_model"],
+        weight: Float[Tensor, "d_model"],
+        eps: float,
+        dtype: torch.dtype,
     ) -> Float[Tensor, "*tokens d_model"]:
         wide = torch.promote_types(x.dtype, torch.float32)
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        )
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight).to(dtype)
 
@@ -162,12 +184,15 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = torch.mul(grad, weight).mul_(scale).addcmul_(x.to(scale.dtype), shrink, value=-1).to(x.dtype)
         return grad_x, scale.flatten() @ product.flatten(0, -2), None, None
 
-# %% ../nbs/11_fast.ipynb #11-030
+# %% ../nbs/11_fast.ipynb #9f6b84e4
 Angles = tuple[Float[Tensor, "seq half"], Float[Tensor, "seq half"]]  # cosines and sines
 
 
 def _turn(
-    x: Float[Tensor, "batch heads seq head_dim"], angles: Angles, interleaved: bool, out: Float[Tensor, "batch heads seq head_dim"]
+    x: Float[Tensor, "batch heads seq head_dim"],
+    angles: Angles,
+    interleaved: bool,
+    out: Float[Tensor, "batch heads seq head_dim"],
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     # apply_rotary without its temporary tensors
     cos, sin = angles
@@ -178,30 +203,44 @@ def _turn(
 
 
 class _Heads(torch.autograd.Function):
-    "Cut the packed projections into queries, keys and values, heads first, and turn the first two; the backward pass fills one tensor."
+    """Cut the packed projections into queries, keys and values, heads first, and turn the first two.
+
+    The backward pass fills one tensor.
+    """
 
     @staticmethod
-    def cut(packed: Float[Tensor, "batch seq _"], sizes: tuple[int, int, int]) -> tuple[Float[Tensor, "batch _ seq head_dim"], ...]:
+    def cut(
+        packed: Float[Tensor, "batch seq _"], sizes: tuple[int, int, int]
+    ) -> tuple[Float[Tensor, "batch _ seq head_dim"], ...]:
         heads, kv_heads, head_dim = sizes
         return packed.unflatten(-1, (-1, head_dim)).transpose(1, 2).split([heads, kv_heads, kv_heads], 1)
 
     @staticmethod
     def forward(
-        ctx: object, packed: Float[Tensor, "batch seq _"], sizes: tuple[int, int, int], angles: Angles | None, interleaved: bool
+        ctx: object,
+        packed: Float[Tensor, "batch seq _"],
+        sizes: tuple[int, int, int],
+        angles: Angles | None,
+        interleaved: bool,
     ) -> tuple[Float[Tensor, "batch _ seq head_dim"], ...]:
         ctx.sizes, ctx.angles, ctx.interleaved = sizes, angles, interleaved
         parts = _Heads.cut(packed, sizes)
         if angles is None:
             return tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)
         wide = [part.to(angles[0].dtype) for part in parts[:2]]
-        turned = [_turn(part, angles, interleaved, torch.empty(part.shape, dtype=part.dtype, device=part.device)) for part in wide]
+        turned = [
+            _turn(part, angles, interleaved, torch.empty(part.shape, dtype=part.dtype, device=part.device))
+            for part in wide
+        ]
         return *(part.to(packed.dtype) for part in turned), parts[2].clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: object, *grads: Float[Tensor, "batch _ seq head_dim"]) -> tuple:
         (heads, kv_heads, head_dim), angles = ctx.sizes, ctx.angles
         dtype = grads[0].dtype if angles is None else angles[0].dtype
-        packed = grads[0].new_empty(grads[0].shape[0], grads[0].shape[2], (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+        packed = grads[0].new_empty(
+            grads[0].shape[0], grads[0].shape[2], (heads + 2 * kv_heads) * head_dim, dtype=dtype
+        )
         for number, (part, grad) in enumerate(zip(_Heads.cut(packed, ctx.sizes), grads)):
             if angles is None or number == 2:
                 part.copy_(grad)
@@ -209,7 +248,7 @@ class _Heads(torch.autograd.Function):
                 _turn(grad.to(dtype), (angles[0], -angles[1]), ctx.interleaved, part)
         return packed.to(grads[0].dtype), None, None, None
 
-# %% ../nbs/11_fast.ipynb #11-032
+# %% ../nbs/11_fast.ipynb #ce10a08d
 class _Gate(torch.autograd.Function):
     "silu(gate) * up, where the two stand side by side in one tensor."
 
@@ -228,7 +267,7 @@ class _Gate(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return result
 
-# %% ../nbs/11_fast.ipynb #11-035
+# %% ../nbs/11_fast.ipynb #5da6e750
 def _scaled_bmm(
     a: Float[Tensor, "batch rows _"], b: Float[Tensor, "batch _ columns"], head_dim: int
 ) -> Float[Tensor, "batch rows columns"]:
@@ -286,7 +325,9 @@ class _BatchedAttention(torch.autograd.Function):
             grad_v[:, keys].baddbmm_(p.transpose(1, 2), g)
             error = torch._softmax_backward_data(torch.bmm(g, v[:, keys].transpose(1, 2)), p, -1, p.dtype)
             grad_q[:, :, rows] = _scaled_bmm(error, k[:, keys], head_dim).view(n, group, -1, head_dim)
-            grad_k[:, keys].baddbmm_(error.transpose(1, 2), q[:, :, rows].reshape(n, -1, head_dim), alpha=head_dim**-0.5)
+            grad_k[:, keys].baddbmm_(
+                error.transpose(1, 2), q[:, :, rows].reshape(n, -1, head_dim), alpha=head_dim**-0.5
+            )
         kv_shape = (shape[0], -1, *shape[2:])
         return grad_q.view(shape), grad_k.view(kv_shape), grad_v.view(kv_shape), None, None
 
@@ -295,7 +336,10 @@ def attention_block(
     seq: int,
     bytes_each: int,  # Of a number
 ) -> int:
-    "Queries computed together: an eighth of the sequence, at least 64; of narrow numbers 128, because their products take less time than their calls."
+    """Queries computed together: an eighth of the sequence, at least 64.
+
+    Of narrow numbers 128, because their products take less time than their calls.
+    """
     return max(64 if bytes_each >= 4 else 128, -(-seq // 8))
 
 
@@ -303,24 +347,30 @@ def batched_attention(
     q: Float[Tensor, "batch heads seq head_dim"],
     k: Float[Tensor, "batch kv_heads seq head_dim"],
     v: Float[Tensor, "batch kv_heads seq head_dim"],
-    mask: Float[Tensor, "..."] | None = None,  # Added to the scores; None: causal, and keys that a block of queries can't see are not computed
+    mask: Float[Tensor, "..."]
+    | None = None,  # Added to the scores; None: causal, and keys that a block of queries can't see are not computed
     *,
     block: int | None = None,  # Queries computed together; None: see `attention_block`
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     "Attention as batched matrix products whose weights are kept for the backward pass. Every query must see a key."
-    block = attention_block(q.shape[2], q.element_size()) if block is None else check_range("block", block, 1, integer=True)
+    block = (
+        attention_block(q.shape[2], q.element_size()) if block is None else check_range("block", block, 1, integer=True)
+    )
     return _BatchedAttention.apply(q, k, v, mask, min(block, q.shape[2]))
 
-# %% ../nbs/11_fast.ipynb #11-043
+# %% ../nbs/11_fast.ipynb #f04dcc50
 CACHED_ROWS = 64  # Tokens whose logits become probabilities together
-GRADIENT_ROWS = 4096  # Rows of the output matrix whose gradient is made in 16 bits, and widened while the caches hold it
+# Rows of the output matrix whose gradient is made in 16 bits, and widened while the caches hold it
+GRADIENT_ROWS = 4096
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     "The gradients are computed in the forward pass, chunk by chunk, while the chunk's logits are there."
 
     @staticmethod
-    def place(packed: _Packed | None, matrix: Float[Tensor, "vocab d_model"], dtype: torch.dtype, workspace: _Workspace) -> Float[Tensor, "vocab d_model"]:
+    def place(
+        packed: _Packed | None, matrix: Float[Tensor, "vocab d_model"], dtype: torch.dtype, workspace: _Workspace
+    ) -> Float[Tensor, "vocab d_model"]:
         # the last step's gradient of this size, if nobody uses it any more; who takes it out has it for himself
         last = workspace.tensors.pop("gradient", None)
         free = last is not None and last is not packed.masters[0].grad
@@ -334,7 +384,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         workspace: _Workspace,
     ) -> Float[Tensor, "tokens 1"]:
-        # turns logits into probabilities in their place, on a CPU some rows at a time that stay in the caches; returns the logarithm of each target's
+        # turns logits into probabilities in their place, on a CPU some rows at a time that stay in the caches; returns
+        # the logarithm of each target's
         chosen = torch.empty(target.shape, dtype=dtype, device=logits.device)
         rows = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
         for x, t, out in zip(logits.split(rows), target.split(rows), chosen.split(rows)):
@@ -347,7 +398,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def add_product(
-        grad: Float[Tensor, "vocab d_model"], error: Float[Tensor, "vocab tokens"], h: Float[Tensor, "tokens d_model"], add: bool, workspace: _Workspace
+        grad: Float[Tensor, "vocab d_model"],
+        error: Float[Tensor, "vocab tokens"],
+        h: Float[Tensor, "tokens d_model"],
+        add: bool,
+        workspace: _Workspace,
     ) -> None:
         # the product, added to the gradient or in its place; the sum over the chunks is wide
         if h.dtype == grad.dtype:
@@ -391,7 +446,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if wants_hidden:
                 torch.mm(error, matrix, out=grad_hidden[rows]).mul_(share[rows])
             if wants_weight:
-                _ChunkedCrossEntropy.add_product(grad_weight, error.t(), (h * share[rows]).to(h.dtype), first > 0, workspace)
+                _ChunkedCrossEntropy.add_product(
+                    grad_weight, error.t(), (h * share[rows]).to(h.dtype), first > 0, workspace
+                )
             if wants_bias:
                 grad_bias += torch.mv(error.to(dtype).t(), share[rows, 0])
         ctx.packed, ctx.workspace = packed, workspace
@@ -420,14 +477,18 @@ def chunked_cross_entropy(
     chunk: int = 512,  # Tokens whose logits exist at one time
 ) -> Float[Tensor, ""]:
     "Mean cross-entropy of `hidden @ weight.T` in nats, a few tokens at a time; zero when no target counts."
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, None, check_range("chunk", chunk, 1, integer=True), _Workspace())
+    return _ChunkedCrossEntropy.apply(
+        hidden, weight, bias, targets, None, check_range("chunk", chunk, 1, integer=True), _Workspace()
+    )
 
-# %% ../nbs/11_fast.ipynb #11-056
+# %% ../nbs/11_fast.ipynb #7a56a933
 class _Lookup(torch.autograd.Function):
     "Rows of a table, whose gradient is added to the rows that were read, and to no others."
 
     @staticmethod
-    def forward(ctx: object, ids: Int[Tensor, "..."], weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "... columns"]:
+    def forward(
+        ctx: object, ids: Int[Tensor, "..."], weight: Float[Tensor, "rows columns"]
+    ) -> Float[Tensor, "... columns"]:
         ctx.ids, ctx.weight = ids, weight
         return torch.embedding(weight, ids)
 
@@ -441,16 +502,26 @@ class _Lookup(torch.autograd.Function):
 
 class _LeanLookups(TorchFunctionMode):
     # inside, a model's own embeddings use _Lookup
-    PLAIN = dict(padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False)  # what F.embedding adds to our arguments
+    # what F.embedding adds to our arguments
+    PLAIN = dict(padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False)
 
-    def __torch_function__(self, function: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None) -> object:
-        if function is F.embedding and (kwargs or self.PLAIN) == self.PLAIN and args[1].is_leaf and args[1].requires_grad and torch.is_grad_enabled():
+    def __torch_function__(
+        self, function: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if (
+            function is F.embedding
+            and (kwargs or self.PLAIN) == self.PLAIN
+            and args[1].is_leaf
+            and args[1].requires_grad
+            and torch.is_grad_enabled()
+        ):
             return _Lookup.apply(*args)
         return function(*args, **(kwargs or {}))
 
-# %% ../nbs/11_fast.ipynb #11-057
+# %% ../nbs/11_fast.ipynb #1a142239
 class WorkingCopy:
-    """A model's weights packed for speed and kept in another dtype; the model's own stay as they are, and the optimizer moves those.
+    """A model's weights packed for speed and kept in another dtype; the model's own stay as they are, and the optimizer
+    moves those.
 
     Raises `InputError` for a model with dropout.
     """
@@ -464,23 +535,43 @@ class WorkingCopy:
         chunk: int = 512,  # Tokens whose logits exist at one time
     ):
         if model.config.dropout > 0:
-            raise InputError(f"A working copy has no dropout, and this model has dropout={model.config.dropout}; train it with Trainer.")
+            raise InputError(
+                "A working copy has no dropout, and this model has "
+                f"dropout={model.config.dropout}; train it with Trainer."
+            )
         self.model, self.config, self.dtype, self.checkpointing = model, model.config, dtype, checkpointing
         self.chunk = check_range("chunk", chunk, 1, integer=True)
         self._tables: dict = {}
         self._workspace = _Workspace()
         self.layers = [self._pack(block) for block in model.blocks]
-        self.output = _Packed([model.token_embedding.weight if model.lm_head is None else model.lm_head.weight], dtype, self._workspace, gradient=False)
-        self.packed = [*(packed for layer in self.layers for packed in layer.values() if packed is not None), self.output]
+        self.output = _Packed(
+            [model.token_embedding.weight if model.lm_head is None else model.lm_head.weight],
+            dtype,
+            self._workspace,
+            gradient=False,
+        )
+        self.packed = [
+            *(packed for layer in self.layers for packed in layer.values() if packed is not None),
+            self.output,
+        ]
         self.refresh()
 
     def _pack(self, block: nn.Module) -> dict[str, _Packed | None]:
         attention, feedforward = block.attention, block.feedforward
-        groups = {"qkv": [attention.q_proj, attention.k_proj, attention.v_proj], "o": [attention.o_proj], "down": [feedforward.down],
-                  "up": [feedforward.gate, feedforward.up] if self.config.activation == "swiglu" else [feedforward.up]}
-        layer = {name: _Packed([m.weight for m in group], self.dtype, self._workspace) for name, group in groups.items()}
+        groups = {
+            "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
+            "o": [attention.o_proj],
+            "down": [feedforward.down],
+            "up": [feedforward.gate, feedforward.up] if self.config.activation == "swiglu" else [feedforward.up],
+        }
+        layer = {
+            name: _Packed([m.weight for m in group], self.dtype, self._workspace) for name, group in groups.items()
+        }
         biases = {f"{name}_bias": [m.bias for m in group] for name, group in groups.items()}
-        return layer | {name: None if group[0] is None else _Packed(group, self.dtype, self._workspace) for name, group in biases.items()}
+        return layer | {
+            name: None if group[0] is None else _Packed(group, self.dtype, self._workspace)
+            for name, group in biases.items()
+        }
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -499,7 +590,9 @@ class WorkingCopy:
             return None
 
         def make():
-            distance = torch.arange(seq, device=self.model.device)[:, None] - torch.arange(seq, device=self.model.device)
+            distance = torch.arange(seq, device=self.model.device)[:, None] - torch.arange(
+                seq, device=self.model.device
+            )
             closed = (distance < 0) | (distance >= (self.config.window or seq))
             return torch.zeros(1, seq, seq, device=self.model.device, dtype=self.dtype).masked_fill(closed, -math.inf)
 
@@ -510,13 +603,21 @@ class WorkingCopy:
         c, device = self.config, self.model.device
         if self.model.rotary is None:
             return None
-        return self._table("angles", seq, lambda: rotary_angles(torch.arange(seq, device=device), c.head_dim, c.rope_base, c.rope_scaling))
+        return self._table(
+            "angles",
+            seq,
+            lambda: rotary_angles(torch.arange(seq, device=device), c.head_dim, c.rope_base, c.rope_scaling),
+        )
 
-    def _norm(self, norm: nn.Module, x: Float[Tensor, "*tokens _"], dtype: torch.dtype | None = None) -> Float[Tensor, "*tokens _"]:
+    def _norm(
+        self, norm: nn.Module, x: Float[Tensor, "*tokens _"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "*tokens _"]:
         dtype = dtype or self.dtype
         return _RMSNorm.apply(x, norm.weight, norm.eps, dtype) if isinstance(norm, RMSNorm) else norm(x).to(dtype)
 
-    def _attend(self, x: Float[Tensor, "batch seq d_model"], number: int, mask: Float[Tensor, "..."] | None) -> Float[Tensor, "batch seq _"]:
+    def _attend(
+        self, x: Float[Tensor, "batch seq d_model"], number: int, mask: Float[Tensor, "..."] | None
+    ) -> Float[Tensor, "batch seq _"]:
         c, layer, attention = self.config, self.layers[number], self.model.blocks[number].attention
         packed, sizes = _Linear.apply(x, layer["qkv"], layer["qkv_bias"], None), (c.n_heads, c.n_kv_heads, c.head_dim)
         if c.qk_norm and c.qk_norm_whole:
@@ -534,10 +635,16 @@ class WorkingCopy:
 
     def _feed(self, x: Float[Tensor, "batch seq d_model"], layer: dict) -> Float[Tensor, "batch seq d_ff"]:
         hidden = _Linear.apply(x, layer["up"], layer["up_bias"], None)
-        return _Gate.apply(hidden) if self.config.activation == "swiglu" else ACTIVATIONS[self.config.activation](hidden)
+        return (
+            _Gate.apply(hidden) if self.config.activation == "swiglu" else ACTIVATIONS[self.config.activation](hidden)
+        )
 
     def _add(
-        self, residual: Float[Tensor, "batch seq d_model"], x: Float[Tensor, "batch seq _"], weight: _Packed, bias: _Packed | None
+        self,
+        residual: Float[Tensor, "batch seq d_model"],
+        x: Float[Tensor, "batch seq _"],
+        weight: _Packed,
+        bias: _Packed | None,
     ) -> Float[Tensor, "batch seq d_model"]:
         if residual.dtype == self.dtype:
             return _Linear.apply(x, weight, bias, residual)
@@ -552,8 +659,12 @@ class WorkingCopy:
             x = self._add(x, self._attend(self._norm(block.attention_norm, x), number, mask), *o)
             return self._add(x, self._feed(self._norm(block.feedforward_norm, x), layer), *down)
         if block.placement == "output":
-            x = x + self._norm(block.attention_norm, _Linear.apply(self._attend(x.to(self.dtype), number, mask), *o, None), x.dtype)
-            return x + self._norm(block.feedforward_norm, _Linear.apply(self._feed(x.to(self.dtype), layer), *down, None), x.dtype)
+            x = x + self._norm(
+                block.attention_norm, _Linear.apply(self._attend(x.to(self.dtype), number, mask), *o, None), x.dtype
+            )
+            return x + self._norm(
+                block.feedforward_norm, _Linear.apply(self._feed(x.to(self.dtype), layer), *down, None), x.dtype
+            )
         x = self._norm(block.attention_norm, self._add(x, self._attend(x.to(self.dtype), number, mask), *o), x.dtype)
         return self._norm(block.feedforward_norm, self._add(x, self._feed(x.to(self.dtype), layer), *down), x.dtype)
 
@@ -567,7 +678,9 @@ class WorkingCopy:
                 x = checkpoint(self._block, number, x, mask, use_reentrant=False)
             else:
                 x = self._block(number, x, mask)
-        return x.to(self.dtype) if isinstance(self.model.final_norm, nn.Identity) else self._norm(self.model.final_norm, x)
+        return (
+            x.to(self.dtype) if isinstance(self.model.final_norm, nn.Identity) else self._norm(self.model.final_norm, x)
+        )
 
     def logits(self, inputs: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
         "Scores for the next token, as `GPT.forward` gives them; for evaluation."
@@ -586,9 +699,12 @@ class WorkingCopy:
         options = targets.flatten(), divisor, self.chunk, self._workspace
         return _ChunkedCrossEntropy.apply(hidden, self.output, self.model.output_bias, *options)
 
-# %% ../nbs/11_fast.ipynb #11-063
+# %% ../nbs/11_fast.ipynb #b6fd99e1
 class FusedAdamW(AdamW):
-    "Chapter 07's AdamW in one pass over the memory instead of eight; its states have the same names, so that a run can change between the two."
+    """Chapter 07's AdamW in one pass over the memory instead of eight.
+
+    Its states have the same names, so that a run can change between the two.
+    """
 
     divisor = 1.0  # of all gradients; above one where they are clipped
 
@@ -597,9 +713,21 @@ class FusedAdamW(AdamW):
             state["step"] += 1
         steps = {state["step"]: torch.tensor(float(state["step"]), device=params[0].device) for state in states}
         torch._fused_adamw_(
-            params, grads, [s["average"] for s in states], [s["average_square"] for s in states], [], [steps[s["step"]] for s in states],
-            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
-            amsgrad=False, maximize=False, grad_scale=None if self.divisor == 1 else torch.tensor(self.divisor, device=params[0].device))
+            params,
+            grads,
+            [s["average"] for s in states],
+            [s["average_square"] for s in states],
+            [],
+            [steps[s["step"]] for s in states],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None if self.divisor == 1 else torch.tensor(self.divisor, device=params[0].device),
+        )
 
 
 FusedAdamW.__name__ = AdamW.__name__  # the name that checkpoints know
@@ -608,11 +736,13 @@ FusedAdamW.__name__ = AdamW.__name__  # the name that checkpoints know
 def gradient_norm(
     parameters: Iterable[nn.Parameter],  # Those without a gradient are left out
 ) -> Float[Tensor, ""]:
-    "Joint norm of all gradients, first that of each row: a norm of rows is computed by all cores, one of a whole matrix isn't."
+    """Joint norm of all gradients, first that of each row: a norm of rows is computed by all cores, one of a whole
+    matrix isn't.
+    """
     rows = [torch.linalg.vector_norm(p.grad, dim=-1).flatten() for p in parameters if p.grad is not None]
     return torch.linalg.vector_norm(torch.cat(rows)) if rows else torch.zeros(())
 
-# %% ../nbs/11_fast.ipynb #11-066
+# %% ../nbs/11_fast.ipynb #7d30d7e7
 class FastTrainer(Trainer):
     "A `Trainer` whose steps use a `WorkingCopy` in the configuration's dtype; its checkpoints are the Trainer's."
 
@@ -644,7 +774,9 @@ class FastTrainer(Trainer):
             if isinstance(optimizer, FusedAdamW):
                 optimizer.divisor = divisor
             elif divisor > 1:
-                torch._foreach_div_([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], divisor)
+                torch._foreach_div_(
+                    [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], divisor
+                )
             optimizer.step()
         self.step += 1
         return loss, norm
@@ -667,13 +799,17 @@ class FastTrainer(Trainer):
         self.copy.refresh()
         return super().evaluate(n_batches)
 
-# %% ../nbs/11_fast.ipynb #11-076
+# %% ../nbs/11_fast.ipynb #d8ef2d5c
 def working_activations(config: GPTConfig, seq: int, bytes_each: int) -> int:
     "Bytes that a block of a `WorkingCopy` keeps for the backward pass, for each token."
     c, heads = config, config.n_heads + 2 * config.n_kv_heads
     block = attention_block(seq, bytes_each)
     causal = c.position != "alibi" and (c.window or seq) >= seq
-    keys = sum(min(block, seq - first) * min(first + block, seq) for first in range(0, seq, block)) / seq if causal else seq
+    keys = (
+        sum(min(block, seq - first) * min(first + block, seq) for first in range(0, seq, block)) / seq
+        if causal
+        else seq
+    )
     attention = heads * c.head_dim * (2 if c.qk_norm else 1) + c.n_heads * (keys + c.head_dim)
     feedforward = c.d_ff * (3 if c.activation == "swiglu" else 2)
     return int(2 * 4 * c.d_model + bytes_each * (2 * c.d_model + attention + feedforward))
@@ -688,37 +824,48 @@ def peak_training_memory(
     checkpointing: bool = False,
     chunk: int = 512,  # Of the loss
 ) -> int:
-    "Bytes of all tensors at the worst moment of a `FastTrainer`'s step with AdamW, equation (11.5): counted from the shapes, nothing is run."
+    """Bytes of all tensors at the worst moment of a `FastTrainer`'s step with AdamW, equation (11.5): counted from the
+    shapes, nothing is run.
+    """
     c, seq = config, config.context_length if seq is None else seq
     size, tokens, rows = (4 if dtype == "float32" else 2), batch_size * seq, min(chunk, batch_size * seq)
     with torch.device("meta"):
         model = GPT(c)
     numbers, table = model.num_parameters(), c.vocab_size * c.d_model
-    numbers_in = lambda part: sum(p.numel() for block in model.blocks for name, p in block.named_parameters() if part in name)
+    numbers_in = lambda part: sum(
+        p.numel() for block in model.blocks for name, p in block.named_parameters() if part in name
+    )
     blocks = sum(numbers_in(part) for part in ("_proj", "feedforward.up", "feedforward.gate", "feedforward.down"))
     grouped = sum(numbers_in(part) for part in ("q_proj", "k_proj", "v_proj"))
     grouped += sum(numbers_in(f"feedforward.{part}") for part in ("gate", "up")) if c.activation == "swiglu" else 0
     copies = 4 * grouped if size == 4 else 2 * (blocks + table)
     kept = 4 * (3 * numbers + blocks + table) + copies  # weights, moments, gradients of the matrices
     kept += (size * rows + 4 * min(CACHED_ROWS, rows)) * c.vocab_size  # logits, and some of them as probabilities
-    rows_of = min(GRADIENT_ROWS, c.vocab_size), (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, c.d_ff * (2 if c.activation == "swiglu" else 1)
+    rows_of = (
+        min(GRADIENT_ROWS, c.vocab_size),
+        (c.n_heads + 2 * c.n_kv_heads) * c.head_dim,
+        c.d_ff * (2 if c.activation == "swiglu" else 1),
+    )
     kept += 2 * c.d_model * max(rows_of) if size == 2 else 0  # a product before it is added in float32
     block = tokens * working_activations(c, seq, size)
     stream = c.n_layers * tokens * 4 * c.d_model  # what checkpointing keeps
     backward = tokens * (4 * c.d_model + size * c.d_ff * (3 if c.activation == "swiglu" else 1))
-    around = 4 * c.d_model, size * c.d_model  # for each token: the last residual stream; its norm, and as much for the norm's gradient
+    # for each token: the last residual stream; its norm, and as much for the norm's gradient
+    around = 4 * c.d_model, size * c.d_model
     in_loss = (stream if checkpointing else c.n_layers * block) + tokens * (around[0] + 2 * around[1])
     in_backward = (stream + block if checkpointing else c.n_layers * block) + backward + tokens * sum(around)
     return int(kept + max(in_loss, in_backward))
 
-# %% ../nbs/11_fast.ipynb #11-078
+# %% ../nbs/11_fast.ipynb #ba7089f5
 class _MemoryCounter(TorchDispatchMode):
     # sees the result of every operation, the backward pass's included
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.created, self.known = 0, 0, [], set()
 
-    def __torch_dispatch__(self, function: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, function: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
@@ -739,15 +886,22 @@ class _MemoryCounter(TorchDispatchMode):
 
 
 def measure_peak_memory(run: Callable[[], object]) -> int:
-    "The most bytes that tensors took at one time while `run()` made them: counted, not read off the process, so always the same."
+    """The most bytes that tensors took at one time while `run()` made them: counted, not read off the process, so
+    always the same.
+    """
     with _MemoryCounter() as counter:
         run()
     return counter.peak
 
-# %% ../nbs/11_fast.ipynb #11-080
+# %% ../nbs/11_fast.ipynb #0d535d1a
 class _Checkpointed:
     def forward(
-        self, x: Float[Tensor, "batch seq d_model"], mask: Mask | None = None, *, rotate: Rotate | None = None, cache: KVCache | None = None
+        self,
+        x: Float[Tensor, "batch seq d_model"],
+        mask: Mask | None = None,
+        *,
+        rotate: Rotate | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
         if cache is not None or not torch.is_grad_enabled():
             return super().forward(x, mask, rotate=rotate, cache=cache)
@@ -755,7 +909,10 @@ class _Checkpointed:
 
 
 def checkpoint_activations(model: GPT, on: bool = True) -> GPT:
-    "From now on each block keeps only its input for the backward pass, and computes the rest once more there; Chen et al. (2016). In place; works with every trainer."
+    """From now on each block keeps only its input for the backward pass, and computes the rest once more there.
+
+    Chen et al. (2016). In place; works with every trainer.
+    """
     for block in model.blocks:
         kind = type(block)
         if on and not isinstance(block, _Checkpointed):

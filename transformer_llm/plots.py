@@ -8,7 +8,7 @@ __all__ = ['PALETTE', 'STYLES', 'Axes', 'Figure', 'QUANTITIES', 'LAYERS', 'use_s
            'plot_next_token', 'position_similarity', 'plot_positions', 'principal_components', 'plot_embedding',
            'tensor_statistics', 'collect_statistics', 'plot_statistics', 'model_boxes', 'draw_model']
 
-# %% ../nbs/91_plots.ipynb #91-006
+# %% ../nbs/91_plots.ipynb #6bbe6a96
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .foundations import InputError, check_range
 
-# %% ../nbs/91_plots.ipynb #91-009
+# %% ../nbs/91_plots.ipynb #d314b3d1
 PALETTE = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#949494", "#56b4e9")
 STYLES = ("-", "--", "-.", ":")  # of lines, in turn, so that a grey print can be read
 Axes = NewType("Axes", object)  # a matplotlib.axes.Axes; not imported from there, because that takes most of a second
@@ -64,12 +64,14 @@ def _panels(count: int, columns: int, width: float, height: float, title: str, *
     axes[0].figure.suptitle(title, fontweight="bold")
     return axes[0].figure, list(axes[:count])
 
-# %% ../nbs/91_plots.ipynb #91-016
+# %% ../nbs/91_plots.ipynb #17124460
 def token_label(
     token: object,  # A token's text, or anything with a text of its own, such as a number
     length: int = 14,  # Longer ones are cut
 ) -> str:
-    "A token as a label: blanks and line ends visible, signs that the font lacks by their number, no dollar sign read as maths."
+    """A token as a label: blanks and line ends visible, signs that the font lacks by their number, no dollar sign read
+    as maths.
+    """
     from matplotlib.font_manager import findfont, get_font
 
     font, text = get_font(findfont("DejaVu Sans")), str(token)
@@ -107,9 +109,13 @@ def show_matrix(
             set_ticks(range(len(names)), [str(name) for name in names])
     if annotate:
         middle, reach = sum(limits) / 2, (limits[1] - limits[0]) / 2
-        for (row, column), value in zip(((r, c) for r in range(values.shape[0]) for c in range(values.shape[1])), values.flat):
+        for (row, column), value in zip(
+            ((r, c) for r in range(values.shape[0]) for c in range(values.shape[1])), values.flat
+        ):
             pale = abs(value - middle) < 0.6 * reach if signed else value > middle
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color="black" if pale else "white")
+            ax.text(
+                column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color="black" if pale else "white"
+            )
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if label:
         ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
@@ -152,7 +158,7 @@ def show_attention_grid(
     figure.supylabel("query (looks)", fontsize=10)
     return figure
 
-# %% ../nbs/91_plots.ipynb #91-026
+# %% ../nbs/91_plots.ipynb #1d53d035
 def plot_curves(
     x: Sequence[float],  # Where the values stand
     curves: Mapping[str, Sequence[float]],  # A name and its values, one for each `x`
@@ -163,7 +169,10 @@ def plot_curves(
     markers: bool = False,  # Mark every point
     ax=None,  # Axes to draw on
 ) -> Axes:
-    "Draw named curves over one x axis and return the axes. The line styles differ too, so that a grey print can be read."
+    """Draw named curves over one x axis and return the axes.
+
+    The line styles differ too, so that a grey print can be read.
+    """
     ax = new_axes() if ax is None else ax
     for number, (name, values) in enumerate(curves.items()):
         ax.plot(list(x), list(values), STYLES[number % 4], marker="o" if markers else None, markersize=4, label=name)
@@ -176,58 +185,94 @@ def plot_curves(
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return ax
 
-# %% ../nbs/91_plots.ipynb #91-029
-QUANTITIES = {"loss": "loss (nats a token)", "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens a second"}
+# %% ../nbs/91_plots.ipynb #aff15164
+QUANTITIES = {
+    "loss": "loss (nats a token)",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens a second",
+}
 
 
 def plot_training(
-    history: Sequence[Mapping],  # Records: each a step, and what was measured there (`Trainer.history`, lines of metrics.jsonl)
+    history: Sequence[
+        Mapping
+    ],  # Records: each a step, and what was measured there (`Trainer.history`, lines of metrics.jsonl)
     quantities: Sequence[str] = ("loss", "lr"),  # One panel each; "loss" brings the validation loss along
     *,
     title: str | None = None,  # None: says where the validation loss was lowest, if it was measured
     axes: Iterable | None = None,  # Axes to draw on, one for each quantity
 ) -> list[Axes]:
-    "Draw a run's records, one panel a quantity, over the same steps; returns the axes. Raises `InputError` for a quantity that no record has."
+    """Draw a run's records, one panel a quantity, over the same steps; returns the axes.
+
+    Raises `InputError` for a quantity that no record has.
+    """
     heights = [3 if name == "loss" else 2 for name in quantities]
     if axes is None:
-        axes = new_axes(6.5, 0.6 + 0.8 * sum(heights), rows=len(heights), sharex=True, squeeze=False, height_ratios=heights).flat
+        axes = new_axes(
+            6.5, 0.6 + 0.8 * sum(heights), rows=len(heights), sharex=True, squeeze=False, height_ratios=heights
+        ).flat
     for number, (name, ax) in enumerate(zip(quantities, axes := list(axes))):
         for kind in ("loss", "val_loss") if name == "loss" else (name,):
-            points, second = [(r["step"], r[kind]) for r in history if r.get(kind) is not None and "step" in r], kind != name
+            points, second = (
+                [(r["step"], r[kind]) for r in history if r.get(kind) is not None and "step" in r],
+                kind != name,
+            )
             if points:
-                ax.plot(*zip(*points), "--" if second else "-", marker="o" if second or len(points) == 1 else None, markersize=4,
-                        color=PALETTE[(number + (second or name != "loss")) % 8], label="validation" if second else "training")
+                ax.plot(
+                    *zip(*points),
+                    "--" if second else "-",
+                    marker="o" if second or len(points) == 1 else None,
+                    markersize=4,
+                    color=PALETTE[(number + (second or name != "loss")) % 8],
+                    label="validation" if second else "training",
+                )
             elif not second:
                 known = ", ".join(sorted({key for r in history for key in r})) or "nothing"
                 raise InputError(f"No record of the history has both a step and {name!r}; what there is: {known}.")
         if name == "loss":
             ax.legend()
         ax.set(ylabel=QUANTITIES.get(name, name), xlabel="step" if ax is axes[-1] else "")
-    measured = [(r["val_loss"], r["step"]) for r in history if r.get("val_loss") is not None and math.isfinite(r["val_loss"])]
+    measured = [
+        (r["val_loss"], r["step"]) for r in history if r.get("val_loss") is not None and math.isfinite(r["val_loss"])
+    ]
     best = "Lowest validation loss {:.3f}, at step {}".format(*min(measured)) if measured else "Loss over the steps"
     axes[0].set_title(best if title is None else title)
     return axes
 
-# %% ../nbs/91_plots.ipynb #91-033
+# %% ../nbs/91_plots.ipynb #03a68ed4
 def next_token_probabilities(
-    logits: Mapping[str, Float[Tensor, "*batch vocab"]],  # One distribution each; probabilities p can be handed in as p.log()
+    logits: Mapping[
+        str, Float[Tensor, "*batch vocab"]
+    ],  # One distribution each; probabilities p can be handed in as p.log()
 ) -> dict[str, Float[Tensor, "vocab"]]:
     "Each distribution's probabilities. Raises `InputError` for NaN, for sizes that differ, and where no token is left."
     result = {}
     for name, scores in logits.items():
         flat = scores.detach().cpu().double().flatten()
         if flat.numel() != scores.shape[-1] or flat.numel() != len(next(iter(result.values()), flat)):
-            raise InputError(f"{name!r} has shape {tuple(scores.shape)}; hand in one token's logits each time, all over the same vocabulary.")
+            raise InputError(
+                f"{name!r} has shape {tuple(scores.shape)}; hand in one token's "
+                "logits each time, all over the same vocabulary."
+            )
         if flat.isnan().any() or flat.max() in (math.inf, -math.inf):
-            raise InputError(f"{name!r} is no distribution: its logits hold NaN or inf, or remove every token; look at what made them.")
+            raise InputError(
+                f"{name!r} is no distribution: its logits hold NaN or inf, or "
+                "remove every token; look at what made them."
+            )
         if len(flat) > 1 and flat.min() >= 0 and abs(flat.sum() - 1) < 1e-4:
-            raise InputError(f"{name!r} adds up to one, as probabilities do; hand in logits, or the probabilities' logarithm p.log().")
+            raise InputError(
+                f"{name!r} adds up to one, as probabilities do; hand in "
+                "logits, or the probabilities' logarithm p.log()."
+            )
         result[name] = flat.softmax(-1)
     return result
 
 
 def plot_next_token(
-    logits: Mapping[str, Float[Tensor, "*batch vocab"]],  # A title and one token's logits each, the unchanged ones first
+    logits: Mapping[
+        str, Float[Tensor, "*batch vocab"]
+    ],  # A title and one token's logits each, the unchanged ones first
     tokens: Sequence[str] | Callable[[int], str],  # Every token's text, or a function that gives it for an id
     *,
     top: int = 12,  # Tokens shown, the most probable ones of the first distribution
@@ -243,15 +288,28 @@ def plot_next_token(
     order = before.argsort(descending=True, stable=True)
     shown, rest = order[: check_range("top", top, 1, integer=True)], order[top:]
     if not callable(tokens) and len(tokens) != len(before):
-        raise InputError(f"There are {len(before)} logits and {len(tokens)} tokens; hand in the text of every token of the vocabulary.")
-    names = [token_label(tokens(i) if callable(tokens) else tokens[i]) for i in shown.tolist()] + [f"{len(rest):,} others"] * (len(rest) > 0)
+        raise InputError(
+            f"There are {len(before)} logits and {len(tokens)} tokens; hand "
+            "in the text of every token of the vocabulary."
+        )
+    names = [token_label(tokens(i) if callable(tokens) else tokens[i]) for i in shown.tolist()] + [
+        f"{len(rest):,} others"
+    ] * (len(rest) > 0)
     figure, axes = _panels(len(distributions), columns, 7, 0.8 + 0.21 * len(names), title, sharex=True, sharey=True)
     for ax, (name, p) in zip(axes, distributions.items()):
         bars, outlines = ([*q[shown].tolist(), q[rest].sum().item()][: len(names)] for q in (p, before))
         ax.barh(range(len(names)), bars, color=PALETTE[0])
         ax.barh(range(len(names)), outlines, fill=False, edgecolor="#333333", linewidth=0.8)
         gone = [place for place, (now, then) in enumerate(zip(bars, outlines)) if now == 0 < then]
-        ax.plot([0.04] * len(gone), gone, "x", color=PALETTE[3], markersize=6, markeredgewidth=2, transform=ax.get_yaxis_transform())
+        ax.plot(
+            [0.04] * len(gone),
+            gone,
+            "x",
+            color=PALETTE[3],
+            markersize=6,
+            markeredgewidth=2,
+            transform=ax.get_yaxis_transform(),
+        )
         ax.set_title(f"{name}\n{int((p > 0).sum()):,} of {len(p):,} tokens left", fontsize=10)
         ax.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(names)), names)
@@ -259,7 +317,7 @@ def plot_next_token(
     figure.supxlabel("probability", fontsize=11)
     return figure
 
-# %% ../nbs/91_plots.ipynb #91-037
+# %% ../nbs/91_plots.ipynb #98807f24
 def position_similarity(
     table: Float[Tensor, "context_length d_model"],
 ) -> tuple[Float[Tensor, "context_length context_length"], Float[Tensor, "context_length"]]:
@@ -278,22 +336,50 @@ def plot_positions(
     from matplotlib import pyplot as plt
 
     cosine, decay = position_similarity(table)
-    figure, axes = plt.subplot_mosaic([["table", "cosine"], ["decay", "decay"]], figsize=(7, 5.4), height_ratios=[3, 2], layout="constrained")
-    show_matrix(table, signed=True, title="One row a position", xlabel="number in the vector", ylabel="position", label="value", ax=axes["table"])
+    figure, axes = plt.subplot_mosaic(
+        [["table", "cosine"], ["decay", "decay"]], figsize=(7, 5.4), height_ratios=[3, 2], layout="constrained"
+    )
+    show_matrix(
+        table,
+        signed=True,
+        title="One row a position",
+        xlabel="number in the vector",
+        ylabel="position",
+        label="value",
+        ax=axes["table"],
+    )
     axes["table"].set_aspect("auto")
-    show_matrix(cosine, signed=True, limits=(-1.0, 1.0), title="Which rows are alike", xlabel="position", ylabel="position", label="cosine", ax=axes["cosine"])
-    plot_curves(range(len(decay)), {"mean": decay.tolist()}, markers=len(decay) < 30, title="Likeness by distance", xlabel="distance (positions)",
-                ylabel="mean cosine", ax=axes["decay"])
+    show_matrix(
+        cosine,
+        signed=True,
+        limits=(-1.0, 1.0),
+        title="Which rows are alike",
+        xlabel="position",
+        ylabel="position",
+        label="cosine",
+        ax=axes["cosine"],
+    )
+    plot_curves(
+        range(len(decay)),
+        {"mean": decay.tolist()},
+        markers=len(decay) < 30,
+        title="Likeness by distance",
+        xlabel="distance (positions)",
+        ylabel="mean cosine",
+        ax=axes["decay"],
+    )
     axes["decay"].set_ylim(min(-0.05, decay.min().item() - 0.05), 1.05)
     figure.suptitle(title, fontweight="bold")
     return figure
 
-# %% ../nbs/91_plots.ipynb #91-043
+# %% ../nbs/91_plots.ipynb #f3546553
 def principal_components(
     matrix: Float[Tensor, "rows columns"],  # One point a row
     count: int = 2,  # Axes to keep
 ) -> tuple[Float[Tensor, "rows components"], Float[Tensor, "components"]]:
-    "Coordinates of the points along their directions of largest spread, and the share of the spread that each keeps (equation 91.1)."
+    """Coordinates of the points along their directions of largest spread, and the share of the spread that each keeps
+    (equation 91.1).
+    """
     x = matrix.detach().cpu().double()
     if not x.isfinite().all():
         raise InputError("The matrix holds NaN or inf, which has no place in a picture; look at what made it.")
@@ -313,21 +399,35 @@ def plot_embedding(
     title: str = "",  # Says what to see
     ax=None,  # Axes to draw on
 ) -> Axes:
-    "Draw vectors as points in the plane of their largest spread (PCA); a label that would cover another one is left out."
+    """Draw vectors as points in the plane of their largest spread (PCA).
+
+    A label that would cover another one is left out.
+    """
     if len(labels) != len(matrix) or len(groups or labels) != len(matrix):
-        raise InputError(f"There are {len(matrix)} rows, {len(labels)} labels and {len(groups or labels)} groups; each row needs one.")
+        raise InputError(
+            f"There are {len(matrix)} rows, {len(labels)} labels and "
+            f"{len(groups or labels)} groups; each row needs one."
+        )
     ax = new_axes(6.5, 5) if ax is None else ax
     points, shares = principal_components(matrix)
     kinds = [""] * len(labels) if groups is None else [*map(str, groups)]
     for number, kind in enumerate(dict.fromkeys(kinds)):
         ours = [place for place, other in enumerate(kinds) if other == kind]
         ax.plot(*points[ours].T.tolist(), "os^DvPX*"[number % 8], color=PALETTE[number % 8], markersize=5, label=kind)
-    ax.set(title=title, **{f"{axis}label": f"component {i + 1} ({shares[i]:.0%} of the spread)" for i, axis in enumerate("xy")})
+    ax.set(
+        title=title,
+        **{f"{axis}label": f"component {i + 1} ({shares[i]:.0%} of the spread)" for i, axis in enumerate("xy")},
+    )
     ax.margins(0.12)
     if groups is not None:
         ax.legend()
     ax.figure.draw_without_rendering()  # only now it is known where things stand
-    sides = (("left", "center", (6, 0)), ("right", "center", (-6, 0)), ("center", "bottom", (0, 5)), ("center", "top", (0, -5)))
+    sides = (
+        ("left", "center", (6, 0)),
+        ("right", "center", (-6, 0)),
+        ("center", "bottom", (0, 5)),
+        ("center", "top", (0, -5)),
+    )
     boxes = []
     for point, label in zip(points.tolist(), labels):
         for ha, va, shift in sides:
@@ -339,7 +439,7 @@ def plot_embedding(
             text.remove()
     return ax
 
-# %% ../nbs/91_plots.ipynb #91-049
+# %% ../nbs/91_plots.ipynb #958ce3aa
 LAYERS = r"(?:(?!\d+\.)[^.]+\.)*\d+"  # a submodule with a number for a name, inside none that has one
 
 
@@ -348,7 +448,8 @@ def tensor_statistics(
 ) -> dict[str, float]:
     "Mean, standard deviation, root mean square, and the shares of zeros and of numbers that are NaN or infinite."
     x = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
-    size = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny).item()  # of huge or tiny numbers the squares would overflow or vanish
+    # of huge or tiny numbers the squares would overflow or vanish
+    size = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny).item()
     mean, std = x.mean().item(), size * (x / size).std(correction=0).item()
     return {"mean": mean, "std": std, "rms": math.hypot(mean, std), "zeros": (x == 0).float().mean().item(),
             "not_finite": (~x.isfinite()).float().mean().item()}
@@ -356,12 +457,16 @@ def tensor_statistics(
 
 def collect_statistics(
     model: nn.Module,
-    run: Callable[[], object],  # Calls the model and returns the loss: `lambda: model(ids, targets)[1]`; other results: no gradients
+    run: Callable[
+        [], object
+    ],  # Calls the model and returns the loss: `lambda: model(ids, targets)[1]`; other results: no gradients
     layers: str = LAYERS,  # Regular expression for the names of the submodules to watch
 ) -> dict[str, dict[str, float]]:
-    """Each layer's statistics (see `tensor_statistics`) of what it gave out in `run`, with the RMS of the loss's gradient.
+    """Each layer's statistics (see `tensor_statistics`) of what it gave out in `run`, with the RMS of the loss's
+    gradient.
 
-    `gradient_rms` is that with respect to the output, `weight_gradient_rms` with respect to the layer's parameters. Raises
+    `gradient_rms` is that with respect to the output, `weight_gradient_rms` with respect to the layer's parameters.
+    Raises
     `InputError` where no submodule has such a name, or none of them was called.
     """
     found = {name: module for name, module in model.named_modules() if re.fullmatch(layers, name)}
@@ -378,13 +483,21 @@ def collect_statistics(
             hook.remove()
     if not any(outputs.values()):
         names = ", ".join([name for name, _ in model.named_modules() if name][:8])
-        raise InputError(f"{layers!r} fits the names of {len(found)} submodules, and none of these was called; there are {names} and so on.")
+        raise InputError(
+            f"{layers!r} fits the names of {len(found)} submodules, and none of "
+            f"these was called; there are {names} and so on."
+        )
     statistics = {name: tensor_statistics(*given) for name, given in outputs.items() if given}
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
-        wanted = {(name, kind): [x for x in tensors if x.requires_grad] for name in statistics
-                  for kind, tensors in (("gradient_rms", outputs[name]), ("weight_gradient_rms", found[name].parameters()))}
+        wanted = {
+            (name, kind): [x for x in tensors if x.requires_grad]
+            for name in statistics
+            for kind, tensors in (("gradient_rms", outputs[name]), ("weight_gradient_rms", found[name].parameters()))
+        }
         every = [x for tensors in wanted.values() for x in tensors]
-        gradients = iter(torch.autograd.grad(loss.sum(), every, allow_unused=True, materialize_grads=True) if every else ())
+        gradients = iter(
+            torch.autograd.grad(loss.sum(), every, allow_unused=True, materialize_grads=True) if every else ()
+        )
         for (name, kind), tensors in wanted.items():
             if tensors:
                 statistics[name][kind] = tensor_statistics(*[next(gradients) for _ in tensors])["rms"]
@@ -396,18 +509,35 @@ def plot_statistics(
     *,
     title: str = "",  # Says what to see
 ) -> Figure:
-    "Draw activations and gradients layer by layer, one panel a quantity; returns the figure. A red line marks the first layer with NaN or inf."
+    """Draw activations and gradients layer by layer, one panel a quantity; returns the figure.
+
+    A red line marks the first layer with NaN or inf.
+    """
     nested = all(isinstance(value, Mapping) for numbers in statistics.values() for value in numbers.values())
     runs = dict(statistics) if nested else {"": statistics}
-    titles = {"rms": "RMS of outputs", "zeros": "Share of zeros", "gradient_rms": "RMS of gradients", "weight_gradient_rms": "RMS of weights' gradients"}
+    titles = {
+        "rms": "RMS of outputs",
+        "zeros": "Share of zeros",
+        "gradient_rms": "RMS of gradients",
+        "weight_gradient_rms": "RMS of weights' gradients",
+    }
     kinds = [kind for kind in titles if any(kind in numbers for run in runs.values() for numbers in run.values())]
     names = max(([*run] for run in runs.values()), key=len)
     figure, axes = _panels(len(kinds), 2, 7, 2.5, title, sharex=True)
     for kind, ax in zip(kinds, axes):
         curves = {run: [layers.get(name, {}).get(kind, math.nan) for name in names] for run, layers in runs.items()}
-        plot_curves(range(len(names)), curves, title=titles[kind], ylabel="share" if kind == "zeros" else "RMS", logy=kind != "zeros", markers=True, ax=ax)
+        plot_curves(
+            range(len(names)),
+            curves,
+            title=titles[kind],
+            ylabel="share" if kind == "zeros" else "RMS",
+            logy=kind != "zeros",
+            markers=True,
+            ax=ax,
+        )
         low, high = ax.get_ylim()
-        ax.set_ylim((-0.05, 1.05) if kind == "zeros" else (low / 4, high * 4) if high < 10 * low else None)  # or a ripple would look like a wave
+        # or a ripple would look like a wave
+        ax.set_ylim((-0.05, 1.05) if kind == "zeros" else (low / 4, high * 4) if high < 10 * low else None)
         for layers in runs.values():
             bad = [place for place, name in enumerate(names) if layers.get(name, {}).get("not_finite", 0) > 0]
             if bad:
@@ -416,34 +546,67 @@ def plot_statistics(
         if len(runs) > 1 and ax is not axes[0]:
             ax.legend().remove()
     every = -(-len(names) // 12)  # more labels than 12 would run into one another
-    axes[0].set_xticks(range(0, len(names), every), [".".join(re.findall(r"\d+", name)) or name for name in names[::every]])
-    figure.supxlabel(f"layer ({re.sub('[0-9]+', '*', names[0])})" if re.search(r"\d", names[0]) else "layer", fontsize=11)
+    axes[0].set_xticks(
+        range(0, len(names), every), [".".join(re.findall(r"\d+", name)) or name for name in names[::every]]
+    )
+    figure.supxlabel(
+        f"layer ({re.sub('[0-9]+', '*', names[0])})" if re.search(r"\d", names[0]) else "layer", fontsize=11
+    )
     return figure
 
-# %% ../nbs/91_plots.ipynb #91-058
+# %% ../nbs/91_plots.ipynb #91d226c3
 def model_boxes(
     config: object,  # A `GPTConfig`
 ) -> list[tuple[str, str, int, int]]:
-    "The boxes of a model in the order in which it runs them: name, what it does, numbers it learns, how often it stands in the model."
+    """The boxes of a model in the order in which it runs them: name, what it does, numbers it learns, how often it
+    stands in the model.
+    """
     c, n = config, config.n_layers
     bias, queries, keys = int(c.bias), c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     gates = 2 if c.activation == "swiglu" else 1
-    norm = ({"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[c.norm], f"d_model {c.d_model:,}", c.d_model * (1 + bias * (c.norm == "layernorm")))
-    order = {"rotary": f"rotary positions, base {c.rope_base:,.0f}", "alibi": "ALiBi: less for far tokens"}.get(c.position)
-    notes = [f"{c.n_heads} query and {c.n_kv_heads} key/value heads × {c.head_dim}", f"causal, window {c.window:,}" if c.window else "causal",
-             order, "RMSNorm on queries and keys" if c.qk_norm else None]
+    norm = (
+        {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[c.norm],
+        f"d_model {c.d_model:,}",
+        c.d_model * (1 + bias * (c.norm == "layernorm")),
+    )
+    order = {"rotary": f"rotary positions, base {c.rope_base:,.0f}", "alibi": "ALiBi: less for far tokens"}.get(
+        c.position
+    )
+    notes = [
+        f"{c.n_heads} query and {c.n_kv_heads} key/value heads × {c.head_dim}",
+        f"causal, window {c.window:,}" if c.window else "causal",
+        order,
+        "RMSNorm on queries and keys" if c.qk_norm else None,
+    ]
     normed = (queries + keys if c.qk_norm_whole else 2 * c.head_dim) * c.qk_norm
-    attention = ("attention", "\n".join(filter(None, notes)),
-                 2 * c.d_model * (queries + keys) + int(c.qkv_bias) * (queries + 2 * keys) + bias * c.d_model + normed, n)
+    attention = (
+        "attention",
+        "\n".join(filter(None, notes)),
+        2 * c.d_model * (queries + keys) + int(c.qkv_bias) * (queries + 2 * keys) + bias * c.d_model + normed,
+        n,
+    )
     feedforward = ("feed-forward", f"{c.d_model:,} → {c.d_ff:,} → {c.d_model:,}, {c.activation}",
                    (gates + 1) * c.d_model * c.d_ff + bias * (gates * c.d_ff + c.d_model), n)
     add, norm_of_block = ("+", "", 0, n), (*norm, n)
-    places = {"pre": lambda part: [norm_of_block, part, add], "post": lambda part: [part, add, norm_of_block], "output": lambda part: [part, norm_of_block, add]}
-    positions = {"learned": [("add learned positions", f"{c.context_length:,} × {c.d_model:,}", c.context_length * c.d_model, 1)],
-                 "sinusoidal": [("add sinusoidal positions", "a fixed table; embeddings × √d_model", 0, 1)]}.get(c.position, [])
+    places = {
+        "pre": lambda part: [norm_of_block, part, add],
+        "post": lambda part: [part, add, norm_of_block],
+        "output": lambda part: [part, norm_of_block, add],
+    }
+    positions = {
+        "learned": [
+            ("add learned positions", f"{c.context_length:,} × {c.d_model:,}", c.context_length * c.d_model, 1)
+        ],
+        "sinusoidal": [("add sinusoidal positions", "a fixed table; embeddings × √d_model", 0, 1)],
+    }.get(c.position, [])
     block = [box for part in (attention, feedforward) for box in places[c.norm_placement](part)]
     matrix = "the embedding's own matrix (tied)" if c.tied_embeddings else f"{c.d_model:,} × {c.vocab_size:,}"
-    unembedding = ("unembedding", matrix + " + bias" * c.output_bias, c.vocab_size * (c.d_model * (not c.tied_embeddings) + c.output_bias), 1)
+    unembedding = (
+        "unembedding",
+        matrix + " + bias" * c.output_bias,
+        c.vocab_size * (c.d_model * (not c.tied_embeddings) + c.output_bias),
+        1,
+    )
     return [("token embedding", f"{c.vocab_size:,} × {c.d_model:,}", c.vocab_size * c.d_model, 1), *positions, *block,
             *([(*norm, 1)] if c.norm_placement != "post" else []), unembedding]
 
@@ -453,24 +616,49 @@ def draw_model(
     *,
     ax=None,  # Axes to draw on; new ones of about 7 × 8 inches when None
 ) -> Axes:
-    "Draw a model from bottom to top: boxes, residual connections, shapes, and beside each box how many numbers it learns."
+    """Draw a model from bottom to top: boxes, residual connections, shapes, and beside each box how many numbers it
+    learns.
+    """
     config = getattr(config, "config", config)
     boxes = model_boxes(config)
-    texts = [name if name == "+" else f"{name}, {what}" if name.endswith("Norm") else f"{name}\n{what}" for name, what, *_ in boxes]
+    texts = [
+        name if name == "+" else f"{name}, {what}" if name.endswith("Norm") else f"{name}\n{what}"
+        for name, what, *_ in boxes
+    ]
     heights = [0.45 if text == "+" else 0.3 + 0.42 * (text.count("\n") + 1) for text in texts]
-    start = [box[0] for box in boxes].index("attention") - (config.norm_placement == "pre")  # the block's first box of six
-    lows = [0.6 * (place + 1) + 0.4 * (place >= start) + sum(heights[:place]) for place in range(len(boxes))]  # gaps, then boxes
+    # the block's first box of six
+    start = [box[0] for box in boxes].index("attention") - (config.norm_placement == "pre")
+    # gaps, then boxes
+    lows = [0.6 * (place + 1) + 0.4 * (place >= start) + sum(heights[:place]) for place in range(len(boxes))]
     tops = [low + height for low, height in zip(lows, heights)]
     ax, end = new_axes(6.6, 1.1 + 0.46 * tops[-1]) if ax is None else ax, tops[-1] + 0.6
     arrow = dict(arrowprops=dict(arrowstyle="-|>", color="#444444", shrinkA=0, shrinkB=0))
     for text, (name, _, numbers, times), low, top in zip(texts, boxes, lows, tops):
         middle, plus = (low + top) / 2, name == "+"
-        ax.text(0, middle, text, ha="center", va="center", fontsize=12 if plus else 10, linespacing=1.25, color="white" if plus else "black",
-                bbox=dict(boxstyle="circle,pad=0.1", fc="#444444", ec="none") if plus else None)
+        ax.text(
+            0,
+            middle,
+            text,
+            ha="center",
+            va="center",
+            fontsize=12 if plus else 10,
+            linespacing=1.25,
+            color="white" if plus else "black",
+            bbox=dict(boxstyle="circle,pad=0.1", fc="#444444", ec="none") if plus else None,
+        )
         if not plus:
-            colour = {"attention": PALETTE[1], "feed-forward": PALETTE[2]}.get(name, PALETTE[6 if name.endswith("Norm") else 7])
+            colour = {"attention": PALETTE[1], "feed-forward": PALETTE[2]}.get(
+                name, PALETTE[6 if name.endswith("Norm") else 7]
+            )
             ax.barh(middle, 6.4, top - low, left=-3.2, color=colour, alpha=0.35, edgecolor="#444444")
-            ax.text(5.9, middle, f"{times} × {numbers:,}" if times > 1 else f"{numbers:,}", ha="right", va="center", fontsize=10)
+            ax.text(
+                5.9,
+                middle,
+                f"{times} × {numbers:,}" if times > 1 else f"{numbers:,}",
+                ha="right",
+                va="center",
+                fontsize=10,
+            )
     for low, under in zip([*lows, end], [0, *tops]):
         ax.annotate("", (0, low), (0, under), **arrow)
     for place in (start, start + 3):  # around attention, and around the feed-forward network
@@ -481,10 +669,16 @@ def draw_model(
     low, high = lows[start] - 0.5, tops[start + 5] + 0.15
     ax.barh((low + high) / 2, 7.3, high - low, left=-3.8, fill=False, edgecolor="#444444", linestyle="--")
     ax.text(-4.15, (low + high) / 2, f"blocks: {config.n_layers}", rotation=90, ha="center", va="center", fontsize=11)
-    for height, shape in ((0, "(batch, seq) token ids"), (tops[start - 1], f"(batch, seq, {config.d_model:,})"), (end, f"(batch, seq, {config.vocab_size:,}) logits")):
+    for height, shape in (
+        (0, "(batch, seq) token ids"),
+        (tops[start - 1], f"(batch, seq, {config.d_model:,})"),
+        (end, f"(batch, seq, {config.vocab_size:,}) logits"),
+    ):
         ax.text(0.2, height + 0.12, shape, va="bottom", fontsize=10)
     ax.text(5.9, end + 0.12, "numbers learned", ha="right", va="bottom", fontsize=10, style="italic")
     total, blocks = (sum(numbers * times for *_, numbers, times in some) for some in (boxes, boxes[start : start + 6]))
-    ax.set(xlim=(-4.5, 6), ylim=(-0.1, end + 0.6), title=f"{total:,} numbers, {blocks / total:.0%} of them in the blocks")
+    ax.set(
+        xlim=(-4.5, 6), ylim=(-0.1, end + 0.6), title=f"{total:,} numbers, {blocks / total:.0%} of them in the blocks"
+    )
     ax.axis("off")
     return ax

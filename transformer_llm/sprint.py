@@ -8,7 +8,7 @@ __all__ = ['MULTIPLIERS', 'FIXED', 'DOCUMENTED', 'TUNED', 'PLAIN', 'NGRAMS', 'UN
            'RowAdagrad', 'RememberingCache', 'SprintGPT', 'evaluate_all', 'SprintTrainer', 'Recipe', 'run_recipe',
            'save_sprint', 'load_sprint']
 
-# %% ../nbs/12_sprint.ipynb #12-006
+# %% ../nbs/12_sprint.ipynb #79cbea82
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,19 +24,32 @@ from torch.nn import functional as F
 from .attention import KVCache, Mask, Rotate
 from .dataset import TokenData, read_text, split_text
 from .foundations import InputError, check_range
-from .training import (Muon, Trainer, TrainingConfig, TrainingError, learning_rate, load_checkpoint, load_tokenizer_of, load_weights,
-                                      save_checkpoint, set_learning_rate)
+from transformer_llm.training import (
+    Muon,
+    Trainer,
+    TrainingConfig,
+    TrainingError,
+    learning_rate,
+    load_checkpoint,
+    load_tokenizer_of,
+    load_weights,
+    save_checkpoint,
+    set_learning_rate,
+)
 from .tokenizer import CharTokenizer
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/12_sprint.ipynb #12-021
+# %% ../nbs/12_sprint.ipynb #5f657ee7
 def character_ids(text: str) -> np.ndarray:
     "Each character's code point, without a Python object for each."
     return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
 
 
 def read_characters(path: str | Path, val_fraction: float = 0.1) -> tuple[TokenData, CharTokenizer]:
-    "A text file as characters' ids, split as in chapter 06, and the tokenizer that encodes them; one look-up in a table for each character."
+    """A text file as characters' ids, split as in chapter 06, and the tokenizer that encodes them.
+
+    One look-up in a table for each character.
+    """
     points = [character_ids(part) for part in split_text(read_text(path), val_fraction)]
     largest = max(int(part.max()) for part in points if len(part))
     seen = np.flatnonzero(sum(np.bincount(part, minlength=largest + 1) for part in points))
@@ -45,13 +58,15 @@ def read_characters(path: str | Path, val_fraction: float = 0.1) -> tuple[TokenD
     train, val = (torch.from_numpy(table[part]) for part in points)
     return TokenData.from_tokens(train, val), CharTokenizer([chr(point) for point in seen])
 
-# %% ../nbs/12_sprint.ipynb #12-022
+# %% ../nbs/12_sprint.ipynb #46146cda
 def count_loss(
     path: str | Path,  # A text file
     order: int,  # Characters in an n-gram, the predicted one included
     discount: float = 0.75,
 ) -> dict:
-    "Validation loss of counts alone, with nothing learned: absolute discounting, each order interpolated with the one below (equation 12.2)."
+    """Validation loss of counts alone, with nothing learned: absolute discounting, each order interpolated with the one
+    below (equation 12.2).
+    """
     start = time.perf_counter()
     data, tokenizer = read_characters(path)
     train, val, base = data.train.numpy(), data.val.numpy(), tokenizer.vocab_size + 1
@@ -70,7 +85,7 @@ def count_loss(
             code[n:] += (tokens[:-n] + 1) * base ** (n - 1)
     return {"val_loss": float(-np.log(p[1:]).mean()), "seconds": time.perf_counter() - start, "order": order}
 
-# %% ../nbs/12_sprint.ipynb #12-034
+# %% ../nbs/12_sprint.ipynb #35d0261c
 class _Normalise(torch.autograd.Function):
     "x over its root mean square; keeps only the result and one number a vector."
 
@@ -105,7 +120,7 @@ def normalise(x: Float[Tensor, "*axes d_model"], eps: float = 1e-5) -> Float[Ten
     "RMSNorm without a gain, its backward pass by equation (12.4)."
     return _Normalise.apply(x, eps)
 
-# %% ../nbs/12_sprint.ipynb #12-038
+# %% ../nbs/12_sprint.ipynb #78b97783
 MULTIPLIERS = (1000003, 2654435761, 805459861, 3674653429, 2097192037, 1434869437)  # one for each order from 2 on
 
 
@@ -126,9 +141,11 @@ def ngram_rows(
             offset += sizes[order]
     return torch.stack(rows, -1)
 
-# %% ../nbs/12_sprint.ipynb #12-049
+# %% ../nbs/12_sprint.ipynb #36727d9b
 class RowAdagrad(torch.optim.Optimizer):
-    "Adagrad with one scale for each row, for tables of which a step touches few rows: equation (12.6), after Duchi et al. (2011)."
+    """Adagrad with one scale for each row, for tables of which a step touches few rows: equation (12.6), after Duchi et
+    al. (2011).
+    """
 
     state_keys = ("squares",)
 
@@ -157,7 +174,7 @@ class RowAdagrad(torch.optim.Optimizer):
                 p.add_(torch.sparse_coo_tensor(rows[None], values, p.shape, check_invariants=False), alpha=-group["lr"])
         return loss
 
-# %% ../nbs/12_sprint.ipynb #12-052
+# %% ../nbs/12_sprint.ipynb #6843a828
 class RememberingCache(KVCache):
     "A layer's keys and values that also remembers the tokens, for what looks back at them before the first block."
 
@@ -171,12 +188,25 @@ class RememberingCache(KVCache):
         self.ids = self.ids.index_select(0, index)
 
 
-FIXED = dict(norm="rmsnorm", norm_placement="pre", position="rotary", rope_interleaved=True, activation="relu2", bias=False, qk_norm=True,
-             dropout=0.0, window=None, rope_scaling=None, qk_norm_whole=False, output_bias=False)
+FIXED = dict(
+    norm="rmsnorm",
+    norm_placement="pre",
+    position="rotary",
+    rope_interleaved=True,
+    activation="relu2",
+    bias=False,
+    qk_norm=True,
+    dropout=0.0,
+    window=None,
+    rope_scaling=None,
+    qk_norm_whole=False,
+    output_bias=False,
+)
 
 
 class SprintGPT(GPT):
-    """A small GPT made to learn fast on a CPU: hashed n-grams and the previous token are added to each token's embedding.
+    """A small GPT made to learn fast on a CPU: hashed n-grams and the previous token are added to each token's
+    embedding.
 
     Gains of norms stay one. Raises `InputError` for a configuration whose fields differ from `FIXED`.
     """
@@ -191,13 +221,22 @@ class SprintGPT(GPT):
             if getattr(config, name) != value:
                 raise InputError(f"A SprintGPT needs {name}={value!r}, not {getattr(config, name)!r}.")
         if config.n_kv_heads != config.n_heads:
-            raise InputError(f"A SprintGPT needs n_kv_heads equal to n_heads={config.n_heads}, not {config.n_kv_heads}.")
+            raise InputError(
+                f"A SprintGPT needs n_kv_heads equal to n_heads={config.n_heads}, not {config.n_kv_heads}."
+            )
         self.ngrams = ()
         super().__init__(config)
-        self.ngrams = tuple((check_range("order", int(order), 2, 7), check_range("rows", int(rows), 1)) for order, rows in sorted(ngrams))
-        self.ngram_table = nn.Parameter(torch.zeros(sum(rows for _, rows in self.ngrams), config.d_model)) if self.ngrams else None
+        self.ngrams = tuple(
+            (check_range("order", int(order), 2, 7), check_range("rows", int(rows), 1))
+            for order, rows in sorted(ngrams)
+        )
+        self.ngram_table = (
+            nn.Parameter(torch.zeros(sum(rows for _, rows in self.ngrams), config.d_model)) if self.ngrams else None
+        )
         self.previous = nn.Parameter(torch.zeros(config.d_model)) if token_shift else None
-        angle = torch.arange(config.context_length)[:, None] * config.rope_base ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        angle = torch.arange(config.context_length)[:, None] * config.rope_base ** -(
+            torch.arange(0, config.head_dim, 2) / config.head_dim
+        )
         self.register_buffer("turns", torch.polar(torch.ones_like(angle), angle)[:, None], persistent=False)
         closed = torch.ones(config.context_length, config.context_length, dtype=torch.bool).triu(1)
         self.register_buffer("closed", torch.zeros(closed.shape).masked_fill(closed, -math.inf), persistent=False)
@@ -206,7 +245,10 @@ class SprintGPT(GPT):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        "Draw the weights of the blocks with standard deviation 1/(2√rows in), embeddings with `init_std`; what writes to the stream or the logits starts at zero."
+        """Draw the weights of the blocks with standard deviation 1/(2√rows in), embeddings with `init_std`.
+
+        What writes to the stream or the logits starts at zero.
+        """
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)
@@ -221,7 +263,9 @@ class SprintGPT(GPT):
     def new_cache(self, batch_size: int, capacity: int | None = None) -> list[KVCache]:
         "As `GPT.new_cache`; the first layer's cache also remembers the tokens."
         c, caches = self.config, super().new_cache(batch_size, capacity)
-        first = RememberingCache(batch_size, c.n_kv_heads, caches[0].capacity, c.head_dim, dtype=caches[0].k.dtype, device=caches[0].k.device)
+        first = RememberingCache(
+            batch_size, c.n_kv_heads, caches[0].capacity, c.head_dim, dtype=caches[0].k.dtype, device=caches[0].k.device
+        )
         return [first, *caches[1:]]
 
     def _embed(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
@@ -232,7 +276,9 @@ class SprintGPT(GPT):
         sparse = torch.is_grad_enabled() and self.training
         return x + F.embedding_bag(rows, self.ngram_table, mode="sum", sparse=sparse).view(x.shape)
 
-    def _shift(self, x: Float[Tensor, "batch seq d_model"], before: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+    def _shift(
+        self, x: Float[Tensor, "batch seq d_model"], before: Float[Tensor, "batch seq d_model"]
+    ) -> Float[Tensor, "batch seq d_model"]:
         return x if self.previous is None else torch.addcmul(x, before, self.previous.to(x.dtype))
 
     def _start(
@@ -279,7 +325,9 @@ class SprintGPT(GPT):
             x = x + F.linear(_ReluSquared.apply(hidden), block.feedforward.down.weight)
         return normalise(x, self.config.norm_eps)
 
-    def _attend(self, x: Float[Tensor, "batch seq d_model"], attention: nn.Module) -> Float[Tensor, "batch seq d_model"]:
+    def _attend(
+        self, x: Float[Tensor, "batch seq d_model"], attention: nn.Module
+    ) -> Float[Tensor, "batch seq d_model"]:
         (batch, seq, _), heads, width = x.shape, self.config.n_heads, self.config.head_dim
         packed = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
         qkv = F.linear(x, packed).view(batch, seq, 3 * heads, width)
@@ -287,11 +335,13 @@ class SprintGPT(GPT):
         pairs = normalise(qkv[:, :, : 2 * heads], self.config.norm_eps).unflatten(-1, (-1, 2))
         turned = torch.view_as_real(torch.view_as_complex(pairs) * self.turns[:seq]).flatten(-2)
         q, k = turned.transpose(1, 2).unflatten(1, (2, heads)).unbind(1)
-        scores = torch.baddbmm(self.closed[:seq, :seq], q.reshape(-1, seq, width), k.reshape(-1, seq, width).mT, alpha=width**-0.5)
+        scores = torch.baddbmm(
+            self.closed[:seq, :seq], q.reshape(-1, seq, width), k.reshape(-1, seq, width).mT, alpha=width**-0.5
+        )
         heads = torch.bmm(scores.softmax(-1), v).view(batch, heads, seq, width)
         return F.linear(heads.transpose(1, 2).reshape(batch, seq, -1), attention.o_proj.weight)
 
-# %% ../nbs/12_sprint.ipynb #12-056
+# %% ../nbs/12_sprint.ipynb #2faef688
 @torch.no_grad()
 def evaluate_all(model: nn.Module, tokens: Int[Tensor, "tokens"], batch_size: int = 32) -> float:
     "Mean loss a token over a whole text in nats, in windows side by side: each token but the first is a target once."
@@ -299,7 +349,9 @@ def evaluate_all(model: nn.Module, tokens: Int[Tensor, "tokens"], batch_size: in
     model.eval()
     windows, n_targets = (len(tokens) - 1) // length, len(tokens) - 1
     full, rest = slice(0, windows * length), slice(windows * length, n_targets)
-    pairs = list(zip(tokens[:-1][full].view(-1, length).split(batch_size), tokens[1:][full].view(-1, length).split(batch_size)))
+    pairs = list(
+        zip(tokens[:-1][full].view(-1, length).split(batch_size), tokens[1:][full].view(-1, length).split(batch_size))
+    )
     if n_targets > windows * length:
         pairs.append((tokens[:-1][rest][None], tokens[1:][rest][None]))
     for inputs, targets in pairs:
@@ -308,11 +360,22 @@ def evaluate_all(model: nn.Module, tokens: Int[Tensor, "tokens"], batch_size: in
     model.train(was_training)
     return total / n_targets
 
-# %% ../nbs/12_sprint.ipynb #12-057
+# %% ../nbs/12_sprint.ipynb #c5643158
 class SprintTrainer(Trainer):
-    "A `Trainer` for a `SprintGPT` on a CPU: places of all batches drawn at once, a table that moves by rows, no clipping; it writes no checkpoints."
+    """A `Trainer` for a `SprintGPT` on a CPU: places of all batches drawn at once, a table that moves by rows, no
+    clipping; it writes no checkpoints.
+    """
 
-    def __init__(self, model: SprintGPT, data, config: TrainingConfig, *, momentum: float = 0.95, table_rate: float = 0.3, **options):
+    def __init__(
+        self,
+        model: SprintGPT,
+        data,
+        config: TrainingConfig,
+        *,
+        momentum: float = 0.95,
+        table_rate: float = 0.3,
+        **options,
+    ):
         if options.get("run_directory") is not None:
             raise InputError("A SprintTrainer writes no checkpoints; keep the finished model with save_sprint.")
         table = model.ngram_table
@@ -337,7 +400,10 @@ class SprintTrainer(Trainer):
         return windows[:, :-1], windows[:, 1:]
 
     def train_step(self) -> tuple[float, float]:
-        "Make one update; returns the loss before it and 0 (no norm is measured). A loss that is no number raises `TrainingError`."
+        """Make one update; returns the loss before it and 0 (no norm is measured).
+
+        A loss that is no number raises `TrainingError`.
+        """
         set_learning_rate(self.optimizers, learning_rate(self.step, self.config))
         inputs, targets = self.next_batch()
         self.model.zero_grad(set_to_none=True)
@@ -352,7 +418,7 @@ class SprintTrainer(Trainer):
             raise TrainingError(self._not_finite(f"the loss is {value:g}"))
         return value, 0.0
 
-# %% ../nbs/12_sprint.ipynb #12-058
+# %% ../nbs/12_sprint.ipynb #f2390e03
 @dataclass(frozen=True)
 class Recipe:
     "A model and how it is trained, from the text to the last evaluation."
@@ -367,9 +433,18 @@ class Recipe:
     momentum: float = 0.95  # Muon's
     table_rate: float = 0.3  # RowAdagrad's learning rate
 
-    def change(self, name: str, about: str, *, model: dict | None = None, training: dict | None = None, **changes) -> "Recipe":
+    def change(
+        self, name: str, about: str, *, model: dict | None = None, training: dict | None = None, **changes
+    ) -> "Recipe":
         "A recipe that differs in some fields; those of the model and of the training are merged."
-        return replace(self, name=name, about=about, model=self.model | (model or {}), training=self.training.replace(**(training or {})), **changes)
+        return replace(
+            self,
+            name=name,
+            about=about,
+            model=self.model | (model or {}),
+            training=self.training.replace(**(training or {})),
+            **changes,
+        )
 
     def make_model(self, vocab_size: int) -> GPT:
         "The untrained model; its weights come from PyTorch's global generator."
@@ -383,7 +458,7 @@ class Recipe:
             options = dict(momentum=self.momentum, table_rate=self.table_rate) | options
         return (SprintTrainer if self.sprint else Trainer)(model, data, config, progress=False, **options)
 
-# %% ../nbs/12_sprint.ipynb #12-059
+# %% ../nbs/12_sprint.ipynb #5c021ff5
 def run_recipe(
     recipe: Recipe,
     path: str | Path,  # A text file
@@ -396,7 +471,8 @@ def run_recipe(
 ) -> dict:
     """Read, encode, build, train, evaluate once on the whole last tenth: everything but imports is in `seconds`.
 
-    Also returned: `val_loss`, `evaluation_seconds` (part of `seconds`), `steps`, `tokens`, `parameters`, and `curve`, a list of
+    Also returned: `val_loss`, `evaluation_seconds` (part of `seconds`), `steps`, `tokens`, `parameters`, and `curve`, a
+    list of
     [step, seconds, val_loss].
     """
     import torch._dynamo  # what PyTorch imports by itself with the first optimizer: part of its import
@@ -412,53 +488,125 @@ def run_recipe(
         trainer.train_step()
         if eval_every and step % eval_every == 0 and step < recipe.training.max_steps:
             now = time.perf_counter()
-            curve.append([step, round(now - start - stopped, 3), round(evaluate_all(trainer.model, data.val[:eval_tokens]), 4)])
+            curve.append(
+                [step, round(now - start - stopped, 3), round(evaluate_all(trainer.model, data.val[:eval_tokens]), 4)]
+            )
             stopped += time.perf_counter() - now
     trained = time.perf_counter()
     val_loss = evaluate_all(trainer.model, data.val)
     end = time.perf_counter()
     curve.append([recipe.training.max_steps, round(trained - start - stopped, 3), round(val_loss, 4)])
-    result = {"name": recipe.name, "seed": seed, "val_loss": val_loss, "seconds": end - start - stopped, "evaluation_seconds": end - trained,
-              "steps": recipe.training.max_steps, "parameters": trainer.model.num_parameters(), "curve": curve,
-              "tokens": recipe.training.max_steps * recipe.training.batch_size * trainer.context_length}
+    result = {
+        "name": recipe.name,
+        "seed": seed,
+        "val_loss": val_loss,
+        "seconds": end - start - stopped,
+        "evaluation_seconds": end - trained,
+        "steps": recipe.training.max_steps,
+        "parameters": trainer.model.num_parameters(),
+        "curve": curve,
+        "tokens": recipe.training.max_steps * recipe.training.batch_size * trainer.context_length,
+    }
     return result | ({"model": trainer.model.eval(), "tokenizer": tokenizer} if model_too else {})
 
-# %% ../nbs/12_sprint.ipynb #12-060
+# %% ../nbs/12_sprint.ipynb #017530a5
 DOCUMENTED = Recipe(
-    "documented", "nanoGPT's command for Shakespeare's characters on a CPU",
-    dict(context_length=64, d_model=128, n_layers=4, n_heads=4, norm="layernorm", position="learned", activation="gelu"),
-    TrainingConfig(max_steps=2000, batch_size=12, learning_rate=1e-3, min_lr_fraction=0.1, warmup_steps=100, betas=(0.9, 0.99),
-                   weight_decay=0.1, grad_clip=1.0, device="cpu"))
+    "documented",
+    "nanoGPT's command for Shakespeare's characters on a CPU",
+    dict(
+        context_length=64, d_model=128, n_layers=4, n_heads=4, norm="layernorm", position="learned", activation="gelu"
+    ),
+    TrainingConfig(
+        max_steps=2000,
+        batch_size=12,
+        learning_rate=1e-3,
+        min_lr_fraction=0.1,
+        warmup_steps=100,
+        betas=(0.9, 0.99),
+        weight_decay=0.1,
+        grad_clip=1.0,
+        device="cpu",
+    ),
+)
 
 TUNED = DOCUMENTED.change("tuned", "its learning rate tuned, and no more steps than it needs", training=dict(
     max_steps=1250, learning_rate=4.5e-3, min_lr_fraction=1 / 450))
 
 PLAIN = Recipe(
-    "plain", "a small transformer, with everything in this chapter but n-grams",
-    dict(context_length=64, d_model=64, n_layers=1, n_heads=2, d_ff=256, norm="rmsnorm", position="rotary", rope_interleaved=True, rope_base=100.0,
-         activation="relu2", qk_norm=True, zero_init_residual=True, tied_embeddings=False, init_std=0.3),
-    TrainingConfig(max_steps=155, batch_size=40, optimizer="muon", learning_rate=0.05, muon_learning_rate=0.06, schedule="linear",
-                   warmup_steps=10, min_lr_fraction=0.0, weight_decay=0.0, grad_clip=0.0, betas=(0.9, 0.95), device="cpu"),
-    sprint=True, token_shift=True, momentum=0.9)
+    "plain",
+    "a small transformer, with everything in this chapter but n-grams",
+    dict(
+        context_length=64,
+        d_model=64,
+        n_layers=1,
+        n_heads=2,
+        d_ff=256,
+        norm="rmsnorm",
+        position="rotary",
+        rope_interleaved=True,
+        rope_base=100.0,
+        activation="relu2",
+        qk_norm=True,
+        zero_init_residual=True,
+        tied_embeddings=False,
+        init_std=0.3,
+    ),
+    TrainingConfig(
+        max_steps=155,
+        batch_size=40,
+        optimizer="muon",
+        learning_rate=0.05,
+        muon_learning_rate=0.06,
+        schedule="linear",
+        warmup_steps=10,
+        min_lr_fraction=0.0,
+        weight_decay=0.0,
+        grad_clip=0.0,
+        betas=(0.9, 0.95),
+        device="cpu",
+    ),
+    sprint=True,
+    token_shift=True,
+    momentum=0.9,
+)
 
-NGRAMS = PLAIN.change("ngrams", "narrower, with a table of hashed pairs to fives", model=dict(d_model=32, d_ff=64),
-                      training=dict(max_steps=30, warmup_steps=2), ngrams=((2, 4900), (3, 32768), (4, 65536), (5, 65536)))
+NGRAMS = PLAIN.change(
+    "ngrams",
+    "narrower, with a table of hashed pairs to fives",
+    model=dict(d_model=32, d_ff=64),
+    training=dict(max_steps=30, warmup_steps=2),
+    ngrams=((2, 4900), (3, 32768), (4, 65536), (5, 65536)),
+)
 
-UNDER_160 = NGRAMS.change("under-1.60", "the n-grams at the plain model's size, for longer", model=dict(d_model=64, d_ff=256),
-                          training=dict(max_steps=300, batch_size=32, warmup_steps=10))
+UNDER_160 = NGRAMS.change(
+    "under-1.60",
+    "the n-grams at the plain model's size, for longer",
+    model=dict(d_model=64, d_ff=256),
+    training=dict(max_steps=300, batch_size=32, warmup_steps=10),
+)
 
-MINUTE = UNDER_160.change("minute", "two layers of twice the width", model=dict(d_model=128, d_ff=512, n_layers=2, n_heads=4, rope_base=1000.0),
-                          training=dict(max_steps=800, warmup_steps=20, learning_rate=0.02, muon_learning_rate=0.04))
+MINUTE = UNDER_160.change(
+    "minute",
+    "two layers of twice the width",
+    model=dict(d_model=128, d_ff=512, n_layers=2, n_heads=4, rope_base=1000.0),
+    training=dict(max_steps=800, warmup_steps=20, learning_rate=0.02, muon_learning_rate=0.04),
+)
 
 MINUTE_PLAIN = MINUTE.change("minute-plain", "the same without n-grams", ngrams=())
 
-FIVE_MINUTES = MINUTE.change("five-minutes", "four layers, larger tables and groups of six, not quite one pass over the text",
-                             model=dict(d_model=160, d_ff=640, n_layers=4, n_heads=5), training=dict(max_steps=1800),
-                             ngrams=((2, 4900), (3, 32768), (4, 131072), (5, 262144), (6, 262144)))
+FIVE_MINUTES = MINUTE.change(
+    "five-minutes",
+    "four layers, larger tables and groups of six, not quite one pass over the text",
+    model=dict(d_model=160, d_ff=640, n_layers=4, n_heads=5),
+    training=dict(max_steps=1800),
+    ngrams=((2, 4900), (3, 32768), (4, 131072), (5, 262144), (6, 262144)),
+)
 
-RECIPES = {recipe.name: recipe for recipe in (DOCUMENTED, TUNED, PLAIN, NGRAMS, UNDER_160, MINUTE, MINUTE_PLAIN, FIVE_MINUTES)}
+RECIPES = {
+    recipe.name: recipe for recipe in (DOCUMENTED, TUNED, PLAIN, NGRAMS, UNDER_160, MINUTE, MINUTE_PLAIN, FIVE_MINUTES)
+}
 
-# %% ../nbs/12_sprint.ipynb #12-062
+# %% ../nbs/12_sprint.ipynb #d3898d7d
 def save_sprint(model: SprintGPT, directory: str | Path, tokenizer=None) -> Path:
     "Write a `SprintGPT` as a checkpoint into a run directory; returns the checkpoint's folder."
     extras = {"ngrams": [list(pair) for pair in model.ngrams], "token_shift": model.previous is not None}
@@ -466,7 +614,10 @@ def save_sprint(model: SprintGPT, directory: str | Path, tokenizer=None) -> Path
 
 
 def load_sprint(path: str | Path) -> tuple[SprintGPT, CharTokenizer | None]:
-    "The model that `save_sprint` wrote, in evaluation mode, and its tokenizer; `InputError` for another kind of checkpoint."
+    """The model that `save_sprint` wrote, in evaluation mode, and its tokenizer.
+
+    `InputError` for another kind of checkpoint.
+    """
     checkpoint = load_checkpoint(path, training_state=False)
     if "sprint" not in checkpoint.training:
         raise InputError(f"{checkpoint.path} holds a GPT, not a SprintGPT; open it with load_model.")

@@ -14,7 +14,7 @@ __all__ = ['BYTES', 'BYTE_IDS', 'SHOWN', 'BYTE_CHARACTERS', 'CHARACTER_BYTES', '
            'bpe_from_texts', 'check_parts', 'check_settings', 'overlap', 'file_settings', 'pattern_name',
            'template_prefix', 'bpe_from_lists']
 
-# %% ../nbs/05_tokenizer.ipynb #05-008
+# %% ../nbs/05_tokenizer.ipynb #b12fc873
 import codecs
 import heapq
 import json
@@ -30,7 +30,7 @@ import regex
 
 from .foundations import InputError, atomic_write, check_choice, check_range, read_json
 
-# %% ../nbs/05_tokenizer.ipynb #05-016
+# %% ../nbs/05_tokenizer.ipynb #eeeeaad8
 def refuse_half_characters(
     text: str,  # The text to check
     start: int = 0,  # Characters that stood before it
@@ -40,7 +40,8 @@ def refuse_half_characters(
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"The text holds half a character (the lone surrogate U+{ord(text[error.start]):04X}) at position {start + error.start}; "
+            "The text holds half a character (the lone surrogate "
+            f"U+{ord(text[error.start]):04X}) at position {start + error.start}; "
             "read the file as UTF-8, or replace it with text.encode('utf-8', 'replace').decode('utf-8')."
         ) from None
 
@@ -53,7 +54,7 @@ def whole_characters(chunks: Iterable[str]) -> Iterator[str]:
         seen += len(chunk)
         yield chunk
 
-# %% ../nbs/05_tokenizer.ipynb #05-019
+# %% ../nbs/05_tokenizer.ipynb #dc708d8f
 class StreamDecoder:
     "Decode tokens one at a time: text comes out as soon as its bytes are complete."
 
@@ -69,7 +70,7 @@ class StreamDecoder:
         "End the stream: bytes that never became a character come out as U+FFFD, as in `decode`."
         return self.waiting.decode(b"", final=True)
 
-# %% ../nbs/05_tokenizer.ipynb #05-020
+# %% ../nbs/05_tokenizer.ipynb #8139ebbb
 def tokenizer_file(
     path: str | Path,  # A file, or a folder for `tokenizer.json`
 ) -> Path:
@@ -86,7 +87,10 @@ class Tokenizer:
     prefix: tuple = ()  # ids that the model wants before every text; `encode` does not add them
 
     def decode(self, ids: Iterable) -> str:
-        "Text of token ids (integers, an array or a 1-D tensor); bytes that are not UTF-8 become U+FFFD. An id outside the vocabulary raises `InputError`."
+        """Text of token ids (integers, an array or a 1-D tensor).
+
+        Bytes that are not UTF-8 become U+FFFD. An id outside the vocabulary raises `InputError`.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream_decoder(self) -> StreamDecoder:
@@ -101,10 +105,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        "Read a tokenizer of this class; `path` is the file or its folder. Raises `InputError` for a file that can't be used."
+        """Read a tokenizer of this class; `path` is the file or its folder.
+
+        Raises `InputError` for a file that can't be used.
+        """
         tokenizer = load_tokenizer(path)
         if not isinstance(tokenizer, cls):
-            raise InputError(f"{tokenizer_file(path)} holds a {type(tokenizer).__name__}, not a {cls.__name__}; read it with load_tokenizer.")
+            raise InputError(
+                f"{tokenizer_file(path)} holds a {type(tokenizer).__name__}, not a "
+                f"{cls.__name__}; read it with load_tokenizer."
+            )
         return tokenizer
 
     def __reduce__(self):
@@ -123,9 +133,11 @@ def token_values(
     try:
         return [values[index(i)] for i in ids]
     except KeyError as error:
-        raise InputError(f"Token id {error.args[0]} is not in the vocabulary, whose ids run from 0 to {max(values)}.") from None
+        raise InputError(
+            f"Token id {error.args[0]} is not in the vocabulary, whose ids run from 0 to {max(values)}."
+        ) from None
 
-# %% ../nbs/05_tokenizer.ipynb #05-021
+# %% ../nbs/05_tokenizer.ipynb #2c012c24
 class CharTokenizer(Tokenizer):
     "One token for each character that the training text holds."
 
@@ -148,7 +160,10 @@ class CharTokenizer(Tokenizer):
         return cls(characters)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        "Token ids of `text`; a character that training did not see raises `InputError`. `special` changes nothing here."
+        """Token ids of `text`; a character that training did not see raises `InputError`.
+
+        `special` changes nothing here.
+        """
         return self.look_up(text)
 
     def look_up(self, text: str, start: int = 0) -> list[int]:  # Characters that stood before it
@@ -158,7 +173,8 @@ class CharTokenizer(Tokenizer):
         except KeyError:
             position = next(i for i, character in enumerate(text) if character not in self.ids)
             raise InputError(
-                f"Character {ascii(text[position])} at position {start + position} is not among the {self.vocab_size} that this tokenizer "
+                f"Character {ascii(text[position])} at position {start + position} is "
+                f"not among the {self.vocab_size} that this tokenizer "
                 "knows; train it on text that holds it, or use a byte-level tokenizer."
             ) from None
 
@@ -181,7 +197,7 @@ class CharTokenizer(Tokenizer):
         "The `tokenizer.json` text: BPE without a merge, which Hugging Face `tokenizers` reads too."
         return tokenizer_json(self.ids, [], {}, pre_tokenizer=None, decoder={"type": "Fuse"})
 
-# %% ../nbs/05_tokenizer.ipynb #05-029
+# %% ../nbs/05_tokenizer.ipynb #a340bcab
 BYTES = sorted(range(256), key=lambda b: (not chr(b).isprintable() or chr(b) == " ", b))  # id -> byte, in GPT-2's order
 BYTE_IDS = {byte: i for i, byte in enumerate(BYTES)}
 SHOWN = BYTES.index(0)  # this many bytes are shown as the character of the same number, the others as U+0100 and up
@@ -207,7 +223,7 @@ def shortened(text: object) -> str:
     shown = ascii(text)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
-# %% ../nbs/05_tokenizer.ipynb #05-040
+# %% ../nbs/05_tokenizer.ipynb #cca8635a
 def merge_pair(
     words: list[list[int]],  # Token ids of each word; changed in place
     counts: Sequence[int],  # How often each word occurs
@@ -215,7 +231,10 @@ def merge_pair(
     pair: tuple[int, int],  # What to merge
     new_id: int,  # What it becomes
 ) -> tuple[dict, dict]:
-    "Merge `pair` from left to right in all its words; how much each neighbouring pair's count changes, and where the new pairs stand."
+    """Merge `pair` from left to right in all its words.
+
+    How much each neighbouring pair's count changes, and where the new pairs stand.
+    """
     (left, right), change, found = pair, defaultdict(int), defaultdict(list)
     for place in places:
         word, count, i = words[place], counts[place], 0
@@ -240,7 +259,9 @@ def learn_merges(
     *,
     progress: bool = False,  # Show a bar
 ) -> list[tuple[int, int]]:
-    "Byte-pair encoding's merges as pairs of ids: the most frequent pair first, and of equals the one with the smallest ids: Sennrich et al. (2016), algorithm 1."
+    """Byte-pair encoding's merges as pairs of ids: the most frequent pair first, and of equals the one with the
+    smallest ids: Sennrich et al. (2016), algorithm 1.
+    """
     from tqdm.auto import tqdm
 
     words = [[BYTE_IDS[byte] for byte in word.encode("utf-8")] for word in word_counts]
@@ -272,7 +293,7 @@ def learn_merges(
             bar.update()
     return merges
 
-# %% ../nbs/05_tokenizer.ipynb #05-048
+# %% ../nbs/05_tokenizer.ipynb #5736bc14
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORDS = regex.compile(GPT2_PATTERN)
 
@@ -284,7 +305,7 @@ def special_pattern(
     names = sorted(names, key=len, reverse=True)
     return regex.compile("(" + "|".join(map(regex.escape, names)) + ")") if names else None
 
-# %% ../nbs/05_tokenizer.ipynb #05-053
+# %% ../nbs/05_tokenizer.ipynb #89db1bec
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # capital letters too
 LINES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
@@ -295,7 +316,7 @@ PATTERNS = {
 }
 SPLITTERS = {name: regex.compile(pattern) for name, pattern in PATTERNS.items()}
 
-# %% ../nbs/05_tokenizer.ipynb #05-058
+# %% ../nbs/05_tokenizer.ipynb #4f7b3111
 VISIBLE = regex.compile(r"\S")
 
 
@@ -350,7 +371,9 @@ LONG_MARKS = regex.compile(r"\p{M}{32,}")
 
 
 def sort_marks(marks: str) -> str:
-    "The same accents one by one, in the order that NFC wants: n log n steps for n of them, where Python's `normalize` takes n²."
+    """The same accents one by one, in the order that NFC wants: n log n steps for n of them, where Python's `normalize`
+    takes n².
+    """
     apart = "".join(unicodedata.normalize("NFD", mark) for mark in marks)
     groups = groupby(apart, key=lambda mark: unicodedata.combining(mark) > 0)  # nothing moves past a mark of class 0
     return "".join(chain.from_iterable(sorted(group, key=unicodedata.combining) for _, group in groups))
@@ -363,9 +386,14 @@ def compose(text: str) -> str:
 
 @cache
 def joining_characters() -> frozenset:
-    "The characters that can melt into the one before them: the second of each pair that Unicode composes, and parts of Hangul syllables."
+    """The characters that can melt into the one before them: the second of each pair that Unicode composes, and parts
+    of Hangul syllables.
+    """
     parts = (unicodedata.decomposition(chr(code)).split() for code in range(0x110000))
-    return frozenset({chr(int(pair[1], 16)) for pair in parts if len(pair) == 2 and pair[0][0] != "<"} | set(map(chr, range(0x1161, 0x11C3))))
+    return frozenset(
+        {chr(int(pair[1], 16)) for pair in parts if len(pair) == 2 and pair[0][0] != "<"}
+        | set(map(chr, range(0x1161, 0x11C3)))
+    )
 
 
 def begins_anew(character: str) -> bool:
@@ -380,7 +408,11 @@ def normal_stream(
     "The same pieces with their text in NFC; a letter waits until no accent can follow it."
     parts = []
     for text, name in pieces:
-        cut = len(text) if name is not None else next((i for i in reversed(range(len(text))) if begins_anew(text[i])), None)
+        cut = (
+            len(text)
+            if name is not None
+            else next((i for i in reversed(range(len(text))) if begins_anew(text[i])), None)
+        )
         parts.append(text[:cut])
         if cut is not None:
             yield compose("".join(parts)), name
@@ -426,7 +458,7 @@ def split_stream(
             parts, length, enough = [rest], len(rest), max(size, 2 * len(rest))
     yield SPLITTERS[pattern].findall("".join(parts)), None
 
-# %% ../nbs/05_tokenizer.ipynb #05-059
+# %% ../nbs/05_tokenizer.ipynb #febdf6eb
 def count_words(
     texts: Iterable[str | Iterable[str]],  # Documents, each whole or in chunks
     names: Sequence[str] = (),  # Special tokens, which are cut out
@@ -436,13 +468,18 @@ def count_words(
     slice_size: int = 2**20,  # Characters that are split at a time
     limit: int = 2**21,  # Distinct words to keep; beyond it the rarer ones are forgotten
 ) -> Counter:
-    "Count the pre-tokenization pattern's words over all documents, exactly up to `limit` distinct ones; memory holds these, a slice, and the longest word."
+    """Count the pre-tokenization pattern's words over all documents, exactly up to `limit` distinct ones.
+
+    Memory holds these, a slice, and the longest word.
+    """
     from tqdm.auto import tqdm
 
     counts = Counter()
     with tqdm(desc="counting words", unit=" characters", unit_scale=True, disable=not progress) as bar:
         for text in texts:
-            chunks = (text[i : i + slice_size] for i in range(0, len(text), slice_size)) if isinstance(text, str) else text
+            chunks = (
+                (text[i : i + slice_size] for i in range(0, len(text), slice_size)) if isinstance(text, str) else text
+            )
             for words, _ in split_stream(whole_characters(chunks), names, pattern=pattern):
                 if len(counts) > limit:
                     counts = Counter(dict(counts.most_common()[: limit // 2]))
@@ -450,7 +487,7 @@ def count_words(
                 bar.update(sum(map(len, words)))
     return counts
 
-# %% ../nbs/05_tokenizer.ipynb #05-068
+# %% ../nbs/05_tokenizer.ipynb #3b1b89df
 def apply_merges(
     ids: Sequence[int],  # Ids of a word's bytes
     ranks: Mapping[tuple[int, int], tuple[int, int]],  # pair -> (rank, id of the merged token)
@@ -488,20 +525,26 @@ class WordCache(dict):
             self[word] = ids
         return ids
 
-# %% ../nbs/05_tokenizer.ipynb #05-071
+# %% ../nbs/05_tokenizer.ipynb #fbaa8de5
 def check_special_tokens(
     names: Sequence[str],  # Special tokens
     vocab: Iterable[bytes] = (),  # The other tokens
 ) -> None:
-    "Raise `InputError` for a name that is empty, a single character, there twice, or written like an ordinary token in files."
+    """Raise `InputError` for a name that is empty, a single character, there twice, or written like an ordinary token
+    in files.
+    """
     taken, times = set(map(visible, vocab)), Counter(names)
     for name in names:
         refuse_half_characters(name)
         if len(name) < 2 or times[name] > 1 or name in taken:
-            raise InputError(f"{name!r} can't be a special token; give each a name of its own of two or more characters, such as '<|endoftext|>'.")
+            raise InputError(
+                f"{name!r} can't be a special token; give each a name of its own of "
+                "two or more characters, such as '<|endoftext|>'."
+            )
 
-# %% ../nbs/05_tokenizer.ipynb #05-072
-RARE_BYTES = {*range(32), 127, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 256)} - set(b"\t\n\r")  # which no character of an ordinary text needs
+# %% ../nbs/05_tokenizer.ipynb #c20a28fc
+# which no character of an ordinary text needs
+RARE_BYTES = {*range(32), 127, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 256)} - set(b"\t\n\r")
 
 
 def check_fit(tokenizer: "BPETokenizer") -> None:
@@ -509,19 +552,27 @@ def check_fit(tokenizer: "BPETokenizer") -> None:
     check_choice("pattern", tokenizer.pattern, PATTERNS)
     check_choice("normalization", tokenizer.normalization, (None, "NFC"))
     if not set(tokenizer.missing) <= RARE_BYTES:
-        raise InputError(f"its vocabulary lacks {len(tokenizer.missing)} of the 256 bytes; train it with ByteLevel.alphabet() as its initial alphabet")
+        raise InputError(
+            f"its vocabulary lacks {len(tokenizer.missing)} of the 256 bytes; train "
+            "it with ByteLevel.alphabet() as its initial alphabet"
+        )
     ids = [*tokenizer.vocab.values(), *tokenizer.special_tokens.values()]
     if any(type(i) is not int or i < 0 for i in ids) or len(set(ids)) < len(ids):
         raise InputError("its token ids are not whole numbers that differ from each other")
     for left, right in tokenizer.merges:
         if not (left in tokenizer.vocab and right in tokenizer.vocab and left + right in tokenizer.vocab):
-            raise InputError(f"its merge {shortened(visible(left))} {shortened(visible(right))} names a token that its vocabulary lacks")
+            raise InputError(
+                f"its merge {shortened(visible(left))} "
+                f"{shortened(visible(right))} names a token that its vocabulary lacks"
+            )
     if not set(tokenizer.prefix) <= set(tokenizer.special_tokens.values()):
         raise InputError(f"its prefix {list(tokenizer.prefix)} holds an id that is no special token's")
 
 
 class BPETokenizer(Tokenizer):
-    "Byte-level byte-pair encoding: encodes any text, and decodes to exactly that text (see `normalization` and `missing` for the two exceptions)."
+    """Byte-level byte-pair encoding: encodes any text, and decodes to exactly that text (see `normalization` and
+    `missing` for the two exceptions).
+    """
 
     def __init__(
         self,
@@ -531,15 +582,26 @@ class BPETokenizer(Tokenizer):
         *,
         pattern: str = "gpt2",  # What cuts the text into words: one of `PATTERNS`
         ignore_merges: bool = False,  # A word that is a token needs no merges, as in Llama 3
-        normalization: str | None = None,  # "NFC" composes accents before anything else, as in Qwen 2; then `decode` gives the composed text
-        prefix: Sequence[int] = (),  # Ids of special tokens that the model wants before every text; `encode` does not add them
+        normalization: str
+        | None = None,  # "NFC" composes accents before anything else, as in Qwen 2; then `decode` gives the composed text
+        prefix: Sequence[
+            int
+        ] = (),  # Ids of special tokens that the model wants before every text; `encode` does not add them
     ):
         check_special_tokens(list(special_tokens), vocab)
         self.vocab, self.merges, self.special_tokens = dict(vocab), list(merges), dict(special_tokens)
-        self.pattern, self.ignore_merges, self.normalization, self.prefix = pattern, ignore_merges, normalization, tuple(prefix)
-        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.vocab)  # bytes that this vocabulary leaves out
+        self.pattern, self.ignore_merges, self.normalization, self.prefix = (
+            pattern,
+            ignore_merges,
+            normalization,
+            tuple(prefix),
+        )
+        # bytes that this vocabulary leaves out
+        self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.vocab)
         check_fit(self)
-        self.values = {i: token for token, i in vocab.items()} | {i: name.encode("utf-8") for name, i in special_tokens.items()}
+        self.values = {i: token for token, i in vocab.items()} | {
+            i: name.encode("utf-8") for name, i in special_tokens.items()
+        }
         # Of two equal merges the last counts, as in Hugging Face's library
         self.ranks = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
         self.byte_ids = [vocab.get(bytes([byte])) for byte in range(256)]
@@ -563,14 +625,17 @@ class BPETokenizer(Tokenizer):
         check_special_tokens(names)
         check_choice("pattern", pattern, PATTERNS)
         vocab_size = check_range("vocab_size", vocab_size, 256 + len(names), integer=True)
-        word_counts = count_words([texts] if isinstance(texts, str) else texts, names, pattern=pattern, progress=progress)
+        word_counts = count_words(
+            [texts] if isinstance(texts, str) else texts, names, pattern=pattern, progress=progress
+        )
         if not word_counts:
             raise InputError("The text to train a tokenizer on is empty; give it some text.")
         n_merges = vocab_size - 256 - len(names)
         pairs = learn_merges(word_counts, n_merges, progress=progress)
         if len(pairs) < n_merges:
             raise InputError(
-                f"This text gives at most {vocab_size - n_merges + len(pairs)} tokens, not the vocab_size of {vocab_size}; "
+                f"This text gives at most {vocab_size - n_merges + len(pairs)} "
+                f"tokens, not the vocab_size of {vocab_size}; "
                 "give it more text or a smaller vocab_size."
             )
         tokens = [bytes([byte]) for byte in BYTES]
@@ -588,7 +653,10 @@ class BPETokenizer(Tokenizer):
         return apply_merges([self.byte_ids[byte] for byte in data.translate(None, self.missing)], self.ranks)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        "Token ids of `text`; a lone surrogate raises `InputError`. With `special=False` the names of special tokens are ordinary text: use it for text from strangers."
+        """Token ids of `text`; a lone surrogate raises `InputError`.
+
+        With `special=False` the names of special tokens are ordinary text: use it for text from strangers.
+        """
         pieces = self.specials.split(text) if special and self.specials else [text]
         if self.normalization:
             pieces[::2] = map(compose, pieces[::2])
@@ -603,9 +671,14 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def encode_iterable(self, chunks: Iterable[str], *, special: bool = True) -> Iterator[int]:
-        "Token ids of the chunks' joined text, equal to `encode` of it wherever the cuts fall; holds a chunk and some thousand characters at a time, or the longest word."
+        """Token ids of the chunks' joined text, equal to `encode` of it wherever the cuts fall.
+
+        Holds a chunk and some thousand characters at a time, or the longest word.
+        """
         names = self.special_tokens if special else ()
-        for words, name in split_stream(whole_characters(chunks), names, pattern=self.pattern, normalization=self.normalization):
+        for words, name in split_stream(
+            whole_characters(chunks), names, pattern=self.pattern, normalization=self.normalization
+        ):
             yield from chain.from_iterable(map(self.words.__getitem__, words))
             if name is not None:
                 yield self.special_tokens[name]
@@ -617,16 +690,26 @@ class BPETokenizer(Tokenizer):
     def to_json(self) -> str:
         "The `tokenizer.json` text, in the form that Hugging Face `tokenizers` reads."
         vocab, names = {visible(token): i for token, i in self.vocab.items()}, sorted(self.special_tokens.values())
-        if not (self.ignore_merges and names == list(range(len(vocab), len(vocab) + len(names)))):  # as a word, such a name is an ordinary one
+        # as a word, such a name is an ordinary one
+        if not (self.ignore_merges and names == list(range(len(vocab), len(vocab) + len(names)))):
             vocab |= self.special_tokens
         merges = [[visible(left), visible(right)] for left, right in self.merges]
         return tokenizer_json(
-            vocab, merges, self.special_tokens, pre_tokenizer=PRE_TOKENIZERS[self.pattern], decoder=BYTE_LEVEL, ignore_merges=self.ignore_merges,
+            vocab,
+            merges,
+            self.special_tokens,
+            pre_tokenizer=PRE_TOKENIZERS[self.pattern],
+            decoder=BYTE_LEVEL,
+            ignore_merges=self.ignore_merges,
             normalizer={"type": self.normalization} if self.normalization else None,
-            post_processor=prefix_template([(name, i) for j in self.prefix for name, i in self.special_tokens.items() if i == j]) if self.prefix else None,
+            post_processor=prefix_template(
+                [(name, i) for j in self.prefix for name, i in self.special_tokens.items() if i == j]
+            )
+            if self.prefix
+            else None,
         )
 
-# %% ../nbs/05_tokenizer.ipynb #05-093
+# %% ../nbs/05_tokenizer.ipynb #76066ab6
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -649,10 +732,18 @@ def prefix_template(
 ) -> dict:
     "The post-processor that puts special tokens before each text."
     def begin(text: str, number: int) -> list:
-        return [*({"SpecialToken": {"id": name, "type_id": number}} for name, _ in prefix), {"Sequence": {"id": text, "type_id": number}}]
+        return [
+            *({"SpecialToken": {"id": name, "type_id": number}} for name, _ in prefix),
+            {"Sequence": {"id": text, "type_id": number}},
+        ]
 
     tokens = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in prefix}
-    return {"type": "TemplateProcessing", "single": begin("A", 0), "pair": begin("A", 0) + begin("B", 1), "special_tokens": tokens}
+    return {
+        "type": "TemplateProcessing",
+        "single": begin("A", 0),
+        "pair": begin("A", 0) + begin("B", 1),
+        "special_tokens": tokens,
+    }
 
 
 def tokenizer_json(
@@ -668,15 +759,26 @@ def tokenizer_json(
 ) -> str:
     "The text of a `tokenizer.json` with a BPE model."
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": i, "content": name, **flags} for name, i in sorted(special_tokens.items(), key=lambda item: item[1])]
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-             "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges,
-             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])), "merges": merges}
+    added = [
+        {"id": i, "content": name, **flags} for name, i in sorted(special_tokens.items(), key=lambda item: item[1])
+    ]
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": ignore_merges,
+        "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+        "merges": merges,
+    }
     parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
              "pre_tokenizer": pre_tokenizer, "post_processor": post_processor, "decoder": decoder, "model": model}
     return json.dumps(parts, ensure_ascii=False, indent=1) + "\n"
 
-# %% ../nbs/05_tokenizer.ipynb #05-094
+# %% ../nbs/05_tokenizer.ipynb #26b3a1be
 def load_tokenizer(
     path: str | Path,  # `tokenizer.json`, or the folder that holds it
 ) -> Tokenizer:
@@ -705,7 +807,9 @@ def tokenizer_from_parts(
     except InputError as error:
         raise InputError(f"Can't use {name}: {str(error).rstrip('.')}.") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"Can't use {name}: it is damaged ({type(error).__name__}: {ascii(str(error))[:60]}).") from None
+        raise InputError(
+            f"Can't use {name}: it is damaged ({type(error).__name__}: {ascii(str(error))[:60]})."
+        ) from None
 
 
 def bpe_from_texts(
@@ -734,14 +838,25 @@ def check_parts(parts: object) -> tuple[dict, list, dict]:
         raise InputError("its vocabulary or merges are missing")
     special_tokens = {token["content"]: token["id"] for token in parts.get("added_tokens") or []}
     ids = {**vocab, **special_tokens}.values()
-    if any(type(i) is not int or i < 0 for i in ids) or len(set(ids)) < len(ids) or any(vocab.get(name, i) != i for name, i in special_tokens.items()):
+    if (
+        any(type(i) is not int or i < 0 for i in ids)
+        or len(set(ids)) < len(ids)
+        or any(vocab.get(name, i) != i for name, i in special_tokens.items())
+    ):
         raise InputError("its token ids are not whole numbers that differ from each other")
     behind = [i for name, i in special_tokens.items() if name not in vocab]
-    if behind != list(range(len(vocab), len(vocab) + len(behind))):  # Hugging Face's library numbers them so, whatever the file says
+    # Hugging Face's library numbers them so, whatever the file says
+    if behind != list(range(len(vocab), len(vocab) + len(behind))):
         raise InputError(f"the ids of its added tokens should follow its {len(vocab)} others without a gap")
     if parts.get("pre_tokenizer") is None:
         changed = parts.get("normalizer") or parts.get("post_processor") or model.get("ignore_merges")
-        if model["merges"] or special_tokens or changed or any(len(text) != 1 for text in vocab) or set(ids) != set(range(len(ids))):
+        if (
+            model["merges"]
+            or special_tokens
+            or changed
+            or any(len(text) != 1 for text in vocab)
+            or set(ids) != set(range(len(ids)))
+        ):
             raise InputError("it has no pre-tokenizer, and only character vocabularies can be read without one")
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     return vocab, pairs, special_tokens
@@ -751,7 +866,9 @@ def check_settings(parts: dict, model: dict) -> None:
     "Raise `InputError` for a setting that would make this file's tokens differ from ours."
     normalizer = parts.get("normalizer")
     if normalizer and normalizer.get("type") != "NFC":
-        raise InputError(f"its normalizer {shortened(normalizer.get('type'))} changes the text, and only NFC can be read")
+        raise InputError(
+            f"its normalizer {shortened(normalizer.get('type'))} changes the text, and only NFC can be read"
+        )
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
             raise InputError(f"its model sets {name} to {shortened(model[name])}, which can't be read")
@@ -759,7 +876,8 @@ def check_settings(parts: dict, model: dict) -> None:
         for flag in ("single_word", "lstrip", "rstrip"):
             if token.get(flag):
                 raise InputError(f"its special token {shortened(token['content'])} sets {flag}, which can't be read")
-    late = {token["content"] for token in parts.get("added_tokens") or [] if token.get("normalized")}  # found after normalization, and after the others
+    # found after normalization, and after the others
+    late = {token["content"] for token in parts.get("added_tokens") or [] if token.get("normalized")}
     early = {token["content"] for token in parts.get("added_tokens") or []} - late
     if late and (normalizer or any(overlap(a, b) for a in late for b in early)):
         raise InputError(f"its special token {shortened(min(late))} sets normalized, which can't be read here")
@@ -774,13 +892,18 @@ def file_settings(parts: dict) -> dict:
     "The settings of `BPETokenizer` that a parsed `tokenizer.json` asks for."
     normalizer = parts.get("normalizer")
     return {
-        "pattern": pattern_name(parts["pre_tokenizer"]), "ignore_merges": bool(parts["model"].get("ignore_merges")),
-        "normalization": normalizer["type"] if normalizer else None, "prefix": template_prefix(parts.get("post_processor")),
+        "pattern": pattern_name(parts["pre_tokenizer"]),
+        "ignore_merges": bool(parts["model"].get("ignore_merges")),
+        "normalization": normalizer["type"] if normalizer else None,
+        "prefix": template_prefix(parts.get("post_processor")),
     }
 
 
 def pattern_name(pre_tokenizer: dict) -> str:
-    "Which of `PATTERNS` a file's pre-tokenizer means. A regular expression is compared with the known ones and never run."
+    """Which of `PATTERNS` a file's pre-tokenizer means.
+
+    A regular expression is compared with the known ones and never run.
+    """
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
     kinds = [step.get("type") for step in steps]
     last = steps[-1] if steps else {}
@@ -791,13 +914,24 @@ def pattern_name(pre_tokenizer: dict) -> str:
         return "gpt2"
     if kinds == ["Digits", "ByteLevel"] and own_pattern and steps[0].get("individual_digits"):
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not own_pattern and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert"):
+    if (
+        kinds == ["Split", "ByteLevel"]
+        and not own_pattern
+        and steps[0]["behavior"] == "Isolated"
+        and not steps[0].get("invert")
+    ):
         written = steps[0]["pattern"].get("Regex")
         for name, pattern in PATTERNS.items():
             if written == pattern:
                 return name
-        raise InputError(f"its pre-tokenizer cuts with the pattern {shortened(written)}, which is unknown here; known are those of {', '.join(PATTERNS)}")
-    raise InputError(f"its pre-tokenizer is {shortened(' + '.join(map(str, kinds)))} in a form whose pattern is none of {', '.join(PATTERNS)}")
+        raise InputError(
+            f"its pre-tokenizer cuts with the pattern {shortened(written)}, which is "
+            f"unknown here; known are those of {', '.join(PATTERNS)}"
+        )
+    raise InputError(
+        f"its pre-tokenizer is {shortened(' + '.join(map(str, kinds)))} in a "
+        f"form whose pattern is none of {', '.join(PATTERNS)}"
+    )
 
 
 def template_prefix(post_processor: dict | None) -> tuple[int, ...]:
@@ -808,13 +942,17 @@ def template_prefix(post_processor: dict | None) -> tuple[int, ...]:
     if not steps:
         return ()
     if len(steps) > 1 or steps[0].get("type") != "TemplateProcessing":
-        raise InputError(f"its post-processor {shortened(steps[0].get('type'))} adds tokens in a way that can't be read")
+        raise InputError(
+            f"its post-processor {shortened(steps[0].get('type'))} adds tokens in a way that can't be read"
+        )
     *before, end = steps[0]["single"]
     if "Sequence" not in end or any("SpecialToken" not in step for step in before):
-        raise InputError("its post-processor TemplateProcessing puts tokens behind the text, and only tokens before it can be read")
+        raise InputError(
+            "its post-processor TemplateProcessing puts tokens behind the text, and only tokens before it can be read"
+        )
     return tuple(i for step in before for i in steps[0]["special_tokens"][step["SpecialToken"]["id"]]["ids"])
 
-# %% ../nbs/05_tokenizer.ipynb #05-099
+# %% ../nbs/05_tokenizer.ipynb #739a0eaa
 GGUF_PATTERNS = {  # llama.cpp's name for a file's pre-tokenizer -> our settings
     "gpt-2": {"pattern": "gpt2"},
     "smollm": {"pattern": "smollm"},
@@ -836,7 +974,9 @@ def bpe_from_lists(
     "The tokenizer of a GGUF file, from its lists; `InputError` says why they can't be used."
     try:
         if pattern not in GGUF_PATTERNS:
-            raise InputError(f"its pre-tokenizer {shortened(pattern)} is unknown here; known are {', '.join(GGUF_PATTERNS)}")
+            raise InputError(
+                f"its pre-tokenizer {shortened(pattern)} is unknown here; known are {', '.join(GGUF_PATTERNS)}"
+            )
         vocab = {text: i for i, text in enumerate(tokens)}
         twice = next((text for i, text in enumerate(tokens) if not isinstance(text, str) or vocab[text] != i), None)
         if twice is not None:
@@ -849,9 +989,15 @@ def bpe_from_lists(
         pairs = [tuple(merge.split(" ")) for merge in merges]
         wrong = next((merge for merge, pair in zip(merges, pairs) if len(pair) != 2 or not all(pair)), None)
         if wrong is not None or len(set(pairs)) < len(pairs):
-            raise InputError(f"its merge {shortened(wrong)} is not two tokens with a space between" if wrong is not None else "one of its merges stands there twice")
+            raise InputError(
+                f"its merge {shortened(wrong)} is not two tokens with a space between"
+                if wrong is not None
+                else "one of its merges stands there twice"
+            )
         return bpe_from_texts(vocab, pairs, special_tokens, prefix=prefix, **GGUF_PATTERNS[pattern])
     except InputError as error:
         raise InputError(f"Can't use the file's tokenizer: {str(error).rstrip('.')}.") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"Can't use the file's tokenizer: it is damaged ({type(error).__name__}: {ascii(str(error))[:60]}).") from None
+        raise InputError(
+            f"Can't use the file's tokenizer: it is damaged ({type(error).__name__}: {ascii(str(error))[:60]})."
+        ) from None

@@ -12,7 +12,7 @@ __all__ = ['NEWTON_SCHULZ', 'OPTIMIZERS', 'SCHEDULES', 'FORMAT_VERSION', 'CHECKP
            'restore_generators', 'soft_interrupt', 'Metrics', 'Trainer', 'plot_history', 'find_learning_rate',
            'suggest_learning_rate']
 
-# %% ../nbs/07_training.ipynb #07-006
+# %% ../nbs/07_training.ipynb #ffc0356d
 import copy
 import json
 import math
@@ -33,11 +33,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .dataset import TokenData, random_batch, sequential_batches
-from .foundations import (InputError, atomic_write, check_choice, check_range, os_error_sentence, pick_device, read_json,
-                                         set_seed, sha256_of, sync_folder, write_json)
+from transformer_llm.foundations import (
+    InputError,
+    atomic_write,
+    check_choice,
+    check_range,
+    os_error_sentence,
+    pick_device,
+    read_json,
+    set_seed,
+    sha256_of,
+    sync_folder,
+    write_json,
+)
 from .transformer import GPT, GPTConfig
 
-# %% ../nbs/07_training.ipynb #07-017
+# %% ../nbs/07_training.ipynb #99fe8faa
 def cross_entropy(
     logits: Float[Tensor, "*batch vocab"],  # Scores before the softmax
     targets: Int[Tensor, "*batch"],  # The token that came; `ignore_index`: no target here
@@ -45,7 +56,10 @@ def cross_entropy(
     *,
     reduction: str = "mean",  # "mean" over the targets that count, or their "sum"
 ) -> Float[Tensor, ""]:
-    "Surprise at the targets in nats, $\\log\\sum_j e^{z_j} - z_y$, equation (7.2); zero when no target counts. Computed in float32 or wider."
+    """Surprise at the targets in nats, $\\log\\sum_j e^{z_j} - z_y$, equation (7.2); zero when no target counts.
+
+    Computed in float32 or wider.
+    """
     check_choice("reduction", reduction, ["mean", "sum"])
     logits = logits if logits.dtype == torch.float64 else logits.float()
     counts = targets != ignore_index
@@ -53,7 +67,7 @@ def cross_entropy(
     total = (torch.logsumexp(logits, dim=-1) - picked).where(counts, 0.0).sum()
     return total if reduction == "sum" else total / counts.sum().clamp(min=1)
 
-# %% ../nbs/07_training.ipynb #07-044
+# %% ../nbs/07_training.ipynb #1b179b4f
 class AdamW(torch.optim.Optimizer):
     "Adam with decoupled weight decay (Loshchilov and Hutter (2019), algorithm 2), all tensors of a group at once."
 
@@ -100,7 +114,7 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_addcdiv_(params, averages, scales, [-lr / (1 - beta1 ** s["step"]) for s in states])
 
-# %% ../nbs/07_training.ipynb #07-050
+# %% ../nbs/07_training.ipynb #af39d973
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Coefficients of x, x^3 and x^5 from Jordan et al. (2024)
 
 
@@ -109,7 +123,9 @@ def orthogonalize(
     steps: int = 5,
     dtype: torch.dtype = torch.float32,  # bfloat16 is enough, and faster where the hardware has it
 ) -> Float[Tensor, "*batch rows columns"]:
-    "Bring all singular values of each matrix near one by Newton–Schulz iteration, keeping its directions, after Jordan et al. (2024)."
+    """Bring all singular values of each matrix near one by Newton–Schulz iteration, keeping its directions, after
+    Jordan et al. (2024).
+    """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
@@ -123,13 +139,19 @@ def orthogonalize(
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    "bfloat16 where matrix units multiply it faster (CUDA, and CPUs that have AMX), else float32. Chapter 11 measures it."
+    """bfloat16 where matrix units multiply it faster (CUDA, and CPUs that have AMX), else float32.
+
+    Chapter 11 measures it.
+    """
     units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and units()) else torch.float32
 
-# %% ../nbs/07_training.ipynb #07-053
+# %% ../nbs/07_training.ipynb #b5327fa1
 class Muon(torch.optim.Optimizer):
-    "Momentum, orthogonalised by Newton–Schulz iteration: for the hidden matrices, after Jordan et al. (2024). Matrices of one shape are done together."
+    """Momentum, orthogonalised by Newton–Schulz iteration: for the hidden matrices, after Jordan et al. (2024).
+
+    Matrices of one shape are done together.
+    """
 
     state_keys = ("momentum",)
 
@@ -145,7 +167,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
-                    raise InputError(f"Muon moves matrices only, not a parameter of shape {tuple(p.shape)}; give that one to AdamW.")
+                    raise InputError(
+                        f"Muon moves matrices only, not a parameter of shape {tuple(p.shape)}; give that one to AdamW."
+                    )
                 self.state[p] = {"momentum": torch.zeros_like(p)}
 
     @torch.no_grad()
@@ -167,21 +191,25 @@ class Muon(torch.optim.Optimizer):
     def _step_stack(self, group: dict, params: list[Tensor]) -> None:
         grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov: the gradient, moved towards the momentum
+        # Nesterov: the gradient, moved towards the momentum
+        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
         rows, columns = params[0].shape
         dtype = group["dtype"] or fast_dtype(params[0].device)
         updates = orthogonalize(torch.stack(list(ahead)), dtype=dtype) * math.sqrt(max(1.0, rows / columns))
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"])
 
-# %% ../nbs/07_training.ipynb #07-056
+# %% ../nbs/07_training.ipynb #b12ae2ac
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    "Everything that decides how a model is trained, apart from the model and the data. Raises `InputError` for a value out of its range."
+    """Everything that decides how a model is trained, apart from the model and the data.
+
+    Raises `InputError` for a value out of its range.
+    """
 
     max_steps: int = 1000  # Updates of the weights
     batch_size: int = 32  # Sequences a forward pass
@@ -198,7 +226,9 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memories
     grad_clip: float = 1.0  # Largest norm of the gradient; 0: no limit
     eval_every: int = 100  # Steps between evaluations; 0: only at the end
-    eval_batches: int | None = None  # Batches an evaluation while training, spread evenly over the validation text; None: all of it
+    eval_batches: int | None = (
+        None  # Batches an evaluation while training, spread evenly over the validation text; None: all of it
+    )
     checkpoint_every: int = 500  # Steps between checkpoints; 0: only at the start and the end
     keep_checkpoints: int = 2  # Newest checkpoints that are kept
     log_every: int = 10  # Steps between records in the history
@@ -246,10 +276,13 @@ class TrainingConfig:
         "The configuration with these fields; an unknown name raises `InputError`."
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise InputError(f"Unknown training setting {', '.join(unknown)}; the settings are {', '.join(f.name for f in fields(cls))}.")
+            raise InputError(
+                f"Unknown training setting {', '.join(unknown)}; the settings "
+                f"are {', '.join(f.name for f in fields(cls))}."
+            )
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
-# %% ../nbs/07_training.ipynb #07-059
+# %% ../nbs/07_training.ipynb #d830916b
 def learning_rate(
     step: int,  # Number of updates made before this one
     config: TrainingConfig,
@@ -268,12 +301,15 @@ def learning_rate(
         return 1 - (1 - low) * min(1.0, max(0.0, step - config.max_steps + decay) / decay)
     return 1.0
 
-# %% ../nbs/07_training.ipynb #07-073
+# %% ../nbs/07_training.ipynb #eff7f8e9
 def clip_gradients(
     parameters: Iterable[Tensor],  # Those without a gradient are left out
     max_norm: float,  # 0: measure only
 ) -> Float[Tensor, ""]:
-    "Scale all gradients together so that their joint norm is at most `max_norm`; returns the norm before, which may be no finite number; after Pascanu et al. (2013, algorithm 1)."
+    """Scale all gradients together so that their joint norm is at most `max_norm`.
+
+    Returns the norm before, which may be no finite number; after Pascanu et al. (2013, algorithm 1).
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
@@ -282,12 +318,17 @@ def clip_gradients(
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
-# %% ../nbs/07_training.ipynb #07-079
+# %% ../nbs/07_training.ipynb #a32203ca
 def accumulate_gradients(
     model: Callable,  # From ids "batch seq" to logits "batch seq vocab"
-    batches: Sequence[tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]],  # Inputs and targets "batch seq"; sizes may differ
+    batches: Sequence[
+        tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]
+    ],  # Inputs and targets "batch seq"; sizes may differ
 ) -> Float[Tensor, ""]:
-    "Add to the gradients those of the mean loss over all targets of all batches, one batch at a time; returns that loss."
+    """Add to the gradients those of the mean loss over all targets of all batches, one batch at a time.
+
+    Returns that loss.
+    """
     count = sum(int((targets != -100).sum()) for _, targets in batches)
     total = torch.zeros((), device=batches[0][1].device)
     for inputs, targets in batches:
@@ -296,16 +337,25 @@ def accumulate_gradients(
         total = total + loss.detach()
     return total
 
-# %% ../nbs/07_training.ipynb #07-086
+# %% ../nbs/07_training.ipynb #c06e201e
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    "The optimizers that `config` asks for. Matrices are decayed, vectors (norms, biases) are not; Muon takes the matrices inside the blocks."
+    """The optimizers that `config` asks for.
+
+    Matrices are decayed, vectors (norms, biases) are not; Muon takes the matrices inside the blocks.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for name, p in named if config.optimizer == "muon" and p.ndim == 2 and "blocks." in name]
     taken = {id(p) for p in hidden}
     matrices = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
     vectors = [p for _, p in named if p.ndim < 2]
-    groups = [dict(params=params, weight_decay=decay) for params, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if params]
-    optimizers: list[torch.optim.Optimizer] = [AdamW(groups, lr=config.learning_rate, betas=config.betas)] if groups else []
+    groups = [
+        dict(params=params, weight_decay=decay)
+        for params, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if params
+    ]
+    optimizers: list[torch.optim.Optimizer] = (
+        [AdamW(groups, lr=config.learning_rate, betas=config.betas)] if groups else []
+    )
     if hidden:
         optimizers.append(Muon(hidden, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
     for optimizer in optimizers:
@@ -320,7 +370,7 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float
         for group in optimizer.param_groups:
             group["lr"] = group["top_lr"] * factor
 
-# %% ../nbs/07_training.ipynb #07-089
+# %% ../nbs/07_training.ipynb #11369a5c
 def overfit_one_batch(
     model: nn.Module,  # Trained in place
     inputs: Int[Tensor, "batch seq"],
@@ -328,7 +378,9 @@ def overfit_one_batch(
     steps: int = 100,
     lr: float = 3e-3,
 ) -> list[float]:
-    "Train on the same batch over and over and return the losses: a model and a training loop that work bring it near zero."
+    """Train on the same batch over and over and return the losses: a model and a training loop that work bring it near
+    zero.
+    """
     optimizer, losses = AdamW(model.parameters(), lr=lr, weight_decay=0.0), []
     model.train()
     for _ in range(steps):
@@ -338,7 +390,7 @@ def overfit_one_batch(
         optimizer.step()
     return losses
 
-# %% ../nbs/07_training.ipynb #07-092
+# %% ../nbs/07_training.ipynb #c05840ae
 FORMAT_VERSION = 1
 CHECKPOINT_NAME = re.compile(r"step-(\d{7,})")
 
@@ -361,12 +413,17 @@ def checkpoint_folders(run_directory: str | Path) -> list[Path]:
     run_directory = Path(run_directory)
     if not run_directory.is_dir():
         return []
-    found = [p for p in run_directory.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) and (p / "checkpoint.json").is_file()]
+    found = [
+        p for p in run_directory.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) and (p / "checkpoint.json").is_file()
+    ]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    "The newest complete checkpoint of a run directory, or `path` itself if it is a checkpoint; `InputError` if there is none."
+    """The newest complete checkpoint of a run directory, or `path` itself if it is a checkpoint.
+
+    `InputError` if there is none.
+    """
     path = Path(path).expanduser()
     if (path / "checkpoint.json").is_file():
         return path
@@ -374,10 +431,12 @@ def find_checkpoint(path: str | Path) -> Path:
         raise InputError(f"There is no checkpoint at {path}: no such folder; check the path.")
     folders = checkpoint_folders(path)
     if not folders:
-        raise InputError(f"There is no checkpoint in {path}; give a run directory that holds a step-… folder, or train first.")
+        raise InputError(
+            f"There is no checkpoint in {path}; give a run directory that holds a step-… folder, or train first."
+        )
     return folders[-1]
 
-# %% ../nbs/07_training.ipynb #07-093
+# %% ../nbs/07_training.ipynb #b8ccacae
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -415,7 +474,7 @@ def prune_checkpoints(run_directory: str | Path, keep: int) -> None:
     for folder in checkpoint_folders(run_directory)[: -max(1, keep)]:
         _discard(folder)
 
-# %% ../nbs/07_training.ipynb #07-094
+# %% ../nbs/07_training.ipynb #cd028eab
 def save_checkpoint(
     run_directory: str | Path,  # The folder `step-…` appears in it
     step: int,  # Updates made so far
@@ -427,12 +486,18 @@ def save_checkpoint(
     state: dict | None = None,  # Numbers besides: `training_state.json`
     keep: int = 2,  # Newest checkpoints to keep
 ) -> Path:
-    "Write a checkpoint so that it is there complete or not at all, whatever happens meanwhile; returns its folder. A failure raises `InputError`."
+    """Write a checkpoint so that it is there complete or not at all, whatever happens meanwhile; returns its folder.
+
+    A failure raises `InputError`.
+    """
     run_directory = Path(run_directory)
     final = run_directory / f"step-{step:07d}"
     part = run_directory / f".{final.name}.new.part"
     if (final / "checkpoint.json").exists():
-        raise InputError(f"There is a checkpoint {final} already, and none is ever overwritten; delete it or choose another run directory.")
+        raise InputError(
+            f"There is a checkpoint {final} already, and none is ever "
+            "overwritten; delete it or choose another run directory."
+        )
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -463,30 +528,38 @@ def save_checkpoint(
     prune_checkpoints(run_directory, keep)
     return final
 
-# %% ../nbs/07_training.ipynb #07-096
+# %% ../nbs/07_training.ipynb #9b9c2d73
 def _other_checkpoint(folder: Path) -> str:
     others = [p for p in checkpoint_folders(folder.parent) if p != folder]
     return f"use {others[-1]} instead" if others else "it can't be used"
 
 
 def verify_checkpoint(folder: str | Path) -> dict:
-    "Check version, sizes and hashes of a checkpoint's files and return its manifest; `InputError` names the damaged file."
+    """Check version, sizes and hashes of a checkpoint's files and return its manifest.
+
+    `InputError` names the damaged file.
+    """
     folder = Path(folder)
     path = folder / "checkpoint.json"
     manifest = read_json(path)
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise InputError(f"{path} is not a checkpoint's list of files; {_other_checkpoint(folder)}.")
     if manifest["format_version"] != FORMAT_VERSION:
-        raise InputError(f"Checkpoint {folder} has format version {manifest['format_version']!r} and this package reads version "
-                         f"{FORMAT_VERSION}; use the version of the package that wrote it.")
+        raise InputError(
+            f"Checkpoint {folder} has format version {manifest['format_version']!r} and this package reads version "
+            f"{FORMAT_VERSION}; use the version of the package that wrote it."
+        )
     named = CHECKPOINT_NAME.fullmatch(folder.resolve().name)
     whole = set(manifest) == {"format_version", "step", "files"} and path.read_bytes() == _canonical(manifest)
     if not whole or not isinstance(manifest["files"], dict) or (named and int(named[1]) != manifest["step"]):
         raise InputError(f"{path} is damaged; {_other_checkpoint(folder)}.")
-    present = {p.name for p in folder.iterdir() if not p.name.startswith(".")} - {"checkpoint.json"}  # file managers leave hidden notes
+    # file managers leave hidden notes
+    present = {p.name for p in folder.iterdir() if not p.name.startswith(".")} - {"checkpoint.json"}
     for name in sorted(set(manifest["files"]) | present):
         if name not in manifest["files"]:
-            raise InputError(f"Checkpoint {folder} holds the unknown file {name}; remove it, or {_other_checkpoint(folder)}.")
+            raise InputError(
+                f"Checkpoint {folder} holds the unknown file {name}; remove it, or {_other_checkpoint(folder)}."
+            )
         file, entry = folder / name, manifest["files"][name]
         if name not in present:
             raise InputError(f"Checkpoint {folder} lacks its file {name}; {_other_checkpoint(folder)}.")
@@ -497,7 +570,7 @@ def verify_checkpoint(folder: str | Path) -> dict:
             raise InputError(f"{file} is damaged: its content is not what was written; {_other_checkpoint(folder)}.")
     return manifest
 
-# %% ../nbs/07_training.ipynb #07-097
+# %% ../nbs/07_training.ipynb #4ac782dc
 @dataclass
 class Checkpoint:
     "What a checkpoint holds, read and verified."
@@ -518,7 +591,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is not a readable safetensors file; it is damaged or was not written by this package.") from error
+        raise InputError(
+            f"{path} is not a readable safetensors file; it is damaged or was not written by this package."
+        ) from error
 
 
 def load_checkpoint(
@@ -526,16 +601,31 @@ def load_checkpoint(
     *,
     training_state: bool = True,  # Also read the optimizers' states, which only resuming needs
 ) -> Checkpoint:
-    "Read the newest checkpoint of a run, or that very checkpoint, after verifying every byte of it. Nothing in it is ever executed."
+    """Read the newest checkpoint of a run, or that very checkpoint, after verifying every byte of it.
+
+    Nothing in it is ever executed.
+    """
     folder = find_checkpoint(path)
     manifest = verify_checkpoint(folder)
     try:
-        for name in ("config.json", "training.json", "training_state.json", "model.safetensors", "training_state.safetensors"):
+        for name in (
+            "config.json",
+            "training.json",
+            "training_state.json",
+            "model.safetensors",
+            "training_state.safetensors",
+        ):
             if name not in manifest["files"]:
                 raise InputError(f"Checkpoint {folder} lacks its file {name}; {_other_checkpoint(folder)}.")
         state = read_json(folder / "training_state.json")
-        if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION or state.get("step") != manifest["step"]:
-            raise InputError(f"{folder / 'training_state.json'} does not belong to this checkpoint; {_other_checkpoint(folder)}.")
+        if (
+            not isinstance(state, dict)
+            or state.get("format_version") != FORMAT_VERSION
+            or state.get("step") != manifest["step"]
+        ):
+            raise InputError(
+                f"{folder / 'training_state.json'} does not belong to this checkpoint; {_other_checkpoint(folder)}."
+            )
         return Checkpoint(folder, manifest["step"], GPTConfig.from_dict(read_json(folder / "config.json")),
                           _read_tensors(folder / "model.safetensors"), read_json(folder / "training.json"),
                           _read_tensors(folder / "training_state.safetensors") if training_state else {}, state)
@@ -547,9 +637,17 @@ def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], where: st
     "Raise `InputError` unless both have the same names, and each tensor the same shape and type."
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing:
-        raise InputError(f"{where} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") + "; it does not fit this model.")
+        raise InputError(
+            f"{where} lacks {missing[0]}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            + "; it does not fit this model."
+        )
     if unknown:
-        raise InputError(f"{where} holds the unknown {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else "") + "; it does not fit this model.")
+        raise InputError(
+            f"{where} holds the unknown {unknown[0]}"
+            + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
+            + "; it does not fit this model."
+        )
     for name, tensor in wanted.items():
         if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:
             raise InputError(f"In {where}, {name} is {found[name].dtype} {tuple(found[name].shape)} and should be "
@@ -557,7 +655,10 @@ def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], where: st
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str | Path) -> None:
-    "Copy `weights` into `model`; a missing or unknown name or a wrong shape raises `InputError` before anything is changed."
+    """Copy `weights` into `model`.
+
+    A missing or unknown name or a wrong shape raises `InputError` before anything is changed.
+    """
     check_tensors(model.state_dict(), weights, where)
     model.load_state_dict(weights)
 
@@ -577,24 +678,33 @@ def load_tokenizer_of(checkpoint: Checkpoint):
     path = checkpoint.path / "tokenizer.json"
     return load_tokenizer(path) if path.exists() else None
 
-# %% ../nbs/07_training.ipynb #07-102
+# %% ../nbs/07_training.ipynb #1fba38cc
 def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    "All states of all optimizers under readable names: optimizer, key, parameter. Numbers become tensors of one element."
+    """All states of all optimizers under readable names: optimizer, key, parameter.
+
+    Numbers become tensors of one element.
+    """
     tensors = {}
     for optimizer in optimizers:
         for name, p in model.named_parameters():
             for key, value in optimizer.state.get(p, {}).items():
-                tensors[f"{type(optimizer).__name__}.{key}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+                tensors[f"{type(optimizer).__name__}.{key}.{name}"] = (
+                    value if isinstance(value, Tensor) else torch.tensor(value)
+                )
     return tensors
 
 
-def restore_optimizers(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+def restore_optimizers(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]
+) -> None:
     "Put back what `optimizer_tensors` gave."
     for optimizer in optimizers:
         for name, p in model.named_parameters():
             for key, value in optimizer.state.get(p, {}).items():
                 saved = tensors[f"{type(optimizer).__name__}.{key}.{name}"]
-                optimizer.state[p][key] = saved.to(value.device, copy=True) if isinstance(value, Tensor) else saved.item()
+                optimizer.state[p][key] = (
+                    saved.to(value.device, copy=True) if isinstance(value, Tensor) else saved.item()
+                )
 
 
 def generator_states(generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
@@ -612,10 +722,13 @@ def restore_generators(generator: torch.Generator, device: torch.device, tensors
     if f"generator.{device.type}" in tensors and device.type in ("cuda", "mps"):
         getattr(torch, device.type).set_rng_state(tensors[f"generator.{device.type}"].clone())
 
-# %% ../nbs/07_training.ipynb #07-104
+# %% ../nbs/07_training.ipynb #3d6745cd
 @contextmanager
 def soft_interrupt():
-    "Inside, the first Ctrl-C only sets the event that is given, so that a step can be finished; a second one interrupts at once."
+    """Inside, the first Ctrl-C only sets the event that is given, so that a step can be finished.
+
+    A second one interrupts at once.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -632,9 +745,11 @@ def soft_interrupt():
     finally:
         signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/07_training.ipynb #07-105
+# %% ../nbs/07_training.ipynb #c1975c9e
 class Metrics:
-    "The history of a run: kept in memory, and, in a run directory, as one JSON object a line (and for TensorBoard on request)."
+    """The history of a run: kept in memory, and, in a run directory, as one JSON object a line (and for TensorBoard on
+    request).
+    """
 
     def __init__(self, run_directory: Path | None = None, tensorboard: bool = False):
         self.path = run_directory / "metrics.jsonl" if run_directory else None
@@ -646,7 +761,9 @@ class Metrics:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise InputError("tensorboard is not installed; run `pip install tensorboard`, or train without it.") from error
+            raise InputError(
+                "tensorboard is not installed; run `pip install tensorboard`, or train without it."
+            ) from error
         return SummaryWriter(run_directory / "tensorboard")
 
     def read(self, step: int) -> None:
@@ -688,9 +805,12 @@ class Metrics:
                     self.board.add_scalar(name, value, record["step"])
             self.board.flush()
 
-# %% ../nbs/07_training.ipynb #07-107
+# %% ../nbs/07_training.ipynb #ee86d4de
 class Trainer:
-    "Trains a model: batches, updates, evaluation, history, checkpoints. Seeds PyTorch's global generator with `config.seed`."
+    """Trains a model: batches, updates, evaluation, history, checkpoints.
+
+    Seeds PyTorch's global generator with `config.seed`.
+    """
 
     def __init__(
         self,
@@ -720,7 +840,9 @@ class Trainer:
 
     @property
     def history(self) -> list[dict]:
-        "One record every `log_every` steps and at every evaluation: step, loss, val_loss, lr, grad_norm, tokens_per_second, seconds."
+        """One record every `log_every` steps and at every evaluation: step, loss, val_loss, lr, grad_norm,
+        tokens_per_second, seconds.
+        """
         return self.metrics.records
 
     def _check_tokens(self, model: GPT) -> None:
@@ -729,8 +851,11 @@ class Trainer:
                 continue
             largest = int(tokens.max())
             if largest >= model.config.vocab_size:
-                raise InputError(f"The {name} text holds the token {largest}, but the model's vocab_size is {model.config.vocab_size}; "
-                                 f"make the model with a vocab_size of at least {largest + 1}.")
+                raise InputError(
+                    f"The {name} text holds the token {largest}, but the model's "
+                    f"vocab_size is {model.config.vocab_size}; "
+                    f"make the model with a vocab_size of at least {largest + 1}."
+                )
         if len(self.data.train) <= self.context_length:
             raise InputError(f"The training text has {len(self.data.train)} tokens, which is less than one window of "
                              f"{self.context_length} and its target; use a longer text or a smaller context_length.")
@@ -740,7 +865,10 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def next_batch(self) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-        "Random windows of the training text: inputs, and the same one token later. Override it to train on something else."
+        """Random windows of the training text: inputs, and the same one token later.
+
+        Override it to train on something else.
+        """
         return random_batch(self.data.train, self.config.batch_size, self.context_length, generator=self.generator)
 
     def _logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
@@ -748,7 +876,10 @@ class Trainer:
             return self._forward(ids)
 
     def train_step(self) -> tuple[float, float]:
-        "Make one update; returns the loss before it and the gradient's norm before clipping. A loss that is no number raises `TrainingError`."
+        """Make one update; returns the loss before it and the gradient's norm before clipping.
+
+        A loss that is no number raises `TrainingError`.
+        """
         self.model.train()
         set_learning_rate(self.optimizers, learning_rate(self.step, self.config))
         batches = [self.next_batch() for _ in range(self.config.accumulation)]
@@ -766,19 +897,25 @@ class Trainer:
     def _not_finite(self, what: str) -> str:
         folders = checkpoint_folders(self.run_directory) if self.run_directory else []
         kept = f"; the last good checkpoint is {folders[-1]}" if folders else ""
-        return f"Training stopped at step {self.step + 1}: {what}{kept}. Lower the learning rate or lengthen the warm-up."
+        return (
+            f"Training stopped at step {self.step + 1}: {what}{kept}. Lower the learning rate or lengthen the warm-up."
+        )
 
     @torch.no_grad()
     def evaluate(
         self,
         n_batches: int | None = None,  # Batches, spread evenly over the text; None: all of it
     ) -> float:
-        "Mean loss a token on the validation text, in nats. Switches to evaluation mode and back, and draws nothing from any generator."
+        """Mean loss a token on the validation text, in nats.
+
+        Switches to evaluation mode and back, and draws nothing from any generator.
+        """
         if not self._has_validation():
             raise InputError("There is no validation text; prepare the data with a val_fraction above 0.")
         length = min(self.context_length, len(self.data.val) - 1)
         windows, rest = divmod(len(self.data.val) - 1, length)
-        n_all = math.ceil(windows / self.config.batch_size) + (rest > 0)  # a short window at the end is a batch of its own
+        # a short window at the end is a batch of its own
+        n_all = math.ceil(windows / self.config.batch_size) + (rest > 0)
         n_batches = min(n_batches or n_all, n_all)
         chosen = {number * n_all // n_batches for number in range(n_batches)}
         batches = enumerate(islice(sequential_batches(self.data.val, self.config.batch_size, length), max(chosen) + 1))
@@ -794,13 +931,18 @@ class Trainer:
         return total / count
 
     def train(self) -> list[dict]:
-        "Train up to `max_steps` and return the history. Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt."
+        """Train up to `max_steps` and return the history.
+
+        Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt.
+        """
         from tqdm import tqdm
 
         self._open_run()
         started, steps_before = time.perf_counter() - self.seconds, self.step
         tokens_a_step = self.config.batch_size * self.config.accumulation * self.context_length
-        bar = tqdm(total=self.config.max_steps, initial=self.step, disable=not self.progress, unit="step", dynamic_ncols=True)
+        bar = tqdm(
+            total=self.config.max_steps, initial=self.step, disable=not self.progress, unit="step", dynamic_ncols=True
+        )
         seconds_before, val_loss = self.seconds, None
         with bar, soft_interrupt() as interrupted:
             while self.step < self.config.max_steps:
@@ -831,8 +973,15 @@ class Trainer:
 
     def _log(self, norm: float, speed: float, val_loss: float | None) -> None:
         lr = learning_rate(self.step - 1, self.config) * self.config.learning_rate
-        record = {"step": self.step, "loss": self._loss_sum / self._loss_count, "val_loss": val_loss, "lr": lr, "grad_norm": norm,
-                  "tokens_per_second": round(speed, 1), "seconds": round(self.seconds, 3)}
+        record = {
+            "step": self.step,
+            "loss": self._loss_sum / self._loss_count,
+            "val_loss": val_loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": round(speed, 1),
+            "seconds": round(self.seconds, 3),
+        }
         self._loss_sum, self._loss_count = 0.0, 0
         self.metrics.add(record)
         if self.on_step is not None:
@@ -846,7 +995,10 @@ class Trainer:
             self.run_directory.mkdir(parents=True, exist_ok=True)
             folders = checkpoint_folders(self.run_directory)
             if folders and self.step == 0 and not self._resumed:
-                raise InputError(f"{self.run_directory} already holds a run ({folders[-1].name}); resume it, or choose another run directory.")
+                raise InputError(
+                    f"{self.run_directory} already holds a run ({folders[-1].name}); "
+                    "resume it, or choose another run directory."
+                )
             self._resumed = True
             remove_leftovers(self.run_directory)
             for folder in folders:
@@ -859,7 +1011,10 @@ class Trainer:
             self.save()
 
     def save(self) -> Path:
-        "Write a checkpoint of this step into the run directory and return its folder; a step that is there already is not written again."
+        """Write a checkpoint of this step into the run directory and return its folder.
+
+        A step that is there already is not written again.
+        """
         if self.run_directory is None:
             raise InputError("This run has no run_directory; give the Trainer one to save checkpoints.")
         folder = self.run_directory / f"step-{self.step:07d}"
@@ -870,13 +1025,25 @@ class Trainer:
         self.metrics.sync()
         tensors = {**optimizer_tensors(self.model, self.optimizers), **generator_states(self.generator, self.device)}
         state = {"seconds": self.seconds, "loss_sum": self._loss_sum, "loss_count": self._loss_count}
-        return save_checkpoint(self.run_directory, self.step, self.model, tokenizer=self.tokenizer, tensors=tensors, state=state,
-                               training={"training": self.config.to_dict(), "data": self._data_note()}, keep=self.config.keep_checkpoints)
+        return save_checkpoint(
+            self.run_directory,
+            self.step,
+            self.model,
+            tokenizer=self.tokenizer,
+            tensors=tensors,
+            state=state,
+            training={"training": self.config.to_dict(), "data": self._data_note()},
+            keep=self.config.keep_checkpoints,
+        )
 
     def _data_note(self) -> dict:
         directory = getattr(self.data, "directory", None)
-        return {"directory": str(Path(directory).resolve()) if directory else None, "train_tokens": len(self.data.train),
-                "val_tokens": 0 if self.data.val is None else len(self.data.val), "fingerprint": self.data.meta.get("fingerprint")}
+        return {
+            "directory": str(Path(directory).resolve()) if directory else None,
+            "train_tokens": len(self.data.train),
+            "val_tokens": 0 if self.data.val is None else len(self.data.val),
+            "fingerprint": self.data.meta.get("fingerprint"),
+        }
 
     @classmethod
     def resume(
@@ -888,20 +1055,29 @@ class Trainer:
         on_step: Callable | None = None,
         **changes,  # Settings to change, such as `max_steps` or `device`
     ) -> "Trainer":
-        "A trainer that goes on where a checkpoint was written; on the CPU, with nothing changed, exactly (to the bit) as if never stopped. Draw no random numbers before `train`."
+        """A trainer that goes on where a checkpoint was written.
+
+        On the CPU, with nothing changed, exactly (to the bit) as if never stopped. Draw no random numbers before
+        `train`.
+        """
         checkpoint = load_checkpoint(run_directory)
         note = checkpoint.training
         if not isinstance(note, dict) or set(note) != {"training", "data"}:
-            raise InputError(f"{checkpoint.path / 'training.json'} says nothing of a training run; this checkpoint can't be resumed.")
+            raise InputError(
+                f"{checkpoint.path / 'training.json'} says nothing of a training run; this checkpoint can't be resumed."
+            )
         config = TrainingConfig.from_dict({**note["training"], **changes})
         if data is None:
             if not note["data"]["directory"]:
-                raise InputError(f"The data of {checkpoint.path} was only in memory; give the same data again to resume.")
+                raise InputError(
+                    f"The data of {checkpoint.path} was only in memory; give the same data again to resume."
+                )
             data = TokenData.open(note["data"]["directory"])
         model = GPT(checkpoint.config)
         load_weights(model, checkpoint.weights, checkpoint.path / "model.safetensors")
         path = Path(run_directory).expanduser()
-        home = path.resolve().parent if checkpoint.path == path else path  # a checkpoint may be given as "." or by a link
+        # a checkpoint may be given as "." or by a link
+        home = path.resolve().parent if checkpoint.path == path else path
         trainer = cls(model, data, config, run_directory=home, tokenizer=load_tokenizer_of(checkpoint),
                       progress=progress, on_step=on_step)
         trainer._restore(checkpoint)
@@ -910,27 +1086,33 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         note, here = checkpoint.training["data"], self._data_note()
         if any(note.get(name) != here[name] for name in ("train_tokens", "val_tokens", "fingerprint")):
-            raise InputError(f"This run was trained on {note.get('train_tokens')} + {note.get('val_tokens')} tokens, and the data given "
-                             f"({here['train_tokens']} + {here['val_tokens']} tokens) is another text; resume with the same data.")
+            raise InputError(
+                f"This run was trained on {note.get('train_tokens')} + "
+                f"{note.get('val_tokens')} tokens, and the data given "
+                f"({here['train_tokens']} + {here['val_tokens']} tokens) is another text; resume with the same data."
+            )
         wanted = {**optimizer_tensors(self.model, self.optimizers), **generator_states(self.generator, self.device)}
         found = checkpoint.tensors
         gpu = {name for name in set(found) ^ set(wanted) if name in ("generator.cuda", "generator.mps")}
-        check_tensors({k: v for k, v in wanted.items() if k not in gpu}, {k: v for k, v in found.items() if k not in gpu},
-                      checkpoint.path / "training_state.safetensors")
+        check_tensors(
+            {k: v for k, v in wanted.items() if k not in gpu},
+            {k: v for k, v in found.items() if k not in gpu},
+            checkpoint.path / "training_state.safetensors",
+        )
         restore_optimizers(self.model, self.optimizers, found)
         restore_generators(self.generator, self.device, found)
         self.step, self.seconds, self._resumed = checkpoint.step, checkpoint.state["seconds"], True
         self._loss_sum, self._loss_count = checkpoint.state["loss_sum"], checkpoint.state["loss_count"]
         self.metrics.read(self.step)
 
-# %% ../nbs/07_training.ipynb #07-108
+# %% ../nbs/07_training.ipynb #09aff943
 def plot_history(history: Sequence[dict], ax=None):
     "Draw the training loss and, where it was measured, the validation loss over the steps; returns the axes."
     from transformer_llm.plots import plot_training
 
     return plot_training(history, ("loss",), title="Loss over the steps", axes=None if ax is None else [ax])[0]
 
-# %% ../nbs/07_training.ipynb #07-119
+# %% ../nbs/07_training.ipynb #2e5bb171
 def find_learning_rate(
     model: GPT,  # Is copied; stays as it is
     data,  # As for the Trainer
@@ -940,11 +1122,16 @@ def find_learning_rate(
     high: float = 1.0,  # Last one
     steps: int = 100,
 ) -> tuple[list[float], list[float]]:
-    "Train a copy while the learning rate grows exponentially; returns rates and smoothed losses, up to where the loss explodes; after Smith (2017, section 3.3)."
+    """Train a copy while the learning rate grows exponentially.
+
+    Returns rates and smoothed losses, up to where the loss explodes; after Smith (2017, section 3.3).
+    """
     check_range("low", low, 1e-12)
     check_range("high", high, low)
     check_range("steps", steps, 1, integer=True)
-    trainer = Trainer(copy.deepcopy(model), data, config.replace(max_steps=steps, warmup_steps=0, schedule="constant"), progress=False)
+    trainer = Trainer(
+        copy.deepcopy(model), data, config.replace(max_steps=steps, warmup_steps=0, schedule="constant"), progress=False
+    )
     rates, losses, smooth = [], [], 0.0
     for step in range(steps):
         rate = low * (high / low) ** (step / max(1, steps - 1))
@@ -967,7 +1154,19 @@ def suggest_learning_rate(rates: Sequence[float], losses: Sequence[float]) -> fl
     "A tenth of the rate at which the loss was lowest: the minimum itself is already near the edge."
     return rates[min(range(len(losses)), key=lambda i: losses[i])] / 10
 
-# %% ../nbs/07_training.ipynb #07-134
+# %% ../nbs/07_training.ipynb #5232dd5e
 SHAKESPEARE_CONFIG = TrainingConfig(
-    max_steps=300, batch_size=32, optimizer="muon", learning_rate=3e-3, muon_learning_rate=0.02, schedule="linear", warmup_steps=20,
-    min_lr_fraction=0.0, weight_decay=0.0, eval_every=50, eval_batches=20, checkpoint_every=100, log_every=10)
+    max_steps=300,
+    batch_size=32,
+    optimizer="muon",
+    learning_rate=3e-3,
+    muon_learning_rate=0.02,
+    schedule="linear",
+    warmup_steps=20,
+    min_lr_fraction=0.0,
+    weight_decay=0.0,
+    eval_every=50,
+    eval_batches=20,
+    checkpoint_every=100,
+    log_every=10,
+)

@@ -7,7 +7,7 @@ __all__ = ['NORMS', 'SIZES', 'MAY_BE_NONE', 'CHOICES', 'GPT2_STYLE', 'PRESETS', 
            'Block', 'GPT', 'parameter_table', 'format_parameters', 'flops_per_token', 'activations_per_token',
            'training_memory_bytes']
 
-# %% ../nbs/04_transformer.ipynb #04-006
+# %% ../nbs/04_transformer.ipynb #95b81ce2
 import math
 import re
 from dataclasses import asdict, dataclass, fields
@@ -19,16 +19,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import KVCache, Mask, MultiHeadAttention, Rotate, combine_masks, padding_mask
-from .embeddings import LearnedPositions, RopeScaling, Rotary, SinusoidalPositions, TokenEmbedding, alibi_bias
+from transformer_llm.embeddings import (
+    LearnedPositions,
+    RopeScaling,
+    Rotary,
+    SinusoidalPositions,
+    TokenEmbedding,
+    alibi_bias,
+)
 from .feedforward import ACTIVATIONS, default_d_ff, feedforward_flops, make_feedforward
 from .foundations import InputError, check_choice, check_range
 
-# %% ../nbs/04_transformer.ipynb #04-020
+# %% ../nbs/04_transformer.ipynb #dd176d04
 NORMS = ("layernorm", "rmsnorm")
 
 
 class LayerNorm(nn.Module):
-    "Centre each vector and scale it to variance one, then apply a learned weight and bias: Ba et al. (2016), section 3."
+    """Centre each vector and scale it to variance one, then apply a learned weight and bias: Ba et al. (2016), section
+    3.
+    """
 
     def __init__(
         self,
@@ -77,7 +86,7 @@ def make_norm(
     check_choice("norm", norm, NORMS)
     return LayerNorm(d_model, eps=eps, bias=bias) if norm == "layernorm" else RMSNorm(d_model, eps=eps)
 
-# %% ../nbs/04_transformer.ipynb #04-032
+# %% ../nbs/04_transformer.ipynb #cbf4f4e3
 SIZES = ("vocab_size", "context_length", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "window")
 MAY_BE_NONE = ("n_kv_heads", "head_dim", "d_ff", "window")
 CHOICES = {
@@ -90,7 +99,8 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model. Every field is checked; `n_kv_heads`, `head_dim`, `d_ff` and `qkv_bias` follow from others when None.
+    """The shape of a model. Every field is checked; `n_kv_heads`, `head_dim`, `d_ff` and `qkv_bias` follow from others
+    when None.
 
     Raises `InputError` that names the field, the value and what is allowed.
     """
@@ -109,7 +119,9 @@ class GPTConfig:
     position: str = "rotary"  # "learned", "sinusoidal", "rotary", "alibi" or "none"
     rope_base: float = 10000.0  # Base of the rotary angles
     rope_interleaved: bool = False  # Rotate neighbours (True) or the two halves of a head (False)
-    rope_scaling: RopeScaling | dict | None = None  # How the model was stretched to longer texts; a dictionary of its fields becomes one
+    rope_scaling: RopeScaling | dict | None = (
+        None  # How the model was stretched to longer texts; a dictionary of its fields becomes one
+    )
     activation: str = "swiglu"  # One of `ACTIVATIONS`
     bias: bool = False  # In every linear layer and LayerNorm
     qkv_bias: bool | None = None  # In the projections to queries, keys and values; None: as `bias`
@@ -145,7 +157,9 @@ class GPTConfig:
     def _fill(self) -> None:
         "Fill in the sizes that follow from others and check that they fit together."
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise InputError(f"d_model must be a multiple of n_heads={self.n_heads} where head_dim isn't given, not {self.d_model}.")
+            raise InputError(
+                f"d_model must be a multiple of n_heads={self.n_heads} where head_dim isn't given, not {self.d_model}."
+            )
         for name, value in self._defaults().items():
             if getattr(self, name) is None:
                 self._set(name, value)
@@ -157,12 +171,19 @@ class GPTConfig:
             raise InputError(f"d_model must be even for sinusoidal positions, not {self.d_model}.")
         if self.rope_scaling is not None:
             if not isinstance(self.rope_scaling, RopeScaling):
-                raise InputError(f"rope_scaling must be None, a RopeScaling or a dictionary of its fields, not {self.rope_scaling!r}.")
+                raise InputError(
+                    "rope_scaling must be None, a RopeScaling or a dictionary "
+                    f"of its fields, not {self.rope_scaling!r}."
+                )
             self.rope_scaling.check_head(self.head_dim)
 
     def _defaults(self) -> dict[str, int | bool]:
         "What the fields that may be None stand for."
-        sizes = dict(n_kv_heads=self.n_heads, head_dim=self.d_model // self.n_heads, d_ff=default_d_ff(self.d_model, self.activation))
+        sizes = dict(
+            n_kv_heads=self.n_heads,
+            head_dim=self.d_model // self.n_heads,
+            d_ff=default_d_ff(self.d_model, self.activation),
+        )
         return sizes | dict(qkv_bias=self.bias)
 
     @classmethod
@@ -181,14 +202,17 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "GPTConfig":
-        "The configuration that `to_dict` wrote; fields that are absent take their default, an unknown one raises `InputError`."
+        """The configuration that `to_dict` wrote.
+
+        Fields that are absent take their default, an unknown one raises `InputError`.
+        """
         names = [field.name for field in fields(cls)]
         for name in values:
             if name not in names:
                 raise InputError(f"The model configuration has no field {name!r}; its fields are {', '.join(names)}.")
         return cls(**values)
 
-# %% ../nbs/04_transformer.ipynb #04-038
+# %% ../nbs/04_transformer.ipynb #bff8a944
 GPT2_STYLE = dict(norm="layernorm", position="learned", activation="gelu_tanh", bias=True)
 
 PRESETS: dict[str, dict] = {
@@ -202,7 +226,7 @@ PRESETS: dict[str, dict] = {
     "gpt2": GPT2_STYLE | dict(vocab_size=50257, context_length=1024, d_model=768, n_layers=12, n_heads=12),
 }
 
-# %% ../nbs/04_transformer.ipynb #04-040
+# %% ../nbs/04_transformer.ipynb #2a3bf4ef
 class Block(nn.Module):
     "One layer of a transformer: attention, then a feed-forward network, each added to the residual stream."
 
@@ -214,8 +238,17 @@ class Block(nn.Module):
         head_norms = [RMSNorm(width, eps=c.norm_eps) if c.qk_norm else None for width in widths]
         self.attention_norm = make_norm(c.d_model, c.norm, eps=c.norm_eps, bias=c.bias)
         self.attention = MultiHeadAttention(
-            c.d_model, c.n_heads, c.n_kv_heads, head_dim=c.head_dim, bias=c.qkv_bias, output_bias=c.bias, dropout=c.dropout,
-            window=c.window, q_norm=head_norms[0], k_norm=head_norms[1], norm_whole=c.qk_norm_whole,
+            c.d_model,
+            c.n_heads,
+            c.n_kv_heads,
+            head_dim=c.head_dim,
+            bias=c.qkv_bias,
+            output_bias=c.bias,
+            dropout=c.dropout,
+            window=c.window,
+            q_norm=head_norms[0],
+            k_norm=head_norms[1],
+            norm_whole=c.qk_norm_whole,
         )
         self.feedforward_norm = make_norm(c.d_model, c.norm, eps=c.norm_eps, bias=c.bias)
         self.feedforward = make_feedforward(c.d_model, c.d_ff, c.activation, bias=c.bias, dropout=0.0)
@@ -229,7 +262,10 @@ class Block(nn.Module):
         rotate: Rotate | None = None,  # Rotary positions
         cache: KVCache | None = None,  # This layer's keys and values of earlier tokens
     ) -> Float[Tensor, "batch seq d_model"]:
-        "Equation (4.4) for pre-norm, Xiong et al. (2020), section 3.1; (4.5) for post-norm, Vaswani et al. (2017), section 3.1."
+        """Equation (4.4) for pre-norm, Xiong et al. (2020), section 3.1.
+
+        (4.5) for post-norm, Vaswani et al. (2017), section 3.1.
+        """
         if self.placement == "pre":
             x = x + self.dropout(self.attention(self.attention_norm(x), mask, rotate=rotate, cache=cache))
             return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
@@ -249,7 +285,7 @@ class Block(nn.Module):
         "The attention weights that `forward` uses on the same input, by the plain path."
         return self.attention.weights(self.attention_norm(x) if self.placement == "pre" else x, mask, rotate=rotate)
 
-# %% ../nbs/04_transformer.ipynb #04-047
+# %% ../nbs/04_transformer.ipynb #cab3317f
 class GPT(nn.Module):
     "A decoder-only transformer: token ids in, a score for each possible next token out."
 
@@ -259,10 +295,16 @@ class GPT(nn.Module):
         self.token_embedding = TokenEmbedding(c.vocab_size, c.d_model)
         tables = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions}
         self.position_embedding = tables[c.position](c.context_length, c.d_model) if c.position in tables else None
-        self.rotary = Rotary(c.head_dim, base=c.rope_base, interleaved=c.rope_interleaved, scaling=c.rope_scaling) if c.position == "rotary" else None
+        self.rotary = (
+            Rotary(c.head_dim, base=c.rope_base, interleaved=c.rope_interleaved, scaling=c.rope_scaling)
+            if c.position == "rotary"
+            else None
+        )
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList([Block(c) for _ in range(c.n_layers)])
-        self.final_norm = make_norm(c.d_model, c.norm, eps=c.norm_eps, bias=c.bias) if c.norm_placement != "post" else nn.Identity()
+        self.final_norm = (
+            make_norm(c.d_model, c.norm, eps=c.norm_eps, bias=c.bias) if c.norm_placement != "post" else nn.Identity()
+        )
         self.lm_head = None if c.tied_embeddings else nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.output_bias else None
         self.reset_parameters()
@@ -335,14 +377,24 @@ class GPT(nn.Module):
         "What the first block needs: embedded tokens, the mask (None where causal is enough), the rotation."
         c, past = self.config, cache[0].length if cache else 0
         if ids.ndim != 2:
-            raise InputError(f"Token ids must have shape (batch, seq), not {tuple(ids.shape)}; one sequence becomes a batch with ids[None].")
+            raise InputError(
+                f"Token ids must have shape (batch, seq), not {tuple(ids.shape)}; "
+                "one sequence becomes a batch with ids[None]."
+            )
         if cache is not None and len(cache) != c.n_layers:
-            raise InputError(f"The cache has {len(cache)} layers, but the model has {c.n_layers}; make it with new_cache.")
+            raise InputError(
+                f"The cache has {len(cache)} layers, but the model has {c.n_layers}; make it with new_cache."
+            )
         total = past + ids.shape[1]
         if total > c.context_length:
-            raise InputError(f"The sequence has {total} tokens, but the model's context_length is {c.context_length}; shorten it.")
+            raise InputError(
+                f"The sequence has {total} tokens, but the model's context_length is {c.context_length}; shorten it."
+            )
         if attention_mask is not None and attention_mask.shape != (ids.shape[0], total):
-            raise InputError(f"attention_mask must have shape {(ids.shape[0], total)}, cached tokens included, not {tuple(attention_mask.shape)}.")
+            raise InputError(
+                f"attention_mask must have shape {(ids.shape[0], total)}, cached "
+                f"tokens included, not {tuple(attention_mask.shape)}."
+            )
         attention_mask = None if attention_mask is None else attention_mask.bool()  # ones and zeros will do
         positions = self._positions(ids, attention_mask, past) if positions is None else positions
         x = self.token_embedding(ids)
@@ -364,14 +416,19 @@ class GPT(nn.Module):
         positions: Int[Tensor, "..."] | None = None,
         cache: list[KVCache] | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
-        "What the model knows at each token after the last block and the final norm; the arguments are those of `forward`."
+        """What the model knows at each token after the last block and the final norm.
+
+        The arguments are those of `forward`.
+        """
         x, mask, rotate = self._start(ids, attention_mask, positions, cache)
         for block, layer_cache in zip(self.blocks, [None] * len(self.blocks) if cache is None else cache):
             x = block(x, mask, rotate=rotate, cache=layer_cache)
         return self.final_norm(x)
 
     def unembed(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq vocab"]:
-        "Logits from hidden states: their dot product with each token's row of the output matrix, plus the bias if there is one."
+        """Logits from hidden states: their dot product with each token's row of the output matrix, plus the bias if
+        there is one.
+        """
         weight = self.token_embedding.weight if self.lm_head is None else self.lm_head.weight
         return F.linear(x, weight, self.output_bias)
 
@@ -380,14 +437,17 @@ class GPT(nn.Module):
         ids: Int[Tensor, "batch seq"],
         targets: Int[Tensor, "batch seq"] | None = None,  # The next tokens; -100 is ignored
         *,
-        attention_mask: Bool[Tensor, "batch keys"] | None = None,  # True for real tokens, False for padding; over cached and new ones
-        positions: Int[Tensor, "..."] | None = None,  # None: continue from the cache, or count the real tokens; ALiBi has no use for them
+        attention_mask: Bool[Tensor, "batch keys"]
+        | None = None,  # True for real tokens, False for padding; over cached and new ones
+        positions: Int[Tensor, "..."]
+        | None = None,  # None: continue from the cache, or count the real tokens; ALiBi has no use for them
         cache: list[KVCache] | None = None,  # From `new_cache`; `ids` are then only the new tokens
         last_only: bool = False,  # Only the last token's logits (and loss), as generation needs
     ) -> Float[Tensor, "batch predicted vocab"] | tuple[Float[Tensor, "batch predicted vocab"], Float[Tensor, ""]]:
         """Logits for the token after each one, and with `targets` also the mean cross-entropy in nats.
 
-        No token attends to padding; the logits of padding itself are finite and mean nothing. The loss is NaN when every
+        No token attends to padding; the logits of padding itself are finite and mean nothing. The loss is NaN when
+        every
         target is ignored. Raises `InputError` when cached and new tokens together exceed `context_length`, and for ids,
         an attention_mask or a cache of the wrong shape.
         """
@@ -413,9 +473,12 @@ class GPT(nn.Module):
             x = block(x, mask, rotate=rotate)
         return maps
 
-# %% ../nbs/04_transformer.ipynb #04-076
+# %% ../nbs/04_transformer.ipynb #8fea04d6
 def parameter_table(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
-    "Each parameter's name, shape and count of numbers, in the order in which torch lists them; `format_parameters` prints it."
+    """Each parameter's name, shape and count of numbers, in the order in which torch lists them.
+
+    `format_parameters` prints it.
+    """
     return [(name, tuple(p.shape), p.numel()) for name, p in model.named_parameters()]
 
 
@@ -431,7 +494,7 @@ def format_parameters(model: nn.Module) -> str:
         lines.append(f"{name:<36}{size:>16}{len(counts):>7}{sum(counts):>14,}{sum(counts) / total:>8.1%}")
     return "\n".join([*lines, f"{'total':<36}{'':>16}{'':>7}{total:>14,}{1:>8.1%}"])
 
-# %% ../nbs/04_transformer.ipynb #04-090
+# %% ../nbs/04_transformer.ipynb #cd34d328
 def flops_per_token(
     config: GPTConfig,
     seq: int | None = None,  # Tokens read at once; None: context_length
@@ -439,7 +502,8 @@ def flops_per_token(
 ) -> int:
     """Floating-point operations a token: two for each multiply-add of a matrix product (equation 4.6).
 
-    Norms, activations and the embedding look-up are left out, and no discount is given for the masked half of attention or
+    Norms, activations and the embedding look-up are left out, and no discount is given for the masked half of attention
+    or
     for a window.
     """
     c, seq = config, config.context_length if seq is None else seq
@@ -448,7 +512,7 @@ def flops_per_token(
     layer = projections + attention + feedforward_flops(c.d_model, c.d_ff, c.activation)
     return (c.n_layers * layer + 2 * c.d_model * c.vocab_size) * (3 if training else 1)
 
-# %% ../nbs/04_transformer.ipynb #04-094
+# %% ../nbs/04_transformer.ipynb #17bcd4a1
 def activations_per_token(config: GPTConfig) -> int:
     "How many numbers the forward pass keeps for the backward pass, for each token (equation 4.7)."
     c, queries, keys = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -463,7 +527,9 @@ def training_memory_bytes(
     batch_size: int,
     seq: int | None = None,  # Tokens in a sequence; None: context_length
 ) -> int:
-    "A rough estimate for training with AdamW in float32, without dropout: weights, gradients, two moments, and activations (equation 4.7)."
+    """A rough estimate for training with AdamW in float32, without dropout: weights, gradients, two moments, and
+    activations (equation 4.7).
+    """
     with torch.device("meta"):  # shapes only, no storage
         numbers = 4 * GPT(config).num_parameters()
     tokens = batch_size * (config.context_length if seq is None else seq)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['picture_text', 'as_html', 'explore']
 
-# %% ../nbs/94_widgets.ipynb #94-006
+# %% ../nbs/94_widgets.ipynb #f9f177be
 import base64
 import html
 import io
 from collections.abc import Callable
 from types import SimpleNamespace
 
-# %% ../nbs/94_widgets.ipynb #94-008
+# %% ../nbs/94_widgets.ipynb #e1e1979a
 def picture_text(
     figure: object,  # A matplotlib figure
 ) -> str:
@@ -37,7 +37,7 @@ def as_html(
     data = base64.b64encode(file.getvalue()).decode("ascii")
     return f'<img style="max-width: 100%" alt="{html.escape(picture_text(figure), quote=True)}" src="data:image/png;base64,{data}">'
 
-# %% ../nbs/94_widgets.ipynb #94-010
+# %% ../nbs/94_widgets.ipynb #f643e120
 def explore(
     draw: Callable,  # Draws a figure, or returns a text, from named settings
     **controls,  # A control for each setting: `(low, high[, step])`, a list, a truth value, a text or an ipywidgets control
@@ -49,10 +49,15 @@ def explore(
     """
     import ipywidgets
 
-    made = {name: control if isinstance(control, ipywidgets.Widget) else ipywidgets.interactive.widget_from_abbrev(control)
-            for name, control in controls.items()}
+    made = {
+        name: control if isinstance(control, ipywidgets.Widget) else ipywidgets.interactive.widget_from_abbrev(control)
+        for name, control in controls.items()
+    }
     if unknown := [name for name, control in made.items() if control is None]:
-        raise TypeError(f"explore can't make a control of {unknown[0]}={controls[unknown[0]]!r}; give (low, high), a list, True, False or a text.")
+        raise TypeError(
+            "explore can't make a control of "
+            f"{unknown[0]}={controls[unknown[0]]!r}; give (low, high), a list, True, False or a text."
+        )
     view = ipywidgets.HTML()
 
     def redraw(change: object = None) -> None:

@@ -8,7 +8,7 @@ __all__ = ['CHAPTERS', 'ATTEMPTS', 'EXERCISES', 'Wrong', 'Unanswered', 'Exercise
            'named_shape', 'verb', 'same_shape', 'swapped', 'close', 'kind_of', 'same_values', 'place', 'as_python',
            'same_number', 'same_choice', 'no_leak', 'gradient_reaches', 'fresh']
 
-# %% ../../nbs/95_exercises.ipynb #95-006
+# %% ../../nbs/95_exercises.ipynb #3cb323a3
 import copy
 import importlib
 import math
@@ -22,9 +22,23 @@ from torch import Tensor, nn
 
 from ..foundations import InputError
 
-# %% ../../nbs/95_exercises.ipynb #95-008
-CHAPTERS = ("counting", "attention", "feedforward", "embeddings", "transformer", "tokenizer", "dataset", "training", "generation",
-            "pretrained", "evaluation", "fast", "sprint", "decoding")
+# %% ../../nbs/95_exercises.ipynb #36840893
+CHAPTERS = (
+    "counting",
+    "attention",
+    "feedforward",
+    "embeddings",
+    "transformer",
+    "tokenizer",
+    "dataset",
+    "training",
+    "generation",
+    "pretrained",
+    "evaluation",
+    "fast",
+    "sprint",
+    "decoding",
+)
 ATTEMPTS: dict[str, int] = {}  # how often each exercise drew inputs in this process
 EXERCISES: dict[str, "Exercise"] = {}  # by number; a chapter's are added when its checks are imported
 
@@ -76,7 +90,9 @@ def exercises_of(
 ) -> list[Exercise]:
     "All exercises of a chapter, in order; `InputError` if it has none."
     if not 0 <= chapter < len(CHAPTERS):
-        raise InputError(f"There is no chapter {chapter:02d} with exercises; they are in chapters 00 to {len(CHAPTERS) - 1:02d}.")
+        raise InputError(
+            f"There is no chapter {chapter:02d} with exercises; they are in chapters 00 to {len(CHAPTERS) - 1:02d}."
+        )
     importlib.import_module(f"transformer_llm.exercises.{CHAPTERS[chapter]}")
     found = [one for number, one in EXERCISES.items() if number.split(".")[0] == str(chapter)]
     return sorted(found, key=lambda one: int(one.number.split(".")[1]))
@@ -97,7 +113,7 @@ def find_exercise(
             raise InputError(f"There is no exercise {number}; chapter {int(chapter):02d} has {', '.join(there)}.")
     return EXERCISES[number]
 
-# %% ../../nbs/95_exercises.ipynb #95-010
+# %% ../../nbs/95_exercises.ipynb #7ff861e9
 def judge(
     number: str | float,  # "1.3"; without the quotes it is refused with a hint
     answer: object,  # The reader's function, number or choice
@@ -113,7 +129,11 @@ def judge(
     except Wrong as reason:
         return Verdict(number, "wrong", str(reason))
     except Exception as error:
-        return Verdict(number, "wrong", f"The check itself failed on this answer, so it can't say what is wrong with it: {brief(error)}")
+        return Verdict(
+            number,
+            "wrong",
+            f"The check itself failed on this answer, so it can't say what is wrong with it: {brief(error)}",
+        )
 
 
 def check(
@@ -147,7 +167,7 @@ def refuses(
     assert phrase.lower() in verdict.message.lower(), f"{phrase!r} is not in: {verdict}"
     print(verdict)
 
-# %% ../../nbs/95_exercises.ipynb #95-012
+# %% ../../nbs/95_exercises.ipynb #743d8fc4
 def brief(
     error: Exception,
 ) -> str:
@@ -190,7 +210,8 @@ def unchanged(
         return len(before) == len(after) and all(map(unchanged, before, after))
     if isinstance(before, dict):
         return before.keys() == after.keys() and all(unchanged(value, after[key]) for key, value in before.items())
-    no_values = isinstance(before, nn.Module) or callable(before) or type(before).__eq__ is object.__eq__  # a tokenizer, say
+    # a tokenizer, say
+    no_values = isinstance(before, nn.Module) or callable(before) or type(before).__eq__ is object.__eq__
     return no_values or before == after
 
 
@@ -200,9 +221,15 @@ def call(
     in_place: bool = False,  # Whether it may change what it is given
     **kwargs,
 ) -> object:
-    "Call the reader's function on copies; raise `Wrong` if it raises or changes its inputs, `Unanswered` if it gives nothing."
+    """Call the reader's function on copies.
+
+    Raise `Wrong` if it raises or changes its inputs, `Unanswered` if it gives nothing.
+    """
     if not callable(answer):
-        raise Wrong(f"A function is asked for, and this is {describe(answer)}. Hand over the function by its name, without calling it.")
+        raise Wrong(
+            f"A function is asked for, and this is {describe(answer)}. Hand "
+            "over the function by its name, without calling it."
+        )
     copies, named = cloned(args), cloned(kwargs)
     try:
         result = answer(*copies, **named)
@@ -217,16 +244,21 @@ def call(
     if not in_place:
         for number, (before, after) in enumerate(zip((*args, *kwargs.values()), (*copies, *named.values())), start=1):
             if not unchanged(before, after):
-                raise Wrong(f"Your function changes its input number {number} in place. Whoever called it still needs that; make a new one (`x = x + 1`, not `x += 1`).")
+                raise Wrong(
+                    f"Your function changes its input number {number} in place. Whoever called it "
+                    "still needs that; make a new one (`x = x + 1`, not `x += 1`)."
+                )
     return result
 
-# %% ../../nbs/95_exercises.ipynb #95-014
+# %% ../../nbs/95_exercises.ipynb #84214163
 def named_shape(
     axes: Sequence[str],
     shape: Sequence[int],
 ) -> str:
     "A shape with the names of its axes: (batch 2, seq 5)."
-    return "(" + ", ".join(f"{name} {size}" for name, size in zip(axes, shape)) + ")" if axes else "() (a single number)"
+    return (
+        "(" + ", ".join(f"{name} {size}" for name, size in zip(axes, shape)) + ")" if axes else "() (a single number)"
+    )
 
 
 def verb(
@@ -256,7 +288,9 @@ def same_shape(
         return
     pair = next(((i, j) for i in range(len(shape)) for j in range(i) if mine == swapped(shape, i, j)), None)
     if pair:
-        raise Wrong(f"{what} {has} the axes {names[pair[1]]} and {names[pair[0]]} swapped: its shape is {mine}, and {aim}.")
+        raise Wrong(
+            f"{what} {has} the axes {names[pair[1]]} and {names[pair[0]]} swapped: its shape is {mine}, and {aim}."
+        )
     lost = [name for i, name in enumerate(names) if mine == shape[:i] + shape[i + 1:]]
     if len(lost) == 1:
         raise Wrong(f"{what} {has} lost the axis {lost[0]}: its shape is {mine}, and {aim}.")
@@ -276,7 +310,7 @@ def swapped(
     order[i], order[j] = order[j], order[i]
     return tuple(order)
 
-# %% ../../nbs/95_exercises.ipynb #95-016
+# %% ../../nbs/95_exercises.ipynb #b128353f
 def close(
     got: Tensor,
     right: Tensor,
@@ -296,7 +330,13 @@ def kind_of(
     "What a tensor holds, in words."
     if tensor.dtype == torch.bool:
         return "True and False"
-    return "complex numbers" if tensor.is_complex() else "numbers with a fraction" if tensor.is_floating_point() else "whole numbers"
+    return (
+        "complex numbers"
+        if tensor.is_complex()
+        else "numbers with a fraction"
+        if tensor.is_floating_point()
+        else "whole numbers"
+    )
 
 
 def same_values(
@@ -307,7 +347,9 @@ def same_values(
     mistakes: Mapping[str, Tensor] | None = None,  # A sentence that names a mistake, and what that mistake gives
     tolerance: float = 1e-4,  # Allowed difference, relative to the larger of 1 and the right value
 ) -> None:
-    "Raise `Wrong` unless `got` is `right`: with the sentence of the mistake that explains it or, failing that, with the place where they differ."
+    """Raise `Wrong` unless `got` is `right`: with the sentence of the mistake that explains it or, failing that, with
+    the place where they differ.
+    """
     if isinstance(got, Tensor):
         if kind_of(got) == kind_of(right) and close(got, right, tolerance):
             return
@@ -317,10 +359,16 @@ def same_values(
     same_shape(got, right, axes, what)
     start = what[0].upper() + what[1:]
     if kind_of(got) != kind_of(right):
-        raise Wrong(f"{start} should hold {kind_of(right)}; yours holds {kind_of(got)} ({str(got.dtype).removeprefix('torch.')}).")
+        raise Wrong(
+            f"{start} should hold {kind_of(right)}; yours holds "
+            f"{kind_of(got)} ({str(got.dtype).removeprefix('torch.')})."
+        )
     mine, aim = got.detach().double().cpu(), right.detach().double().cpu()
     if mine.isnan().any() and not aim.isnan().any():
-        raise Wrong(f"{start} {verb(what, 'holds', 'hold')} NaN at {place(mine.isnan(), axes)}: something like 0/0 or inf - inf happened on the way there.")
+        raise Wrong(
+            f"{start} {verb(what, 'holds', 'hold')} NaN at {place(mine.isnan(), axes)}: "
+            "something like 0/0 or inf - inf happened on the way there."
+        )
     apart = ((mine - aim).abs() / aim.abs().clamp_min(1.0)).nan_to_num(0.0, posinf=torch.inf)
     apart[(mine != aim) & ~(mine - aim).isfinite()] = torch.inf
     index = tuple((apart == apart.max()).nonzero()[0].tolist())
@@ -329,7 +377,10 @@ def same_values(
     values = f"yours is {mine[index].item():.5g} and {aim[index].item():.5g} is right."
     if not axes.split():
         raise Wrong(f"{start} {verb(what, 'is', 'are')} not right: {values}")
-    raise Wrong(f"{start} {verb(what, 'has', 'have')} the right shape but not the right values: {share} of them differ, most at {place(apart == apart.max(), axes)}, where {values}")
+    raise Wrong(
+        f"{start} {verb(what, 'has', 'have')} the right shape but not the right values: {share} of "
+        f"them differ, most at {place(apart == apart.max(), axes)}, where {values}"
+    )
 
 
 def place(
@@ -340,12 +391,14 @@ def place(
     index = [int(i) for i in found.nonzero()[0]]
     return ", ".join(f"{name} {i}" for name, i in zip(axes.split(), index)) or "its only entry"
 
-# %% ../../nbs/95_exercises.ipynb #95-018
+# %% ../../nbs/95_exercises.ipynb #988de614
 def as_python(
     value: object,
 ) -> object:
     "A tensor or an array of one entry as a number of Python; anything else as it is."
-    return value.item() if isinstance(shape := getattr(value, "shape", None), tuple) and math.prod(shape) == 1 else value
+    return (
+        value.item() if isinstance(shape := getattr(value, "shape", None), tuple) and math.prod(shape) == 1 else value
+    )
 
 
 def same_number(
@@ -354,7 +407,9 @@ def same_number(
     mistakes: Mapping[str, float] | None = None,  # A sentence that names a mistake, and the number it gives
     tolerance: float = 0.0,  # Allowed difference, relative to the right number
 ) -> None:
-    "Raise `Wrong` unless the answer is the right number: with the sentence of a known mistake or, failing that, whether it is too large or too small."
+    """Raise `Wrong` unless the answer is the right number: with the sentence of a known mistake or, failing that,
+    whether it is too large or too small.
+    """
     answer = as_python(answer)
     if isinstance(answer, bool) or not isinstance(answer, int | float):
         raise Wrong(f"A number is asked for, and this is {describe(answer)}.")
@@ -374,7 +429,9 @@ def same_choice(
     right: object,  # The right one
     options: Mapping[object, str],  # Every wrong choice, and the sentence that says why it is wrong
 ) -> None:
-    "Raise `Wrong`, with the reason, unless the answer is the right one of several choices (capitals and blanks don't matter)."
+    """Raise `Wrong`, with the reason, unless the answer is the right one of several choices (capitals and blanks don't
+    matter).
+    """
     plain = lambda choice: choice.strip().lower() if isinstance(choice, str) else choice
     answer = as_python(answer)
     if isinstance(answer, Tensor) or hasattr(answer, "__array__"):
@@ -387,7 +444,7 @@ def same_choice(
     choices = sorted(repr(choice) for choice in (right, *options))
     raise Wrong(f"Choose one of {', '.join(choices)}; this is {describe(answer)}.")
 
-# %% ../../nbs/95_exercises.ipynb #95-020
+# %% ../../nbs/95_exercises.ipynb #3d3e070c
 def no_leak(
     function: object,  # The reader's: gets x, gives a tensor with the same axis
     x: Tensor,  # An input of random numbers
@@ -398,14 +455,20 @@ def no_leak(
     at = axes.split().index(axis)
     before = call(function, x)
     if not isinstance(before, Tensor) or before.ndim <= at or before.shape[at] != x.shape[at]:
-        raise Wrong(f"A tensor with {x.shape[at]} entries along {axis} is asked for, one for each of the input's, and this is {describe(before)}.")
+        raise Wrong(
+            f"A tensor with {x.shape[at]} entries along {axis} is asked for, one for "
+            f"each of the input's, and this is {describe(before)}."
+        )
     for later in range(1, x.shape[at]):
         changed = x.clone()
         changed.select(at, later).add_(1.0)
         moved = (call(function, changed) - before).detach().abs().movedim(at, 0).flatten(1).amax(1)
         for position in range(later):
             if not moved[position] <= 1e-6:  # NaN counts as moved
-                raise Wrong(f"Causal leak at position {position}: its output changes when position {later}, which comes later, is changed.")
+                raise Wrong(
+                    f"Causal leak at position {position}: its output changes when "
+                    f"position {later}, which comes later, is changed."
+                )
 
 
 def gradient_reaches(
@@ -418,13 +481,22 @@ def gradient_reaches(
         raise Wrong(f"A tensor is asked for, or no gradient can flow back, and this is {describe(result)}.")
     result = function(x)
     if not result.requires_grad:
-        raise Wrong("No gradient can flow back through your function: somewhere it leaves torch (`.item()`, `.tolist()`, `.detach()`, numpy), so a model could not be trained through it.")
+        raise Wrong(
+            "No gradient can flow back through your function: somewhere it leaves torch (`.item()`, "
+            "`.tolist()`, `.detach()`, numpy), so a model could not be trained through it."
+        )
     try:
         (gradient,) = torch.autograd.grad(result.double().sin().sum(), x, allow_unused=True)
     except RuntimeError as error:
-        raise Wrong("No gradient can flow back through your function: an in-place operation (`exp_()`, `x /= ...`) overwrites numbers that the backward pass needs. Make new tensors instead.") from error
+        raise Wrong(
+            "No gradient can flow back through your function: an in-place operation (`exp_()`, `x /= ...`) "
+            "overwrites numbers that the backward pass needs. Make new tensors instead."
+        ) from error
     if gradient is None or not gradient.abs().sum() > 0:
-        raise Wrong("The gradient that reaches the input is zero or NaN: the result does not depend on the input in a way that training could use.")
+        raise Wrong(
+            "The gradient that reaches the input is zero or NaN: the result does not "
+            "depend on the input in a way that training could use."
+        )
 
 
 def fresh(

@@ -6,16 +6,27 @@
 __all__ = ['check_paper', 'check_softmax', 'check_mask', 'check_one_head', 'check_split', 'check_cache', 'layer_with',
            'check_mended', 'check_reach']
 
-# %% ../../nbs/exercises/01_attention.ipynb #x01-004
+# %% ../../nbs/exercises/01_attention.ipynb #8b02f19f
 import itertools
 import math
 
 import torch
 
 from ..attention import attention_plain, causal_mask
-from . import Wrong, call, close, exercise, fresh, gradient_reaches, no_leak, same_number, same_shape, same_values
+from transformer_llm.exercises import (
+    Wrong,
+    call,
+    close,
+    exercise,
+    fresh,
+    gradient_reaches,
+    no_leak,
+    same_number,
+    same_shape,
+    same_values,
+)
 
-# %% ../../nbs/exercises/01_attention.ipynb #x01-007
+# %% ../../nbs/exercises/01_attention.ipynb #bd1c2ba4
 @exercise("1.1", "Cat asks another question")
 def check_paper(answer) -> str:
     "The first number of cat's output when its query is (3, 1) and later tokens are closed."
@@ -24,62 +35,110 @@ def check_paper(answer) -> str:
     seen, powers = torch.tensor([1.0, 1.0, 0.0]), 2**match
     share = lambda numerators: numerators / numerators.sum()
     mean = lambda weights, column=0: (weights @ values)[column].item()
-    same_number(answer, mean(share(powers * seen)), {
-        "You let cat look at sat, which comes later. Close sat: only the and cat share the weight.": mean(share(powers)),
-        "You closed sat after the division: its power of two is still counted in the sum, so the weights of the and cat don't add up to one.":
-            mean(share(powers) * seen),
-        "You took the matches themselves for weights. Each point of match doubles the weight: 2 to the power of the match, then divide.":
-            mean(share(match * seen)),
-        "You took powers of e. On paper each point of match doubles the weight: powers of 2.": mean(share(match.exp() * seen)),
-        "This is the second number of the output; the first one is asked for.": mean(share(powers * seen), 1),
-        "This is what cat gets with its old query, (0, 2).": mean(share(2 ** torch.tensor([0.0, 2.0, 2.0]) * seen)),
-    }, tolerance=0.01)
+    same_number(
+        answer,
+        mean(share(powers * seen)),
+        {
+            "You let cat look at sat, which comes later. Close sat: only the and cat share the weight.": mean(
+                share(powers)
+            ),
+            "You closed sat after the division: its power of two is still counted in the "
+            "sum, so the weights of the and cat don't add up to one.": mean(
+                share(powers) * seen
+            ),
+            "You took the matches themselves for weights. Each point of match doubles "
+            "the weight: 2 to the power of the match, then divide.": mean(
+                share(match * seen)
+            ),
+            "You took powers of e. On paper each point of match doubles the weight: powers of 2.": mean(
+                share(match.exp() * seen)
+            ),
+            "This is the second number of the output; the first one is asked for.": mean(share(powers * seen), 1),
+            "This is what cat gets with its old query, (0, 2).": mean(share(2 ** torch.tensor([0.0, 2.0, 2.0]) * seen)),
+        },
+        tolerance=0.01,
+    )
     return "The weights are 8/10 for the and 2/10 for cat, because 2³ = 8 and 2¹ = 2; sat's value plays no part."
 
-# %% ../../nbs/exercises/01_attention.ipynb #x01-010
+# %% ../../nbs/exercises/01_attention.ipynb #07853abf
 @exercise("1.2", "A softmax that can't overflow")
 def check_softmax(answer) -> str:
     "`answer(x, dim)` gives the weights of scores of any shape along any axis."
     generator = fresh("1.2")
     x = torch.randn(2, 5, 3, generator=generator)
     for dim in (-1, 0, 1):
-        mistakes = {f"You were asked to add up to one along axis {dim}, and your weights add up to one along axis {other}. Use `dim` everywhere.":
-                    x.softmax(other) for other in (0, 1, 2) if other != dim % 3}
-        mistakes["The sum of all exponentials is one number for the whole tensor here. Each slice along `dim` needs its own sum."] = x.exp() / x.exp().sum()
-        mistakes["The exponentials are right, but you don't divide by their sum: the weights have to add up to one."] = x.exp()
-        mistakes["These are the exponentials after the shift. Divide them by their sum, so that they add up to one."] = (x - x.amax(dim, keepdim=True)).exp()
-        mistakes["These are powers of 2, as on paper. The softmax takes powers of e: `exp`."] = (x * math.log(2)).softmax(dim)
-        mistakes["The exponentials are missing: a score can be negative, and a weight can't."] = x / x.sum(dim, keepdim=True)
-        mistakes["These are logarithms of the weights. The weights themselves are positive: don't take the log."] = x.log_softmax(dim)
+        mistakes = {
+            f"You were asked to add up to one along axis {dim}, and your weights add "
+            f"up to one along axis {other}. Use `dim` everywhere.": x.softmax(
+                other
+            )
+            for other in (0, 1, 2)
+            if other != dim % 3
+        }
+        mistakes[
+            "The sum of all exponentials is one number for the whole tensor "
+            "here. Each slice along `dim` needs its own sum."
+        ] = x.exp() / x.exp().sum()
+        mistakes[
+            "The exponentials are right, but you don't divide by their sum: the weights have to add up to one."
+        ] = x.exp()
+        mistakes[
+            "These are the exponentials after the shift. Divide them by their sum, so that they add up to one."
+        ] = (x - x.amax(dim, keepdim=True)).exp()
+        mistakes["These are powers of 2, as on paper. The softmax takes powers of e: `exp`."] = (
+            x * math.log(2)
+        ).softmax(dim)
+        mistakes["The exponentials are missing: a score can be negative, and a weight can't."] = x / x.sum(
+            dim, keepdim=True
+        )
+        mistakes["These are logarithms of the weights. The weights themselves are positive: don't take the log."] = (
+            x.log_softmax(dim)
+        )
         same_values(call(answer, x, dim), x.softmax(dim), "batch queries keys", "the table of weights", mistakes)
     square = torch.randn(4, 4, generator=generator)
     powers = square.exp()
-    same_values(call(answer, square, -1), square.softmax(-1), "queries keys", "the table of weights", {
-        "For a square of scores, column j is divided by the sum of row j. Keep the axis that you add up along (`keepdim=True`), so that each row is divided by its own sum.":
-            powers / powers.sum(-1),
-    })
+    same_values(
+        call(answer, square, -1),
+        square.softmax(-1),
+        "queries keys",
+        "the table of weights",
+        {
+            "For a square of scores, column j is divided by the sum of row j. Keep the axis that you "
+            "add up along (`keepdim=True`), so that each row is divided by its own sum.": powers
+            / powers.sum(-1),
+        },
+    )
     large = torch.tensor([1000.0, 999.0, 998.0])
     got = call(answer, large, -1)
     same_shape(got, large, "keys", "the table of weights")
     if not got.isfinite().all():
-        raise Wrong(f"For the scores 1000, 999 and 998 your weights are {got.tolist()}: exp(1000) overflows to inf, and inf / inf is NaN. "
-                    "Subtract the largest score first, as equation (1.2) does.")
+        raise Wrong(
+            f"For the scores 1000, 999 and 998 your weights are {got.tolist()}: "
+            "exp(1000) overflows to inf, and inf / inf is NaN. "
+            "Subtract the largest score first, as equation (1.2) does."
+        )
     same_values(got, large.softmax(-1), "keys", "the result for the scores 1000, 999 and 998")
     got = call(answer, torch.tensor([1000.0, 0.0, -1000.0]), -1)
     if not (isinstance(got, torch.Tensor) and got.isfinite().all()):
-        raise Wrong("For the scores 1000, 0 and -1000 your weights are not finite: after your shift, one score is still so large that exp overflows. "
-                    "Subtract the largest score, not the mean or the smallest.")
+        raise Wrong(
+            "For the scores 1000, 0 and -1000 your weights are not finite: after your "
+            "shift, one score is still so large that exp overflows. "
+            "Subtract the largest score, not the mean or the smallest."
+        )
     same_values(got, torch.tensor([1.0, 0.0, 0.0]), "keys", "the result for the scores 1000, 0 and -1000")
     apart = torch.tensor([[1.0, 0.0], [-1000.0, -1001.0]])
     got = call(answer, apart, -1)
     if not (got.isfinite().all() and close(got.sum(-1), torch.ones(2))):
-        raise Wrong("When one row lies 1000 below another, all its exponentials become zero, and it gets 0/0 or no weight at all. "
-                    "Subtract the largest score of each slice along `dim`, not the largest of the whole tensor.")
+        raise Wrong(
+            "When one row lies 1000 below another, all its exponentials "
+            "become zero, and it gets 0/0 or no weight at all. "
+            "Subtract the largest score of each slice along `dim`, not the largest of the whole tensor."
+        )
     same_values(got, apart.softmax(-1), "queries keys", "the result for rows that lie 1000 apart")
     gradient_reaches(lambda scores: answer(scores, -1), x)
     return "It adds up to one along any axis, stands scores of 1000, and lets the gradient through."
 
-# %% ../../nbs/exercises/01_attention.ipynb #x01-014
+# %% ../../nbs/exercises/01_attention.ipynb #519ded59
 @exercise("1.3", "A mask for the newest queries")
 def check_mask(answer) -> str:
     "`answer(n_queries, n_keys)` gives the boolean causal mask whose last query stands at the last key."
@@ -87,29 +146,56 @@ def check_mask(answer) -> str:
     draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))
     sizes = [(3, 8), (4, 4), (1, 6), (1, 1)] + [(n, n + draw(1, 6)) for n in (draw(2, 9), draw(2, 9))]
     for n_queries, n_keys in sizes:
-        got, right, every = call(answer, n_queries, n_keys), causal_mask(n_queries, n_keys), torch.ones(n_queries, n_keys)
+        got, right, every = (
+            call(answer, n_queries, n_keys),
+            causal_mask(n_queries, n_keys),
+            torch.ones(n_queries, n_keys),
+        )
         same_shape(got, right, "queries keys", f"the mask of {n_queries} queries and {n_keys} keys")
         earlier = n_keys - n_queries
         added = got.is_floating_point() and got.min() < -1e3  # to the scores
         for value, sentence in (
-            (every.tril().bool(), f"Your first query stands at the first key. With {n_queries} queries and {n_keys} keys, {earlier} tokens were read before: "
-                                  f"the first query is token {earlier}, and the last query stands at the last key."),
-            (~right, "Your mask is the wrong way round: True has to stand where a query may look, and yours is True where it may not."),
-            (every.tril(earlier - 1).bool(), "A query has to see its own key too. Yours sees only the keys before it, and the first token of a text would see nothing."),
-            (every.tril(earlier + 1).bool(), f"The mask leaks by one: the query at position {earlier} may look at key {earlier + 1}, the token it has to predict."),
+            (
+                every.tril().bool(),
+                f"Your first query stands at the first key. With {n_queries} queries and "
+                f"{n_keys} keys, {earlier} tokens were read before: "
+                f"the first query is token {earlier}, and the last query stands at the last key.",
+            ),
+            (
+                ~right,
+                "Your mask is the wrong way round: True has to stand where a query "
+                "may look, and yours is True where it may not.",
+            ),
+            (
+                every.tril(earlier - 1).bool(),
+                "A query has to see its own key too. Yours sees only the keys before "
+                "it, and the first token of a text would see nothing.",
+            ),
+            (
+                every.tril(earlier + 1).bool(),
+                f"The mask leaks by one: the query at position {earlier} may look at "
+                f"key {earlier + 1}, the token it has to predict.",
+            ),
             (every.bool(), "Your mask closes nothing: every query sees the future."),
         ):
-            if not torch.equal(value, right) and (got.bool() if got.dtype != torch.bool and not added else got).equal(value):
+            if not torch.equal(value, right) and (got.bool() if got.dtype != torch.bool and not added else got).equal(
+                value
+            ):
                 raise Wrong(sentence)
         if added:
-            raise Wrong("This mask is made to be added to the scores: 0 and -inf (or a very low number). The exercise asks for the other form, True where a query may look and False where not.")
+            raise Wrong(
+                "This mask is made to be added to the scores: 0 and -inf (or a very low number). The exercise "
+                "asks for the other form, True where a query may look and False where not."
+            )
         if got.dtype != torch.bool:
-            raise Wrong(f"The mask should hold True and False; yours has the type {str(got.dtype).removeprefix('torch.')}. "
-                        "Numbers are added to the scores, where 1 and 0 would close nothing.")
+            raise Wrong(
+                f"The mask should hold True and False; yours has the type {str(got.dtype).removeprefix('torch.')}. "
+                "Numbers are added to the scores, where 1 and 0 would close nothing."
+            )
         same_values(got, right, "queries keys", f"the mask of {n_queries} queries and {n_keys} keys")
     return "The last query stands at the last key, for one query, for all, and for random numbers of them."
 
-# %% ../../nbs/exercises/01_attention.ipynb #x01-017
+# %% ../../nbs/exercises/01_attention.ipynb #4c478d8f
 @exercise("1.4", "One head of attention")
 def check_one_head(answer) -> str:
     "`answer(q, k, v, mask)` gives equation (1.3) for one head, with zeros for a query that may look nowhere."
@@ -123,20 +209,51 @@ def check_one_head(answer) -> str:
     scores, root = q @ k.T, math.sqrt(8)
     weigh = lambda scores, mask=mask, dim=-1: scores.masked_fill(~mask, -math.inf).softmax(dim)
     mistakes = {
-        "The scale is missing: divide the scores by the square root of head_dim, or wide heads put all weight on one key.": weigh(scores) @ v,
-        "You divide the scores by head_dim. Their standard deviation is its square root, so divide by that.": weigh(scores / 8) @ v,
+        "The scale is missing: divide the scores by the square root of "
+        "head_dim, or wide heads put all weight on one key.": weigh(
+            scores
+        )
+        @ v,
+        "You divide the scores by head_dim. Their standard deviation is its square root, so divide by that.": weigh(
+            scores / 8
+        )
+        @ v,
         "You multiply the scores by the square root of head_dim. Divide by it.": weigh(scores * root) @ v,
-        "You divide by the square root of the number of keys. The scores are sums over head_dim, so that is what counts.": weigh(scores / math.sqrt(7)) @ v,
-        "Your softmax runs along queries: each key shares itself out among the queries. The weights of one query, a row, have to add up to one; use the last axis.":
-            weigh(scores / root, dim=0).nan_to_num() @ v,
-        "The mask comes after the softmax: the closed keys are counted in the sum that you divided by, so the open weights don't add up to one. Put -inf into the scores before.":
-            (scores / root).softmax(-1) * mask @ v,
-        "You multiply the scores by the mask. A closed score becomes 0, and exp(0) = 1 is a weight; it has to become -inf.": (scores / root * mask).softmax(-1) @ v,
-        "You add the boolean mask to the scores. That raises the open ones by 1 and closes nothing; write -inf where the mask is False.":
-            (scores / root + mask).softmax(-1) @ v,
-        "The mask is the wrong way round: it is True where a query may look, and you close those keys.": weigh(scores / root, ~mask) @ v,
+        "You divide by the square root of the number of keys. The scores "
+        "are sums over head_dim, so that is what counts.": weigh(
+            scores / math.sqrt(7)
+        )
+        @ v,
+        "Your softmax runs along queries: each key shares itself out among the queries. The "
+        "weights of one query, a row, have to add up to one; use the last axis.": weigh(
+            scores / root, dim=0
+        ).nan_to_num()
+        @ v,
+        "The mask comes after the softmax: the closed keys are counted in the sum that you divided by, "
+        "so the open weights don't add up to one. Put -inf into the scores before.": (
+            scores / root
+        ).softmax(-1)
+        * mask
+        @ v,
+        "You multiply the scores by the mask. A closed score becomes 0, and "
+        "exp(0) = 1 is a weight; it has to become -inf.": (
+            scores / root * mask
+        ).softmax(-1)
+        @ v,
+        "You add the boolean mask to the scores. That raises the open ones by 1 "
+        "and closes nothing; write -inf where the mask is False.": (
+            scores / root + mask
+        ).softmax(-1)
+        @ v,
+        "The mask is the wrong way round: it is True where a query may look, and you close those keys.": weigh(
+            scores / root, ~mask
+        )
+        @ v,
         "You don't use the mask.": (scores / root).softmax(-1) @ v,
-        "You have taken the mean of the keys. The weights come from the keys; what they weigh is the values.": weigh(scores / root) @ k,
+        "You have taken the mean of the keys. The weights come from the keys; what they weigh is the values.": weigh(
+            scores / root
+        )
+        @ k,
         "The softmax is missing: the open scores themselves are the weights here.": (scores / root * mask) @ v,
     }
     same_values(call(answer, q, k, v, mask), right, "queries head_dim", "the output", mistakes)
@@ -145,67 +262,145 @@ def check_one_head(answer) -> str:
     got = call(answer, q, k, v, lonely)
     same_shape(got, right, "queries head_dim", "the output")
     if got[2].isnan().any():
-        raise Wrong("Query 2 may look nowhere, and its output is NaN: every score is -inf, and the softmax divides 0 by 0. Give it zeros.")
+        raise Wrong(
+            "Query 2 may look nowhere, and its output is NaN: every score is "
+            "-inf, and the softmax divides 0 by 0. Give it zeros."
+        )
     if close(got[2], v.mean(0)):
-        raise Wrong("Query 2 may look nowhere, and its output is the mean of all values: it sees every key after all. Give it zeros.")
-    same_values(got, right.index_fill(0, torch.tensor([2]), 0.0), "queries head_dim", "the output, when query 2 may look nowhere,")
-    for what, queries, its_keys in (("scores in the hundreds", 200 * q, k), ("scores far below zero", -200 * q.abs(), k.abs())):
+        raise Wrong(
+            "Query 2 may look nowhere, and its output is the mean of all "
+            "values: it sees every key after all. Give it zeros."
+        )
+    same_values(
+        got,
+        right.index_fill(0, torch.tensor([2]), 0.0),
+        "queries head_dim",
+        "the output, when query 2 may look nowhere,",
+    )
+    for what, queries, its_keys in (
+        ("scores in the hundreds", 200 * q, k),
+        ("scores far below zero", -200 * q.abs(), k.abs()),
+    ):
         got = call(answer, queries, its_keys, v, mask)
         if isinstance(got, torch.Tensor) and not got.isfinite().all():
-            raise Wrong(f"For {what} your output is not finite: exp overflows, or all of a row's exponentials become zero. Subtract each row's largest score first, as `softmax` does.")
-        same_values(got, attention_plain(queries[None, None], its_keys[None, None], v[None, None], mask)[0, 0], "queries head_dim", f"the output for {what}",
-                    {"For scores far below zero your output is zero. Either exp gave zero everywhere (subtract each row's largest score first), "
-                     "or closed keys took all the weight (what you write into their scores is not low enough: take -inf).": v.new_zeros(5, 8)}, tolerance=1e-3)
+            raise Wrong(
+                f"For {what} your output is not finite: exp overflows, or all of a row's exponentials "
+                "become zero. Subtract each row's largest score first, as `softmax` does."
+            )
+        same_values(
+            got,
+            attention_plain(queries[None, None], its_keys[None, None], v[None, None], mask)[0, 0],
+            "queries head_dim",
+            f"the output for {what}",
+            {
+                "For scores far below zero your output is zero. Either exp gave zero "
+                "everywhere (subtract each row's largest score first), "
+                "or closed keys took all the weight (what you write into "
+                "their scores is not low enough: take -inf).": v.new_zeros(
+                    5, 8
+                )
+            },
+            tolerance=1e-3,
+        )
     narrow = q[:, :3], k[:, :3], v[:, :3]
-    same_values(call(answer, *narrow, mask), attention_plain(*(t[None, None] for t in narrow), mask)[0, 0], "queries head_dim", "the output for a head_dim of 3",
-                {"For a head_dim of 3 your scale is that of 8. Take the width from the input: `q.shape[-1]`.": (q[:, :3] @ k[:, :3].T / root).masked_fill(~mask, -math.inf).softmax(-1) @ v[:, :3]})
+    same_values(
+        call(answer, *narrow, mask),
+        attention_plain(*(t[None, None] for t in narrow), mask)[0, 0],
+        "queries head_dim",
+        "the output for a head_dim of 3",
+        {
+            "For a head_dim of 3 your scale is that of 8. Take the width from the input: `q.shape[-1]`.": (
+                q[:, :3] @ k[:, :3].T / root
+            )
+            .masked_fill(~mask, -math.inf)
+            .softmax(-1)
+            @ v[:, :3]
+        },
+    )
     every = torch.ones(1, 1, dtype=torch.bool)
-    same_values(call(answer, q[:1], k[:1], v[:1], every), v[:1], "queries head_dim", "the output of a single token, which is its own value,")
+    same_values(
+        call(answer, q[:1], k[:1], v[:1], every),
+        v[:1],
+        "queries head_dim",
+        "the output of a single token, which is its own value,",
+    )
     gradient_reaches(lambda x: answer(x, k, v, mask), q)
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-    for name, gradient in zip(("queries", "keys", "values"), torch.autograd.grad(answer(*inputs, lonely).sum(), inputs, allow_unused=True)):
+    for name, gradient in zip(
+        ("queries", "keys", "values"), torch.autograd.grad(answer(*inputs, lonely).sum(), inputs, allow_unused=True)
+    ):
         if gradient is None or gradient.isnan().any():
-            raise Wrong(f"The output is right, but with a query that may look nowhere the gradient of the {name} is {'missing' if gradient is None else 'NaN'}: "
-                        "zeros over a NaN don't keep it from flowing back. Don't let it arise: write 0 into the scores of such a row, and 0 over its weights after the softmax.")
+            raise Wrong(
+                "The output is right, but with a query that may look nowhere the gradient of "
+                f"the {name} is {'missing' if gradient is None else 'NaN'}: "
+                "zeros over a NaN don't keep it from flowing back. Don't let it arise: write 0 into "
+                "the scores of such a row, and 0 over its weights after the softmax."
+            )
     return "Scale, mask and softmax stand in the right order, a query with nowhere to look gets zeros, and no NaN flows back."
 
-# %% ../../nbs/exercises/01_attention.ipynb #x01-020
+# %% ../../nbs/exercises/01_attention.ipynb #157ec083
 @exercise("1.5", "Split the heads")
 def check_split(answer) -> str:
     "`answer(x, n_heads)` cuts the width of x into heads and puts them before the sequence."
     generator = fresh("1.5")
-    for batch, seq, n_heads, head_dim in ((2, 5, 3, 4), (1, 1, 2, 6), (3, 4, 1, 2), (2, int(torch.randint(6, 9, (), generator=generator)), 4, 3)):
+    for batch, seq, n_heads, head_dim in (
+        (2, 5, 3, 4),
+        (1, 1, 2, 6),
+        (3, 4, 1, 2),
+        (2, int(torch.randint(6, 9, (), generator=generator)), 4, 3),
+    ):
         x = torch.randn(batch, seq, n_heads * head_dim, generator=generator)
         right = x.unflatten(-1, (n_heads, head_dim)).transpose(1, 2)
-        same_values(call(answer, x, n_heads), right, "batch heads seq head_dim", "the result", {
-            "The shape is right, the numbers are not where they belong: `view` alone (or `reshape`) cuts them in the order in which they lie, so head 0 gets all of the first tokens "
-            "instead of a part of every token. Cut only the last axis, then transpose.": x.reshape(batch, n_heads, seq, head_dim),
-            f"Your heads take turns: head 0 holds the numbers 0, {n_heads}, {2 * n_heads}, ... of a token. A head's numbers lie side by side: cut the width into (heads, head_dim), "
-            "not (head_dim, heads).":
-                x.unflatten(-1, (head_dim, n_heads)).permute(0, 3, 1, 2),
-        })
+        same_values(
+            call(answer, x, n_heads),
+            right,
+            "batch heads seq head_dim",
+            "the result",
+            {
+                "The shape is right, the numbers are not where they belong: `view` alone (or `reshape`) cuts "
+                "them in the order in which they lie, so head 0 gets all of the first tokens "
+                "instead of a part of every token. Cut only the last axis, then transpose.": x.reshape(
+                    batch, n_heads, seq, head_dim
+                ),
+                f"Your heads take turns: head 0 holds the numbers 0, {n_heads}, {2 * n_heads}, ... of a token. "
+                "A head's numbers lie side by side: cut the width into (heads, head_dim), "
+                "not (head_dim, heads).": x.unflatten(-1, (head_dim, n_heads)).permute(0, 3, 1, 2),
+            },
+        )
         gradient_reaches(lambda x: answer(x, n_heads), x)
     return "Each head holds its own part of every token, and the axes are batch, heads, seq, head_dim."
 
-# %% ../../nbs/exercises/01_attention.ipynb #x01-023
+# %% ../../nbs/exercises/01_attention.ipynb #de84706e
 @exercise("1.6", "Bytes in the cache")
 def check_cache(answer) -> str:
     "Bytes that 12 layers keep for 1,000 tokens: 8 query heads, 2 key/value heads, head_dim 64, four bytes a number."
     layers, heads, kv_heads, head_dim, tokens, size = 12, 8, 2, 64, 1000, 4
     right = layers * 2 * kv_heads * head_dim * tokens * size
-    same_number(answer, right, {
-        "You counted keys or values, and the cache keeps both: twice as much.": right / 2,
-        "You counted query heads. The cache keeps keys and values only, for each key/value head; that is why grouped queries save memory.": right * heads / kv_heads,
-        "You counted query heads, and only keys or only values. The cache keeps both, for each key/value head.": right * heads / kv_heads / 2,
-        "This is one layer. Each layer has a cache of its own, because its keys and values differ.": right / layers,
-        "You counted numbers; each takes four bytes.": right / size,
-        "This is in millions of bytes; the bytes are asked for.": right / 1e6,
-        "You counted bits. A byte is eight of them.": right * 8,
-        "This is one token (or you counted thousands of bytes); the bytes of all 1,000 are asked for.": right / tokens,
-    })
+    same_number(
+        answer,
+        right,
+        {
+            "You counted keys or values, and the cache keeps both: twice as much.": right / 2,
+            "You counted query heads. The cache keeps keys and values only, for each "
+            "key/value head; that is why grouped queries save memory.": right
+            * heads
+            / kv_heads,
+            "You counted query heads, and only keys or only values. The "
+            "cache keeps both, for each key/value head.": right
+            * heads
+            / kv_heads
+            / 2,
+            "This is one layer. Each layer has a cache of its own, because its keys and values differ.": right / layers,
+            "You counted numbers; each takes four bytes.": right / size,
+            "This is in millions of bytes; the bytes are asked for.": right / 1e6,
+            "You counted bits. A byte is eight of them.": right * 8,
+            "This is one token (or you counted thousands of bytes); the bytes of all 1,000 are asked for.": right
+            / tokens,
+        },
+    )
     return "12 layers × 2 (keys and values) × 2 heads × 64 numbers × 1,000 tokens × 4 bytes."
 
-# %% ../../nbs/exercises/01_attention.ipynb #x01-026
+# %% ../../nbs/exercises/01_attention.ipynb #e45c4bf4
 def layer_with(
     mistakes: tuple[bool, bool, bool],  # Scale, mask, merge: whether each is made
     inputs: tuple,  # x, w_q, w_k, w_v, w_o, n_heads
@@ -226,9 +421,12 @@ def layer_with(
 def check_mended(answer) -> str:
     "`answer(x, w_q, w_k, w_v, w_o, n_heads)` gives what causal multi-head attention gives."
     generator = fresh("1.7")
-    names = ("the scale (a score is a sum over head_dim, not over d_model)",
-             "the mask (it acts after the softmax, so the future is still counted in the sum)",
-             "the way back from heads to one row (`reshape` alone puts numbers of different tokens into one row; transpose first)")
+    names = (
+        "the scale (a score is a sum over head_dim, not over d_model)",
+        "the mask (it acts after the softmax, so the future is still counted in the sum)",
+        "the way back from heads to one row (`reshape` alone puts numbers of "
+        "different tokens into one row; transpose first)",
+    )
     for batch, seq, n_heads, head_dim in ((2, 6, 3, 4), (1, 7, 2, 5), (2, 1, 2, 3)):
         d_model = n_heads * head_dim
         x = torch.randn(batch, seq, d_model, generator=generator)
@@ -240,26 +438,46 @@ def check_mended(answer) -> str:
         for made in itertools.product((False, True), repeat=3):
             if any(made) and close(got, layer_with(made, inputs)):
                 left = [name for name, is_made in zip(names, made) if is_made]
-                raise Wrong(f"{['', 'One mistake is', 'Two mistakes are', 'All three mistakes are'][len(left)]} left: {'; '.join(left)}.")
-        for divisor, what in ((1.0, "none"), (head_dim, "head_dim itself"), (math.sqrt(n_heads), "the root of the number of heads"), (math.sqrt(seq), "the root of the length")):
+                raise Wrong(
+                    f"{['', 'One mistake is', 'Two mistakes are', 'All three mistakes are'][len(left)]} left: "
+                    f"{'; '.join(left)}."
+                )
+        for divisor, what in (
+            (1.0, "none"),
+            (head_dim, "head_dim itself"),
+            (math.sqrt(n_heads), "the root of the number of heads"),
+            (math.sqrt(seq), "the root of the length"),
+        ):
             if close(got, layer_with((False, False, False), inputs, divisor)):
-                raise Wrong(f"One mistake is left: the scale. Yours is {what} now, and the scores are divided by the square root of head_dim.")
+                raise Wrong(
+                    f"One mistake is left: the scale. Yours is {what} now, and the "
+                    "scores are divided by the square root of head_dim."
+                )
         no_leak(lambda x: answer(x, *inputs[1:]), x)
         same_values(got, right, "batch seq d_model", "the output")
     gradient_reaches(lambda x: answer(x, *inputs[1:]), x)
     return "All three are mended: the scale, the mask before the softmax, and the transpose on the way back."
 
-# %% ../../nbs/exercises/01_attention.ipynb #x01-029
+# %% ../../nbs/exercises/01_attention.ipynb #1b54ffc3
 @exercise("1.8", "How many layers to see the beginning?")
 def check_reach(answer) -> str:
     "The number of layers with a window of 4 after which the last of 32 tokens depends on the first."
     tokens, window = 32, 4
     way, step = tokens - 1, window - 1
     layers = math.ceil(way / step)
-    same_number(answer, layers, {
-        f"You divided by the window. It counts the token itself, so a layer reaches only {step} tokens back.": math.ceil(way / window),
-        f"With so many layers the last token reaches {step * (layers - 1)} tokens back, and the first stands {way} back: round up.": layers - 1,
-        "A number of layers is whole; the last one reaches a little further than it has to.": way / step,
-        f"That would be one token a layer. A window of {window} reaches {step} tokens back.": way,
-    })
+    same_number(
+        answer,
+        layers,
+        {
+            "You divided by the window. It counts the token itself, so "
+            f"a layer reaches only {step} tokens back.": math.ceil(
+                way / window
+            ),
+            f"With so many layers the last token reaches {step * (layers - 1)} "
+            f"tokens back, and the first stands {way} back: round up.": layers
+            - 1,
+            "A number of layers is whole; the last one reaches a little further than it has to.": way / step,
+            f"That would be one token a layer. A window of {window} reaches {step} tokens back.": way,
+        },
+    )
     return f"Each layer reaches {step} tokens further back, and the first token stands {way} back."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_digit', 'check_sequences', 'check_parameters', 'check_accuracy', 'check_mask', 'check_counting_down']
 
-# %% ../../nbs/exercises/00_counting.ipynb #x00-005
+# %% ../../nbs/exercises/00_counting.ipynb #b88a2999
 import dataclasses
 import math
 
@@ -17,91 +17,194 @@ from . import Wrong, call, exercise, fresh, same_choice, same_number, same_value
 from ..generation import generate
 from ..transformer import GPT, GPTConfig
 
-# %% ../../nbs/exercises/00_counting.ipynb #x00-008
+# %% ../../nbs/exercises/00_counting.ipynb #65d479ea
 @exercise("0.1", "A digit on paper")
 def check_digit(answer: object) -> str:
     "The digit at position 24 of the sentence with start 7."
     start, position = 7, 24
-    same_number(answer, (start + position) % 10, {
-        "This is the digit before it: positions are counted from 0, so that position 24 is 24 steps after the start, not 23.": (start + position - 1) % 10,
-        "This is the digit after it: the start stands at position 0, and 24 steps after it is not 25 steps.": (start + position + 1) % 10,
-        "You have added right, but tokens are digits: after 9 the count begins again at 0, so take all tens away (mod 10).": start + position,
-        "This is the sentence that starts with 0: the start counts too.": position % 10,
-    })
+    same_number(
+        answer,
+        (start + position) % 10,
+        {
+            "This is the digit before it: positions are counted from 0, so that "
+            "position 24 is 24 steps after the start, not 23.": (
+                start + position - 1
+            )
+            % 10,
+            "This is the digit after it: the start stands at position 0, and 24 steps after it is not 25 steps.": (
+                start + position + 1
+            )
+            % 10,
+            "You have added right, but tokens are digits: after 9 the count "
+            "begins again at 0, so take all tens away (mod 10).": start
+            + position,
+            "This is the sentence that starts with 0: the start counts too.": position % 10,
+        },
+    )
     return f"{start} + {position} = {start + position}, and without the tens {(start + position) % 10} is left."
 
-# %% ../../nbs/exercises/00_counting.ipynb #x00-011
+# %% ../../nbs/exercises/00_counting.ipynb #46078349
 @exercise("0.2", "Counting in steps")
 def check_sequences(answer: object) -> str:
     "A function of starts, length and step; tried with fresh ones."
     generator = fresh("0.2")
     draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))
-    for batch, length, step in ((3, 7, 3), (draw(2, 6), draw(8, 15), draw(2, 9)), (draw(2, 6), draw(8, 15), -draw(1, 9)), (1, 5, 1), (4, 1, 2)):
+    for batch, length, step in (
+        (3, 7, 3),
+        (draw(2, 6), draw(8, 15), draw(2, 9)),
+        (draw(2, 6), draw(8, 15), -draw(1, 9)),
+        (1, 5, 1),
+        (4, 1, 2),
+    ):
         starts = torch.randint(10, (batch,), generator=generator)
         column, positions = starts[:, None], torch.arange(length)
         got = call(answer, starts, length, step)
         if isinstance(got, list):
-            raise Wrong("The result is a list, and a tensor is asked for: a model reads tensors. `torch.tensor(...)` makes one of a list of lists.")
+            raise Wrong(
+                "The result is a list, and a tensor is asked for: a model reads "
+                "tensors. `torch.tensor(...)` makes one of a list of lists."
+            )
         if isinstance(got, Tensor) and got.shape == (batch, length + 1):
-            raise Wrong(f"The sentences are one digit too long: length {length} counts the start, so the last position is {length - 1}.")
-        same_values(got, (column + step * positions) % 10, "batch seq", "the table of sentences", {
-            "Some tokens are no digits: after 9 the count has to begin again at 0. The modulo is missing.": column + step * positions,
-            "Going down from 0, your sentences hold negative numbers: this modulo keeps the sign (as `torch.fmod` does). Use `%`, which gives 9 for -1.": torch.fmod(column + step * positions, 10),
-            f"Your sentences count in steps of one whatever `step` is; here it was {step}.": (column + positions) % 10,
-            f"Your sentences step the wrong way: with step {step} they go as with step {-step}.": (column - step * positions) % 10,
-            "The modulo takes in the position only: `%` binds more tightly than `+`. Put the sum in brackets.": column + step * positions % 10,
-            "The start is multiplied by the step too. Only the position is: x = start + position · step.": (step * (column + positions)) % 10,
-            "The first token should be the start itself: positions begin at 0, not at 1.": (column + step * (positions + 1)) % 10,
-            "Every row is the sentence of the first start: each row should begin with its own.": ((starts[0] + step * positions) % 10).expand(batch, length),
-        })
+            raise Wrong(
+                f"The sentences are one digit too long: length {length} counts the "
+                f"start, so the last position is {length - 1}."
+            )
+        same_values(
+            got,
+            (column + step * positions) % 10,
+            "batch seq",
+            "the table of sentences",
+            {
+                "Some tokens are no digits: after 9 the count has to begin again at 0. The modulo is missing.": column
+                + step * positions,
+                "Going down from 0, your sentences hold negative numbers: this modulo keeps the "
+                "sign (as `torch.fmod` does). Use `%`, which gives 9 for -1.": torch.fmod(
+                    column + step * positions, 10
+                ),
+                f"Your sentences count in steps of one whatever `step` is; here it was {step}.": (column + positions)
+                % 10,
+                f"Your sentences step the wrong way: with step {step} they go as with step {-step}.": (
+                    column - step * positions
+                )
+                % 10,
+                "The modulo takes in the position only: `%` binds more "
+                "tightly than `+`. Put the sum in brackets.": column
+                + step * positions % 10,
+                "The start is multiplied by the step too. Only the position is: x = start + position · step.": (
+                    step * (column + positions)
+                )
+                % 10,
+                "The first token should be the start itself: positions begin at 0, not at 1.": (
+                    column + step * (positions + 1)
+                )
+                % 10,
+                "Every row is the sentence of the first start: each row should begin with its own.": (
+                    (starts[0] + step * positions) % 10
+                ).expand(batch, length),
+            },
+        )
     return "Tried with single and several starts, lengths from one on, and steps up and down."
 
-# %% ../../nbs/exercises/00_counting.ipynb #x00-014
+# %% ../../nbs/exercises/00_counting.ipynb #eefc7b68
 @exercise("0.3", "Twelve digits")
 def check_parameters(answer: object) -> str:
     "How many parameters the demo model has with a vocabulary of twelve."
     config = GPTConfig.preset("demo")
     ten, twelve = (GPT(dataclasses.replace(config, vocab_size=size)).num_parameters() for size in (10, 12))
     d = config.d_model
-    same_number(answer, twelve, {
-        "You have added the new rows of the embedding but not the biases: each digit has one bias at the output.": ten + 2 * d,
-        "You have counted an output matrix of its own. The output uses the token embedding's matrix, so that its numbers count once.": ten + 2 * 2 * d + 2,
-        "You have added twelve rows to the ten that were there. Twelve digits need twelve rows in all, two more than before.": ten + 12 * (d + 1),
-        "You have added twelve rows to the ten that were there (and forgotten the biases). Twelve digits need two more rows.": ten + 12 * d,
-        "This is the model of ten digits. Each digit has a row in the embedding and a bias, so two more digits cost something.": ten,
-        "You have made everything larger by 12/10, but only the formulas with V in them grow; attention and feed-forward stay.": round(ten * 12 / 10),
-        "These are only the new parameters; the exercise asks for all of them.": twelve - ten,
-        "You have added the biases but not the new rows of the embedding.": ten + 2,
-    })
+    same_number(
+        answer,
+        twelve,
+        {
+            "You have added the new rows of the embedding but not the "
+            "biases: each digit has one bias at the output.": ten
+            + 2 * d,
+            "You have counted an output matrix of its own. The output uses the token "
+            "embedding's matrix, so that its numbers count once.": ten
+            + 2 * 2 * d
+            + 2,
+            "You have added twelve rows to the ten that were there. Twelve "
+            "digits need twelve rows in all, two more than before.": ten
+            + 12 * (d + 1),
+            "You have added twelve rows to the ten that were there (and "
+            "forgotten the biases). Twelve digits need two more rows.": ten
+            + 12 * d,
+            "This is the model of ten digits. Each digit has a row in the "
+            "embedding and a bias, so two more digits cost something.": ten,
+            "You have made everything larger by 12/10, but only the formulas with "
+            "V in them grow; attention and feed-forward stay.": round(
+                ten * 12 / 10
+            ),
+            "These are only the new parameters; the exercise asks for all of them.": twelve - ten,
+            "You have added the biases but not the new rows of the embedding.": ten + 2,
+        },
+    )
     return f"Two more digits need 2 · {d} numbers in the embedding and 2 biases; counted in a real model: {twelve:,}."
 
-# %% ../../nbs/exercises/00_counting.ipynb #x00-017
+# %% ../../nbs/exercises/00_counting.ipynb #a1c57594
 @exercise("0.4", "Accuracy")
 def check_accuracy(answer: object) -> str:
     "A function of what was written and the truth; tried with fresh digits."
     generator = fresh("0.4")
-    truth = torch.randint(10, (7, 8), generator=generator)  # 49 digits to write: no share of them has two decimal places
+    # 49 digits to write: no share of them has two decimal places
+    truth = torch.randint(10, (7, 8), generator=generator)
     keep = torch.rand(7, 8, generator=generator) < 0.6
     keep[:, 0], keep[0], keep[1, 3:] = True, True, False
     mixed = torch.where(keep, truth, (truth + torch.randint(1, 9, (7, 8), generator=generator)) % 10)
     wrong = torch.cat((truth[:, :1], (truth[:, 1:] + 5) % 10), 1)
-    for written, right in ((mixed, truth), (mixed[:2, :2], truth[:2, :2]), (truth, truth), (wrong, truth), (wrong[:1, :2], truth[:1, :2])):
+    for written, right in (
+        (mixed, truth),
+        (mixed[:2, :2], truth[:2, :2]),
+        (truth, truth),
+        (wrong, truth),
+        (wrong[:1, :2], truth[:1, :2]),
+    ):
         hits = written == right
         fraction = hits[:, 1:].double().mean().item()
         value = call(answer, written, right)
         if isinstance(value, Tensor) and value.numel() > 1:
-            raise Wrong(f"One number is asked for, and this is a tensor of shape {tuple(value.shape)}: the mean is taken over both axes at once.")
+            raise Wrong(
+                "One number is asked for, and this is a tensor of shape "
+                f"{tuple(value.shape)}: the mean is taken over both axes at once."
+            )
         mistakes = {
-            "The digit that was given counts as right, so the accuracy is too good: leave the first column out of both the right ones and the total.": hits.double().mean().item(),
-            "The right digits are counted without the first column, but they are divided by all digits, the given ones included.": hits[:, 1:].sum().item() / hits.numel(),
-            "This is the fraction of whole sentences without a mistake; the exercise asks for the fraction of digits.": hits.all(1).double().mean().item(),
+            "The digit that was given counts as right, so the accuracy is too good: leave "
+            "the first column out of both the right ones and the total.": hits.double()
+            .mean()
+            .item(),
+            "The right digits are counted without the first column, but they are "
+            "divided by all digits, the given ones included.": hits[
+                :, 1:
+            ]
+            .sum()
+            .item()
+            / hits.numel(),
+            "This is the fraction of whole sentences without a mistake; "
+            "the exercise asks for the fraction of digits.": hits.all(
+                1
+            )
+            .double()
+            .mean()
+            .item(),
             "This is the number of right digits; divide by how many there are.": float(hits[:, 1:].sum()),
             "This is the fraction of wrong digits.": 1 - fraction,
             "This is a percentage; a fraction from 0 to 1 is asked for.": 100 * fraction,
-            "The first row is left out. The given digits are the first column: `[:, 1:]`.": hits[1:].double().mean().item(),
-            "The last column is left out. The given digits are the first one: `[:, 1:]`.": hits[:, :-1].double().mean().item(),
+            "The first row is left out. The given digits are the first column: `[:, 1:]`.": hits[1:]
+            .double()
+            .mean()
+            .item(),
+            "The last column is left out. The given digits are the first one: `[:, 1:]`.": hits[:, :-1]
+            .double()
+            .mean()
+            .item(),
             "The fraction is right and then rounded; give all its digits.": round(fraction, 2),
-            "The digits are shifted against each other: compare each written digit with the true one at its own position.": (written[:, 1:] == right[:, :-1]).double().mean().item(),
+            "The digits are shifted against each other: compare each written "
+            "digit with the true one at its own position.": (
+                written[:, 1:] == right[:, :-1]
+            )
+            .double()
+            .mean()
+            .item(),
         }
         try:
             same_number(value, fraction, mistakes, tolerance=1e-5)
@@ -109,32 +212,51 @@ def check_accuracy(answer: object) -> str:
             if str(reason) in mistakes or written is not mixed or " is too " not in str(reason):
                 raise
             small = written[:3, :5], right[:3, :5]
-            raise Wrong(f"{reason} Try it on paper: for written = {small[0].tolist()} and truth = {small[1].tolist()} yours gives {call(answer, *small)}, "
-                        f"and {hits[:3, 1:5].sum()} of the 12 digits that the model wrote itself are right.") from reason
+            raise Wrong(
+                f"{reason} Try it on paper: for written = {small[0].tolist()} and truth = "
+                f"{small[1].tolist()} yours gives {call(answer, *small)}, "
+                f"and {hits[:3, 1:5].sum()} of the 12 digits that the model wrote itself are right."
+            ) from reason
     return "Tried with digits some, none and all of which are right; the given first digits never count."
 
-# %% ../../nbs/exercises/00_counting.ipynb #x00-020
+# %% ../../nbs/exercises/00_counting.ipynb #b1293c06
 @exercise("0.5", "Without the mask")
 def check_mask(answer: object) -> str:
     "One of four predictions."
-    same_choice(answer, "b", {
-        "a": "Nobody can predict them from the past. But without the mask the digit to be predicted stands in the input, one position on, and nothing keeps the model from looking at it.",
-        "c": "Fresh digits are drawn at every step, so there is nothing to learn by heart: with the mask, ln 10 is the least that any model can reach.",
-        "d": "With the mask, the past of random digits says nothing about the next one, so this loss can't fall. And one of the many digits in sight without the mask is the answer.",
-    })
+    same_choice(
+        answer,
+        "b",
+        {
+            "a": "Nobody can predict them from the past. But without the mask the digit to be predicted stands in the input, one position on, and nothing keeps the model from looking at it.",
+            "c": "Fresh digits are drawn at every step, so there is nothing to learn by heart: with the mask, ln 10 is the least that any model can reach.",
+            "d": "With the mask, the past of random digits says nothing about the next one, so this loss can't fall. And one of the many digits in sight without the mask is the answer.",
+        },
+    )
     return f"The mask hides the answer: with it, no model beats ln 10 = {math.log(10):.3f} on random digits; without it, the answer can be copied."
 
-# %% ../../nbs/exercises/00_counting.ipynb #x00-023
+# %% ../../nbs/exercises/00_counting.ipynb #dcdba5e1
 @exercise("0.6", "Counting down")
 def check_counting_down(answer: object) -> str:
     "A model that has been trained to count down; it writes from each of the ten digits."
     if isinstance(getattr(answer, "model", None), nn.Module):
         raise Wrong("This is a model and its losses together; hand over the model alone (`.model`).")
     if not isinstance(answer, GPT):
-        kind = "a class" if isinstance(answer, type) else "a function" if callable(answer) and not isinstance(answer, nn.Module) else f"of type {type(answer).__name__}"
-        raise Wrong(f"A trained model of class GPT is asked for, and this is {kind}. Hand over the model itself, after its training.")
+        kind = (
+            "a class"
+            if isinstance(answer, type)
+            else "a function"
+            if callable(answer) and not isinstance(answer, nn.Module)
+            else f"of type {type(answer).__name__}"
+        )
+        raise Wrong(
+            f"A trained model of class GPT is asked for, and this is {kind}. "
+            "Hand over the model itself, after its training."
+        )
     if answer.config.vocab_size != 10 or answer.config.context_length < TRAINING_LENGTH:
-        raise Wrong(f"The model should know ten digits and have room for {TRAINING_LENGTH}; this one has a vocabulary of {answer.config.vocab_size} and room for {answer.config.context_length}.")
+        raise Wrong(
+            f"The model should know ten digits and have room for {TRAINING_LENGTH}; this one has a "
+            f"vocabulary of {answer.config.vocab_size} and room for {answer.config.context_length}."
+        )
     training = answer.training
     answer.eval()
     with torch.no_grad():
@@ -146,20 +268,30 @@ def check_counting_down(answer: object) -> str:
     if right.all():
         return f"Given any of the ten digits, it counts on to {TRAINING_LENGTH} digits, every one of them one less than the one before, and 9 after 0."
     if p.amax(1).mean() < 0.2:
-        raise Wrong(f"This model knows nothing yet: it gives its favourite digit a probability of {p.amax(1).mean():.2f} on average, and a guess has 0.10. Are its parameters the ones that the optimizer moves?")
+        raise Wrong(
+            f"This model knows nothing yet: it gives its favourite digit a probability of {p.amax(1).mean():.2f} on "
+            "average, and a guess has 0.10. Are its parameters the ones that the optimizer moves?"
+        )
     says = p.argmax(1)
     steps = (says - starts) % 10
     common = steps.mode().values.item()
     if common != 9 and (steps == common).sum() > 5:
-        raise Wrong({
-            0: "This model says the digit that it has just read. Its targets were its inputs; they have to be shifted by one position: read `batch[:, :-1]`, say `batch[:, 1:]`.",
-            1: "This model counts up: after 3 it says 4. Its training sequences count up; they have to count down.",
-        }.get(common, f"This model counts in other steps: after 5 it says {(5 + common) % 10}, and 4 is right."))
+        raise Wrong(
+            {
+                0: "This model says the digit that it has just read. Its targets were its inputs; they have to be shifted by one position: read `batch[:, :-1]`, say `batch[:, 1:]`.",
+                1: "This model counts up: after 3 it says 4. Its training sequences count up; they have to count down.",
+            }.get(common, f"This model counts in other steps: after 5 it says {(5 + common) % 10}, and 4 is right.")
+        )
     missed = starts[steps != 9].tolist()
     if not missed:
         place = int((~right).any(0).nonzero()[0]) + 1
-        raise Wrong(f"After a single digit it always says the right one, but when it writes, a digit at position {place} is wrong. Were the training sequences {TRAINING_LENGTH} digits long?")
+        raise Wrong(
+            "After a single digit it always says the right one, but when it writes, a digit at position "
+            f"{place} is wrong. Were the training sequences {TRAINING_LENGTH} digits long?"
+        )
     raise Wrong(
-        f"{right.float().mean():.0%} of the digits that it writes are one less than the digit before, but not all: after {missed[0]} it says {says[missed[0]]}, where {(missed[0] - 1) % 10} is right."
-        f" It errs after {', '.join(map(str, missed))}. Do the training sequences pass through every digit, from 0 back to 9 too, and did the loss come near zero?"
+        f"{right.float().mean():.0%} of the digits that it writes are one less than the digit before, but not "
+        f"all: after {missed[0]} it says {says[missed[0]]}, where {(missed[0] - 1) % 10} is right."
+        f" It errs after {', '.join(map(str, missed))}. Do the training sequences pass through "
+        "every digit, from 0 back to 9 too, and did the loss come near zero?"
     )

@@ -6,7 +6,7 @@
 __all__ = ['check_number_of_windows', 'two_of', 'compare_windows', 'check_make_windows', 'whole_starts', 'check_split_starts',
            'check_pack', 'check_never_seen', 'compare_sliding', 'report_times', 'check_sliding_windows']
 
-# %% ../../nbs/exercises/06_dataset.ipynb #x06-003
+# %% ../../nbs/exercises/06_dataset.ipynb #52e1ded9
 import math
 from collections.abc import Callable
 
@@ -17,20 +17,32 @@ from torch import Tensor
 
 from . import Wrong, call, describe, exercise, fresh, same_number, same_values
 
-# %% ../../nbs/exercises/06_dataset.ipynb #x06-007
+# %% ../../nbs/exercises/06_dataset.ipynb #28799769
 @exercise("6.1", "How many windows")
 def check_number_of_windows(answer: object) -> str:
     "1,000 tokens, 64 inputs a window."
     n, length = 1000, 64
-    same_number(answer, n - length, {
-        "You counted the places where 64 inputs fit. The last of them ends with the last token, and then its last input has no target: a window needs T + 1 tokens.": n - length + 1,
-        "One too few: the window may end with the very last token as its last target.": n - length - 1,
-        "These are windows side by side. Here windows may overlap: every start s with s + T inside the text counts.": n // length,
-        "These are all tokens. A window that starts at one of the last 64 would reach beyond the text.": n,
-        "These are all targets of the text. A window that starts at one of the last 64 tokens would reach beyond it.": n - 1})
+    same_number(
+        answer,
+        n - length,
+        {
+            "You counted the places where 64 inputs fit. The last of them ends with the last token, "
+            "and then its last input has no target: a window needs T + 1 tokens.": n
+            - length
+            + 1,
+            "One too few: the window may end with the very last token as its last target.": n - length - 1,
+            "These are windows side by side. Here windows may overlap: "
+            "every start s with s + T inside the text counts.": n
+            // length,
+            "These are all tokens. A window that starts at one of the last 64 would reach beyond the text.": n,
+            "These are all targets of the text. A window that starts at one "
+            "of the last 64 tokens would reach beyond it.": n
+            - 1,
+        },
+    )
     return f"There are n − T = {n} − {length} = {n - length} starts: the last window's last target is the last token."
 
-# %% ../../nbs/exercises/06_dataset.ipynb #x06-010
+# %% ../../nbs/exercises/06_dataset.ipynb #d1ca6206
 def two_of(result: object, names: str) -> tuple:
     "The two parts of a result; `Wrong` if it isn't a pair."
     if not isinstance(result, tuple | list) or len(result) != 2:
@@ -49,16 +61,47 @@ def compare_windows(
     inputs, targets = two_of(call(answer, tokens, starts, length), "inputs, targets")
     for what, got in (("inputs", inputs), ("targets", targets)):
         if isinstance(got, Tensor) and got.shape == (len(starts), length - 1) and length > 1:
-            raise Wrong(f"The {what} have only T − 1 = {length - 1} tokens: one is lost in each window. Cut T + 1 tokens; T inputs and T targets are then left.")
+            raise Wrong(
+                f"The {what} have only T − 1 = {length - 1} tokens: one is lost in each "
+                "window. Cut T + 1 tokens; T inputs and T targets are then left."
+            )
     right, shifted, last = tokens[places], tokens[places + 1], len(tokens) - 1
-    same_values(inputs, right, "batch seq", "the inputs", {
-        "Inputs and targets are exchanged: the inputs come first, and each target is the token after its input.": shifted})
-    same_values(targets, shifted, "batch seq", "the targets", {
-        "The targets are not shifted: they are the inputs themselves. A model would learn to repeat what it sees, with a loss near zero.": right,
-        "The targets are shifted twice: each is two tokens after its input, so the model would learn to skip one.": tokens[(places + 2).clamp(max=last)],
-        "The targets are shifted the wrong way: each is the token before its input, which the model has read already.": tokens[(places - 1).clamp(min=0)],
-        "The targets are rolled round: the last one of each window is the window's own first token. It must be the next token of the text, so cut T + 1 tokens.": right.roll(-1, 1),
-        "The last target of each window repeats the last input: the window is one token too short. Cut T + 1 tokens.": torch.cat([right[:, 1:], right[:, -1:]], 1)})
+    same_values(
+        inputs,
+        right,
+        "batch seq",
+        "the inputs",
+        {
+            "Inputs and targets are exchanged: the inputs come first, and "
+            "each target is the token after its input.": shifted
+        },
+    )
+    same_values(
+        targets,
+        shifted,
+        "batch seq",
+        "the targets",
+        {
+            "The targets are not shifted: they are the inputs themselves. A model "
+            "would learn to repeat what it sees, with a loss near zero.": right,
+            "The targets are shifted twice: each is two tokens after its "
+            "input, so the model would learn to skip one.": tokens[
+                (places + 2).clamp(max=last)
+            ],
+            "The targets are shifted the wrong way: each is the token before "
+            "its input, which the model has read already.": tokens[
+                (places - 1).clamp(min=0)
+            ],
+            "The targets are rolled round: the last one of each window is the window's own first "
+            "token. It must be the next token of the text, so cut T + 1 tokens.": right.roll(
+                -1, 1
+            ),
+            "The last target of each window repeats the last input: the "
+            "window is one token too short. Cut T + 1 tokens.": torch.cat(
+                [right[:, 1:], right[:, -1:]], 1
+            ),
+        },
+    )
 
 
 @exercise("6.2", "Inputs and targets")
@@ -72,13 +115,16 @@ def check_make_windows(answer: object) -> str:
         compare_windows(answer, tokens, torch.tensor([0, n - length - 1]), length)
     return "Each target is the token after its input, in windows of any length, up to the last token of the text."
 
-# %% ../../nbs/exercises/06_dataset.ipynb #x06-013
+# %% ../../nbs/exercises/06_dataset.ipynb #0e40a37a
 def whole_starts(part: object) -> list[int]:
     "The starts as a list; `Wrong` if they are none, or no whole numbers."
     if not hasattr(part, "__len__") or isinstance(part, str) or isinstance(part, Tensor) and part.ndim != 1:
         raise Wrong(f"All starts of a part are asked for, in a tensor with one axis, and this is {describe(part)}.")
     if isinstance(part, Tensor) and part.is_floating_point() and len(part):
-        raise Wrong(f"The starts are {str(part.dtype).removeprefix('torch.')}, and a number with a fraction can't index a text: they must be whole numbers.")
+        raise Wrong(
+            f"The starts are {str(part.dtype).removeprefix('torch.')}, and a number with a "
+            "fraction can't index a text: they must be whole numbers."
+        )
     return [int(start) for start in part]
 
 
@@ -86,28 +132,55 @@ def whole_starts(part: object) -> list[int]:
 def check_split_starts(answer: object) -> str:
     "Every token that a window touches, for several sizes, with and without room for a window."
     generator = fresh("6.3")
-    drawn = [(int(torch.randint(30, 60, (), generator=generator)), int(torch.randint(2, 9, (), generator=generator)), int(torch.randint(10, 18, (), generator=generator)))
-             for _ in range(3)]
+    drawn = [
+        (
+            int(torch.randint(30, 60, (), generator=generator)),
+            int(torch.randint(2, 9, (), generator=generator)),
+            int(torch.randint(10, 18, (), generator=generator)),
+        )
+        for _ in range(3)
+    ]
     for n, length, n_val in [*drawn, (10, 3, 4), (20, 5, 5), (20, 5, 0), (9, 3, 7)]:
         case, cut = f"With n = {n}, T = {length} and n_val = {n_val}", n - n_val
-        train, val = (whole_starts(part) for part in two_of(call(answer, n, length, n_val), "train starts, validation starts"))
+        train, val = (
+            whole_starts(part) for part in two_of(call(answer, n, length, n_val), "train starts, validation starts")
+        )
         for start in sorted(train, reverse=True):
             if start < 0 or start + length >= cut:
-                only_target = "; its inputs are all training tokens, but its last target is not: a window has T + 1 tokens" if start + length == cut else ""
-                raise Wrong(f"{case}, the training window with start {start} touches the tokens {start} to {start + length}, and the held-out part begins at {cut}: a leak{only_target}.")
+                only_target = (
+                    "; its inputs are all training tokens, but its last target is not: a window has T + 1 tokens"
+                    if start + length == cut
+                    else ""
+                )
+                raise Wrong(
+                    f"{case}, the training window with start {start} touches the tokens {start} to "
+                    f"{start + length}, and the held-out part begins at {cut}: a leak{only_target}."
+                )
         for start in val:
             if start < cut:
-                raise Wrong(f"{case}, the validation window with start {start} touches the token {start}, and the tokens before {cut} are trained on: a leak.")
+                raise Wrong(
+                    f"{case}, the validation window with start {start} touches the token "
+                    f"{start}, and the tokens before {cut} are trained on: a leak."
+                )
             if start + length >= n:
-                raise Wrong(f"{case}, the validation window with start {start} reaches to token {start + length}, and the text ends at {n - 1}.")
-        for name, got, wanted in (("training", train, max(0, cut - length)), ("validation", val, max(0, n_val - length))):
+                raise Wrong(
+                    f"{case}, the validation window with start {start} reaches to token "
+                    f"{start + length}, and the text ends at {n - 1}."
+                )
+        for name, got, wanted in (
+            ("training", train, max(0, cut - length)),
+            ("validation", val, max(0, n_val - length)),
+        ):
             if len(set(got)) < wanted:
-                raise Wrong(f"{case}, {wanted - len(set(got))} of the {wanted} possible {name} windows are missing. Nothing leaks, but text is thrown away.")
+                raise Wrong(
+                    f"{case}, {wanted - len(set(got))} of the {wanted} possible {name} windows "
+                    "are missing. Nothing leaks, but text is thrown away."
+                )
             if got != sorted(set(got)):
                 raise Wrong(f"{case}, the {name} starts are not in ascending order, each once.")
     return "No window touches a token of the other part, and none that is possible is missing."
 
-# %% ../../nbs/exercises/06_dataset.ipynb #x06-016
+# %% ../../nbs/exercises/06_dataset.ipynb #94b94035
 @exercise("6.4", "The smallest type")
 def check_pack(answer: object) -> str:
     "Vocabularies of several sizes, each with its largest id."
@@ -119,45 +192,89 @@ def check_pack(answer: object) -> str:
         if not isinstance(got, np.ndarray) or got.shape != (len(ids),):
             raise Wrong(f"{case}, a NumPy array of shape ({len(ids)},) is asked for, and this is {describe(got)}.")
         if got.dtype.kind == "f":
-            raise Wrong(f"{case}, the array holds {got.dtype}: tokens are whole numbers, and a number with a fraction can't index a table.")
+            raise Wrong(
+                f"{case}, the array holds {got.dtype}: tokens are whole numbers, "
+                "and a number with a fraction can't index a table."
+            )
         if (changed := got.astype(np.int64) != np.array(ids)).any():
             place = int(changed.argmax())
-            because = "half of a signed type's values are negative" if got[place] < 0 else f"{got.dtype} ends at {np.iinfo(got.dtype).max:,} and starts again at 0"
-            raise Wrong(f"{case}, the id {ids[place]:,} has become {got[place]:,}: {because}. No error is raised, the token is now another one.")
+            because = (
+                "half of a signed type's values are negative"
+                if got[place] < 0
+                else f"{got.dtype} ends at {np.iinfo(got.dtype).max:,} and starts again at 0"
+            )
+            raise Wrong(
+                f"{case}, the id {ids[place]:,} has become {got[place]:,}: {because}. "
+                "No error is raised, the token is now another one."
+            )
         if got.dtype.itemsize > wanted().itemsize:
-            raise Wrong(f"{case}, nothing is lost, but {got.dtype} takes {got.dtype.itemsize} bytes a token where {np.dtype(wanted)} takes {wanted().itemsize}: "
-                        f"the file is {got.dtype.itemsize // wanted().itemsize} times as large.")
+            raise Wrong(
+                f"{case}, nothing is lost, but {got.dtype} takes {got.dtype.itemsize} bytes a "
+                f"token where {np.dtype(wanted)} takes {wanted().itemsize}: "
+                f"the file is {got.dtype.itemsize // wanted().itemsize} times as large."
+            )
         if got.dtype.itemsize < wanted().itemsize:
-            raise Wrong(f"{case}, {got.dtype} holds these ids in one byte, but a type of two or four bytes is asked for: a token file is read back as one of these two.")
+            raise Wrong(
+                f"{case}, {got.dtype} holds these ids in one byte, but a type of two or four bytes "
+                "is asked for: a token file is read back as one of these two."
+            )
         if got.dtype.kind == "u" and got.dtype != wanted:
-            raise Wrong(f"{case}, the numbers are right, but their bytes stand in the other order ({got.dtype}): a file that is read as {np.dtype(wanted)} would hold other tokens.")
+            raise Wrong(
+                f"{case}, the numbers are right, but their bytes stand in the other order ({got.dtype}): "
+                f"a file that is read as {np.dtype(wanted)} would hold other tokens."
+            )
         if got.dtype != wanted:
-            raise Wrong(f"{case}, an unsigned type is asked for, {np.dtype(wanted)}, and this is {got.dtype}: a signed one has room for half as many ids.")
+            raise Wrong(
+                f"{case}, an unsigned type is asked for, {np.dtype(wanted)}, and this is "
+                f"{got.dtype}: a signed one has room for half as many ids."
+            )
     return "Every id comes back, up to the largest of its vocabulary, and no byte is wasted."
 
-# %% ../../nbs/exercises/06_dataset.ipynb #x06-019
+# %% ../../nbs/exercises/06_dataset.ipynb #d717b01a
 @exercise("6.5", "Never a target")
 def check_never_seen(answer: object) -> str:
     "Three passes of random windows."
     passes = 3
-    same_number(answer, math.exp(-passes), {
-        "That is true of windows in order, where one pass asks for every token. Random windows overlap, and so they leave others out.": 0.0,
-        "That is in percent. Give the share, a number between 0 and 1.": 100 * math.exp(-passes),
-        "That is the share that was seen. The question is for the others.": 1 - math.exp(-passes),
-        "That is the share missed after one pass. There are three, and each misses independently of the others.": math.exp(-1),
-        "The share does not fall like 1/p: each further pass leaves the same fraction, 1/e, of those that were left.": 1 / passes,
-        "That is (1 − 1/e) to the power of the passes. In one pass the share 1/e is missed; what is missed three times is 1/e to the power of three.": (1 - math.exp(-1)) ** passes,
-        "That is 1/e for each pass, added or divided. Three passes are independent, so their shares multiply.": math.exp(-1) / passes}, tolerance=0.15)
+    same_number(
+        answer,
+        math.exp(-passes),
+        {
+            "That is true of windows in order, where one pass asks for every token. "
+            "Random windows overlap, and so they leave others out.": 0.0,
+            "That is in percent. Give the share, a number between 0 and 1.": 100 * math.exp(-passes),
+            "That is the share that was seen. The question is for the others.": 1 - math.exp(-passes),
+            "That is the share missed after one pass. There are three, "
+            "and each misses independently of the others.": math.exp(
+                -1
+            ),
+            "The share does not fall like 1/p: each further pass leaves the "
+            "same fraction, 1/e, of those that were left.": 1
+            / passes,
+            "That is (1 − 1/e) to the power of the passes. In one pass the share 1/e is "
+            "missed; what is missed three times is 1/e to the power of three.": (
+                1 - math.exp(-1)
+            )
+            ** passes,
+            "That is 1/e for each pass, added or divided. Three passes "
+            "are independent, so their shares multiply.": math.exp(
+                -1
+            )
+            / passes,
+        },
+        tolerance=0.15,
+    )
     return f"e to the −{passes} is {math.exp(-passes):.3f}: each pass leaves about 1/e of those that were left."
 
-# %% ../../nbs/exercises/06_dataset.ipynb #x06-022
+# %% ../../nbs/exercises/06_dataset.ipynb #0673ed2e
 def compare_sliding(
     answer: Callable,
     tokens: Int[Tensor, "_"],  # No token twice, none negative
     length: int,
     stride: int,
 ) -> None:
-    "Raise `Wrong` unless the answer's windows start at multiples of the stride and ask for each token but the first once."
+    """Raise `Wrong` unless the answer's windows start at multiples of the stride and ask for each token but the first
+    once.
+    """
     case = f"With {len(tokens)} tokens, T = {length} and stride {stride}"
     windows, last = call(answer, tokens, length, stride), len(tokens) - 1
     if not isinstance(windows, list | tuple) or not windows:
@@ -171,12 +288,33 @@ def compare_sliding(
         start, end = starts[number], min(starts[number] + length, last)
         what = f"the inputs of window {number} ({case[0].lower()}{case[1:]})"
         side_by_side = tokens[number * length : min((number + 1) * length, last)]
-        same_values(inputs, tokens[start:end], "seq", what, {f"{case}, window {number} starts at {number * length}: windows side by side. It should start at {start}, a multiple of the stride.": side_by_side})
+        same_values(
+            inputs,
+            tokens[start:end],
+            "seq",
+            what,
+            {
+                f"{case}, window {number} starts at {number * length}: windows side by "
+                f"side. It should start at {start}, a multiple of the stride.": side_by_side
+            },
+        )
         asked = targets != -100 if isinstance(targets, Tensor) else True
         whole = tokens[start + 1 : end + 1]
-        same_values(torch.where(asked, targets, whole) if isinstance(targets, Tensor) and targets.shape == whole.shape else targets, whole, "seq",
-                    f"the targets of window {number} (those that are not −100)",
-                    {"The targets are not shifted: they are the inputs themselves.": torch.where(asked, tokens[start:end], whole) if isinstance(asked, Tensor) and asked.shape == whole.shape else whole})
+        same_values(
+            torch.where(asked, targets, whole)
+            if isinstance(targets, Tensor) and targets.shape == whole.shape
+            else targets,
+            whole,
+            "seq",
+            f"the targets of window {number} (those that are not −100)",
+            {
+                "The targets are not shifted: they are the inputs themselves.": torch.where(
+                    asked, tokens[start:end], whole
+                )
+                if isinstance(asked, Tensor) and asked.shape == whole.shape
+                else whole
+            },
+        )
         times[start + 1 : end + 1] += asked
         new = max(new, end)
     report_times(times, case, new, last)
@@ -185,19 +323,35 @@ def compare_sliding(
 def report_times(times: Int[Tensor, "_"], case: str, reached: int, last: int) -> None:
     "Raise `Wrong` unless each token but the first is asked for exactly once."
     if reached < last:
-        raise Wrong(f"{case}, the windows end at token {reached}, and the text ends at {last}: the last tokens are never asked for. A last window may be shorter.")
+        raise Wrong(
+            f"{case}, the windows end at token {reached}, and the text ends at {last}: the "
+            "last tokens are never asked for. A last window may be shorter."
+        )
     if (times[1:] < 1).any():
         token = 1 + int((times[1:] < 1).int().argmax())
-        raise Wrong(f"{case}, token {token} is never asked for, though it is a target of some window: too much is marked −100.")
+        raise Wrong(
+            f"{case}, token {token} is never asked for, though it is a target of some window: too much is marked −100."
+        )
     if (times[1:] > 1).any():
         token = 1 + int((times[1:] > 1).int().argmax())
-        raise Wrong(f"{case}, token {token} is asked for {times[token]} times: it stands in windows that overlap, and would count more than others in the mean. Put −100 where an earlier window has asked already.")
+        raise Wrong(
+            f"{case}, token {token} is asked for {times[token]} times: it stands in windows that overlap, and would "
+            "count more than others in the mean. Put −100 where an earlier window has asked already."
+        )
 
 
 @exercise("6.6", "Sliding windows")
 def check_sliding_windows(answer: object) -> str:
     "Texts longer and shorter than a window, strides from one to the whole window."
     generator = fresh("6.6")
-    for n, length, stride in ((20, 6, 2), (int(torch.randint(30, 50, (), generator=generator)), 8, 3), (17, 4, 4), (9, 5, 1), (4, 8, 2), (2, 1, 1), (9, 4, 4)):
+    for n, length, stride in (
+        (20, 6, 2),
+        (int(torch.randint(30, 50, (), generator=generator)), 8, 3),
+        (17, 4, 4),
+        (9, 5, 1),
+        (4, 8, 2),
+        (2, 1, 1),
+        (9, 4, 4),
+    ):
         compare_sliding(answer, torch.randperm(100, generator=generator)[:n], length, stride)
     return "Every token but the first is asked for exactly once, and after the first window with more than T − stride tokens of context."

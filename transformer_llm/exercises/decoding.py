@@ -6,7 +6,7 @@
 __all__ = ['check_tokens_from_memory', 'one_query_mistakes', 'check_one_query', 'rounded_with', 'check_rows_in_eight_bits',
            'check_how_often_kept']
 
-# %% ../../nbs/exercises/13_decoding.ipynb #x13-005
+# %% ../../nbs/exercises/13_decoding.ipynb #cbff0cfc
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,21 +14,31 @@ from torch import Tensor
 from ..attention import attention_plain
 from . import Wrong, call, describe, exercise, fresh, same_number, same_values
 
-# %% ../../nbs/exercises/13_decoding.ipynb #x13-008
+# %% ../../nbs/exercises/13_decoding.ipynb #2abf93de
 @exercise("13.1", "Tokens from memory")
 def check_tokens_from_memory(answer: object) -> str:
     "How many tokens a second a batch of three gets, from 7e9 one-byte numbers at 56e9 bytes a second."
     steps = 56e9 / 7e9
-    same_number(answer, 3 * steps, {
-        "That is one text's share. The three texts use each number that is read, so all three get a token in a step.": steps,
-        "That is with four bytes a number, as in float32, and for one text. In eight bits a number is one byte.": steps / 4,
-        "That is with four bytes a number, as in float32. In eight bits a number is one byte.": 3 * steps / 4,
-        "That is with eight bytes a number. Eight bits are one byte.": 3 * steps / 8,
-        "You divided by the batch. The weights are read once for all three texts, so the batch gets three times as many tokens.": steps / 3,
-    }, tolerance=0.005)
+    same_number(
+        answer,
+        3 * steps,
+        {
+            "That is one text's share. The three texts use each number that "
+            "is read, so all three get a token in a step.": steps,
+            "That is with four bytes a number, as in float32, and for one "
+            "text. In eight bits a number is one byte.": steps
+            / 4,
+            "That is with four bytes a number, as in float32. In eight bits a number is one byte.": 3 * steps / 4,
+            "That is with eight bytes a number. Eight bits are one byte.": 3 * steps / 8,
+            "You divided by the batch. The weights are read once for all three "
+            "texts, so the batch gets three times as many tokens.": steps
+            / 3,
+        },
+        tolerance=0.005,
+    )
     return "A step reads 7 GB and takes an eighth of a second, whatever the batch; each of the three texts gets a token in it."
 
-# %% ../../nbs/exercises/13_decoding.ipynb #x13-011
+# %% ../../nbs/exercises/13_decoding.ipynb #6f3d823b
 def one_query_mistakes(
     q: Float[Tensor, "batch heads head_dim"],
     k: Float[Tensor, "batch kv_heads keys head_dim"],
@@ -41,11 +51,20 @@ def one_query_mistakes(
     wrong_groups = q.unflatten(1, (-1, kv_heads)).transpose(1, 2)
     mixed = ((wrong_groups @ k.transpose(2, 3) * size**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(1, 2)
     return {
-        "The scores are not scaled: divide them by the square root of head_dim.": (scores.softmax(-1) @ v).flatten(1, 2),
-        "The scores are divided by head_dim; divide them by its square root.": ((scores / size).softmax(-1) @ v).flatten(1, 2),
-        "The softmax runs over the heads of a group. Each head's weights over the keys have to add up to one.": ((scores * size**-0.5).softmax(-2) @ v).flatten(1, 2),
-        "These are the wrong groups: neighbouring query heads, 0 and 1 say, share a key/value head, so unflatten to (kv_heads, group).": mixed,
-        "The softmax is missing: these are sums of values weighted by raw scores.": (scores * size**-0.5 @ v).flatten(1, 2),
+        "The scores are not scaled: divide them by the square root of head_dim.": (scores.softmax(-1) @ v).flatten(
+            1, 2
+        ),
+        "The scores are divided by head_dim; divide them by its square root.": (
+            (scores / size).softmax(-1) @ v
+        ).flatten(1, 2),
+        "The softmax runs over the heads of a group. Each head's weights over the keys have to add up to one.": (
+            (scores * size**-0.5).softmax(-2) @ v
+        ).flatten(1, 2),
+        "These are the wrong groups: neighbouring query heads, 0 and 1 say, share "
+        "a key/value head, so unflatten to (kv_heads, group).": mixed,
+        "The softmax is missing: these are sums of values weighted by raw scores.": (scores * size**-0.5 @ v).flatten(
+            1, 2
+        ),
     }
 
 
@@ -59,11 +78,14 @@ def check_one_query(answer: object) -> str:
         right = attention_plain(q[:, :, None], k, v)[:, :, 0]
         got = call(answer, q, k, v)
         if isinstance(got, Tensor) and got.shape == (batch, heads, 1, size):
-            raise Wrong(f"The result has an axis too many: {describe(got)}. There is one query, so the shape is (batch, heads, head_dim).")
+            raise Wrong(
+                f"The result has an axis too many: {describe(got)}. There is one "
+                "query, so the shape is (batch, heads, head_dim)."
+            )
         same_values(got, right, "batch heads head_dim", "the result", one_query_mistakes(q, k, v))
     return "Tried on a head for each query head, on groups of two and of four, and on a single key."
 
-# %% ../../nbs/exercises/13_decoding.ipynb #x13-014
+# %% ../../nbs/exercises/13_decoding.ipynb #6405bf8f
 def rounded_with(
     weight: Float[Tensor, "rows columns"],
     scale: Float[Tensor, "..."],  # For each row or column, or one for all
@@ -81,31 +103,83 @@ def check_rows_in_eight_bits(answer: object) -> str:
         weight[1] *= 100
         largest = weight.abs().amax(1, keepdim=True)
         steps = weight / (largest / 127)
-        same_values(call(answer, weight), rounded_with(weight, largest / 127), "rows columns", "the rounded matrix", {
-            "You took one scale for the whole matrix. The row of large numbers makes the steps so wide that the others lose most of what they hold.": rounded_with(weight, weight.abs().max() / 127),
-            "You took a scale for each column. A row is what one output is the product with, and its scale can be multiplied in afterwards; a column's can't.": rounded_with(weight, weight.abs().amax(0) / 127),
-            "You divided by 128, so that the largest number becomes 128, which int8 doesn't hold: -128 to 127.": rounded_with(weight, largest / 128),
-            "You cut the fractions off. Round to the nearest whole number: half the error, and none of it in one direction.": steps.trunc() * largest / 127,
-            "These are the whole numbers themselves. Multiply them by the scales, so that the matrix can be compared.": steps.round(),
-            "The largest number is taken without its absolute value, so a row whose largest entry is negative overflows.": rounded_with(weight, weight.amax(1, keepdim=True) / 127),
-        }, tolerance=1e-5)
+        same_values(
+            call(answer, weight),
+            rounded_with(weight, largest / 127),
+            "rows columns",
+            "the rounded matrix",
+            {
+                "You took one scale for the whole matrix. The row of large numbers makes the "
+                "steps so wide that the others lose most of what they hold.": rounded_with(
+                    weight, weight.abs().max() / 127
+                ),
+                "You took a scale for each column. A row is what one output is the product with, "
+                "and its scale can be multiplied in afterwards; a column's can't.": rounded_with(
+                    weight, weight.abs().amax(0) / 127
+                ),
+                "You divided by 128, so that the largest number becomes "
+                "128, which int8 doesn't hold: -128 to 127.": rounded_with(
+                    weight, largest / 128
+                ),
+                "You cut the fractions off. Round to the nearest whole number: "
+                "half the error, and none of it in one direction.": steps.trunc()
+                * largest
+                / 127,
+                "These are the whole numbers themselves. Multiply them by the "
+                "scales, so that the matrix can be compared.": steps.round(),
+                "The largest number is taken without its absolute value, so a "
+                "row whose largest entry is negative overflows.": rounded_with(
+                    weight, weight.amax(1, keepdim=True) / 127
+                ),
+            },
+            tolerance=1e-5,
+        )
     zeros = torch.randn(3, 5, generator=generator)
     zeros[2] = 0
     scale = zeros.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-    same_values(call(answer, zeros), rounded_with(zeros, scale), "rows columns", "the result for a matrix with a row of zeros", {
-        "A row of zeros gives 0/0 in yours, NaN. Keep its scale above zero, with clamp for example.": rounded_with(zeros, zeros.abs().amax(1, keepdim=True) / 127),
-    }, tolerance=1e-5)
+    same_values(
+        call(answer, zeros),
+        rounded_with(zeros, scale),
+        "rows columns",
+        "the result for a matrix with a row of zeros",
+        {
+            "A row of zeros gives 0/0 in yours, NaN. Keep its scale above zero, with clamp for example.": rounded_with(
+                zeros, zeros.abs().amax(1, keepdim=True) / 127
+            ),
+        },
+        tolerance=1e-5,
+    )
     return "Tried on a row a hundred times as large as the others, and on a row of zeros."
 
-# %% ../../nbs/exercises/13_decoding.ipynb #x13-017
+# %% ../../nbs/exercises/13_decoding.ipynb #196511fe
 @exercise("13.4", "How often a guess is kept")
 def check_how_often_kept(answer: object) -> str:
     "The probability that a token drawn from (0.2, 0.6, 0.2) is kept for (0.5, 0.3, 0.2)."
     p, q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.double), torch.tensor([0.2, 0.6, 0.2], dtype=torch.double)
-    same_number(answer, torch.minimum(p, q).sum().item(), {
-        "That is the probability that two independent draws agree. A token that the large model finds at least as probable is always kept.": (p * q).sum().item(),
-        "That is the mean of min(1, p/q) over the three tokens. Weight each by how often the draft proposes it.": (p / q).clamp(max=1).mean().item(),
-        "That is the sum of the larger ones of each pair. A proposal is kept with probability min(1, p/q), so sum the smaller ones.": torch.maximum(p, q).sum().item(),
-        "That is the probability that the proposal is refused.": 1 - torch.minimum(p, q).sum().item(),
-    }, tolerance=0.005)
+    same_number(
+        answer,
+        torch.minimum(p, q).sum().item(),
+        {
+            "That is the probability that two independent draws agree. A token that the "
+            "large model finds at least as probable is always kept.": (
+                p * q
+            )
+            .sum()
+            .item(),
+            "That is the mean of min(1, p/q) over the three tokens. Weight each by how often the draft proposes it.": (
+                p / q
+            )
+            .clamp(max=1)
+            .mean()
+            .item(),
+            "That is the sum of the larger ones of each pair. A proposal is kept "
+            "with probability min(1, p/q), so sum the smaller ones.": torch.maximum(
+                p, q
+            )
+            .sum()
+            .item(),
+            "That is the probability that the proposal is refused.": 1 - torch.minimum(p, q).sum().item(),
+        },
+        tolerance=0.005,
+    )
     return "0.2 · 1 + 0.6 · 0.5 + 0.2 · 1: the sum of the smaller probabilities, the overlap of the two distributions."

@@ -6,7 +6,7 @@
 __all__ = ['check_gradient', 'clocks', 'check_table', 'check_match', 'turned', 'check_rotary', 'check_base', 'check_reorder',
            'read_on', 'check_read_on']
 
-# %% ../../nbs/exercises/03_embeddings.ipynb #x03-004
+# %% ../../nbs/exercises/03_embeddings.ipynb #36b46611
 import itertools
 import math
 
@@ -15,9 +15,19 @@ from torch import Tensor
 
 from ..attention import attention_plain
 from ..embeddings import half_to_interleaved, interleaved_to_half
-from . import Wrong, call, close, exercise, fresh, gradient_reaches, same_number, same_shape, same_values
+from transformer_llm.exercises import (
+    Wrong,
+    call,
+    close,
+    exercise,
+    fresh,
+    gradient_reaches,
+    same_number,
+    same_shape,
+    same_values,
+)
 
-# %% ../../nbs/exercises/03_embeddings.ipynb #x03-007
+# %% ../../nbs/exercises/03_embeddings.ipynb #69ae0d8f
 @exercise("3.1", "The gradient of a table")
 def check_gradient(answer) -> str:
     "The number at row 1, column 0 of the table's gradient."
@@ -25,22 +35,32 @@ def check_gradient(answer) -> str:
     ids = torch.tensor([1, 0, 1, 2])
     (gradient,) = torch.autograd.grad(table[ids].sum(), table)
     uses, number = (ids == 1).sum().item(), table[1, 0].item()
-    same_number(answer, gradient[1, 0].item(), {
-        "Row 1 is looked up twice, and each use adds its own gradient. Raise the 3 by a little: how often does the sum feel it?": 1,
-        "This is the number in the table. The gradient says how much the loss changes when that number changes, whatever it is now.": number,
-        "This is what row 1 adds to the loss. The gradient says how much the loss changes when the number changes by one.": uses * number,
-        "Zero is the gradient of a row that was not looked up, such as row 3.": 0,
-        "This is the number of tokens. Only those with id 1 look row 1 up.": len(ids),
-    })
+    same_number(
+        answer,
+        gradient[1, 0].item(),
+        {
+            "Row 1 is looked up twice, and each use adds its own gradient. Raise "
+            "the 3 by a little: how often does the sum feel it?": 1,
+            "This is the number in the table. The gradient says how much the loss "
+            "changes when that number changes, whatever it is now.": number,
+            "This is what row 1 adds to the loss. The gradient says how much "
+            "the loss changes when the number changes by one.": uses
+            * number,
+            "Zero is the gradient of a row that was not looked up, such as row 3.": 0,
+            "This is the number of tokens. Only those with id 1 look row 1 up.": len(ids),
+        },
+    )
     return "Row 1 is looked up twice, so the loss changes by twice what its number changes by; row 3 is not used and gets zero."
 
-# %% ../../nbs/exercises/03_embeddings.ipynb #x03-010
+# %% ../../nbs/exercises/03_embeddings.ipynb #a3403dbe
 def clocks(
     positions: Tensor,  # One for each row
     d_model: int,
     exponent: float = -2.0,  # Of the base, times i / d_model
 ) -> tuple[Tensor, Tensor]:
-    "Sines and cosines of position · 10000^(exponent · i / d_model), each (positions, d_model / 2), in double precision."
+    """Sines and cosines of position · 10000^(exponent · i / d_model), each (positions, d_model / 2), in double
+    precision.
+    """
     angles = positions.double()[:, None] * 10000.0 ** (exponent * torch.arange(d_model // 2).double() / d_model)
     return angles.sin(), angles.cos()
 
@@ -57,37 +77,73 @@ def check_table(answer) -> str:
         got = call(answer, context_length, d_model)
         if isinstance(got, Tensor) and got.dtype == torch.bool:
             raise Wrong("The table should hold numbers with a fraction, and yours holds True and False.")
-        same_values(got, in_turn(sin, cos), "context_length d_model", "the table", {
-            "Sines and cosines stand in two halves. In equation (3.3) they take turns: sine of pair 0, cosine of pair 0, sine of pair 1, ...": torch.cat((sin, cos), -1),
-            "Sine and cosine have changed places: the sine comes first, at 2i, and position 0 is (0, 1, 0, 1, ...).": in_turn(cos, sin),
-            "You use 10000^(2i/d_model) as the frequency. It is one over that: the exponent is negative, and later pairs turn more slowly.":
-                in_turn(*clocks(places, d_model, 2.0)),
-            "Your hands slow down only half as much as they should: the exponent is -2i/d_model, with a 2, where i counts pairs.": in_turn(*clocks(places, d_model, -1.0)),
-            "Your hands slow down too fast. Let i count pairs, not numbers: the exponent is -2i/d_model with i below d_model / 2.": in_turn(*clocks(places, d_model, -4.0)),
-            "All your pairs turn at the same speed. Pair i has the frequency 10000^(-2i/d_model).": in_turn(*clocks(places, d_model, 0.0)),
-            "Your positions begin at 1. The first row is position 0: (0, 1, 0, 1, ...).": in_turn(*clocks(places + 1, d_model)),
-        })
+        same_values(
+            got,
+            in_turn(sin, cos),
+            "context_length d_model",
+            "the table",
+            {
+                "Sines and cosines stand in two halves. In equation (3.3) they take turns: "
+                "sine of pair 0, cosine of pair 0, sine of pair 1, ...": torch.cat(
+                    (sin, cos), -1
+                ),
+                "Sine and cosine have changed places: the sine comes first, "
+                "at 2i, and position 0 is (0, 1, 0, 1, ...).": in_turn(
+                    cos, sin
+                ),
+                "You use 10000^(2i/d_model) as the frequency. It is one over that: the "
+                "exponent is negative, and later pairs turn more slowly.": in_turn(
+                    *clocks(places, d_model, 2.0)
+                ),
+                "Your hands slow down only half as much as they should: the exponent "
+                "is -2i/d_model, with a 2, where i counts pairs.": in_turn(
+                    *clocks(places, d_model, -1.0)
+                ),
+                "Your hands slow down too fast. Let i count pairs, not numbers: the "
+                "exponent is -2i/d_model with i below d_model / 2.": in_turn(
+                    *clocks(places, d_model, -4.0)
+                ),
+                "All your pairs turn at the same speed. Pair i has the frequency 10000^(-2i/d_model).": in_turn(
+                    *clocks(places, d_model, 0.0)
+                ),
+                "Your positions begin at 1. The first row is position 0: (0, 1, 0, 1, ...).": in_turn(
+                    *clocks(places + 1, d_model)
+                ),
+            },
+        )
     return "Each row holds the sine and cosine of every hand in turn, the first hand fastest."
 
-# %% ../../nbs/exercises/03_embeddings.ipynb #x03-013
+# %% ../../nbs/exercises/03_embeddings.ipynb #9356c0d9
 @exercise("3.3", "A match on paper")
 def check_match(answer) -> str:
     "The dot product of (1, 0) turned to position 9 and (1, 0) turned to position 5, at 30 degrees a token."
     query, key, step = 9, 5, math.radians(30)
-    same_number(answer, math.cos((query - key) * step), {
-        "You added the positions, or lost the minus of the cosine of an angle beyond 90 degrees. The dot product sees the angle between the two arrows: the difference of the positions.": math.cos((query + key) * step),
-        "You turned the query only. Its key is turned too, to its own position.": math.cos(query * step),
-        "You turned the key only. The query is turned too, to its own position.": math.cos(key * step),
-        "This is the sine of the angle between them. The dot product of two arrows of length one is the cosine.": math.sin((query - key) * step),
-        "This is the angle between them. The match is its cosine.": math.degrees((query - key) * step),
-        "This is the angle between them, in radians. The match is its cosine.": (query - key) * step,
-        "This is the match before anything is turned. At positions 9 and 5 the two arrows point in different directions.": 1,
-        "This is the distance. Each token of it turns the one arrow against the other by 30 degrees.": query - key,
-        "You took the degrees for radians: math.cos wants radians.": math.cos(math.degrees((query - key) * step)),
-    }, tolerance=0.01)
+    same_number(
+        answer,
+        math.cos((query - key) * step),
+        {
+            "You added the positions, or lost the minus of the cosine of an angle beyond 90 degrees. The dot "
+            "product sees the angle between the two arrows: the difference of the positions.": math.cos(
+                (query + key) * step
+            ),
+            "You turned the query only. Its key is turned too, to its own position.": math.cos(query * step),
+            "You turned the key only. The query is turned too, to its own position.": math.cos(key * step),
+            "This is the sine of the angle between them. The dot product "
+            "of two arrows of length one is the cosine.": math.sin(
+                (query - key) * step
+            ),
+            "This is the angle between them. The match is its cosine.": math.degrees((query - key) * step),
+            "This is the angle between them, in radians. The match is its cosine.": (query - key) * step,
+            "This is the match before anything is turned. At positions 9 and 5 "
+            "the two arrows point in different directions.": 1,
+            "This is the distance. Each token of it turns the one arrow against the other by 30 degrees.": query - key,
+            "You took the degrees for radians: math.cos wants radians.": math.cos(math.degrees((query - key) * step)),
+        },
+        tolerance=0.01,
+    )
     return "The two arrows stand four times 30 = 120 degrees apart, and cos 120° = -1/2, wherever the pair stands in the text."
 
-# %% ../../nbs/exercises/03_embeddings.ipynb #x03-016
+# %% ../../nbs/exercises/03_embeddings.ipynb #628c3d57
 def turned(
     x: Tensor,  # batch, heads, seq, head_dim
     angles: Tensor,  # seq, half
@@ -104,52 +160,88 @@ def check_rotary(answer) -> str:
     "`answer(x, positions, base)` turns the pairs of each half by position · base^(-2i / head_dim)."
     generator = fresh("3.4")
     start = int(torch.randint(3, 12, (), generator=generator))
-    cases = ((2, 3, torch.arange(start, start + 5), 8, 20.0), (1, 2, torch.tensor([7, 0, 90, 7]), 12, 10000.0), (1, 1, torch.tensor([5]), 2, 50.0))
+    cases = (
+        (2, 3, torch.arange(start, start + 5), 8, 20.0),
+        (1, 2, torch.tensor([7, 0, 90, 7]), 12, 10000.0),
+        (1, 1, torch.tensor([5]), 2, 50.0),
+    )
     for batch, heads, positions, head_dim, base in cases:
         seq, half = len(positions), head_dim // 2
         x = torch.randn(batch, heads, seq, head_dim, generator=generator, dtype=torch.float64)
-        at = lambda places, exponent=-2.0, base=base: places.double()[:, None] * base ** (exponent * torch.arange(half).double() / head_dim)
+        at = lambda places, exponent=-2.0, base=base: (
+            places.double()[:, None] * base ** (exponent * torch.arange(half).double() / head_dim)
+        )
         angles = at(positions)
         a, b = x.chunk(2, -1)
         mistakes = {
-            "You pair neighbours, (0, 1), (2, 3), ...: that is the interleaved layout. Here a number of the first half goes with one of the second: (0, half), (1, half + 1), ...":
-                turned(x, angles, interleaved=True),
+            "You pair neighbours, (0, 1), (2, 3), ...: that is the interleaved layout. Here a number of "
+            "the first half goes with one of the second: (0, half), (1, half + 1), ...": turned(
+                x, angles, interleaved=True
+            ),
             "Nothing is turned: this is x itself.": x,
-            "Your pairs turn backwards: the sines have the wrong sign. (u, v) becomes (u·cos - v·sin, u·sin + v·cos).": turned(x, -angles),
-            f"You count positions from 0, and `positions` begins at {positions[0]}: with a cache, tokens were read before these.": turned(x, at(torch.arange(seq))),
+            "Your pairs turn backwards: the sines have the wrong sign. (u, "
+            "v) becomes (u·cos - v·sin, u·sin + v·cos).": turned(
+                x, -angles
+            ),
+            "You count positions from 0, and `positions` begins at "
+            f"{positions[0]}: with a cache, tokens were read before these.": turned(
+                x, at(torch.arange(seq))
+            ),
             "Your positions are one too large. Position 0 must leave a pair as it is.": turned(x, at(positions + 1)),
-            "You use base^(2i/head_dim) as the frequency. It is one over that: the exponent is negative, and later pairs turn more slowly.": turned(x, at(positions, 2.0)),
-            "Your pairs slow down only half as much as they should: the exponent is -2i/head_dim, with a 2, where i counts pairs.": turned(x, at(positions, -1.0)),
-            "Your pairs slow down too fast: the exponent is -2i/head_dim, with all numbers of the head below the line, not half of them.": turned(x, at(positions, -4.0)),
-            "All your pairs turn at the same speed. Pair i turns by base^(-2i/head_dim) at each position.": turned(x, at(positions, 0.0)),
+            "You use base^(2i/head_dim) as the frequency. It is one over that: the "
+            "exponent is negative, and later pairs turn more slowly.": turned(
+                x, at(positions, 2.0)
+            ),
+            "Your pairs slow down only half as much as they should: the exponent "
+            "is -2i/head_dim, with a 2, where i counts pairs.": turned(
+                x, at(positions, -1.0)
+            ),
+            "Your pairs slow down too fast: the exponent is -2i/head_dim, with all "
+            "numbers of the head below the line, not half of them.": turned(
+                x, at(positions, -4.0)
+            ),
+            "All your pairs turn at the same speed. Pair i turns by base^(-2i/head_dim) at each position.": turned(
+                x, at(positions, 0.0)
+            ),
             "You don't use `base`: yours is always 10000.": turned(x, at(positions, base=10000.0)),
-            "The second number of a pair has a minus where a plus belongs: it becomes u·sin + v·cos. As it stands, lengths change.":
-                torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() - a * angles.sin()), -1),
-            "The first number of a pair has a plus where a minus belongs: it becomes u·cos - v·sin. As it stands, lengths change.":
-                torch.cat((a * angles.cos() + b * angles.sin(), b * angles.cos() + a * angles.sin()), -1),
+            "The second number of a pair has a minus where a plus belongs: it "
+            "becomes u·sin + v·cos. As it stands, lengths change.": torch.cat(
+                (a * angles.cos() - b * angles.sin(), b * angles.cos() - a * angles.sin()), -1
+            ),
+            "The first number of a pair has a plus where a minus belongs: it "
+            "becomes u·cos - v·sin. As it stands, lengths change.": torch.cat(
+                (a * angles.cos() + b * angles.sin(), b * angles.cos() + a * angles.sin()), -1
+            ),
         }
         got = call(answer, x.float(), positions, base)
         same_values(got, turned(x, angles), "batch heads seq head_dim", "the result", mistakes, tolerance=5e-4)
     gradient_reaches(lambda x: answer(x, positions, base), x.float())
     return "Each pair turns by its own angle, at the positions that were given, and position 0 changes nothing."
 
-# %% ../../nbs/exercises/03_embeddings.ipynb #x03-019
+# %% ../../nbs/exercises/03_embeddings.ipynb #8929c3ee
 @exercise("3.5", "A base for a long text")
 def check_base(answer) -> str:
     "The base for which the slowest of 32 pairs makes one turn in 8,192 tokens."
     tokens, head_dim = 8192, 64
     last = (head_dim - 2) / head_dim  # 2i / head_dim of the slowest pair
-    same_number(answer, (tokens / (2 * math.pi)) ** (1 / last), {
-        "You took i = 32 for the slowest pair. There are 32 pairs, from 0 to 31: its exponent is -62/64.": tokens / (2 * math.pi),
-        "A whole turn is 2π, not 1: the slowest frequency has to be 2π/8192.": tokens ** (1 / last),
-        "That makes half a turn: a whole one is 2π, not π.": (tokens / math.pi) ** (1 / last),
-        "A whole turn is 2π, not 360: the angles are radians.": (tokens / 360) ** (1 / last),
-        "The text's length is not the base. Set 2π / base^(-62/64) equal to 8192 and solve for the base.": tokens,
-        "With the usual base the slowest pair takes far longer: the chapter printed its tokens for one turn.": 10000,
-    }, tolerance=0.01)
+    same_number(
+        answer,
+        (tokens / (2 * math.pi)) ** (1 / last),
+        {
+            "You took i = 32 for the slowest pair. There are 32 pairs, from 0 to 31: its exponent is -62/64.": tokens
+            / (2 * math.pi),
+            "A whole turn is 2π, not 1: the slowest frequency has to be 2π/8192.": tokens ** (1 / last),
+            "That makes half a turn: a whole one is 2π, not π.": (tokens / math.pi) ** (1 / last),
+            "A whole turn is 2π, not 360: the angles are radians.": (tokens / 360) ** (1 / last),
+            "The text's length is not the base. Set 2π / base^(-62/64) equal to 8192 and solve for the base.": tokens,
+            "With the usual base the slowest pair takes far longer: the "
+            "chapter printed its tokens for one turn.": 10000,
+        },
+        tolerance=0.01,
+    )
     return "The slowest pair turns by base^(-62/64) at each token, which has to be 2π/8192."
 
-# %% ../../nbs/exercises/03_embeddings.ipynb #x03-022
+# %% ../../nbs/exercises/03_embeddings.ipynb #226d3114
 @exercise("3.6", "From one layout to the other")
 def check_reorder(answer) -> str:
     "`answer(weight, n_heads)` reorders the rows of an interleaved projection for half-split rotation."
@@ -161,17 +253,37 @@ def check_reorder(answer) -> str:
         got = call(answer, weight, n_heads)
         same_shape(got, right, "rows d_model", "the new weight")
         if head_dim > 2 and close(got, weight):
-            raise Wrong("The rows stand where they stood. In each head, the rows 0, 2, 4, ... have to come first, then 1, 3, 5, ...")
-        same_values(got, right, "rows d_model", "the new weight", {
-            "You reordered the whole matrix as if it were one head. Each head has its own rows: cut them into heads first.": interleaved_to_half(weight, 1),
-            "This is the way back, from half-split to interleaved. Here the even rows of a head come first, then the odd ones.": half_to_interleaved(weight, n_heads),
-            "You reordered columns. They belong to the numbers that come in; the rows make the numbers of a head.": interleaved_to_half(weight.T, n_heads).T,
-            "The odd rows stand before the even ones. That swaps the two numbers of each pair, and the pair turns backwards.":
-                torch.cat((by_heads[:, 1::2], by_heads[:, 0::2]), 1).flatten(0, 1),
-        })
+            raise Wrong(
+                "The rows stand where they stood. In each head, the rows 0, 2, "
+                "4, ... have to come first, then 1, 3, 5, ..."
+            )
+        same_values(
+            got,
+            right,
+            "rows d_model",
+            "the new weight",
+            {
+                "You reordered the whole matrix as if it were one head. Each head "
+                "has its own rows: cut them into heads first.": interleaved_to_half(
+                    weight, 1
+                ),
+                "This is the way back, from half-split to interleaved. Here the "
+                "even rows of a head come first, then the odd ones.": half_to_interleaved(
+                    weight, n_heads
+                ),
+                "You reordered columns. They belong to the numbers that come "
+                "in; the rows make the numbers of a head.": interleaved_to_half(
+                    weight.T, n_heads
+                ).T,
+                "The odd rows stand before the even ones. That swaps the two "
+                "numbers of each pair, and the pair turns backwards.": torch.cat(
+                    (by_heads[:, 1::2], by_heads[:, 0::2]), 1
+                ).flatten(0, 1),
+            },
+        )
     return "In each head the even rows come first, then the odd ones, so the half-split rotation meets the same pairs."
 
-# %% ../../nbs/exercises/03_embeddings.ipynb #x03-025
+# %% ../../nbs/exercises/03_embeddings.ipynb #86ed3172
 def read_on(
     inputs: tuple,  # q, k, v of the new tokens, cached keys and values
     q_start: int | None = None,  # Position of the first new query; None: behind the cache
@@ -182,17 +294,24 @@ def read_on(
     causal: bool = True,
     first_at_first: bool = False,  # The first query at the first key, as torch's `is_causal` has it
 ) -> Tensor:
-    "Attention of new tokens over a cache, with rotary positions of base 10000, and with mistakes where they are wanted."
+    """Attention of new tokens over a cache, with rotary positions of base 10000, and with mistakes where they are
+    wanted.
+    """
     q, k, v, cached_k, cached_v = inputs
     head_dim, before = q.shape[-1], cached_k.shape[2]
 
     def turn(x, start):
         places = torch.arange(start, start + x.shape[2]).double()
-        return turned(x, places[:, None] * 10000.0 ** (-2 * torch.arange(head_dim // 2).double() / head_dim)).to(x.dtype)
+        return turned(x, places[:, None] * 10000.0 ** (-2 * torch.arange(head_dim // 2).double() / head_dim)).to(
+            x.dtype
+        )
 
     q_start, k_start = (before if start is None else start for start in (q_start, k_start))
     old = turn(cached_k, 0) if turn_cache else cached_k
-    keys, values = torch.cat((old, turn(k, k_start)), 2), torch.cat((cached_v, turn(v, k_start) if turn_values else v), 2)
+    keys, values = (
+        torch.cat((old, turn(k, k_start)), 2),
+        torch.cat((cached_v, turn(v, k_start) if turn_values else v), 2),
+    )
     mask = torch.ones(q.shape[2], keys.shape[2]).tril().bool() if first_at_first else None
     return attention_plain(turn(q, q_start), keys, values, mask, causal=causal)
 
@@ -206,18 +325,35 @@ def check_read_on(answer) -> str:
         q, k, v = torch.randn(3, batch, heads, new, head_dim, generator=generator)
         old_k, old_v = torch.randn(2, batch, heads, before, head_dim, generator=generator)
         inputs = (q, k, v, old_k, old_v)
-        places = {"": (None, None), "positions start again at 0 behind the cache": (0, 0), "the queries' positions start again at 0": (0, None),
-                  "the keys' positions start again at 0": (None, 0), "positions are one too large, which leaves a gap behind the cache": (before + 1, before + 1),
-                  "positions are one too small, and the first new token stands where the last cached one does": (before - 1, before - 1)}
+        places = {
+            "": (None, None),
+            "positions start again at 0 behind the cache": (0, 0),
+            "the queries' positions start again at 0": (0, None),
+            "the keys' positions start again at 0": (None, 0),
+            "positions are one too large, which leaves a gap behind the cache": (before + 1, before + 1),
+            "positions are one too small, and the first new token stands where the last cached one does": (
+                before - 1,
+                before - 1,
+            ),
+        }
         mistakes = {}
         for (place, starts), values, twice in itertools.product(places.items(), (False, True), (False, True)):
-            named = [place] * bool(place) + ["values are turned, and only queries and keys may be"] * values + ["the cached keys are turned a second time"] * twice
+            named = (
+                [place] * bool(place)
+                + ["values are turned, and only queries and keys may be"] * values
+                + ["the cached keys are turned a second time"] * twice
+            )
             if named:
                 count = ["", "One mistake is", "Two mistakes are", "Three mistakes are"][len(named)]
-                mistakes[f"{count} left: {'; '.join(named)}."] = read_on(inputs, *starts, turn_values=values, turn_cache=twice)
+                mistakes[f"{count} left: {'; '.join(named)}."] = read_on(
+                    inputs, *starts, turn_values=values, turn_cache=twice
+                )
         mistakes["New tokens see later ones: the causal mask is missing."] = read_on(inputs, causal=False)
-        mistakes["The causal mask stands at the wrong place: the first new token is not the first of the text. The last query stands at the last key; "
-                 "torch's `is_causal` does it otherwise."] = read_on(inputs, first_at_first=True)
+        mistakes[
+            "The causal mask stands at the wrong place: the first new token is not the "
+            "first of the text. The last query stands at the last key; "
+            "torch's `is_causal` does it otherwise."
+        ] = read_on(inputs, first_at_first=True)
         mistakes["Your output covers the new tokens only. Put the cached keys and values in front of theirs."] = (
             read_on((q, k, v, old_k[:, :, :0], old_v[:, :, :0]), before, before))
         same_values(call(answer, *inputs), read_on(inputs), axes, "the output", mistakes)

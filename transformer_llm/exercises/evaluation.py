@@ -7,7 +7,7 @@ __all__ = ['check_sure_half_of_the_time', 'check_bits_per_byte', 'witten_bell_mi
            'check_how_many_windows', 'check_spans', 'check_counted_once', 'check_how_many_questions', 'option_sums',
            'check_option_sums', 'paired_error', 'unpaired_error', 'related_answers', 'check_paired_error']
 
-# %% ../../nbs/exercises/10_evaluation.ipynb #x10-005
+# %% ../../nbs/exercises/10_evaluation.ipynb #1b1e35f8
 import math
 
 import torch
@@ -17,22 +17,35 @@ from torch import Tensor
 from ..evaluation import window_spans
 from . import Wrong, as_python, call, describe, exercise, fresh, same_number, same_values
 
-# %% ../../nbs/exercises/10_evaluation.ipynb #x10-008
+# %% ../../nbs/exercises/10_evaluation.ipynb #a1c024ee
 @exercise("10.1", "Sure half of the time")
 def check_sure_half_of_the_time(answer: object) -> str:
     "The perplexity of a text whose tokens have the probabilities 1 and 1/16 by turns."
     p = torch.tensor([1.0, 1 / 16], dtype=torch.double)
     nats = -p.log().mean().item()
-    same_number(answer, math.exp(nats), {
-        "You averaged the perplexities of the two kinds of tokens, 1 and 16. Average the surprises, the logarithms, and raise e to the mean.": (1 / p).mean().item(),
-        "You took one over the mean probability. The mean is taken of the logarithms, so the text's probability, a product, decides.": 1 / p.mean().item(),
-        "That is the mean surprise in nats. The perplexity is e to the power of it.": nats,
-        "That is the mean surprise in bits. The perplexity is two to the power of it.": nats / math.log(2),
-        "That is the perplexity of the hard tokens alone. The easy ones count as well, with a surprise of zero.": 16.0,
-    }, tolerance=0.005)
+    same_number(
+        answer,
+        math.exp(nats),
+        {
+            "You averaged the perplexities of the two kinds of tokens, 1 and 16. Average "
+            "the surprises, the logarithms, and raise e to the mean.": (
+                1 / p
+            )
+            .mean()
+            .item(),
+            "You took one over the mean probability. The mean is taken of the "
+            "logarithms, so the text's probability, a product, decides.": 1
+            / p.mean().item(),
+            "That is the mean surprise in nats. The perplexity is e to the power of it.": nats,
+            "That is the mean surprise in bits. The perplexity is two to the power of it.": nats / math.log(2),
+            "That is the perplexity of the hard tokens alone. The easy "
+            "ones count as well, with a surprise of zero.": 16.0,
+        },
+        tolerance=0.005,
+    )
     return "The mean surprise is (0 + 4) / 2 = 2 bits, and a die with four faces surprises as much."
 
-# %% ../../nbs/exercises/10_evaluation.ipynb #x10-011
+# %% ../../nbs/exercises/10_evaluation.ipynb #c7157a35
 @exercise("10.2", "Bits per byte")
 def check_bits_per_byte(answer: object) -> str:
     "The reader's function of surprises and a text gives bits per byte."
@@ -44,18 +57,34 @@ def check_bits_per_byte(answer: object) -> str:
         if not isinstance(as_python(result), int | float):
             raise Wrong(f"Your function should return one number, and it returned {describe(result)}.")
         mistakes = {
-            "You divided by the number of characters. A character can have several bytes in UTF-8: text.encode('utf-8') has the right length.": total / len(text) / bit,
-            "You divided nats by bytes: that is nats per byte. A bit is ln 2 nats, so divide by ln 2 as well.": total / n_bytes,
-            "You multiplied by ln 2. A bit is smaller than a nat, so there are more bits than nats: divide.": total * bit / n_bytes,
-            "You took the mean over tokens, and then divided by bytes once more. Take the sum over the tokens.": nats.mean().item() / n_bytes / bit,
-            "These are bits per token: no number of bytes occurs in it, so it depends on the tokenizer.": nats.mean().item() / bit,
-            "You divided by 8 as well. A byte of text is the unit in the denominator; it isn't made of the model's bits.": total / n_bytes / bit / 8,
-            "That is 2 to the power of something. Bits per byte are a logarithm; leave them one.": 2 ** (total / n_bytes / bit),
+            "You divided by the number of characters. A character can have several "
+            "bytes in UTF-8: text.encode('utf-8') has the right length.": total
+            / len(text)
+            / bit,
+            "You divided nats by bytes: that is nats per byte. A bit is ln 2 nats, so divide by ln 2 as well.": total
+            / n_bytes,
+            "You multiplied by ln 2. A bit is smaller than a nat, so there are more bits than nats: divide.": total
+            * bit
+            / n_bytes,
+            "You took the mean over tokens, and then divided by bytes "
+            "once more. Take the sum over the tokens.": nats.mean().item()
+            / n_bytes
+            / bit,
+            "These are bits per token: no number of bytes occurs in "
+            "it, so it depends on the tokenizer.": nats.mean().item()
+            / bit,
+            "You divided by 8 as well. A byte of text is the unit in the "
+            "denominator; it isn't made of the model's bits.": total
+            / n_bytes
+            / bit
+            / 8,
+            "That is 2 to the power of something. Bits per byte are a logarithm; leave them one.": 2
+            ** (total / n_bytes / bit),
         }
         same_number(result, total / n_bytes / bit, mistakes, tolerance=1e-5)
     return "Tried on texts with letters of one to four bytes, and on a text of one token."
 
-# %% ../../nbs/exercises/10_evaluation.ipynb #x10-014
+# %% ../../nbs/exercises/10_evaluation.ipynb #079e339b
 def witten_bell_mistakes(
     counts: Float[Tensor, "vocab"],
     lower: Float[Tensor, "vocab"],
@@ -63,15 +92,38 @@ def witten_bell_mistakes(
     "What people write, and what it gives."
     kinds, total, size = (counts > 0).sum(), counts.sum(), len(counts)
     return {
-        "These are the shares of the counts: what was never seen there has probability zero. Keep K(h) counts for the shorter history.": counts / total,
-        "You added one to every count. That gives all unseen tokens the same; (10.4) asks the shorter history about them.": (counts + 1) / (total + size),
-        "K(h) is the size of the whole vocabulary in yours. It is the number of different tokens that followed this history.": (counts + size * lower) / (total + size),
-        "You took K(h) = 1. It is the number of different tokens that followed this history.": (counts + lower) / (total + 1),
-        "You took the number of tokens that did not follow for K(h). Count those that did.": (counts + (size - kinds) * lower) / (total + size - kinds),
-        "Yours spreads what is kept evenly over the vocabulary. Spread it as the shorter history says.": (counts + kinds / size) / (total + kinds),
-        "K(h) is missing in the denominator, so the probabilities add up to more than one.": (counts + kinds * lower) / total,
-        "K(h) is missing in the numerator, so the probabilities don't add up to one.": (counts + lower) / (total + kinds),
-        "Only tokens that were never seen get something of the shorter history in yours. In (10.4) every token does.": torch.where(counts > 0, counts, kinds * lower) / (total + kinds),
+        "These are the shares of the counts: what was never seen there has "
+        "probability zero. Keep K(h) counts for the shorter history.": counts
+        / total,
+        "You added one to every count. That gives all unseen tokens the "
+        "same; (10.4) asks the shorter history about them.": (
+            counts + 1
+        )
+        / (total + size),
+        "K(h) is the size of the whole vocabulary in yours. It is the number "
+        "of different tokens that followed this history.": (
+            counts + size * lower
+        )
+        / (total + size),
+        "You took K(h) = 1. It is the number of different tokens that followed this history.": (counts + lower)
+        / (total + 1),
+        "You took the number of tokens that did not follow for K(h). Count those that did.": (
+            counts + (size - kinds) * lower
+        )
+        / (total + size - kinds),
+        "Yours spreads what is kept evenly over the vocabulary. Spread it as the shorter history says.": (
+            counts + kinds / size
+        )
+        / (total + kinds),
+        "K(h) is missing in the denominator, so the probabilities add up to more than one.": (counts + kinds * lower)
+        / total,
+        "K(h) is missing in the numerator, so the probabilities don't add up to one.": (counts + lower)
+        / (total + kinds),
+        "Only tokens that were never seen get something of the shorter "
+        "history in yours. In (10.4) every token does.": torch.where(
+            counts > 0, counts, kinds * lower
+        )
+        / (total + kinds),
     }
 
 
@@ -91,28 +143,53 @@ def check_witten_bell(answer: object) -> str:
             got = call(answer, one, lower)
             same_values(got, right, "vocab", "the result", witten_bell_mistakes(one, lower), tolerance=1e-5)
     lower = torch.rand(5, generator=generator).softmax(-1)
-    same_values(call(answer, torch.zeros(5), lower), lower, "vocab", "the result for a history that was never seen", {
-        "A history that was never seen gives 0/0 in yours, NaN. It hands on everything: return the probabilities of the shorter history.": torch.full((5,), math.nan),
-        "A history that was never seen gives zeros in yours. It hands on everything: return the probabilities of the shorter history.": torch.zeros(5),
-        "A history that was never seen gives the uniform distribution in yours. It hands on everything to the shorter history.": torch.full((5,), 1 / 5),
-    })
+    same_values(
+        call(answer, torch.zeros(5), lower),
+        lower,
+        "vocab",
+        "the result for a history that was never seen",
+        {
+            "A history that was never seen gives 0/0 in yours, NaN. It hands on "
+            "everything: return the probabilities of the shorter history.": torch.full(
+                (5,), math.nan
+            ),
+            "A history that was never seen gives zeros in yours. It hands on "
+            "everything: return the probabilities of the shorter history.": torch.zeros(
+                5
+            ),
+            "A history that was never seen gives the uniform distribution in "
+            "yours. It hands on everything to the shorter history.": torch.full(
+                (5,), 1 / 5
+            ),
+        },
+    )
     return "Tried on three sizes of vocabulary, on histories with many followers and with few, and on one that was never seen."
 
-# %% ../../nbs/exercises/10_evaluation.ipynb #x10-017
+# %% ../../nbs/exercises/10_evaluation.ipynb #8443ff91
 @exercise("10.4", "How many windows?")
 def check_how_many_windows(answer: object) -> str:
     "The windows for 1,000 tokens, a context of 100 and a stride of 25."
     right = len(window_spans(1000, 100, 25))
-    same_number(answer, right, {
-        "That is with windows end to end. They overlap: each later one brings only 25 new tokens.": math.ceil(999 / 100),
-        "You let a window begin at every 25th token up to the end. The last ones would find nothing left to count.": 1000 / 25,
-        "That leaves out the first window, which counts the first 100 predictions.": right - 1,
-        "One token too many: the text's first token is not predicted, so 999 are, and 899 are left after the first window.": right + 1,
-        "That is with a stride of one token.": len(window_spans(1000, 100, 1)),
-    })
+    same_number(
+        answer,
+        right,
+        {
+            "That is with windows end to end. They overlap: each later one brings only 25 new tokens.": math.ceil(
+                999 / 100
+            ),
+            "You let a window begin at every 25th token up to the end. The "
+            "last ones would find nothing left to count.": 1000
+            / 25,
+            "That leaves out the first window, which counts the first 100 predictions.": right - 1,
+            "One token too many: the text's first token is not predicted, so "
+            "999 are, and 899 are left after the first window.": right
+            + 1,
+            "That is with a stride of one token.": len(window_spans(1000, 100, 1)),
+        },
+    )
     return f"The first window counts 100 of the 999 predictions, and the other 899 take {right - 1} windows of 25."
 
-# %% ../../nbs/exercises/10_evaluation.ipynb #x10-020
+# %% ../../nbs/exercises/10_evaluation.ipynb #46cbfaae
 def check_spans(
     spans: object,  # What the reader's function gave
     n_tokens: int,
@@ -124,20 +201,31 @@ def check_spans(
     try:
         given = [[as_python(number) for number in span] for span in spans]
         spans = [tuple(int(number) for number in span) for span in given]
-        assert all(len(span) == 3 for span in spans) and [list(span) for span in given] == [list(span) for span in spans]
+        assert all(len(span) == 3 for span in spans) and [list(span) for span in given] == [
+            list(span) for span in spans
+        ]
     except (TypeError, ValueError, AssertionError) as error:
         raise Wrong(f"A list of (begin, first, end) is asked for; {case} yours gives {describe(spans)}.") from error
     for begin, first, end in spans:
         if end - begin - 1 > context_length:
-            raise Wrong(f"The window from {begin} to {end - 1} makes the model read {end - begin - 1} tokens ({case}); all but the last of a window are read, and they must fit into the context.")
+            raise Wrong(
+                f"The window from {begin} to {end - 1} makes the model read {end - begin - 1} tokens ({case}); "
+                "all but the last of a window are read, and they must fit into the context."
+            )
         if end > n_tokens:
             raise Wrong(f"The window from {begin} ends at {end}, after the end of the text ({case}).")
         if first <= begin:
-            raise Wrong(f"The window from {begin} counts token {first}, which it can't predict: nothing stands before it in this window ({case}).")
+            raise Wrong(
+                f"The window from {begin} counts token {first}, which it can't predict: "
+                f"nothing stands before it in this window ({case})."
+            )
     counted = [t for _, first, end in spans for t in range(first, end)]
     twice = next((t for t in counted if counted.count(t) > 1), None)
     if twice is not None:
-        raise Wrong(f"Token {twice} is counted {counted.count(twice)} times ({case}). Only the tokens that no window before has counted may count.")
+        raise Wrong(
+            f"Token {twice} is counted {counted.count(twice)} times ({case}). Only "
+            "the tokens that no window before has counted may count."
+        )
     if missing := sorted(set(range(1, n_tokens)) - set(counted)):
         raise Wrong(f"Token {missing[0]} is counted nowhere ({case}).")
     wanted = window_spans(n_tokens, context_length, stride)
@@ -145,7 +233,11 @@ def check_spans(
         raise Wrong(f"Your last windows count nothing ({case}); stop when the text has ended.")
     if spans != wanted:
         odd = next(number for number, (mine, right) in enumerate(zip([*spans, None], [*wanted, None])) if mine != right)
-        raise Wrong(f"Each token is counted once, but window number {odd + 1} is {spans[odd] if odd < len(spans) else 'missing'} and should be {wanted[odd] if odd < len(wanted) else 'left out'} ({case}).")
+        raise Wrong(
+            f"Each token is counted once, but window number {odd + 1} is "
+            f"{spans[odd] if odd < len(spans) else 'missing'} and should be "
+            f"{wanted[odd] if odd < len(wanted) else 'left out'} ({case})."
+        )
 
 
 @exercise("10.5", "Counted once")
@@ -158,24 +250,35 @@ def check_counted_once(answer: object) -> str:
         cases.append((n_tokens, context_length, int(torch.randint(1, context_length + 1, (), generator=generator))))
     for case in cases:
         check_spans(call(answer, *case), *case)
-    return f"Tried on {len(cases)} texts: shorter and longer than a window, with strides from one token to a whole window."
+    return (
+        f"Tried on {len(cases)} texts: shorter and longer than a window, with strides from one token to a whole window."
+    )
 
-# %% ../../nbs/exercises/10_evaluation.ipynb #x10-023
+# %% ../../nbs/exercises/10_evaluation.ipynb #8a77938a
 @exercise("10.6", "How many questions?")
 def check_how_many_questions(answer: object) -> str:
     "Questions for a standard error of 0.01 at a share of 0.75."
     share, error = 0.75, 0.01
-    same_number(answer, share * (1 - share) / error**2, {
-        "You divided by the error and not by its square: (10.6) has a root.": share * (1 - share) / error,
-        "You left a (1 - a) out, the spread of a single answer.": 1 / error**2,
-        "That is for a share of one half, the worst case. At three quarters the answers spread less.": 0.25 / error**2,
-        "You used a instead of a (1 - a).": share / error**2,
-        "You took the root of a (1 - a) before dividing by the square of the error.": math.sqrt(share * (1 - share)) / error**2,
-        "That is for a standard error of one percentage point up and down together, half a point.": share * (1 - share) / (error / 2) ** 2,
-    }, tolerance=0.005)
+    same_number(
+        answer,
+        share * (1 - share) / error**2,
+        {
+            "You divided by the error and not by its square: (10.6) has a root.": share * (1 - share) / error,
+            "You left a (1 - a) out, the spread of a single answer.": 1 / error**2,
+            "That is for a share of one half, the worst case. At three quarters the answers spread less.": 0.25
+            / error**2,
+            "You used a instead of a (1 - a).": share / error**2,
+            "You took the root of a (1 - a) before dividing by the square of the error.": math.sqrt(share * (1 - share))
+            / error**2,
+            "That is for a standard error of one percentage point up and down together, half a point.": share
+            * (1 - share)
+            / (error / 2) ** 2,
+        },
+        tolerance=0.005,
+    )
     return "With a hundredth of these questions the error would be ten times as large."
 
-# %% ../../nbs/exercises/10_evaluation.ipynb #x10-026
+# %% ../../nbs/exercises/10_evaluation.ipynb #b5cdd01a
 def option_sums(
     logits: Float[Tensor, "batch seq vocab"],
     ids: Int[Tensor, "batch seq"],
@@ -185,7 +288,12 @@ def option_sums(
     "Equation (10.7) for each row, written as a loop."
     log_p = logits.log_softmax(-1)
     seq = ids.shape[1]
-    return torch.stack([sum(log_p[row, t - shift, ids[row, t]] for t in range(seq - n, seq)) for row, n in enumerate(n_tokens.tolist())])
+    return torch.stack(
+        [
+            sum(log_p[row, t - shift, ids[row, t]] for t in range(seq - n, seq))
+            for row, n in enumerate(n_tokens.tolist())
+        ]
+    )
 
 
 @exercise("10.7", "The score of an option")
@@ -201,21 +309,50 @@ def check_option_sums(answer: object) -> str:
             n_tokens[1] = 3
         right = option_sums(logits, ids, n_tokens)
         whole = torch.full_like(n_tokens, seq - 1)
-        raw = torch.stack([sum(logits[row, t - 1, ids[row, t]] for t in range(seq - n, seq)) for row, n in enumerate(n_tokens.tolist())])
-        fewer = torch.stack([sum((logits.log_softmax(-1)[row, t - 1, ids[row, t]] for t in range(seq - n + 1, seq)), torch.zeros(())) for row, n in enumerate(n_tokens.tolist())])
-        same_values(call(answer, logits, ids, n_tokens), right, "batch", "the result", {
-            "Each token is judged by the logits of its own place, which are for the token after it. logits[:, :-1] belong to ids[:, 1:].": option_sums(logits, ids, n_tokens, 0),
-            "You summed over the whole row, question and padding included. Only the last n_tokens of each row belong to the option.": option_sums(logits, ids, whole),
-            "These are means. A sum is asked for: the logarithm of the option's whole probability.": right / n_tokens,
-            "You summed logits, not log-probabilities: the softmax's denominator is missing, and it differs from place to place.": raw,
-            "The sign is turned: these are surprises, and the most probable option has the smallest. Log-probabilities are asked for, never above zero.": -right,
-            "These are probabilities. Their logarithms are asked for; the probability of a long option would vanish.": right.exp(),
-            "You left each option's first token out. It is predicted by the last token of the question.": fewer,
-            "All rows were taken to be as long as the longest option. Each row has its own number of tokens.": option_sums(logits, ids, torch.full_like(n_tokens, int(n_tokens.max()))),
-        })
+        raw = torch.stack(
+            [
+                sum(logits[row, t - 1, ids[row, t]] for t in range(seq - n, seq))
+                for row, n in enumerate(n_tokens.tolist())
+            ]
+        )
+        fewer = torch.stack(
+            [
+                sum((logits.log_softmax(-1)[row, t - 1, ids[row, t]] for t in range(seq - n + 1, seq)), torch.zeros(()))
+                for row, n in enumerate(n_tokens.tolist())
+            ]
+        )
+        same_values(
+            call(answer, logits, ids, n_tokens),
+            right,
+            "batch",
+            "the result",
+            {
+                "Each token is judged by the logits of its own place, which are for the "
+                "token after it. logits[:, :-1] belong to ids[:, 1:].": option_sums(
+                    logits, ids, n_tokens, 0
+                ),
+                "You summed over the whole row, question and padding included. Only "
+                "the last n_tokens of each row belong to the option.": option_sums(
+                    logits, ids, whole
+                ),
+                "These are means. A sum is asked for: the logarithm of the option's whole probability.": right
+                / n_tokens,
+                "You summed logits, not log-probabilities: the softmax's denominator "
+                "is missing, and it differs from place to place.": raw,
+                "The sign is turned: these are surprises, and the most probable option has the "
+                "smallest. Log-probabilities are asked for, never above zero.": -right,
+                "These are probabilities. Their logarithms are asked for; the "
+                "probability of a long option would vanish.": right.exp(),
+                "You left each option's first token out. It is predicted by the last token of the question.": fewer,
+                "All rows were taken to be as long as the longest option. "
+                "Each row has its own number of tokens.": option_sums(
+                    logits, ids, torch.full_like(n_tokens, int(n_tokens.max()))
+                ),
+            },
+        )
     return "Tried on three batches, with options of one token and of several."
 
-# %% ../../nbs/exercises/10_evaluation.ipynb #x10-029
+# %% ../../nbs/exercises/10_evaluation.ipynb #b346eef1
 def paired_error(
     right_a: Float[Tensor, "batch"],
     right_b: Float[Tensor, "batch"],
@@ -236,11 +373,18 @@ def related_answers(
     m: int,  # Questions
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
-    "Random answers of two models that find the same questions hard, so that pairing matters, and no mistake looks like another."
+    """Random answers of two models that find the same questions hard, so that pairing matters, and no mistake looks
+    like another.
+    """
     while True:
         hard = torch.rand(m, generator=generator)
         right_a, right_b = ((hard + 0.2 * torch.rand(m, generator=generator) < level).double() for level in (0.5, 0.65))
-        if 0 < 1.5 * paired_error(right_a, right_b) < unpaired_error(right_a, right_b) < (right_b - right_a).mean() / 1.5:
+        if (
+            0
+            < 1.5 * paired_error(right_a, right_b)
+            < unpaired_error(right_a, right_b)
+            < (right_b - right_a).mean() / 1.5
+        ):
             return right_a, right_b
 
 
@@ -254,17 +398,30 @@ def check_paired_error(answer: object) -> str:
         if not isinstance(as_python(result), int | float):
             raise Wrong(f"Your function should return one number, and it returned {describe(result)}.")
         if abs(as_python(result)) < 1e-9:
-            raise Wrong("Your draws all gave the same. Draw with replacement: some questions come twice, others not at all.")
+            raise Wrong(
+                "Your draws all gave the same. Draw with replacement: some questions come twice, others not at all."
+            )
         gain, right = right_b - right_a, paired_error(right_a, right_b)
         apart = unpaired_error(right_a, right_b)
         spread = gain.std().item()
-        same_number(result, right, {
-            "You drew other questions for each model. Both answer the same ones, and what is hard for both cancels: draw the places once, for both.": apart,
-            "That is the spread of a single question's difference. The mean over the questions varies less.": spread,
-            "You divided by the number of questions instead of its root, or divided the draws' spread once more.": spread / m,
-            "That is the difference itself. Its error is asked for: the spread over the draws.": gain.mean().item(),
-            "That is the error in numbers of questions. Take the mean over the questions of each draw, not the sum.": right * m,
-            "That is the variance of the draws. The standard error is its root.": right**2,
-            "That is two standard errors.": 2 * right,
-        }, tolerance=0.15)
+        same_number(
+            result,
+            right,
+            {
+                "You drew other questions for each model. Both answer the same ones, and what "
+                "is hard for both cancels: draw the places once, for both.": apart,
+                "That is the spread of a single question's difference. "
+                "The mean over the questions varies less.": spread,
+                "You divided by the number of questions instead of its root, "
+                "or divided the draws' spread once more.": spread
+                / m,
+                "That is the difference itself. Its error is asked for: the spread over the draws.": gain.mean().item(),
+                "That is the error in numbers of questions. Take the mean "
+                "over the questions of each draw, not the sum.": right
+                * m,
+                "That is the variance of the draws. The standard error is its root.": right**2,
+                "That is two standard errors.": 2 * right,
+            },
+            tolerance=0.15,
+        )
     return "Tried on three sets of questions; drawing each model's questions apart would have given a larger error."

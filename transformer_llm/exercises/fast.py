@@ -6,7 +6,7 @@
 __all__ = ['check_share_of_the_peak', 'check_gradient_of_a_norm', 'check_eight_blocks', 'check_sum_divided_once',
            'check_update_that_vanishes', 'check_memory_that_remembers']
 
-# %% ../../nbs/exercises/11_fast.ipynb #x11-005
+# %% ../../nbs/exercises/11_fast.ipynb #4a0eafc0
 import math
 
 import torch
@@ -16,20 +16,28 @@ from torch.nn import functional as F
 from . import Wrong, call, exercise, fresh, same_number, same_values
 from ..training import cross_entropy
 
-# %% ../../nbs/exercises/11_fast.ipynb #x11-008
+# %% ../../nbs/exercises/11_fast.ipynb #5f7e3b96
 @exercise("11.1", "A share of the peak")
 def check_share_of_the_peak(answer: object) -> str:
     "The utilisation of a model of 40 million operations a token at 2,000 tokens a second, of 200 billion."
     share = 2_000 * 40e6 / 200e9
-    same_number(answer, share, {
-        "You turned the fraction over: a share of the peak is what is used, over what there is.": 1 / share,
-        "That is in percent. The share itself is a number between 0 and 1.": 100 * share,
-        "You counted the forward pass alone, a third. The 40 million are for training: they hold both passes.": share / 3,
-        "You multiplied by three for the backward pass. The 40 million are for training: they hold both passes.": 3 * share,
-    }, tolerance=0.005)
+    same_number(
+        answer,
+        share,
+        {
+            "You turned the fraction over: a share of the peak is what is used, over what there is.": 1 / share,
+            "That is in percent. The share itself is a number between 0 and 1.": 100 * share,
+            "You counted the forward pass alone, a third. The 40 million "
+            "are for training: they hold both passes.": share
+            / 3,
+            "You multiplied by three for the backward pass. The 40 million are for training: they hold both passes.": 3
+            * share,
+        },
+        tolerance=0.005,
+    )
     return "The model needs 80 billion operations a second, and the machine has 200 billion."
 
-# %% ../../nbs/exercises/11_fast.ipynb #x11-011
+# %% ../../nbs/exercises/11_fast.ipynb #9f9b5ce1
 def _norm_gradients(x: Tensor, g: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         x, g = x.detach().requires_grad_(), g.detach().requires_grad_()
@@ -48,9 +56,16 @@ def check_gradient_of_a_norm(answer: object) -> str:
                 result = call(answer, x, g, delta, eps)
             except Wrong as error:
                 if "does not require grad" in str(error):
-                    raise Wrong("You asked autograd, and it is switched off here: a backward pass is what it would call. Write the two sums of (11.3) yourself.") from error
+                    raise Wrong(
+                        "You asked autograd, and it is switched off here: a backward pass is what "
+                        "it would call. Write the two sums of (11.3) yourself."
+                    ) from error
                 raise
-        if not isinstance(result, tuple | list) or len(result) != 2 or not all(isinstance(part, Tensor) for part in result):
+        if (
+            not isinstance(result, tuple | list)
+            or len(result) != 2
+            or not all(isinstance(part, Tensor) for part in result)
+        ):
             raise Wrong("Return two tensors: the gradient of x and the gradient of g.")
         right_x, right_g = _norm_gradients(x, g, delta, eps)
         s = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -58,27 +73,46 @@ def check_gradient_of_a_norm(answer: object) -> str:
         inner = (h * x).sum(-1, keepdim=True)
         if result[0].shape == right_g.shape and result[1].shape == right_x.shape:
             raise Wrong("The two are swapped: the gradient of x comes first.")
-        same_values(result[0], right_x, "batch seq d_model", "the gradient of x", mistakes={
-            "The second term of the gradient of x is missing: s depends on x too, so x acts in two ways.": s * h,
-            "The sum over j is to be divided by d: the norm takes a mean of the squares.": s * h - x * s**3 * inner,
-            "The second term has the wrong sign: s shrinks as x grows.": s * h + x * s**3 * inner / width,
-            "The second term has s, and needs its third power: the derivative of a number to the power -1/2 has the power -3/2.": s * h - x * s * inner / width,
-            "The second term has the square of s, and needs its third power.": s * h - x * s**2 * inner / width,
-            "The gradient of x lacks g: y is x times s times g, so delta has to pass through g first.": s * delta - x * s**3 * (delta * x).sum(-1, keepdim=True) / width,
-            "The sum in the gradient of x lacks g: it runs over delta, g and x.": s * h - x * s**3 * (delta * x).sum(-1, keepdim=True) / width,
-            "You left out eps: add it to the mean of the squares.": _norm_gradients(x, g, delta, 0.0)[0],
-        })
+        same_values(
+            result[0],
+            right_x,
+            "batch seq d_model",
+            "the gradient of x",
+            mistakes={
+                "The second term of the gradient of x is missing: s depends on x too, so x acts in two ways.": s * h,
+                "The sum over j is to be divided by d: the norm takes a mean of the squares.": s * h - x * s**3 * inner,
+                "The second term has the wrong sign: s shrinks as x grows.": s * h + x * s**3 * inner / width,
+                "The second term has s, and needs its third power: the derivative "
+                "of a number to the power -1/2 has the power -3/2.": s
+                * h
+                - x * s * inner / width,
+                "The second term has the square of s, and needs its third power.": s * h - x * s**2 * inner / width,
+                "The gradient of x lacks g: y is x times s times g, so delta has to pass through g first.": s * delta
+                - x * s**3 * (delta * x).sum(-1, keepdim=True) / width,
+                "The sum in the gradient of x lacks g: it runs over delta, g and x.": s * h
+                - x * s**3 * (delta * x).sum(-1, keepdim=True) / width,
+                "You left out eps: add it to the mean of the squares.": _norm_gradients(x, g, delta, 0.0)[0],
+            },
+        )
         if result[1].shape == right_x.shape and right_x.shape != right_g.shape:
             raise Wrong("The gradient of g has to be summed over all tokens, for every token uses the same g.")
-        same_values(result[1], right_g, "d_model", "the gradient of g", mistakes={
-            "The gradient of g lacks s: what g multiplies is x times s.": (delta * x).sum((0, 1)),
-            "The gradient of g lacks x: what g multiplies is x times s.": (delta * s).sum((0, 1)),
-            "The gradient of g has g in it. y is g times something, so its derivative by g is that something.": (h * n).sum((0, 1)),
-            "The gradient of g is a sum over the tokens, and this is their mean.": (delta * n).mean((0, 1)),
-        })
+        same_values(
+            result[1],
+            right_g,
+            "d_model",
+            "the gradient of g",
+            mistakes={
+                "The gradient of g lacks s: what g multiplies is x times s.": (delta * x).sum((0, 1)),
+                "The gradient of g lacks x: what g multiplies is x times s.": (delta * s).sum((0, 1)),
+                "The gradient of g has g in it. y is g times something, so its derivative by g is that something.": (
+                    h * n
+                ).sum((0, 1)),
+                "The gradient of g is a sum over the tokens, and this is their mean.": (delta * n).mean((0, 1)),
+            },
+        )
     return "Both gradients are those of autograd, for other widths and for a large eps too."
 
-# %% ../../nbs/exercises/11_fast.ipynb #x11-014
+# %% ../../nbs/exercises/11_fast.ipynb #ebd80772
 @exercise("11.3", "Eight blocks")
 def check_eight_blocks(answer: object) -> str:
     "The share of 1,024 × 1,024 scores computed in blocks of 128 queries."
@@ -92,7 +126,7 @@ def check_eight_blocks(answer: object) -> str:
     }, tolerance=0.005)
     return "Eight blocks compute 1 + 2 + ... + 8 = 36 of 64 squares."
 
-# %% ../../nbs/exercises/11_fast.ipynb #x11-017
+# %% ../../nbs/exercises/11_fast.ipynb #b5be2880
 class _Rows(torch.overrides.TorchFunctionMode):
     # the most rows of the logits that one function of torch took, cutting them left out
     def __init__(self, vocab: int):
@@ -119,34 +153,66 @@ def check_sum_divided_once(answer: object) -> str:
         with _Rows(7) as seen:
             result = call(answer, logits, targets, chunk)
         if isinstance(result, Tensor) and bool(result.isnan().any()):
-            raise Wrong("The loss is NaN where a chunk, or all of the text, has no target: a mean over nothing. Divide once at the end, by at least one.")
+            raise Wrong(
+                "The loss is NaN where a chunk, or all of the text, has no target: a mean "
+                "over nothing. Divide once at the end, by at least one."
+            )
         parts = [(part, t) for part, t in zip(logits.split(chunk), targets.split(chunk))]
         sums = [F.cross_entropy(part, t, reduction="sum") for part, t in parts]
         means = [s / max(1, int((t != -100).sum())) for s, (_, t) in zip(sums, parts)]
-        same_values(torch.as_tensor(result), cross_entropy(logits, targets), "", "the loss", mistakes={
-            "That is the mean of the chunks' means: a chunk with few targets counts as much as a full one. Add up sums, and divide once.": torch.stack(means).mean(),
-            "You divided by the number of all tokens. Those with the target -100 have no loss, so they don't count.": torch.stack(sums).sum() / tokens,
-            "That is the sum over the targets. The loss is their mean.": torch.stack(sums).sum(),
-        })
+        same_values(
+            torch.as_tensor(result),
+            cross_entropy(logits, targets),
+            "",
+            "the loss",
+            mistakes={
+                "That is the mean of the chunks' means: a chunk with few targets counts "
+                "as much as a full one. Add up sums, and divide once.": torch.stack(
+                    means
+                ).mean(),
+                "You divided by the number of all tokens. Those with the "
+                "target -100 have no loss, so they don't count.": torch.stack(
+                    sums
+                ).sum()
+                / tokens,
+                "That is the sum over the targets. The loss is their mean.": torch.stack(sums).sum(),
+            },
+        )
         if seen.rows > chunk:
-            raise Wrong(f"The loss is right, but {seen.rows} rows were looked at together, and the chunk is {chunk}: memory is what this is about.")
-    return "The loss agrees with cross_entropy for short chunks, for chunks without a target and for a text without any."
+            raise Wrong(
+                f"The loss is right, but {seen.rows} rows were looked at together, and "
+                f"the chunk is {chunk}: memory is what this is about."
+            )
+    return (
+        "The loss agrees with cross_entropy for short chunks, for chunks without a target and for a text without any."
+    )
 
-# %% ../../nbs/exercises/11_fast.ipynb #x11-020
+# %% ../../nbs/exercises/11_fast.ipynb #a67049a6
 @exercise("11.5", "The update that vanishes")
 def check_update_that_vanishes(answer: object) -> str:
     "The largest power of two that, added to 4 in bfloat16, leaves it."
     four = torch.tensor(4.0, dtype=torch.bfloat16)
     largest = max(2.0**-n for n in range(20) if four + torch.tensor(2.0**-n, dtype=torch.bfloat16) == four)
-    same_number(answer, largest, {
-        "That is the distance to the neighbour, and such an update arrives there. Only up to half of it is rounded back.": 2 * largest,
-        "That vanishes, but a larger one does as well: half of the distance is a tie, and 4 is the even number.": largest / 2,
-        "That is the answer beside 1, where neighbours are 1/128 apart. Between 4 and 8 they are four times as far apart.": largest / 4,
-        "That is n. The update is 2 to the power of minus n.": -math.log2(largest),
-    }, tolerance=0.001)
+    same_number(
+        answer,
+        largest,
+        {
+            "That is the distance to the neighbour, and such an update arrives "
+            "there. Only up to half of it is rounded back.": 2
+            * largest,
+            "That vanishes, but a larger one does as well: half of the "
+            "distance is a tie, and 4 is the even number.": largest
+            / 2,
+            "That is the answer beside 1, where neighbours are 1/128 apart. "
+            "Between 4 and 8 they are four times as far apart.": largest
+            / 4,
+            "That is n. The update is 2 to the power of minus n.": -math.log2(largest),
+        },
+        tolerance=0.001,
+    )
     return "Half of 1/32 is a tie, it goes to the even neighbour, and that is 4."
 
-# %% ../../nbs/exercises/11_fast.ipynb #x11-023
+# %% ../../nbs/exercises/11_fast.ipynb #46436270
 @exercise("11.6", "A memory that remembers")
 def check_memory_that_remembers(answer: object) -> str:
     "The reader's function encodes each distinct word once."
@@ -163,9 +229,15 @@ def check_memory_that_remembers(answer: object) -> str:
     if sorted(ids) == sorted(right) and ids != right:
         raise Wrong("The ids are right but not in the order of the words.")
     if ids != right:
-        raise Wrong("The ids are not those of the words one after another: 'To', 'to' and ' to' are three words, and each needs an entry of its own.")
+        raise Wrong(
+            "The ids are not those of the words one after another: 'To', 'to' and ' "
+            "to' are three words, and each needs an entry of its own."
+        )
     if len(calls) > len(set(words)):
-        raise Wrong(f"encode_word was called {len(calls)} times for {len(set(words))} distinct words: an argument of setdefault (or of get) is worked out before the look-up.")
+        raise Wrong(
+            f"encode_word was called {len(calls)} times for {len(set(words))} distinct words: an "
+            "argument of setdefault (or of get) is worked out before the look-up."
+        )
     if list(call(answer, ["to"], lambda word: [7])) != [7]:
         raise Wrong("The memory outlives the call: with another encode_word it gives the first one's ids.")
     return f"Every id is right, and encode_word was called {len(calls)} times, once for each distinct word."

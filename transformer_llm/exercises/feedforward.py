@@ -6,7 +6,7 @@
 __all__ = ['check_on_paper', 'check_largest_error', 'check_feedforward', 'check_swiglu', 'check_size', 'square_network',
            'check_memory', 'check_collapse']
 
-# %% ../../nbs/exercises/02_feedforward.ipynb #x02-005
+# %% ../../nbs/exercises/02_feedforward.ipynb #fcd5c9b8
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformer_llm.exercises import (
 )
 from ..feedforward import default_d_ff, feedforward_parameters, gelu, gelu_tanh
 
-# %% ../../nbs/exercises/02_feedforward.ipynb #x02-008
+# %% ../../nbs/exercises/02_feedforward.ipynb #515f5d54
 @exercise("2.1", "One token on paper")
 def check_on_paper(answer: object) -> str:
     "What the network on paper makes of the token (-1, 2): two numbers."
@@ -34,10 +34,15 @@ def check_on_paper(answer: object) -> str:
     if close(got, right):
         return f"The hidden numbers are {', '.join(f'{number:g}' for number in bent)}; only the second unit speaks, and adds its column."
     for sentence, value in {
-        "The curve is missing: between the matrices every negative number becomes zero and the others are squared.": down @ asked,
-        "Your curve sets negative numbers to zero but does not square the others: ReLU, and ReLU² is asked for.": down @ asked.relu(),
-        "Your curve squares the negative numbers too. They have to become zero; only positive ones are squared.": down @ asked**2,
-        "The curve stands between the matrices only; you have applied it to the result again.": (down @ bent).relu() ** 2,
+        "The curve is missing: between the matrices every negative "
+        "number becomes zero and the others are squared.": down
+        @ asked,
+        "Your curve sets negative numbers to zero but does not square the others: ReLU, and ReLU² is asked for.": down
+        @ asked.relu(),
+        "Your curve squares the negative numbers too. They have to become zero; only positive ones are squared.": down
+        @ asked**2,
+        "The curve stands between the matrices only; you have applied it to the result again.": (down @ bent).relu()
+        ** 2,
         "These are the hidden numbers. They still have to go through the second matrix.": bent,
         "These are the answers to the three questions. The curve and the second matrix are still missing.": asked,
         "The two numbers are exchanged: the first row of the second matrix gives the first number.": right.flip(0),
@@ -47,9 +52,12 @@ def check_on_paper(answer: object) -> str:
     if got.shape != right.shape:
         raise Wrong(f"Two numbers are asked for, like `[3, 3]`, and this is {describe(answer)}.")
     wrong = [place for place, is_wrong in zip(("first", "second"), (got != right).tolist()) if is_wrong]
-    raise Wrong(f"The {' and the '.join(wrong)} of your numbers {'are' if len(wrong) == 2 else 'is'} not right. Write down the three answers, what the curve makes of each, and then the sums.")
+    raise Wrong(
+        f"The {' and the '.join(wrong)} of your numbers {'are' if len(wrong) == 2 else 'is'} not right. "
+        "Write down the three answers, what the curve makes of each, and then the sums."
+    )
 
-# %% ../../nbs/exercises/02_feedforward.ipynb #x02-011
+# %% ../../nbs/exercises/02_feedforward.ipynb #28b1138c
 @exercise("2.2", "The other approximation")
 def check_largest_error(answer: object) -> str:
     "The largest error of x · sigmoid(1.702 x) as an approximation of GELU, from -6 to 6."
@@ -57,27 +65,53 @@ def check_largest_error(answer: object) -> str:
     off = line * torch.sigmoid(1.702 * line) - gelu(line)
     right = off.abs().max().item()
     relative = (off / gelu(line)).abs()
-    same_number(answer, right, {
-        "This is the error of the tanh form. The exercise asks for the one with the logistic curve.": (gelu_tanh(line) - gelu(line)).abs().max().item(),
-        "The factor 1.702 is missing: this is how far SiLU is from GELU.": (F.silu(line) - gelu(line)).abs().max().item(),
-        "This is the mean error; the largest is asked for.": off.abs().mean().item(),
-        "This is the mean squared error; the largest error is asked for.": off.square().mean().item(),
-        "This is the largest squared error; the error itself is asked for.": right**2,
-        "This is the error with the larger sign only: take it without its sign (`.abs()`) before the maximum.": off.max().item(),
-        "A size is asked for, so it has no sign.": -right,
-        "This is an error relative to GELU; its plain difference is asked for.": relative[relative.isfinite()].max().item(),
-        "This is the largest error times 1000, as in the picture of the tanh form.": 1000 * right,
-        "The gate is right, but it has to be multiplied by x before you compare.": (torch.sigmoid(1.702 * line) - gelu(line)).abs().max().item(),
-    }, tolerance=0.03)
+    same_number(
+        answer,
+        right,
+        {
+            "This is the error of the tanh form. The exercise asks for the one with the logistic curve.": (
+                gelu_tanh(line) - gelu(line)
+            )
+            .abs()
+            .max()
+            .item(),
+            "The factor 1.702 is missing: this is how far SiLU is from GELU.": (F.silu(line) - gelu(line))
+            .abs()
+            .max()
+            .item(),
+            "This is the mean error; the largest is asked for.": off.abs().mean().item(),
+            "This is the mean squared error; the largest error is asked for.": off.square().mean().item(),
+            "This is the largest squared error; the error itself is asked for.": right**2,
+            "This is the error with the larger sign only: take it "
+            "without its sign (`.abs()`) before the maximum.": off.max().item(),
+            "A size is asked for, so it has no sign.": -right,
+            "This is an error relative to GELU; its plain difference is asked for.": relative[relative.isfinite()]
+            .max()
+            .item(),
+            "This is the largest error times 1000, as in the picture of the tanh form.": 1000 * right,
+            "The gate is right, but it has to be multiplied by x before you compare.": (
+                torch.sigmoid(1.702 * line) - gelu(line)
+            )
+            .abs()
+            .max()
+            .item(),
+        },
+        tolerance=0.03,
+    )
     return f"Measured: {right:.4f}. That is many times the error of the tanh form, {(gelu_tanh(line) - gelu(line)).abs().max():.4f}, for one `exp` and no cube."
 
-# %% ../../nbs/exercises/02_feedforward.ipynb #x02-014
+# %% ../../nbs/exercises/02_feedforward.ipynb #5a55b22d
 @exercise("2.3", "Write a feed-forward network")
 def check_feedforward(answer: object) -> str:
     "A function of x, up_weight, up_bias, down_weight and down_bias; tried on fresh ones."
     generator = fresh("2.3")
     size = lambda low, high: int(torch.randint(low, high, (), generator=generator))
-    for batch, seq, d_model, d_ff in ((2, 3, 6, 6), (size(2, 4), size(4, 7), size(5, 8), size(9, 20)), (1, 1, 4, 8), (0, 2, 3, 12)):
+    for batch, seq, d_model, d_ff in (
+        (2, 3, 6, 6),
+        (size(2, 4), size(4, 7), size(5, 8), size(9, 20)),
+        (1, 1, 4, 8),
+        (0, 2, 3, 12),
+    ):
         randn = lambda *shape: torch.randn(*shape, generator=generator)
         x = randn(batch, seq, d_model) if batch else torch.zeros(1, seq, d_model)
         up, up_bias, down, down_bias = randn(d_ff, d_model), randn(d_ff), randn(d_model, d_ff), randn(d_model)
@@ -87,21 +121,45 @@ def check_feedforward(answer: object) -> str:
         mistakes = {
             "The curve is missing: without it the two matrices are one.": asked @ down.T + down_bias,
             "The curve is ReLU, without the square: ReLU² is asked for.": asked.relu() @ down.T + down_bias,
-            "Your curve squares negative numbers too. First the maximum with zero, then the square.": asked**2 @ down.T + down_bias,
+            "Your curve squares negative numbers too. First the maximum with zero, then the square.": asked**2 @ down.T
+            + down_bias,
             "The curve is GELU: ReLU² is asked for.": gelu(asked) @ down.T + down_bias,
             "`up_bias` is missing: it is added before the curve.": (x @ up.T).relu() ** 2 @ down.T + down_bias,
-            "`up_bias` is added after the curve. It shifts the question, so it has to stand inside.": ((x @ up.T).relu() ** 2 + up_bias) @ down.T + down_bias,
+            "`up_bias` is added after the curve. It shifts the question, so it has to stand inside.": (
+                (x @ up.T).relu() ** 2 + up_bias
+            )
+            @ down.T
+            + down_bias,
             "`down_bias` is missing.": bent @ down.T,
             "Both biases are missing.": (x @ up.T).relu() ** 2 @ down.T,
-            "The curve is applied once more after the second matrix; there, the numbers stay as they are.": result.relu() ** 2,
-            "The token itself is added to the result. That is what a block does around the network (chapter 04), not the network.": result + x,
+            "The curve is applied once more after the second matrix; "
+            "there, the numbers stay as they are.": result.relu()
+            ** 2,
+            "The token itself is added to the result. That is what a block does "
+            "around the network (chapter 04), not the network.": result
+            + x,
         }
         if d_ff == d_model:
             mistakes |= {
-                "Neither matrix is transposed: `weight` has shape (out, in), so a token is multiplied by `weight.T`. (Only because this test has d_ff = d_model does it not raise.)": (x @ up + up_bias).relu() ** 2 @ down + down_bias,
-                "The first matrix is not transposed: `up_weight` has shape (d_ff, d_model), so it is `x @ up_weight.T`.": (x @ up + up_bias).relu() ** 2 @ down.T + down_bias,
+                "Neither matrix is transposed: `weight` has shape (out, in), so a token is multiplied by "
+                "`weight.T`. (Only because this test has d_ff = d_model does it not raise.)": (
+                    x @ up + up_bias
+                ).relu()
+                ** 2
+                @ down
+                + down_bias,
+                "The first matrix is not transposed: `up_weight` has shape "
+                "(d_ff, d_model), so it is `x @ up_weight.T`.": (
+                    x @ up + up_bias
+                ).relu()
+                ** 2
+                @ down.T
+                + down_bias,
                 "These are the hidden numbers: the second matrix and its bias are missing.": bent,
-                "The second matrix is not transposed: `down_weight` has shape (d_model, d_ff), so it is `@ down_weight.T`.": bent @ down + down_bias,
+                "The second matrix is not transposed: `down_weight` has shape "
+                "(d_model, d_ff), so it is `@ down_weight.T`.": bent
+                @ down
+                + down_bias,
             }
         weights = up, up_bias, down, down_bias
         same_values(call(answer, x, *weights), result, "batch seq d_model", mistakes=mistakes)
@@ -109,7 +167,7 @@ def check_feedforward(answer: object) -> str:
             gradient_reaches(lambda x: answer(x, *weights), x)
     return "Tried with several sizes, with a single token and with zeros; gradients flow."
 
-# %% ../../nbs/exercises/02_feedforward.ipynb #x02-017
+# %% ../../nbs/exercises/02_feedforward.ipynb #002981ff
 @exercise("2.4", "The gate")
 def check_swiglu(answer: object) -> str:
     "A function of x, gate, up and down; tried on fresh ones."
@@ -120,50 +178,94 @@ def check_swiglu(answer: object) -> str:
         x, gate, up, down = randn(batch, seq, d_model), randn(d_ff, d_model), randn(d_ff, d_model), randn(d_model, d_ff)
         g, u = x @ gate.T, x @ up.T
         mistakes = {
-            "The mistake is still there: `silu` is applied to the product of gate and up. Only the gate goes through the curve.": F.silu(g * u) @ down.T,
-            "`silu` is applied to up, and the gate stays straight; equation (2.5) has it the other way round.": (g * F.silu(u)) @ down.T,
+            "The mistake is still there: `silu` is applied to the product of "
+            "gate and up. Only the gate goes through the curve.": F.silu(
+                g * u
+            )
+            @ down.T,
+            "`silu` is applied to up, and the gate stays straight; equation (2.5) has it the other way round.": (
+                g * F.silu(u)
+            )
+            @ down.T,
             "`silu` is applied to gate and up. Only the gate goes through the curve.": (F.silu(g) * F.silu(u)) @ down.T,
             "`silu` is applied to the result as well; it belongs to the gate alone.": F.silu((F.silu(g) * u) @ down.T),
-            "The gate is a sigmoid: this is GLU. SwiGLU's gate is SiLU, x times the sigmoid of x.": (torch.sigmoid(g) * u) @ down.T,
+            "The gate is a sigmoid: this is GLU. SwiGLU's gate is SiLU, x times the sigmoid of x.": (
+                torch.sigmoid(g) * u
+            )
+            @ down.T,
             "The gate is GELU: this is GEGLU. SwiGLU's gate is SiLU.": (gelu(g) * u) @ down.T,
             "The gate is ReLU: this is ReGLU. SwiGLU's gate is SiLU.": (g.relu() * u) @ down.T,
             "There is no curve at all: the gate has to go through `silu`.": (g * u) @ down.T,
             "Gate and up are added; equation (2.5) multiplies them, number by number.": (F.silu(g) + u) @ down.T,
-            "`silu` is applied to the token, before the gate's matrix; the gate's answer goes through it.": ((F.silu(x) @ gate.T) * u) @ down.T,
-            "The token itself is added to the result. That is what a block does around the network (chapter 04), not the network.": (F.silu(g) * u) @ down.T + x,
+            "`silu` is applied to the token, before the gate's matrix; the gate's answer goes through it.": (
+                (F.silu(x) @ gate.T) * u
+            )
+            @ down.T,
+            "The token itself is added to the result. That is what a block does "
+            "around the network (chapter 04), not the network.": (
+                F.silu(g) * u
+            )
+            @ down.T
+            + x,
             "`up` is not used: the gate alone is only a feed-forward network with SiLU.": F.silu(g) @ down.T,
         }
         if d_ff == d_model:
             mistakes |= {
-                "The matrices are not transposed: they have shape (out, in), so a token is multiplied by `gate.T`, `up.T` and `down.T`.": (F.silu(x @ gate) * (x @ up)) @ down,
-                "The last matrix is not transposed: `down` has shape (d_model, d_ff), so it is `@ down.T`.": (F.silu(g) * u) @ down,
-                "Brackets are missing around `x @ up.T`: `*` and `@` bind equally tightly, from left to right, so the gate was multiplied by x.": (F.silu(g) * x) @ up.T @ down.T,
+                "The matrices are not transposed: they have shape (out, in), so a "
+                "token is multiplied by `gate.T`, `up.T` and `down.T`.": (
+                    F.silu(x @ gate) * (x @ up)
+                )
+                @ down,
+                "The last matrix is not transposed: `down` has shape (d_model, d_ff), so it is `@ down.T`.": (
+                    F.silu(g) * u
+                )
+                @ down,
+                "Brackets are missing around `x @ up.T`: `*` and `@` bind equally "
+                "tightly, from left to right, so the gate was multiplied by x.": (
+                    F.silu(g) * x
+                )
+                @ up.T
+                @ down.T,
             }
         same_values(call(answer, x, gate, up, down), (F.silu(g) * u) @ down.T, "batch seq d_model", mistakes=mistakes)
         gradient_reaches(lambda x: answer(x, gate, up, down), x)
     return "The gate alone goes through SiLU, and is multiplied by up before the last matrix."
 
-# %% ../../nbs/exercises/02_feedforward.ipynb #x02-020
+# %% ../../nbs/exercises/02_feedforward.ipynb #bffc0e76
 @exercise("2.5", "The size of SwiGLU")
 def check_size(answer: object) -> str:
     "How many parameters SwiGLU has for d_model 1024, without biases, at its usual width."
     d_model = 1024
     width = default_d_ff(d_model, "swiglu")
-    same_number(answer, feedforward_parameters(d_model, width, "swiglu", False), {
-        "This is two matrices. SwiGLU has three: gate, up and down.": 2 * d_model * width,
-        "This is three matrices of the full width 4 · d_model. SwiGLU takes two thirds of it, so that its third matrix costs nothing extra.": 3 * d_model * 4 * d_model,
-        "This is equation (2.6) without the rounding: 8 · d_model². The width has to be a whole number, and a multiple of 16.": 8 * d_model**2,
-        "The width is rounded down; it is rounded up, so that the network is never smaller than its model.": 3 * d_model * (width - 16),
-        "The width is rounded up to a whole number, but not to a multiple of 16.": 3 * d_model * -(-8 * d_model // 3),
-        "The width is rounded to a whole number, but not up to a multiple of 16.": 3 * d_model * (8 * d_model // 3),
-        "The biases are counted; this network has none.": feedforward_parameters(d_model, width, "swiglu", True),
-        "This is the width. Three matrices of d_model · d_ff numbers are asked for.": width,
-        "This is one matrix; the network has three.": d_model * width,
-        "These are the operations for a token, two for each parameter.": 2 * 3 * d_model * width,
-    })
+    same_number(
+        answer,
+        feedforward_parameters(d_model, width, "swiglu", False),
+        {
+            "This is two matrices. SwiGLU has three: gate, up and down.": 2 * d_model * width,
+            "This is three matrices of the full width 4 · d_model. SwiGLU takes two "
+            "thirds of it, so that its third matrix costs nothing extra.": 3
+            * d_model
+            * 4
+            * d_model,
+            "This is equation (2.6) without the rounding: 8 · d_model². The "
+            "width has to be a whole number, and a multiple of 16.": 8
+            * d_model**2,
+            "The width is rounded down; it is rounded up, so that the network is never smaller than its model.": 3
+            * d_model
+            * (width - 16),
+            "The width is rounded up to a whole number, but not to a multiple of 16.": 3
+            * d_model
+            * -(-8 * d_model // 3),
+            "The width is rounded to a whole number, but not up to a multiple of 16.": 3 * d_model * (8 * d_model // 3),
+            "The biases are counted; this network has none.": feedforward_parameters(d_model, width, "swiglu", True),
+            "This is the width. Three matrices of d_model · d_ff numbers are asked for.": width,
+            "This is one matrix; the network has three.": d_model * width,
+            "These are the operations for a token, two for each parameter.": 2 * 3 * d_model * width,
+        },
+    )
     return f"8/3 · {d_model} is rounded up to {width} = 16 · {width // 16}, and 3 · {d_model} · {width} = {3 * d_model * width:,}."
 
-# %% ../../nbs/exercises/02_feedforward.ipynb #x02-023
+# %% ../../nbs/exercises/02_feedforward.ipynb #34f5149d
 def square_network(
     x: Float[Tensor, "tokens d_model"],
     up_weight: Float[Tensor, "d_ff d_model"],
@@ -184,30 +286,66 @@ def check_memory(answer: object) -> str:
         threshold = low + 0.2 * torch.rand((), generator=generator).item()
         result = call(answer, keys, values, threshold)
         if not isinstance(result, tuple | list) or len(result) != 3:
-            raise Wrong("Three tensors are asked for, up_weight, up_bias and down_weight: `return up_weight, up_bias, down_weight`.")
-        for part, shape, axes, what in zip(result, ((facts, d_model), (facts,), (d_model, facts)), ("facts d_model", "facts", "d_model facts"),
-                                           ("`up_weight`", "`up_bias`", "`down_weight`")):
+            raise Wrong(
+                "Three tensors are asked for, up_weight, up_bias and "
+                "down_weight: `return up_weight, up_bias, down_weight`."
+            )
+        for part, shape, axes, what in zip(
+            result,
+            ((facts, d_model), (facts,), (d_model, facts)),
+            ("facts d_model", "facts", "d_model facts"),
+            ("`up_weight`", "`up_bias`", "`down_weight`"),
+        ):
             same_shape(part, shape, axes, what)
         result = [part.to(keys.dtype) for part in result]
         answers = square_network(keys, *result)
         if (result[1] > 0).all():
-            raise Wrong("The bias is positive: then every unit fires for every token. It has to hold a unit back until its key matches, so it is negative.")
+            raise Wrong(
+                "The bias is positive: then every unit fires for every token. It has to "
+                "hold a unit back until its key matches, so it is negative."
+            )
         left = 1 - threshold
-        same_values(answers, values, "facts d_model", "the answer to the keys", {
-            "The answers are too weak: after the bias and the curve, a unit that meets its key gives only (1 - threshold)². The value has to be divided by that.": values * left**2,
-            "The answers are still too weak by a factor of 1 - threshold: the curve squares what is left after the bias.": values * left,
-            "The answers are right for a threshold of one half only: the factor 4 is 1 / (1 - threshold)², so it changes with the threshold.": values * 4 * left**2,
-            "Keys and values have changed places: the keys are the rows of `up_weight`, the values the columns of `down_weight`.":
-                square_network(keys, values, torch.full((facts,), -threshold), keys.T / left**2),
-            "The answers are the keys: the columns of `down_weight` should hold the values.": keys,
-            "The answers are in the wrong order: the columns of `down_weight` go with the rows of `up_weight`.": values.flip(0),
-        })
-        same_values(square_network(others, *result), torch.zeros_like(others), "tokens d_model", "the answer to tokens at right angles to all keys")
+        same_values(
+            answers,
+            values,
+            "facts d_model",
+            "the answer to the keys",
+            {
+                "The answers are too weak: after the bias and the curve, a unit that meets its key "
+                "gives only (1 - threshold)². The value has to be divided by that.": values
+                * left**2,
+                "The answers are still too weak by a factor of 1 - threshold: "
+                "the curve squares what is left after the bias.": values
+                * left,
+                "The answers are right for a threshold of one half only: the factor 4 is 1 "
+                "/ (1 - threshold)², so it changes with the threshold.": values
+                * 4
+                * left**2,
+                "Keys and values have changed places: the keys are the rows of "
+                "`up_weight`, the values the columns of `down_weight`.": square_network(
+                    keys, values, torch.full((facts,), -threshold), keys.T / left**2
+                ),
+                "The answers are the keys: the columns of `down_weight` should hold the values.": keys,
+                "The answers are in the wrong order: the columns of "
+                "`down_weight` go with the rows of `up_weight`.": values.flip(
+                    0
+                ),
+            },
+        )
+        same_values(
+            square_network(others, *result),
+            torch.zeros_like(others),
+            "tokens d_model",
+            "the answer to tokens at right angles to all keys",
+        )
         if square_network(keys * threshold * 0.9, *result).abs().max() > 1e-4:
-            raise Wrong(f"A token that matches a key by {0.9 * threshold:.2f} gets an answer already, although the threshold is {threshold:.2f}: the bias has to take the threshold away.")
+            raise Wrong(
+                f"A token that matches a key by {0.9 * threshold:.2f} gets an answer already, although the "
+                f"threshold is {threshold:.2f}: the bias has to take the threshold away."
+            )
     return "Every key gives its value, and tokens that match no key well give nothing."
 
-# %% ../../nbs/exercises/02_feedforward.ipynb #x02-026
+# %% ../../nbs/exercises/02_feedforward.ipynb #c85f9e08
 @exercise("2.7", "Two maps are one")
 def check_collapse(answer: object) -> str:
     "A function of up_weight, up_bias, down_weight and down_bias that returns weight and bias."
@@ -221,20 +359,34 @@ def check_collapse(answer: object) -> str:
             raise Wrong("Two tensors are asked for, weight and bias: `return weight, bias`.")
         if any(part is None or part is ... for part in result):
             raise Unanswered("One of the two is still missing: give back the weight and the bias.")
-        weights, biases = {}, {
-            "The first bias is lost. It goes through the second matrix, like everything that the first map gives.": down_bias,
-            "The second bias is lost: it is added after everything else.": down @ up_bias,
-        }
+        weights, biases = (
+            {},
+            {
+                "The first bias is lost. It goes through the second matrix, "
+                "like everything that the first map gives.": down_bias,
+                "The second bias is lost: it is added after everything else.": down @ up_bias,
+            },
+        )
         if d_model == d_ff == d_out:
             weights = {
-                "The matrices are in the wrong order: `up` is applied first, so it stands next to x, on the right.": up @ down,
-                "The weight is transposed: x is multiplied by `weight.T`, so that `weight` is down times up, as it stands.": (down @ up).T,
+                "The matrices are in the wrong order: `up` is applied first, so it stands next to x, on the right.": up
+                @ down,
+                "The weight is transposed: x is multiplied by `weight.T`, so "
+                "that `weight` is down times up, as it stands.": (
+                    down @ up
+                ).T,
             }
             biases |= {
-                "The biases are added as they are. But the first one goes through the second matrix.": up_bias + down_bias,
+                "The biases are added as they are. But the first one goes through the second matrix.": up_bias
+                + down_bias,
                 "The first bias is multiplied by the second matrix from the wrong side.": up_bias @ down + down_bias,
-                "Both biases go through the second matrix in yours; only the first one meets it, the second is added after it.": down @ (up_bias + down_bias),
-                "The first bias is multiplied by the first matrix, which it never meets; it goes through the second one.": up @ up_bias + down_bias,
+                "Both biases go through the second matrix in yours; only the "
+                "first one meets it, the second is added after it.": down
+                @ (up_bias + down_bias),
+                "The first bias is multiplied by the first matrix, which it "
+                "never meets; it goes through the second one.": up
+                @ up_bias
+                + down_bias,
             }
         same_values(result[0], down @ up, "d_out d_model", "the weight", weights)
         same_values(result[1], down @ up_bias + down_bias, "d_out", "the bias", biases)

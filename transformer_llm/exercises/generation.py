@@ -7,7 +7,7 @@ __all__ = ['same_filter', 'check_twice_as_warm', 'temperature_mistakes', 'check_
            'check_top_p', 'check_min_p', 'penalty_mistakes', 'check_penalty', 'shares', 'check_draw', 'explain_draw',
            'greedy_loop', 'TableModel', 'loop_mistakes', 'check_loop', 'judge_loop', 'read_per_token', 'check_window']
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-005
+# %% ../../nbs/exercises/08_generation.ipynb #04508e7f
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,7 +16,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import Wrong, call, close, exercise, fresh, same_choice, same_number, same_shape, same_values
+from transformer_llm.exercises import (
+    Wrong,
+    call,
+    close,
+    exercise,
+    fresh,
+    same_choice,
+    same_number,
+    same_shape,
+    same_values,
+)
 from ..foundations import InputError
 from transformer_llm.generation import (
     apply_temperature,
@@ -26,15 +36,20 @@ from transformer_llm.generation import (
     top_p_filter,
 )
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-008
+# %% ../../nbs/exercises/08_generation.ipynb #96da5db1
 def same_filter(
     got: object,  # The reader's filtered logits
     right: Float[Tensor, "batch vocab"],  # What they should be: minus infinity where a token is removed
     what: str,  # What to call them in the message
-    mistakes: dict[str, Float[Tensor, "batch vocab"]] | None = None,  # A sentence that names a mistake, and what that mistake gives
+    mistakes: dict[str, Float[Tensor, "batch vocab"]]
+    | None = None,  # A sentence that names a mistake, and what that mistake gives
 ) -> None:
-    "Raise `Wrong` unless the same tokens are removed and the others have their logits: with the sentence of a known mistake or, failing that, a token."
-    comparable = isinstance(got, Tensor) and got.shape == right.shape and got.is_floating_point() and not got.isnan().any()
+    """Raise `Wrong` unless the same tokens are removed and the others have their logits: with the sentence of a known
+    mistake or, failing that, a token.
+    """
+    comparable = (
+        isinstance(got, Tensor) and got.shape == right.shape and got.is_floating_point() and not got.isnan().any()
+    )
     if comparable and not any(close(got, value) for value in (mistakes or {}).values()):
         odd = (got == -math.inf) != (right == -math.inf)
         if odd.any():
@@ -44,7 +59,7 @@ def same_filter(
             raise Wrong(f"In {what}, token {token} of row {row} {fate} (minus infinity removes a token).")
     same_values(got, right, "batch vocab", what, mistakes)
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-010
+# %% ../../nbs/exercises/08_generation.ipynb #b250ac16
 @exercise("8.1", "Twice as warm")
 def check_twice_as_warm(answer: object) -> str:
     "The probability, at temperature 2, of a token that has 0.9 against 0.1."
@@ -54,17 +69,34 @@ def check_twice_as_warm(answer: object) -> str:
     ratio = first / second
     if isinstance(answer, int | float) and not 0 <= answer <= 1:
         raise Wrong(f"A probability is a number from 0 to 1, and {answer} is not.")
-    same_number(answer, at(2.0), {
-        "You divided the probability by the temperature. The temperature divides the logits, before the softmax; the two probabilities must still add up to one.": first / 2,
-        "That is temperature 1/2, which sharpens: the ratio of the two was squared. Above 1 the temperature flattens.": at(0.5),
-        "That is the probability at temperature 1. At temperature 2 the distribution is flatter.": first,
-        "That is the limit for a temperature that grows without end. At temperature 2 the first token is still ahead.": 0.5,
-        "You took the square root of the probability itself. The two roots no longer add up to one; divide by their sum.": math.sqrt(first),
-        "You halved the ratio of the two probabilities. Halving the logits takes the square root of the ratio, because the logits are logarithms.": ratio / 2 / (1 + ratio / 2),
-    }, tolerance=0.005)
+    same_number(
+        answer,
+        at(2.0),
+        {
+            "You divided the probability by the temperature. The temperature divides the logits, "
+            "before the softmax; the two probabilities must still add up to one.": first
+            / 2,
+            "That is temperature 1/2, which sharpens: the ratio of the two "
+            "was squared. Above 1 the temperature flattens.": at(
+                0.5
+            ),
+            "That is the probability at temperature 1. At temperature 2 the distribution is flatter.": first,
+            "That is the limit for a temperature that grows without end. At "
+            "temperature 2 the first token is still ahead.": 0.5,
+            "You took the square root of the probability itself. The two roots "
+            "no longer add up to one; divide by their sum.": math.sqrt(
+                first
+            ),
+            "You halved the ratio of the two probabilities. Halving the logits takes the "
+            "square root of the ratio, because the logits are logarithms.": ratio
+            / 2
+            / (1 + ratio / 2),
+        },
+        tolerance=0.005,
+    )
     return f"The ratio {ratio:.0f} to 1 becomes its square root, {math.sqrt(ratio):.0f} to 1, so the probability is {at(2.0):.2f}."
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-013
+# %% ../../nbs/exercises/08_generation.ipynb #b943b5e5
 def temperature_mistakes(
     logits: Float[Tensor, "batch vocab"],
     temperature: float,
@@ -72,10 +104,19 @@ def temperature_mistakes(
     "What people write, and what it gives."
     plain = logits.softmax(-1)
     return {
-        "The logits are multiplied by the temperature. They must be divided by it: a temperature above 1 has to flatten the distribution, and yours sharpens it.": (logits * temperature).softmax(-1),
-        "The temperature divides the probabilities, so they no longer add up to one in each row. Divide the logits, and take the softmax afterwards.": plain / temperature,
-        "The temperature has no effect. Dividing probabilities and then making them add up to one again undoes the division; divide the logits, before the softmax.": plain,
-        "The softmax runs over the batch: each column adds up to one. It must run over the vocabulary, the last axis.": (logits / temperature).softmax(0),
+        "The logits are multiplied by the temperature. They must be divided by it: a "
+        "temperature above 1 has to flatten the distribution, and yours sharpens it.": (
+            logits * temperature
+        ).softmax(-1),
+        "The temperature divides the probabilities, so they no longer add up to one in "
+        "each row. Divide the logits, and take the softmax afterwards.": plain
+        / temperature,
+        "The temperature has no effect. Dividing probabilities and then making them add up to "
+        "one again undoes the division; divide the logits, before the softmax.": plain,
+        "The softmax runs over the batch: each column adds up to one. It "
+        "must run over the vocabulary, the last axis.": (
+            logits / temperature
+        ).softmax(0),
         "These are the divided logits. The probabilities are asked for; the softmax is missing.": logits / temperature,
     }
 
@@ -86,40 +127,79 @@ def check_temperature(answer: object) -> str:
     generator = fresh("8.2")
     for temperature in (2.0, 0.5, 0.1 + 3 * torch.rand((), generator=generator).item(), 1.0):
         logits = 2 * torch.randn(3, 7, generator=generator)
-        same_values(call(answer, logits, temperature), apply_temperature(logits, temperature).softmax(-1), "batch vocab",
-                    f"the result at temperature {temperature:.3g}", temperature_mistakes(logits, temperature))
+        same_values(
+            call(answer, logits, temperature),
+            apply_temperature(logits, temperature).softmax(-1),
+            "batch vocab",
+            f"the result at temperature {temperature:.3g}",
+            temperature_mistakes(logits, temperature),
+        )
     logits = torch.randn(4, 6, generator=generator)
     logits[0, :2] = torch.tensor([4.99, 5.0])  # a close second, which a temperature that is only small would still draw
     greedy = torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
     one_winner = (logits == logits.max()).float()
-    same_values(call(answer, logits, 0), greedy, "batch vocab", "the result at temperature 0", {
-        "At temperature 0 your function divides by zero, and the result is NaN. Treat 0 by itself: all probability goes to the largest logit.": torch.full_like(logits, torch.nan),
-        "At temperature 0 you give back the distribution of temperature 1. The limit of ever lower temperatures is meant: all probability on the largest logit.": logits.softmax(-1),
-        "You put a small temperature in place of 0, and a close second still gets probability. Treat 0 by itself: all probability goes to the largest logit.": (logits / 0.01).softmax(-1),
-        "At temperature 0 only one token of the whole batch gets probability. Look for the largest logit in each row: argmax(-1).": one_winner,
-    })
+    same_values(
+        call(answer, logits, 0),
+        greedy,
+        "batch vocab",
+        "the result at temperature 0",
+        {
+            "At temperature 0 your function divides by zero, and the result is NaN. "
+            "Treat 0 by itself: all probability goes to the largest logit.": torch.full_like(
+                logits, torch.nan
+            ),
+            "At temperature 0 you give back the distribution of temperature 1. The limit of ever "
+            "lower temperatures is meant: all probability on the largest logit.": logits.softmax(
+                -1
+            ),
+            "You put a small temperature in place of 0, and a close second still gets "
+            "probability. Treat 0 by itself: all probability goes to the largest logit.": (
+                logits / 0.01
+            ).softmax(-1),
+            "At temperature 0 only one token of the whole batch gets probability. "
+            "Look for the largest logit in each row: argmax(-1).": one_winner,
+        },
+    )
     huge = 1000 * torch.randn(2, 5, generator=generator)
-    same_values(call(answer, huge, 1.5), (huge / 1.5).softmax(-1), "batch vocab", "the result for logits in the thousands", {
-        "With logits in the thousands your result is NaN: exp overflows. Subtract each row's largest logit first, or use torch's softmax.": (huge / 1.5).exp() / (huge / 1.5).exp().sum(-1, keepdim=True),
-    })
+    same_values(
+        call(answer, huge, 1.5),
+        (huge / 1.5).softmax(-1),
+        "batch vocab",
+        "the result for logits in the thousands",
+        {
+            "With logits in the thousands your result is NaN: exp overflows. Subtract "
+            "each row's largest logit first, or use torch's softmax.": (
+                huge / 1.5
+            ).exp()
+            / (huge / 1.5).exp().sum(-1, keepdim=True),
+        },
+    )
     return "Every row adds up to one, high temperatures flatten, low ones sharpen, and 0 takes the most probable token."
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-017
+# %% ../../nbs/exercises/08_generation.ipynb #e65f2a6b
 @exercise("8.3", "Which filter counts what")
 def check_filters(answer: object) -> str:
     "Which filter keeps all of a flat distribution and one token of a sure one."
     flat, sure = torch.linspace(0.055, 0.045, 20)[None].log(), torch.tensor([[0.91, *[0.01] * 9]]).log()
-    filters = {"a": lambda z: top_k_filter(z, 1), "b": lambda z: top_p_filter(z, 0.9), "c": lambda z: min_p_filter(z, 0.1)}
+    filters = {
+        "a": lambda z: top_k_filter(z, 1),
+        "b": lambda z: top_p_filter(z, 0.9),
+        "c": lambda z: min_p_filter(z, 0.1),
+    }
     kept = {name: tuple(int(rule(z).isfinite().sum()) for z in (flat, sure)) for name, rule in filters.items()}
     right = next(name for name, counts in kept.items() if counts == (20, 1))
-    same_choice(answer, right, {
-        "a": f"Top-k counts tokens, whatever their probabilities: it keeps {kept['a'][0]} of the flat distribution and {kept['a'][1]} of the sure one.",
-        "b": f"Top-p counts probability: on the flat distribution it stops as soon as 0.9 is reached, after {kept['b'][0]} of the 20 tokens.",
-        "d": "One of the three does: ask of each what it compares a token's probability with.",
-    })
+    same_choice(
+        answer,
+        right,
+        {
+            "a": f"Top-k counts tokens, whatever their probabilities: it keeps {kept['a'][0]} of the flat distribution and {kept['a'][1]} of the sure one.",
+            "b": f"Top-p counts probability: on the flat distribution it stops as soon as 0.9 is reached, after {kept['b'][0]} of the 20 tokens.",
+            "d": "One of the three does: ask of each what it compares a token's probability with.",
+        },
+    )
     return f"Min-p compares each token with the best one: it keeps {kept['c'][0]} of the flat distribution, where all are nearly as good, and {kept['c'][1]} of the sure one."
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-020
+# %% ../../nbs/exercises/08_generation.ipynb #3d7750d2
 def top_p_mistakes(
     logits: Float[Tensor, "batch vocab"],
     p: float,
@@ -137,18 +217,50 @@ def top_p_mistakes(
     dropped = "The token that crosses the line is dropped, and keeping the most probable one does not mend it: what you keep has less probability than p. Ask whether what stands *before* a token is still less than p."
     return {
         dropped: back((ordered.cumsum(-1) < p) | best, index),
-        "One token too many stays: the sum that you shifted leaves out the token itself already. Shift the running sums, or subtract the token's own probability, but not both.": back(((ordered.cumsum(-1) - ordered).roll(1, 1) < p) | best, index),
-        "The mask is carried back with index itself, which sorts it once more. gather needs the inverse, index.argsort(1); with index, use scatter.": logits.masked_fill(~(enough | best).gather(1, index), -math.inf),
-        "The token that crosses the line is dropped: you keep tokens while their running sum is at most p, so what you keep has less probability than p. Ask instead whether what stands *before* a token is still less than p.": back(ordered.cumsum(-1) <= p, index),
-        "The tokens are not sorted: you add up probabilities in the order of the vocabulary. The most probable ones come first.": cut(probabilities.cumsum(-1) - probabilities < p),
-        "The mask stands in sorted order, but the logits in the vocabulary's. Carry it back: gather it with index.argsort(1), or scatter it.": cut(enough),
-        "You sort upwards and keep the least probable tokens. Sort with descending=True.": back(rising.cumsum(-1) - rising < p, rising_index),
+        "One token too many stays: the sum that you shifted leaves out the token itself already. "
+        "Shift the running sums, or subtract the token's own probability, but not both.": back(
+            ((ordered.cumsum(-1) - ordered).roll(1, 1) < p) | best, index
+        ),
+        "The mask is carried back with index itself, which sorts it once more. gather "
+        "needs the inverse, index.argsort(1); with index, use scatter.": logits.masked_fill(
+            ~(enough | best).gather(1, index), -math.inf
+        ),
+        "The token that crosses the line is dropped: you keep tokens while their running "
+        "sum is at most p, so what you keep has less probability than p. Ask instead "
+        "whether what stands *before* a token is still less than p.": back(
+            ordered.cumsum(-1) <= p, index
+        ),
+        "The tokens are not sorted: you add up probabilities in the order of "
+        "the vocabulary. The most probable ones come first.": cut(
+            probabilities.cumsum(-1) - probabilities < p
+        ),
+        "The mask stands in sorted order, but the logits in the vocabulary's. Carry "
+        "it back: gather it with index.argsort(1), or scatter it.": cut(
+            enough
+        ),
+        "You sort upwards and keep the least probable tokens. Sort with descending=True.": back(
+            rising.cumsum(-1) - rising < p, rising_index
+        ),
         "You add up logits. Only probabilities add up to one; take the softmax first.": back(sums_of_logits < p, index),
-        "Removed tokens got the logit 0, which is a logit like any other (its weight is exp(0) = 1). Minus infinity removes a token.": right.masked_fill(right.isinf(), 0.0),
-        "You give back probabilities. The filter's result are logits, so that the next rule can be put behind it.": right.softmax(-1),
-        "The kept probabilities are right, but they still need to be logits: give back the logits, with minus infinity where a token is removed.": probabilities.masked_fill(right.isinf(), 0.0),
-        "You compare each probability by itself with p. Top-p asks how much the most probable tokens have together.": cut(probabilities >= p),
-        "You compare each probability with 1 - p. Top-p asks how much the most probable tokens have together.": cut(probabilities >= 1 - p),
+        "Removed tokens got the logit 0, which is a logit like any other (its "
+        "weight is exp(0) = 1). Minus infinity removes a token.": right.masked_fill(
+            right.isinf(), 0.0
+        ),
+        "You give back probabilities. The filter's result are logits, "
+        "so that the next rule can be put behind it.": right.softmax(
+            -1
+        ),
+        "The kept probabilities are right, but they still need to be logits: give back "
+        "the logits, with minus infinity where a token is removed.": probabilities.masked_fill(
+            right.isinf(), 0.0
+        ),
+        "You compare each probability by itself with p. Top-p asks how "
+        "much the most probable tokens have together.": cut(
+            probabilities >= p
+        ),
+        "You compare each probability with 1 - p. Top-p asks how much the most probable tokens have together.": cut(
+            probabilities >= 1 - p
+        ),
     }
 
 
@@ -171,44 +283,86 @@ def check_top_p(answer: object) -> str:
         got = call(answer, sure, p)
         same_shape(got, sure, "batch vocab")
         if (got == -math.inf).all(-1).any():
-            raise Wrong(f"For p = {p} and a model that is sure, no token at all is left in a row, and its softmax is NaN. The most probable token always stays.")
+            raise Wrong(
+                f"For p = {p} and a model that is sure, no token at all is left in a row, and "
+                "its softmax is NaN. The most probable token always stays."
+            )
         same_filter(got, top_p_filter(sure, p), f"the result for p = {p}", top_p_mistakes(sure, p))
     flat = torch.randn(2, 5, generator=generator)
     same_filter(call(answer, flat, 1.0), flat, "the result for p = 1 (all tokens stay)")
     tied = torch.tensor([[1.0, 8.0, 1.0, 2.0, 4.0]]).log()  # the last token that 0.9 needs is one of two equals
     got = call(answer, tied, 0.9)
     if not got.isfinite()[0, [1, 3, 4]].all() or not got.isfinite()[0, [0, 2]].any():
-        raise Wrong(f"Of the weights 1, 8, 1, 2, 4 with p = 0.9, the tokens with 8, 4, 2 and one of weight 1 are needed (15/16); you keep {got.isfinite()[0].nonzero().flatten().tolist()}.")
+        raise Wrong(
+            "Of the weights 1, 8, 1, 2, 4 with p = 0.9, the tokens with 8, 4, 2 and one of weight 1 are "
+            f"needed (15/16); you keep {got.isfinite()[0].nonzero().flatten().tolist()}."
+        )
     return "Each row keeps the fewest tokens that have probability p together, the one that crosses the line included."
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-024
+# %% ../../nbs/exercises/08_generation.ipynb #306f87e4
 @exercise("8.5", "A min-p that forgets the best")
 def check_min_p(answer: object) -> str:
     "The reader's mended function keeps tokens at least p times as probable as their row's best."
     generator = fresh("8.5")
     cut = lambda logits, keep: logits.masked_fill(~keep, -math.inf)
-    for flat in (0.3, 0.5, 1.0, 1.0, 1.0):  # at first no token is nearly certain, so that p and p times the largest differ
+    # at first no token is nearly certain, so that p and p times the largest differ
+    for flat in (0.3, 0.5, 1.0, 1.0, 1.0):
         logits = flat * torch.randn(4, 9, generator=generator) * torch.tensor([[0.2], [1.0], [2.0], [3.0]])
         p = 0.05 + 0.6 * torch.rand((), generator=generator).item()
         probabilities, best = logits.softmax(-1), logits.amax(-1, keepdim=True)
         right = min_p_filter(logits, p)
-        same_filter(call(answer, logits, p), right, f"the result for p = {p:.3f}", {
-            "This is still the absolute threshold: each probability is compared with p. Where the model is not sure, no token is that probable, and all are removed. Compare with p times the row's largest probability.": cut(logits, probabilities >= p),
-            "You compare logits with p times the largest logit. The ratio is one of probabilities; among logits it is a difference: at least the largest plus ln p.": cut(logits, logits >= p * best),
-            "The largest probability is taken over the whole batch. Each row has its own: amax(-1, keepdim=True).": cut(logits, probabilities >= p * probabilities.max()),
-            "You compare with the largest probability minus p. Min-p is a fraction of the largest, not a distance from it.": cut(logits, probabilities >= probabilities.amax(-1, keepdim=True) - p),
-            "You give back probabilities. The filter's result are logits, so that the next rule can be put behind it.": right.softmax(-1),
-            "You keep the improbable tokens and remove the probable ones: the comparison is the wrong way round.": cut(logits, probabilities < p * probabilities.amax(-1, keepdim=True)),
-            "Removed tokens got the logit 0, which is a logit like any other (its weight is exp(0) = 1). Minus infinity removes a token.": right.masked_fill(right.isinf(), 0.0),
-        })
+        same_filter(
+            call(answer, logits, p),
+            right,
+            f"the result for p = {p:.3f}",
+            {
+                "This is still the absolute threshold: each probability is compared with p. "
+                "Where the model is not sure, no token is that probable, and all are removed. "
+                "Compare with p times the row's largest probability.": cut(
+                    logits, probabilities >= p
+                ),
+                "You compare logits with p times the largest logit. The ratio is one of "
+                "probabilities; among logits it is a difference: at least the largest plus ln p.": cut(
+                    logits, logits >= p * best
+                ),
+                "The largest probability is taken over the whole batch. Each "
+                "row has its own: amax(-1, keepdim=True).": cut(
+                    logits, probabilities >= p * probabilities.max()
+                ),
+                "You compare with the largest probability minus p. Min-p is a "
+                "fraction of the largest, not a distance from it.": cut(
+                    logits, probabilities >= probabilities.amax(-1, keepdim=True) - p
+                ),
+                "You give back probabilities. The filter's result are logits, "
+                "so that the next rule can be put behind it.": right.softmax(
+                    -1
+                ),
+                "You keep the improbable tokens and remove the probable "
+                "ones: the comparison is the wrong way round.": cut(
+                    logits, probabilities < p * probabilities.amax(-1, keepdim=True)
+                ),
+                "Removed tokens got the logit 0, which is a logit like any other (its "
+                "weight is exp(0) = 1). Minus infinity removes a token.": right.masked_fill(
+                    right.isinf(), 0.0
+                ),
+            },
+        )
     logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -5.0]])
-    same_filter(call(answer, logits, 1.0), min_p_filter(logits, 1.0), "the result for p = 1 (only the best stays)", {
-        "For p = 1 nothing is left: the best token is as probable as the best token, so it must stay. Use >= where you use >.": torch.full_like(logits, -math.inf),
-    })
+    same_filter(
+        call(answer, logits, 1.0),
+        min_p_filter(logits, 1.0),
+        "the result for p = 1 (only the best stays)",
+        {
+            "For p = 1 nothing is left: the best token is as probable as the "
+            "best token, so it must stay. Use >= where you use >.": torch.full_like(
+                logits, -math.inf
+            ),
+        },
+    )
     same_filter(call(answer, logits, 0.0), logits, "the result for p = 0 (all tokens stay)")
     return "Each row is measured by its own best token, and the best token always stays."
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-027
+# %% ../../nbs/exercises/08_generation.ipynb #a7151a59
 def penalty_mistakes(
     logits: Float[Tensor, "batch vocab"],
     ids: Int[Tensor, "batch seq"],
@@ -218,14 +372,30 @@ def penalty_mistakes(
     counts = torch.zeros_like(logits).scatter_add(1, ids, torch.ones_like(ids, dtype=logits.dtype))
     seen, factor = counts > 0, torch.where(logits > 0, 1 / penalty, penalty)
     return {
-        "Every logit is divided, so a token with a negative logit comes closer to zero and is *rewarded* for having occurred. Multiply the negative ones.": torch.where(seen, logits / penalty, logits),
-        "Every logit is multiplied: tokens with a positive logit become more probable. Divide the positive ones.": torch.where(seen, logits * penalty, logits),
-        "The signs are the wrong way round: divide positive logits, multiply negative ones.": torch.where(seen, logits / factor, logits),
-        "A token is punished once for each time it occurs. It should be punished once, however often it occurs.": logits * factor**counts,
-        "A row is punished for tokens of other rows. Each row has its own text.": torch.where(seen.any(0), logits * factor, logits),
-        "All tokens of the vocabulary are punished. Only those that occur in the row's text should be.": logits * factor,
-        "You punish the tokens that have not occurred, and spare the others.": torch.where(seen, logits, logits * factor),
-        "The penalty is subtracted. It divides positive logits and multiplies negative ones.": torch.where(seen, logits - penalty, logits),
+        "Every logit is divided, so a token with a negative logit comes closer to zero and "
+        "is *rewarded* for having occurred. Multiply the negative ones.": torch.where(
+            seen, logits / penalty, logits
+        ),
+        "Every logit is multiplied: tokens with a positive logit "
+        "become more probable. Divide the positive ones.": torch.where(
+            seen, logits * penalty, logits
+        ),
+        "The signs are the wrong way round: divide positive logits, multiply negative ones.": torch.where(
+            seen, logits / factor, logits
+        ),
+        "A token is punished once for each time it occurs. It should be punished once, however often it occurs.": logits
+        * factor**counts,
+        "A row is punished for tokens of other rows. Each row has its own text.": torch.where(
+            seen.any(0), logits * factor, logits
+        ),
+        "All tokens of the vocabulary are punished. Only those that occur in the row's text should be.": logits
+        * factor,
+        "You punish the tokens that have not occurred, and spare the others.": torch.where(
+            seen, logits, logits * factor
+        ),
+        "The penalty is subtracted. It divides positive logits and multiplies negative ones.": torch.where(
+            seen, logits - penalty, logits
+        ),
     }
 
 
@@ -242,7 +412,7 @@ def check_penalty(answer: object) -> str:
     same_values(call(answer, logits, ids, 1.0), logits, "batch vocab", "the result for penalty 1 (nothing changes)")
     return "Tokens that have occurred lose, whatever the sign of their logit, once each and in their own row only."
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-031
+# %% ../../nbs/exercises/08_generation.ipynb #f8b69467
 def shares(
     tokens: Int[Tensor, "batch"],
     vocab_size: int,
@@ -267,19 +437,34 @@ def check_draw(answer: object) -> str:
 
     got = draw(seed, 2 * n)
     if isinstance(got, Tensor) and got.shape == (2 * n, 1):
-        raise Wrong(f"The result has shape (batch {2 * n}, 1): one column, as torch.multinomial gives it. One number for each row is asked for; take [:, 0].")
+        raise Wrong(
+            f"The result has shape (batch {2 * n}, 1): one column, as torch.multinomial "
+            "gives it. One number for each row is asked for; take [:, 0]."
+        )
     same_shape(got, (2 * n,), "batch")
     if got.is_floating_point() or got.dtype == torch.bool:
         raise Wrong(f"Tokens are whole numbers; yours are {str(got.dtype).removeprefix('torch.')}.")
     if got.min() < 0 or got.max() >= pair.shape[1]:
-        raise Wrong(f"Token {int(got.max() if got.max() >= pair.shape[1] else got.min())} was drawn, but the vocabulary ends at {pair.shape[1] - 1}.")
+        raise Wrong(
+            f"Token {int(got.max() if got.max() >= pair.shape[1] else got.min())} was "
+            f"drawn, but the vocabulary ends at {pair.shape[1] - 1}."
+        )
     greedy = logits.argmax(-1)
     if torch.equal(got, greedy) and all(torch.equal(draw(seed + k), greedy[:200]) for k in range(1, 9)):
-        raise Wrong("The most probable token is taken each time. That is greedy, not a draw: each token should come as often as its probability says.")
+        raise Wrong(
+            "The most probable token is taken each time. That is greedy, not a draw: "
+            "each token should come as often as its probability says."
+        )
     if any(len(got[row::2].unique()) == 1 for row in (0, 1)):
-        raise Wrong(f"All {n} rows with the same logits got the same token: one random number decides for the whole batch. Draw one for each row.")
+        raise Wrong(
+            f"All {n} rows with the same logits got the same token: one random number "
+            "decides for the whole batch. Draw one for each row."
+        )
     if not torch.equal(draw(seed), draw(seed)):
-        raise Wrong("Two generators with the same seed give different tokens: your luck comes from elsewhere. Hand generator=generator to the function that draws.")
+        raise Wrong(
+            "Two generators with the same seed give different tokens: your luck comes from "
+            "elsewhere. Hand generator=generator to the function that draws."
+        )
     if torch.equal(draw(seed), draw(seed + 1)):
         raise Wrong("Two generators with different seeds give the same tokens: nothing is drawn from the generator.")
     for row in (0, 1):
@@ -291,8 +476,13 @@ def check_draw(answer: object) -> str:
             if removed := [i for i in (2, 4) if right[i] == 0 and share[i] > 0]:
                 raise Wrong(f"Token {removed[0]} was drawn, though its logit is minus infinity: a filter removed it.")
             token = int(apart.argmax())
-            raise Wrong(f"Token {token} has probability {right[token]:.3f}, but {share[token]:.3f} of {n} draws gave it: {apart.max():.0f} standard errors away.")
-    return f"In {2 * n} draws each token came as often as its probability says, and the same seed gives the same tokens."
+            raise Wrong(
+                f"Token {token} has probability {right[token]:.3f}, but {share[token]:.3f} of "
+                f"{n} draws gave it: {apart.max():.0f} standard errors away."
+            )
+    return (
+        f"In {2 * n} draws each token came as often as its probability says, and the same seed gives the same tokens."
+    )
 
 
 def explain_draw(
@@ -308,13 +498,34 @@ def explain_draw(
     rivals = {
         "All tokens that are left come equally often. Weigh them by their probabilities.": kept / kept.sum(),
         "A row is drawn from the probabilities of another row.": other.softmax(-1),
-        "The noise that you add to the logits looks normal, or like Gumbel noise with the wrong sign. Only minus the logarithm of an exponential draw gives the softmax's probabilities (equation 8.4).": noise(torch.randn),
-        "The noise that you add to the logits looks like Gumbel noise with the wrong sign, or normal. Only minus the logarithm of an exponential draw gives the softmax's probabilities (equation 8.4).": noise(lambda shape, generator: torch.empty(shape).exponential_(generator=generator).log()),
-        "The exponential draw itself is added to the logits. Minus its logarithm is the noise that gives the softmax's probabilities (equation 8.4).": noise(lambda shape, generator: torch.empty(shape).exponential_(generator=generator)),
-        "Each probability is multiplied by a uniform number, and the largest product wins. That favours the probable tokens; divide by an exponential draw instead (equation 8.4).": noise(lambda shape, generator: torch.rand(shape, generator=generator).log()),
-        "The noise that you add to the logits is uniform. Only Gumbel noise, minus the logarithm of an exponential draw, gives the softmax's probabilities (equation 8.4).": noise(torch.rand),
-        "The distribution is sharper than the model's: it looks like a softmax of doubled logits, or of probabilities that were squared.": (2 * logits).softmax(-1),
-        "The softmax is taken twice: its result is treated as logits again, which makes all tokens nearly equal.": logits.softmax(-1).softmax(-1),
+        "The noise that you add to the logits looks normal, or like Gumbel noise with the wrong sign. Only minus "
+        "the logarithm of an exponential draw gives the softmax's probabilities (equation 8.4).": noise(
+            torch.randn
+        ),
+        "The noise that you add to the logits looks like Gumbel noise with the wrong sign, or normal. Only minus "
+        "the logarithm of an exponential draw gives the softmax's probabilities (equation 8.4).": noise(
+            lambda shape, generator: torch.empty(shape).exponential_(generator=generator).log()
+        ),
+        "The exponential draw itself is added to the logits. Minus its logarithm is the "
+        "noise that gives the softmax's probabilities (equation 8.4).": noise(
+            lambda shape, generator: torch.empty(shape).exponential_(generator=generator)
+        ),
+        "Each probability is multiplied by a uniform number, and the largest product wins. That favours "
+        "the probable tokens; divide by an exponential draw instead (equation 8.4).": noise(
+            lambda shape, generator: torch.rand(shape, generator=generator).log()
+        ),
+        "The noise that you add to the logits is uniform. Only Gumbel noise, minus the logarithm of "
+        "an exponential draw, gives the softmax's probabilities (equation 8.4).": noise(
+            torch.rand
+        ),
+        "The distribution is sharper than the model's: it looks like a softmax of "
+        "doubled logits, or of probabilities that were squared.": (
+            2 * logits
+        ).softmax(-1),
+        "The softmax is taken twice: its result is treated as logits "
+        "again, which makes all tokens nearly equal.": logits.softmax(
+            -1
+        ).softmax(-1),
     }
     misfit = {}  # in standard errors
     for sentence, probabilities in rivals.items():
@@ -323,7 +534,7 @@ def explain_draw(
     best = min(misfit, key=misfit.get)
     return best if misfit[best] < 4 else ""
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-034
+# %% ../../nbs/exercises/08_generation.ipynb #ecacb689
 def greedy_loop(
     model: Callable,
     ids: Int[Tensor, "1 seq"],
@@ -344,7 +555,9 @@ def greedy_loop(
 
 
 class TableModel(nn.Module):
-    "A stand-in for a GPT, made of random tables: its logits depend on all tokens that it is shown, and on where they stand."
+    """A stand-in for a GPT, made of random tables: its logits depend on all tokens that it is shown, and on where they
+    stand.
+    """
 
     def __init__(
         self,
@@ -355,7 +568,11 @@ class TableModel(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(vocab_size=vocab_size, context_length=context_length)
         table = lambda *shape: nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
-        self.tokens, self.mixed, self.positions = table(vocab_size, vocab_size), table(vocab_size, vocab_size), table(context_length, vocab_size)
+        self.tokens, self.mixed, self.positions = (
+            table(vocab_size, vocab_size),
+            table(vocab_size, vocab_size),
+            table(context_length, vocab_size),
+        )
 
     def forward(
         self,
@@ -364,7 +581,10 @@ class TableModel(nn.Module):
         "Scores from each token, from all before it, and from its position."
         seq = ids.shape[1]
         if not 1 <= seq <= self.config.context_length:
-            raise InputError(f"The sequence has {seq} tokens, but the model's context_length is {self.config.context_length}; shorten it.")
+            raise InputError(
+                f"The sequence has {seq} tokens, but the model's context_length "
+                f"is {self.config.context_length}; shorten it."
+            )
         return self.tokens[ids] + self.mixed[ids].cumsum(1) + self.positions[:seq]
 
 
@@ -374,10 +594,19 @@ def loop_mistakes(
     "What people write, as options of `greedy_loop`."
     newest = lambda ids: ids[:, -context:]
     return {
-        f"The model is shown one token too few: the newest {context} fit, and you crop to {context - 1}.": dict(view=lambda ids: ids[:, -context + 1:]),
-        f"The model is shown the oldest {context} tokens, so it never sees what it has written since. The newest are asked for: ids[:, -{context}:].": dict(view=lambda ids: ids[:, :context]),
-        "The next token's logits stand at the last position; you take those of the first: use [:, -1].": dict(view=newest, at=0),
-        "The model is shown the newest token only, so it has forgotten the rest of the text.": dict(view=lambda ids: ids[:, -1:]),
+        f"The model is shown one token too few: the newest {context} fit, and you crop to {context - 1}.": dict(
+            view=lambda ids: ids[:, -context + 1 :]
+        ),
+        f"The model is shown the oldest {context} tokens, so it never sees what it has "
+        f"written since. The newest are asked for: ids[:, -{context}:].": dict(
+            view=lambda ids: ids[:, :context]
+        ),
+        "The next token's logits stand at the last position; you take those of the first: use [:, -1].": dict(
+            view=newest, at=0
+        ),
+        "The model is shown the newest token only, so it has forgotten the rest of the text.": dict(
+            view=lambda ids: ids[:, -1:]
+        ),
     }
 
 
@@ -400,7 +629,13 @@ def check_loop(answer: object) -> str:
         cases += 1
         never = next(token for token in range(13) if token not in written)
         judge_loop(answer, model, ids, new, never)
-        judge_loop(answer, model, ids, new, last if cases == 2 else next(token for token in written[2:] if token not in written[:2]))
+        judge_loop(
+            answer,
+            model,
+            ids,
+            new,
+            last if cases == 2 else next(token for token in written[2:] if token not in written[:2]),
+        )
     same_values(call(answer, model, ids, 0, never), ids, "batch seq", "the result for no new token at all")
     return "Each token is the best after the newest tokens that fit, the whole text comes back, and it ends with the stop token."
 
@@ -421,7 +656,10 @@ def judge_loop(
         got = call(answer, model, ids, new, stop)
     except Wrong as reason:
         if "context_length" in str(reason):
-            raise Wrong(f"The model was shown more tokens than its context_length of {context}, and refused them. Show it only the newest {context}: ids[:, -{context}:], with the length from model.config.") from None
+            raise Wrong(
+                f"The model was shown more tokens than its context_length of {context}, and refused them. Show it "
+                f"only the newest {context}: ids[:, -{context}:], with the length from model.config."
+            ) from None
         raise
     if not isinstance(got, Tensor) or got.ndim != 2:
         same_shape(got, right, "batch total")
@@ -436,18 +674,24 @@ def judge_loop(
                 raise Wrong(sentence)
     n = got.shape[1]
     if stop in ids and n in (start, start + 1) and torch.equal(got, right[:, :n]):
-        raise Wrong("The stop token stands in the prompt, and your function takes that for the end. Only a stop token that it has written itself ends the text.")
+        raise Wrong(
+            "The stop token stands in the prompt, and your function takes that for the end. "
+            "Only a stop token that it has written itself ends the text."
+        )
     if stops and torch.equal(got, right[:, :-1]):
         raise Wrong("The stop token itself is missing: it should be the last token of the text.")
     if 0 < n < right.shape[1] and torch.equal(got, right[:, -n:]):
-        raise Wrong(f"The first {right.shape[1] - n} tokens of the text are lost: you crop the text itself. Crop only what the model is shown.")
+        raise Wrong(
+            f"The first {right.shape[1] - n} tokens of the text are lost: you crop "
+            "the text itself. Crop only what the model is shown."
+        )
     if n != right.shape[1] and not stops:
         raise Wrong(f"{new} new tokens were asked for, and {n - start} came back.")
     same_values(got, right, "batch total", "the text")
     if not torch.equal(got, call(answer, model, ids, new, stop)):
         raise Wrong("Asked twice, your function writes two texts. Greedy writing draws nothing.")
 
-# %% ../../nbs/exercises/08_generation.ipynb #x08-038
+# %% ../../nbs/exercises/08_generation.ipynb #569936d5
 def read_per_token(
     context: int,
     kept: int,  # Tokens that stay when the window is full
@@ -470,12 +714,22 @@ def check_window(answer: object) -> str:
     "Tokens read for each one written when three quarters of 64 tokens are kept."
     context, kept = 64, 48
     right, half = read_per_token(context, kept), read_per_token(context, context // 2)
-    same_number(answer, right, {
-        "That is the book's rule, which keeps half a window. Here three quarters stay.": half,
-        f"Nearly: a cycle is one step longer. After the step that reads the kept {kept} again there is room for {context - kept} more tokens, so {context - kept + 1} are written in a cycle.": context / (context - kept),
-        f"That is what *one* step reads, the one that reads the kept tokens again. It comes once in {context - kept + 1} steps.": kept,
-        "That would be a rule that reads a full window at every step. The cache saves most of these readings.": context,
-        "With the cache a step reads one token, and in addition the kept ones are read again now and then.": 1.0,
-        f"The newest token is counted twice: it is among the {kept} that are read again.": (context + 1) / (context - kept + 1),
-    }, tolerance=0.004)
+    same_number(
+        answer,
+        right,
+        {
+            "That is the book's rule, which keeps half a window. Here three quarters stay.": half,
+            f"Nearly: a cycle is one step longer. After the step that reads the kept {kept} again there is room "
+            f"for {context - kept} more tokens, so {context - kept + 1} are written in a cycle.": context
+            / (context - kept),
+            "That is what *one* step reads, the one that reads the kept tokens "
+            f"again. It comes once in {context - kept + 1} steps.": kept,
+            "That would be a rule that reads a full window at every "
+            "step. The cache saves most of these readings.": context,
+            "With the cache a step reads one token, and in addition the kept ones are read again now and then.": 1.0,
+            f"The newest token is counted twice: it is among the {kept} that are read again.": (context + 1)
+            / (context - kept + 1),
+        },
+        tolerance=0.004,
+    )
     return f"A cycle reads {context} tokens and writes {context - kept + 1}: {right:.2f} read for each one, against {half:.2f} when half is kept. Remembering more costs more."

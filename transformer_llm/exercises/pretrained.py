@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'HALF', 'three_parts', 'check_split', 'check_file_size', 'as_numbers', 'q4_1_mistakes', 'check_dequantize',
            'restored', 'error_mistakes', 'cut_off', 'check_error', 'check_cache', 'check_rows']
 
-# %% ../../nbs/exercises/09_pretrained.ipynb #x09-005
+# %% ../../nbs/exercises/09_pretrained.ipynb #418ae2c7
 import struct
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..embeddings import half_to_interleaved, interleaved_to_half
 from . import Wrong, call, describe, exercise, fresh, same_number, same_shape, same_values
 
-# %% ../../nbs/exercises/09_pretrained.ipynb #x09-008
+# %% ../../nbs/exercises/09_pretrained.ipynb #3e56a640
 def three_parts(
     result: object,  # What the reader's function gave
     width: int,
@@ -39,16 +39,36 @@ def check_split(answer: object) -> str:
         fused = torch.randn(width, 3 * width, generator=generator)
         right = torch.stack(fused.T.chunk(3))
         parts = three_parts(call(answer, fused), width)
-        same_values(parts, right, "part out in", "the three matrices", {
-            "The matrices are still as the file has them, (in, out): Conv1D computes x @ weight, and a linear layer x @ weight.T. They are square, so no shape can tell; turn each one over.": torch.stack(fused.chunk(3, 1)),
-            "You reshape instead of turning over: reshape reads the numbers in the order in which they are stored, and a row of the file belongs to one input, not to one output. Transpose with .T.": fused.reshape(3, width, width),
-            "You turn the matrix over, and then deal its rows out in turn. The first third of them are the queries, the second the keys, the third the values.": torch.stack(fused.T.reshape(width, 3, width).unbind(1)),
-            "The parts are right and their order is not: queries, keys, values.": right.flip(0),
-            "The parts are right and their order is not: queries come first, then keys, then values.": right[[1, 0, 2]],
-        }, tolerance=0)
-    return "The fused matrix is turned over once and cut in three, and each part is what a linear layer multiplies with."
+        same_values(
+            parts,
+            right,
+            "part out in",
+            "the three matrices",
+            {
+                "The matrices are still as the file has them, (in, out): Conv1D computes x @ weight, and a linear "
+                "layer x @ weight.T. They are square, so no shape can tell; turn each one over.": torch.stack(
+                    fused.chunk(3, 1)
+                ),
+                "You reshape instead of turning over: reshape reads the numbers in the order in which they are stored, "
+                "and a row of the file belongs to one input, not to one output. Transpose with .T.": fused.reshape(
+                    3, width, width
+                ),
+                "You turn the matrix over, and then deal its rows out in turn. The first third of "
+                "them are the queries, the second the keys, the third the values.": torch.stack(
+                    fused.T.reshape(width, 3, width).unbind(1)
+                ),
+                "The parts are right and their order is not: queries, keys, values.": right.flip(0),
+                "The parts are right and their order is not: queries come first, then keys, then values.": right[
+                    [1, 0, 2]
+                ],
+            },
+            tolerance=0,
+        )
+    return (
+        "The fused matrix is turned over once and cut in three, and each part is what a linear layer multiplies with."
+    )
 
-# %% ../../nbs/exercises/09_pretrained.ipynb #x09-011
+# %% ../../nbs/exercises/09_pretrained.ipynb #a8cc7dcb
 BLOCK, HALF = 32, 2  # numbers in a block of Q4_1; bytes of a number in half precision
 
 
@@ -58,22 +78,32 @@ def check_file_size(answer: object) -> str:
     count = 10**9
     size = lambda block: count // BLOCK * block
     right = size(BLOCK // 2 + 2 * HALF)
-    same_number(answer, right, {
-        "These are the codes alone. Each block of 32 numbers has a scale and a minimum as well.": count // 2,
-        "A block has two numbers besides its codes: a scale and a minimum. One is missing (that would be Q4_0).": size(BLOCK // 2 + HALF),
-        "Scale and minimum are stored in half precision: two bytes each, not four.": size(BLOCK // 2 + 8),
-        "This is the size in bits; a byte has eight.": right * 8,
-        "This is the size without quantization, four bytes a number.": count * 4,
-        "This is the size in half precision, two bytes a number.": count * 2,
-        "A code takes four bits, half a byte; you count a whole one.": size(BLOCK + 2 * HALF),
-        "Give the size in bytes, not in millions of bytes.": right / 1e6,
-        "Give the size in bytes, not in gigabytes.": right / 1e9,
-        "Give the size in bytes, not in mebibytes.": right / 2**20,
-        "This is the number of blocks; each takes bytes.": count // BLOCK,
-    }, tolerance=1e-3)
-    return f"{right:,} bytes: {BLOCK // 2 + 2 * HALF} for each block of {BLOCK}, or {8 * right / count:g} bits a number."
+    same_number(
+        answer,
+        right,
+        {
+            "These are the codes alone. Each block of 32 numbers has a scale and a minimum as well.": count // 2,
+            "A block has two numbers besides its codes: a scale and a "
+            "minimum. One is missing (that would be Q4_0).": size(
+                BLOCK // 2 + HALF
+            ),
+            "Scale and minimum are stored in half precision: two bytes each, not four.": size(BLOCK // 2 + 8),
+            "This is the size in bits; a byte has eight.": right * 8,
+            "This is the size without quantization, four bytes a number.": count * 4,
+            "This is the size in half precision, two bytes a number.": count * 2,
+            "A code takes four bits, half a byte; you count a whole one.": size(BLOCK + 2 * HALF),
+            "Give the size in bytes, not in millions of bytes.": right / 1e6,
+            "Give the size in bytes, not in gigabytes.": right / 1e9,
+            "Give the size in bytes, not in mebibytes.": right / 2**20,
+            "This is the number of blocks; each takes bytes.": count // BLOCK,
+        },
+        tolerance=1e-3,
+    )
+    return (
+        f"{right:,} bytes: {BLOCK // 2 + 2 * HALF} for each block of {BLOCK}, or {8 * right / count:g} bits a number."
+    )
 
-# %% ../../nbs/exercises/09_pretrained.ipynb #x09-014
+# %% ../../nbs/exercises/09_pretrained.ipynb #01523577
 def as_numbers(
     result: object,  # What the reader's function gave
 ) -> object:
@@ -95,18 +125,39 @@ def q4_1_mistakes(
     codes, (scale, least) = torch.cat([low, high]), struct.unpack("<2e", block[:4])
     wrong_end = struct.unpack(">2e", block[:4])
     return {
-        "The numbers are dealt out in turn: you take the two halves of a byte as neighbours. The low four bits of all 16 bytes come first, they are numbers 0 to 15; the high ones are numbers 16 to 31.": scale * torch.stack([low, high], 1).flatten() + least,
-        "The two halves of the block changed places: the low four bits (code & 15) are numbers 0 to 15, the high ones (code >> 4) numbers 16 to 31.": scale * torch.cat([high, low]) + least,
-        "Scale and minimum changed places: the first two bytes are the scale, the next two the minimum.": least * codes + scale,
+        "The numbers are dealt out in turn: you take the two halves of a byte as neighbours. The low four bits of "
+        "all 16 bytes come first, they are numbers 0 to 15; the high ones are numbers 16 to 31.": scale
+        * torch.stack([low, high], 1).flatten()
+        + least,
+        "The two halves of the block changed places: the low four bits (code & 15) are "
+        "numbers 0 to 15, the high ones (code >> 4) numbers 16 to 31.": scale
+        * torch.cat([high, low])
+        + least,
+        "Scale and minimum changed places: the first two bytes are the scale, the next two the minimum.": least * codes
+        + scale,
         "The minimum is missing: code 0 stands for the minimum of the block, equation (9.3).": scale * codes,
-        "You subtract 8 from the codes, as Q4_0 does, which has no minimum. Here code 0 stands for the minimum.": scale * (codes - 8),
+        "You subtract 8 from the codes, as Q4_0 does, which has no minimum. Here code 0 stands for the minimum.": scale
+        * (codes - 8),
         "You subtract 8 from the codes, as Q4_0 does. Here code 0 stands for the minimum.": scale * (codes - 8) + least,
-        "Scale and minimum are read with the wrong end first. In the file the less significant byte comes first: struct's '<'.": wrong_end[0] * codes + wrong_end[1],
+        "Scale and minimum are read with the wrong end first. In the file the "
+        "less significant byte comes first: struct's '<'.": wrong_end[
+            0
+        ]
+        * codes
+        + wrong_end[1],
         "You subtract the minimum. Equation (9.3) adds it.": scale * codes - least,
-        "The high halves are not moved down: byte & 240 is sixteen times the code; take byte >> 4.": scale * torch.cat([low, 16 * high]) + least,
-        "You read a code as a number with a sign. Codes run from 0 to 15.": scale * torch.where(codes > 7, codes - 16, codes) + least,
-        "You compute in half precision, which rounds the results. Turn scale and minimum into single precision first.": (codes.half() * scale + least).float(),
-        "You treat a byte as one code. It holds two of them, of four bits each.": scale * torch.from_numpy(packed) + least,
+        "The high halves are not moved down: byte & 240 is sixteen times the code; take byte >> 4.": scale
+        * torch.cat([low, 16 * high])
+        + least,
+        "You read a code as a number with a sign. Codes run from 0 to 15.": scale
+        * torch.where(codes > 7, codes - 16, codes)
+        + least,
+        "You compute in half precision, which rounds the results. Turn "
+        "scale and minimum into single precision first.": (
+            codes.half() * scale + least
+        ).float(),
+        "You treat a byte as one code. It holds two of them, of four bits each.": scale * torch.from_numpy(packed)
+        + least,
         "Only the low four bits of each byte are read: 16 numbers of the 32.": scale * low + least,
         "These are the codes themselves. Scale them and add the minimum, equation (9.3).": codes,
     }
@@ -125,7 +176,7 @@ def check_dequantize(answer: object) -> str:
         same_values(as_numbers(call(answer, block)), right, "numbers", what, q4_1_mistakes(block), tolerance=1e-5)
     return "Every block gives the numbers that the package gguf reads, one with a scale of 0 included."
 
-# %% ../../nbs/exercises/09_pretrained.ipynb #x09-018
+# %% ../../nbs/exercises/09_pretrained.ipynb #3da850f1
 def restored(
     weight: Float[Tensor, "rows columns"],
     block: int,  # Numbers that share a scale and a minimum
@@ -151,20 +202,56 @@ def error_mistakes(
     of_blocks = [x.reshape(-1, block).double().pow(2).mean(1).sqrt() for x in (error, weight)]
     return {
         "The error is not set in relation to the matrix: divide by the root mean square of the weights.": rms(error),
-        "The whole matrix shares one scale. Each block has its own: view the matrix as rows of `block` numbers first.": rms(restored(weight, weight.numel()) - weight) / rms(weight),
-        "Each row shares one scale. Cut the rows into blocks.": rms(restored(weight, weight.shape[1]) - weight) / rms(weight),
-        "Sixteen codes have fifteen steps between them; you divide the range by 16, and the largest number is never met.": rms(restored(weight, block, 16).double() - weight.double()) / rms(weight),
-        "You take the mean of the absolute errors. The root of the mean square weighs large errors more.": error.abs().mean().item() / weight.abs().mean().item(),
-        "You compare the largest error with the root mean square; take the root mean square of both.": error.abs().max().item() / rms(weight),
-        "You take a ratio for each block and then their mean. Take the mean square of the whole matrix, once for the error and once for the weights.": (of_blocks[0] / of_blocks[1]).mean().item(),
-        "You take a root for each block and then their mean. Take the mean square of the whole error, then one root.": of_blocks[0].mean().item() / rms(weight),
+        "The whole matrix shares one scale. Each block has its own: view "
+        "the matrix as rows of `block` numbers first.": rms(
+            restored(weight, weight.numel()) - weight
+        )
+        / rms(weight),
+        "Each row shares one scale. Cut the rows into blocks.": rms(restored(weight, weight.shape[1]) - weight)
+        / rms(weight),
+        "Sixteen codes have fifteen steps between them; you divide the "
+        "range by 16, and the largest number is never met.": rms(
+            restored(weight, block, 16).double() - weight.double()
+        )
+        / rms(weight),
+        "You take the mean of the absolute errors. The root of the mean square weighs large errors more.": error.abs()
+        .mean()
+        .item()
+        / weight.abs().mean().item(),
+        "You compare the largest error with the root mean square; take the root mean square of both.": error.abs()
+        .max()
+        .item()
+        / rms(weight),
+        "You take a ratio for each block and then their mean. Take the mean square of "
+        "the whole matrix, once for the error and once for the weights.": (
+            of_blocks[0] / of_blocks[1]
+        )
+        .mean()
+        .item(),
+        "You take a root for each block and then their mean. Take the "
+        "mean square of the whole error, then one root.": of_blocks[
+            0
+        ]
+        .mean()
+        .item()
+        / rms(weight),
         "The ratio is upside down: the error is divided by the weights.": rms(weight) / rms(error),
         "These are per cent; give the ratio itself.": 100 * rms(error) / rms(weight),
-        "These are three bits, eight levels; four bits are sixteen levels.": rms(restored(weight, block, 7) - weight) / rms(weight),
+        "These are three bits, eight levels; four bits are sixteen levels.": rms(restored(weight, block, 7) - weight)
+        / rms(weight),
         "The root is missing: this is the ratio of the mean squares.": (rms(error) / rms(weight)) ** 2,
-        "The blocks run down the columns. In the file they run along the rows, where the numbers are neighbours.": rms(columns) / rms(weight),
-        "Your codes are centred on zero and the minimum is not used; a block that is not centred loses by it.": rms(centred) / rms(weight),
-        "The codes are cut off instead of rounded: add one half before taking the whole part, equation (9.2).": rms(cut_off(weight, block) - weight) / rms(weight),
+        "The blocks run down the columns. In the file they run along the rows, where the numbers are neighbours.": rms(
+            columns
+        )
+        / rms(weight),
+        "Your codes are centred on zero and the minimum is not used; a block that is not centred loses by it.": rms(
+            centred
+        )
+        / rms(weight),
+        "The codes are cut off instead of rounded: add one half before taking the whole part, equation (9.2).": rms(
+            cut_off(weight, block) - weight
+        )
+        / rms(weight),
     }
 
 
@@ -193,30 +280,42 @@ def check_error(answer: object) -> str:
     weight[1] = 0.25
     got = call(answer, weight, 16)
     if float(got) != float(got):
-        raise Wrong("With a block of equal numbers your result is NaN: its step is 0, and 0/0 is nothing. Keep the step above zero (clamp_min), or treat such a block by itself.")
+        raise Wrong(
+            "With a block of equal numbers your result is NaN: its step is 0, and 0/0 is nothing. "
+            "Keep the step above zero (clamp_min), or treat such a block by itself."
+        )
     same_number(got, rms(restored(weight, 16) - weight) / rms(weight), tolerance=1e-3)
     return "Blocks along the rows, fifteen steps, root mean squares of both; equal numbers do no harm."
 
-# %% ../../nbs/exercises/09_pretrained.ipynb #x09-022
+# %% ../../nbs/exercises/09_pretrained.ipynb #c30b0a9f
 @exercise("9.5", "What the cache takes")
 def check_cache(answer: object) -> str:
     "Bytes of SmolLM2's cache for its whole context in single precision."
     layers, heads, kv_heads, head_dim, context, size = 30, 9, 3, 64, 8192, 4
     right = 2 * layers * kv_heads * head_dim * context * size
-    same_number(answer, right, {
-        "Half of it is missing: keys and values are kept, both of them, and a number in single precision takes four bytes, not two.": right // 2,
-        "All nine query heads are counted. Only keys and values are kept, and they have three heads.": right // kv_heads * heads,
-        "Every layer has keys and values of its own; you count one layer.": right // layers,
-        "Single precision takes four bytes a number; you count numbers.": right // size,
-        "One head is counted; keys and values have three.": right // kv_heads,
-        "This is one token's share; the cache holds the whole context.": right // context,
-        "Give the size in bytes, not in millions of bytes.": right / 1e6,
-        "Give the size in bytes, not in mebibytes.": right / 2**20,
-        "Give the size in bytes, not in gigabytes.": right / 1e9,
-    }, tolerance=3e-3)
+    same_number(
+        answer,
+        right,
+        {
+            "Half of it is missing: keys and values are kept, both of them, and a "
+            "number in single precision takes four bytes, not two.": right
+            // 2,
+            "All nine query heads are counted. Only keys and values are kept, and they have three heads.": right
+            // kv_heads
+            * heads,
+            "Every layer has keys and values of its own; you count one layer.": right // layers,
+            "Single precision takes four bytes a number; you count numbers.": right // size,
+            "One head is counted; keys and values have three.": right // kv_heads,
+            "This is one token's share; the cache holds the whole context.": right // context,
+            "Give the size in bytes, not in millions of bytes.": right / 1e6,
+            "Give the size in bytes, not in mebibytes.": right / 2**20,
+            "Give the size in bytes, not in gigabytes.": right / 1e9,
+        },
+        tolerance=3e-3,
+    )
     return f"{right:,} bytes: 2 · {layers} layers · {kv_heads} heads · {head_dim} numbers · {context:,} tokens · {size} bytes."
 
-# %% ../../nbs/exercises/09_pretrained.ipynb #x09-025
+# %% ../../nbs/exercises/09_pretrained.ipynb #f87b9e96
 @exercise("9.6", "Rows in another order")
 def check_rows(answer: object) -> str:
     "The reader's function reorders the rows of an interleaved projection."
@@ -225,14 +324,38 @@ def check_rows(answer: object) -> str:
         weight = torch.randn(heads * head_dim, *([columns] if columns else []), generator=generator)
         right = interleaved_to_half(weight, heads)
         mistakes = {
-            "The rows are still in the file's order: neighbours 0 and 1 form a pair there, and here a pair is 0 and half a head further.": weight,
-            "This is the permutation's inverse: it makes half-split rows interleaved, and they are interleaved already.": half_to_interleaved(weight, heads),
-            "All rows are reordered as if they were one head. Each head is a block of rows of its own.": interleaved_to_half(weight, 1),
-            "The second numbers of the pairs come first. Rows 0, 2, 4, ... of a head are the first ones.": torch.cat([torch.cat([head[1::2], head[0::2]]) for head in weight.chunk(heads)]),
-            "You take heads and pairs for each other: a head's rows stand together, so the heads are the outermost axis.": weight.unflatten(0, (-1, heads, 2)).transpose(1, 2).flatten(0, 2),
+            "The rows are still in the file's order: neighbours 0 and 1 form a pair "
+            "there, and here a pair is 0 and half a head further.": weight,
+            "This is the permutation's inverse: it makes half-split rows "
+            "interleaved, and they are interleaved already.": half_to_interleaved(
+                weight, heads
+            ),
+            "All rows are reordered as if they were one head. Each "
+            "head is a block of rows of its own.": interleaved_to_half(
+                weight, 1
+            ),
+            "The second numbers of the pairs come first. Rows 0, 2, 4, ... of a head are the first ones.": torch.cat(
+                [torch.cat([head[1::2], head[0::2]]) for head in weight.chunk(heads)]
+            ),
+            "You take heads and pairs for each other: a head's rows stand "
+            "together, so the heads are the outermost axis.": weight.unflatten(
+                0, (-1, heads, 2)
+            )
+            .transpose(1, 2)
+            .flatten(0, 2),
         }
         if columns:
-            mistakes["The columns are reordered. They belong to the layer's input; the rows are its output, the heads' numbers."] = torch.cat([weight[:, 0::2], weight[:, 1::2]], 1)
+            mistakes[
+                "The columns are reordered. They belong to the layer's input; "
+                "the rows are its output, the heads' numbers."
+            ] = torch.cat([weight[:, 0::2], weight[:, 1::2]], 1)
         axes = "rows columns" if columns else "rows"
-        same_values(call(answer, weight, heads), right, axes, "the result" if columns else "the result for a bias", mistakes, tolerance=0)
+        same_values(
+            call(answer, weight, heads),
+            right,
+            axes,
+            "the result" if columns else "the result for a bias",
+            mistakes,
+            tolerance=0,
+        )
     return "In every head the first numbers of all pairs come first, then the second ones; a bias is reordered like a weight."

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['check_share_read', 'check_time_to_loss', 'check_shift', 'check_pair_codes']
 
-# %% ../../nbs/exercises/12_sprint.ipynb #x12-005
+# %% ../../nbs/exercises/12_sprint.ipynb #9b9a1872
 import torch
 
 from . import Wrong, call, exercise, fresh, same_number, same_values
 
-# %% ../../nbs/exercises/12_sprint.ipynb #x12-008
+# %% ../../nbs/exercises/12_sprint.ipynb #94edbe80
 @exercise("12.1", "The share that is read")
 def check_share_read(answer: object) -> str:
     "The share of 4,306,658 characters that 2,000 steps of 12 windows of 64 read."
@@ -24,34 +24,48 @@ def check_share_read(answer: object) -> str:
     }, tolerance=0.01)
     return "The recipe reads about a third of the text, and nothing twice."
 
-# %% ../../nbs/exercises/12_sprint.ipynb #x12-011
+# %% ../../nbs/exercises/12_sprint.ipynb #18d89c9d
 @exercise("12.2", "Time to loss")
 def check_time_to_loss(answer: object) -> str:
     "Equation (12.1) on random lists of runs."
     generator = fresh("12.2")
     for size in (1, 5, 20):
-        seconds, losses = (torch.rand(size, generator=generator) * 100).tolist(), (1.5 + torch.rand(size, generator=generator)).tolist()
+        seconds, losses = (
+            (torch.rand(size, generator=generator) * 100).tolist(),
+            (1.5 + torch.rand(size, generator=generator)).tolist(),
+        )
         runs = [{"seconds": s, "val_loss": v} for s, v in zip(seconds, losses)]
         for loss in (max(losses) + 0.1, sorted(losses)[size // 2], min(losses)):
             got = call(answer, runs, loss)
             if got == float("inf"):
-                raise Wrong("Infinity, although a run ended exactly at the loss: a loss is reached when it is no higher.")
+                raise Wrong(
+                    "Infinity, although a run ended exactly at the loss: a loss is reached when it is no higher."
+                )
             reached = [run for run in runs if run["val_loss"] <= loss]
             right = min(run["seconds"] for run in reached)
             mistakes = {
-                "That is the time of the run with the lowest loss. The soonest run that is low enough counts, however much lower others come.":
-                    min(runs, key=lambda run: run["val_loss"])["seconds"],
-                "That is the first run of the list that reaches the loss; another one is sooner.": reached[0]["seconds"],
+                "That is the time of the run with the lowest loss. The soonest run that "
+                "is low enough counts, however much lower others come.": min(
+                    runs, key=lambda run: run["val_loss"]
+                )["seconds"],
+                "That is the first run of the list that reaches the loss; another one is sooner.": reached[0][
+                    "seconds"
+                ],
                 "That is the fastest of all runs; it did not reach the loss.": min(seconds),
                 "That is a loss. The answer is a number of seconds.": min(run["val_loss"] for run in reached),
-                "That is the longest time of the runs that reach the loss; take the shortest.": max(run["seconds"] for run in reached),
+                "That is the longest time of the runs that reach the loss; take the shortest.": max(
+                    run["seconds"] for run in reached
+                ),
             }
             same_number(got, right, mistakes, tolerance=1e-6)
     if call(answer, [{"seconds": 3.0, "val_loss": 2.0}], 1.9) != float("inf"):
-        raise Wrong("No run reached the loss, and your function names a time all the same; it should return infinity, `math.inf`.")
+        raise Wrong(
+            "No run reached the loss, and your function names a time all the "
+            "same; it should return infinity, `math.inf`."
+        )
     return "Runs that reach the loss take part, one that ends exactly there included, and the soonest counts."
 
-# %% ../../nbs/exercises/12_sprint.ipynb #x12-014
+# %% ../../nbs/exercises/12_sprint.ipynb #22a55015
 @exercise("12.3", "The previous token")
 def check_shift(answer: object) -> str:
     "Equation (12.3)."
@@ -61,8 +75,11 @@ def check_shift(answer: object) -> str:
         zero = torch.zeros_like(e[:, :1])
         before, after = torch.cat((zero, e[:, :-1]), 1), torch.cat((e[:, 1:], zero), 1)
         mistakes = {
-            "Each token got the next one's embedding: a causal leak. Move the embeddings one place later.": e + m * after,
-            "`roll` wraps around: the first token got the last one's embedding, a leak from the future. Put zeros there.": e + m * e.roll(1, 1),
+            "Each token got the next one's embedding: a causal leak. Move the embeddings one place later.": e
+            + m * after,
+            "`roll` wraps around: the first token got the last one's "
+            "embedding, a leak from the future. Put zeros there.": e
+            + m * e.roll(1, 1),
             "That is the previous token's part alone; add it to the token's own embedding.": m * before,
             "You multiplied the token itself by m; the previous one is multiplied.": m * e + before,
             "The previous embedding is added without m.": e + before,
@@ -70,7 +87,7 @@ def check_shift(answer: object) -> str:
         same_values(call(answer, e, m), e + m * before, "batch seq d_model", mistakes=mistakes)
     return "Each token carries its predecessor, and the first one none."
 
-# %% ../../nbs/exercises/12_sprint.ipynb #x12-017
+# %% ../../nbs/exercises/12_sprint.ipynb #ec70821c
 @exercise("12.4", "One number for a pair")
 def check_pair_codes(answer: object) -> str:
     "Equation (12.5) for pairs."
@@ -81,11 +98,20 @@ def check_pair_codes(answer: object) -> str:
         padded = torch.nn.functional.pad(ids + 1, (1, 0))[:, :-1]
         bare = torch.nn.functional.pad(ids, (1, 0))[:, :-1]
         mistakes = {
-            "The base is the number of symbols, and nothing is one of them: vocab_size + 1. With vocab_size, two pairs can share a number.": (ids + 1) + padded * vocab_size,
-            "The ids are counted from one, so that 0 can stand for nothing. With yours, the first token looks as if token 0 stood before it.": ids + bare * base,
-            "The two changed places: the token itself counts once, its predecessor times the base.": (ids + 1) * base + padded,
-            "You took the next token for the previous one.": (ids + 1) + torch.nn.functional.pad(ids + 1, (0, 1))[:, 1:] * base,
-            "The first token got the last one of its sequence for a predecessor: `roll` wraps around.": (ids + 1) + (ids + 1).roll(1, 1) * base,
+            "The base is the number of symbols, and nothing is one of them: "
+            "vocab_size + 1. With vocab_size, two pairs can share a number.": (
+                ids + 1
+            )
+            + padded * vocab_size,
+            "The ids are counted from one, so that 0 can stand for nothing. With "
+            "yours, the first token looks as if token 0 stood before it.": ids
+            + bare * base,
+            "The two changed places: the token itself counts once, its predecessor times the base.": (ids + 1) * base
+            + padded,
+            "You took the next token for the previous one.": (ids + 1)
+            + torch.nn.functional.pad(ids + 1, (0, 1))[:, 1:] * base,
+            "The first token got the last one of its sequence for a predecessor: `roll` wraps around.": (ids + 1)
+            + (ids + 1).roll(1, 1) * base,
         }
         same_values(call(answer, ids, vocab_size), (ids + 1) + padded * base, "batch seq", mistakes=mistakes)
     return "Each pair has a number of its own, also the one of which only the second token is there."

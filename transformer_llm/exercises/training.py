@@ -8,7 +8,7 @@ __all__ = ['ADAMW_MISTAKES', 'SCHEDULE_MISTAKES', 'CLIP_MISTAKES', 'ACCUMULATION
            'check_adamw_step', 'cosine_curve', 'check_schedule', 'global_norm', 'clip_formula', 'check_clip', 'matches',
            'part_gradients', 'check_accumulation', 'Halving', 'run_loop', 'check_loop', 'both_mistakes', 'check_passes']
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-003
+# %% ../../nbs/exercises/07_training.ipynb #259bcdfd
 import math
 from numbers import Real
 
@@ -19,24 +19,33 @@ from torch import Tensor, nn
 
 from . import Wrong, call, describe, exercise, fresh, gradient_reaches, same_number, same_values
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-007
+# %% ../../nbs/exercises/07_training.ipynb #4f9ad89f
 @exercise("7.1", "Cross-entropy from logits")
 def check_cross_entropy(answer: object) -> str:
     "Ordinary logits, then huge ones; then the gradient."
     generator = fresh("7.1")
     for batch, seq, vocab in ((2, 3, 5), (4, 1, 7), (1, 6, 2)):
-        logits, targets = torch.randn(batch, seq, vocab, generator=generator) * 2, torch.randint(vocab, (batch, seq), generator=generator)
+        logits, targets = (
+            torch.randn(batch, seq, vocab, generator=generator) * 2,
+            torch.randint(vocab, (batch, seq), generator=generator),
+        )
         right = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         same_values(call(answer, logits, targets), right, "", "the loss", wrong_losses(logits, targets), tolerance=1e-5)
     huge = torch.tensor([[[3000.0, 2999.0, 0.0], [-5000.0, 0.0, -5000.0]]])
     for targets in (torch.tensor([[1, 1]]), torch.tensor([[2, 0]])):
         right, got = F.cross_entropy(huge.flatten(0, 1), targets.flatten()), call(answer, huge, targets)
         if isinstance(got, Tensor) and got.numel() == 1 and not bool(got.isfinite().all()):
-            raise Wrong(f"With logits in the thousands the loss is {got.item():g}, and {right.item():g} is right: the exponential overflows, or a probability becomes 0 before its "
-                        "logarithm is taken. Subtract the largest logit first and stay with (7.2), or use `torch.logsumexp`.")
+            raise Wrong(
+                f"With logits in the thousands the loss is {got.item():g}, and {right.item():g} is "
+                "right: the exponential overflows, or a probability becomes 0 before its "
+                "logarithm is taken. Subtract the largest logit first and stay with (7.2), or use `torch.logsumexp`."
+            )
         if isinstance(got, Tensor) and got.numel() == 1 and right > 100 > got.item():
-            raise Wrong(f"A model that is certain of the wrong token has a loss of {right.item():g}, and yours is {got.item():.1f}: a small number inside the logarithm, or a clamp, "
-                        "hides how wrong it is, and no gradient mends it.")
+            raise Wrong(
+                f"A model that is certain of the wrong token has a loss of {right.item():g}, and yours is "
+                f"{got.item():.1f}: a small number inside the logarithm, or a clamp, "
+                "hides how wrong it is, and no gradient mends it."
+            )
         same_values(got, right, "", "the loss of huge logits", tolerance=1e-3)
     targets = torch.randint(5, (2, 3), generator=generator)
     gradient_reaches(lambda x: answer(x, targets), torch.randn(2, 3, 5, generator=generator))
@@ -50,63 +59,117 @@ def wrong_losses(logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor, 
 
     surprise, p = -picked(logits.log_softmax(-1)), logits.softmax(-1)
     return {
-        "That is the sum over all targets. Take their mean, or the loss (and every gradient) grows with the size of the batch.": surprise.sum(),
-        "That is the sum over the positions, and the mean over the batch only. Take the mean over all targets.": surprise.sum(1).mean(),
+        "That is the sum over all targets. Take their mean, or the loss (and "
+        "every gradient) grows with the size of the batch.": surprise.sum(),
+        "That is the sum over the positions, and the mean over the "
+        "batch only. Take the mean over all targets.": surprise.sum(
+            1
+        ).mean(),
         "You give back one loss for each position. Take their mean.": surprise,
         "The sign is lost: a logarithm of a probability is negative, and the loss is minus that.": -surprise.mean(),
-        "The softmax runs over the wrong axis: here over the positions (seq). Probabilities must add up to one over the vocabulary, the last axis.": -picked(logits.softmax(1).log()).mean(),
-        "The softmax runs over the wrong axis: here over the batch. Probabilities must add up to one over the vocabulary, the last axis.": -picked(logits.softmax(0).log()).mean(),
-        "One softmax too many: the scores have been made probabilities before a function that makes them probabilities once more. Hand it the logits.": -picked(p.log_softmax(-1)).mean(),
-        "That is in bits (logarithm to base 2). Here the loss is in nats: `torch.log`.": (surprise / math.log(2)).mean(),
-        "That is the logarithm of the mean probability. Take the logarithm for each target first, then the mean.": -picked(p).mean().log(),
-        "That is the mean of 1 − p. The surprise is −log p, which grows without bound as p goes to 0.": (1 - picked(p)).mean(),
+        "The softmax runs over the wrong axis: here over the positions (seq). "
+        "Probabilities must add up to one over the vocabulary, the last axis.": -picked(
+            logits.softmax(1).log()
+        ).mean(),
+        "The softmax runs over the wrong axis: here over the batch. Probabilities "
+        "must add up to one over the vocabulary, the last axis.": -picked(
+            logits.softmax(0).log()
+        ).mean(),
+        "One softmax too many: the scores have been made probabilities before a function "
+        "that makes them probabilities once more. Hand it the logits.": -picked(
+            p.log_softmax(-1)
+        ).mean(),
+        "That is in bits (logarithm to base 2). Here the loss is in nats: `torch.log`.": (
+            surprise / math.log(2)
+        ).mean(),
+        "That is the logarithm of the mean probability. Take the "
+        "logarithm for each target first, then the mean.": -picked(
+            p
+        )
+        .mean()
+        .log(),
+        "That is the mean of 1 − p. The surprise is −log p, which grows without bound as p goes to 0.": (
+            1 - picked(p)
+        ).mean(),
         "The logit of the target is not subtracted: (7.2) has two terms.": logits.logsumexp(-1).mean(),
     }
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-010
+# %% ../../nbs/exercises/07_training.ipynb #c1f52e3e
 @exercise("7.2", "A model that knows nothing")
 def check_first_loss(answer: object) -> str:
     "The logarithm of the size of the vocabulary."
     vocab = 27
-    same_number(answer, math.log(vocab), {
-        "That is in bits (logarithm to base 2). The loss is in nats: the natural logarithm.": math.log2(vocab),
-        "That is a logarithm to base 10. The loss is in nats: the natural logarithm.": math.log10(vocab),
-        "That is the probability of each token. The loss is its surprise, minus its logarithm.": 1 / vocab,
-        "That is the number of tokens. Each has a probability of one part in so many; the loss is the surprise at that.": vocab,
-        "A loss of 0 means that the model was certain of every target. This one has learned nothing yet.": 0.0,
-        "The sign is lost: the logarithm of a probability is negative, and the loss is minus that.": -math.log(vocab)}, tolerance=0.02)
-    return f"It is log {vocab} = {math.log(vocab):.3f}: each token has the probability 1/{vocab}, whatever the target is."
+    same_number(
+        answer,
+        math.log(vocab),
+        {
+            "That is in bits (logarithm to base 2). The loss is in nats: the natural logarithm.": math.log2(vocab),
+            "That is a logarithm to base 10. The loss is in nats: the natural logarithm.": math.log10(vocab),
+            "That is the probability of each token. The loss is its surprise, minus its logarithm.": 1 / vocab,
+            "That is the number of tokens. Each has a probability of one part "
+            "in so many; the loss is the surprise at that.": vocab,
+            "A loss of 0 means that the model was certain of every target. This one has learned nothing yet.": 0.0,
+            "The sign is lost: the logarithm of a probability is negative, and the loss is minus that.": -math.log(
+                vocab
+            ),
+        },
+        tolerance=0.02,
+    )
+    return (
+        f"It is log {vocab} = {math.log(vocab):.3f}: each token has the probability 1/{vocab}, whatever the target is."
+    )
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-013
+# %% ../../nbs/exercises/07_training.ipynb #2899f921
 @exercise("7.3", "Adam's first step")
 def check_first_step(answer: object) -> str:
     "The learning rate, whatever the gradient."
     lr, g, beta1, beta2 = 0.01, 0.0003, 0.9, 0.95
     answer = answer.item() if isinstance(answer, Tensor) and answer.numel() == 1 else answer
     answer = abs(float(answer)) if isinstance(answer, Real) and not isinstance(answer, bool) else answer
-    same_number(answer, lr, {
-        "That is gradient descent's step, the rate times the gradient. Adam divides by the root of the mean square, and so the gradient's size drops out.": lr * g,
-        "That is the step without bias correction: both memories start at zero, and at step 1 they hold only a small part of the gradient. Divide them by 1 − β, as in (7.5).": lr * (1 - beta1) / math.sqrt(1 - beta2),
-        "That corrects one memory only. Both start at zero: m is divided by 1 − β₁, v by 1 − β₂.": lr * (1 - beta1),
-        "That corrects m and forgets v, which starts at zero too.": lr / math.sqrt(1 - beta2),
-        "That is the gradient. It is the direction that counts; its size drops out in the quotient.": g,
-        "That is m after the first step, before its correction.": (1 - beta1) * g,
-        "The rate is divided by the gradient once: the memory m holds the gradient too, so it drops out.": lr / g}, tolerance=0.001)
+    same_number(
+        answer,
+        lr,
+        {
+            "That is gradient descent's step, the rate times the gradient. Adam divides by the "
+            "root of the mean square, and so the gradient's size drops out.": lr
+            * g,
+            "That is the step without bias correction: both memories start at zero, and at step 1 they "
+            "hold only a small part of the gradient. Divide them by 1 − β, as in (7.5).": lr
+            * (1 - beta1)
+            / math.sqrt(1 - beta2),
+            "That corrects one memory only. Both start at zero: m is divided by 1 − β₁, v by 1 − β₂.": lr * (1 - beta1),
+            "That corrects m and forgets v, which starts at zero too.": lr / math.sqrt(1 - beta2),
+            "That is the gradient. It is the direction that counts; its size drops out in the quotient.": g,
+            "That is m after the first step, before its correction.": (1 - beta1) * g,
+            "The rate is divided by the gradient once: the memory m holds the gradient too, so it drops out.": lr / g,
+        },
+        tolerance=0.001,
+    )
     return f"m̂ is the gradient and the root of v̂ its size, so the quotient is 1 and the step is the learning rate, {lr}. A gradient of 3 would have given the same."
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-016
+# %% ../../nbs/exercises/07_training.ipynb #09cd4e32
 @exercise("7.4", "The fastest descent")
 def check_edge(answer: object) -> str:
     "Two over the steepest curvature."
     shallow, steep = 1.0, 25.0
-    same_number(answer, 2 / steep, {
-        "At that rate the steep weight reaches its minimum in a single step: 1 − 25 η is 0. Beyond it, the weight jumps from side to side and still comes nearer.": 1 / steep,
-        "That is the edge of the shallow direction. The steep one explodes long before.": 2 / shallow,
-        "At that rate the shallow weight reaches its minimum in one step. The steep one has exploded long before.": 1 / shallow,
-        "That is the rate of Figure 7.1. It zigzags, and still it descends.": 0.07}, tolerance=0.02)
+    same_number(
+        answer,
+        2 / steep,
+        {
+            "At that rate the steep weight reaches its minimum in a single step: 1 − 25 η is 0. "
+            "Beyond it, the weight jumps from side to side and still comes nearer.": 1
+            / steep,
+            "That is the edge of the shallow direction. The steep one explodes long before.": 2 / shallow,
+            "At that rate the shallow weight reaches its minimum in one "
+            "step. The steep one has exploded long before.": 1
+            / shallow,
+            "That is the rate of Figure 7.1. It zigzags, and still it descends.": 0.07,
+        },
+        tolerance=0.02,
+    )
     return f"The steep weight is multiplied by 1 − {steep:g} η at each step, and beyond η = 2/{steep:g} = {2 / steep:g} that is below −1: every jump is longer than the one before."
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-019
+# %% ../../nbs/exercises/07_training.ipynb #a8ff4ea0
 def adamw_formula(
     w: Float[Tensor, "_"], g: Float[Tensor, "_"], m: Float[Tensor, "_"], v: Float[Tensor, "_"],
     t: int, lr: float, beta1: float, beta2: float, eps: float, decay: float,
@@ -131,11 +194,13 @@ ADAMW_MISTAKES = {
     "plain v": "The bias correction of v is missing: it starts at zero too. Divide it by 1 − β₂ᵗ.",
     "inside": "ε stands inside the root. (7.5) adds it after the root: √v̂ + ε.",
     "no root": "The root is missing: the step must not depend on the gradient's size, so m̂ is divided by √v̂.",
-    "no rate": "The decay lacks the learning rate: the weight shrinks by the factor 1 − λ at each step. (7.5) has 1 − ηλ.",
+    "no "
+    "rate": "The decay lacks the learning rate: the weight shrinks by the factor 1 − λ at each step. (7.5) has 1 − ηλ.",
     "none": "There is no weight decay: the factor 1 − ηλ on the old weight is missing.",
     "grow": "The weight grows by the decay: the factor is 1 − ηλ, not 1 + ηλ.",
     "later": "The new weight is shrunk, the update included. (7.5) shrinks the old weight, and subtracts the update after that.",
-    "uphill": "The step goes uphill: the update is subtracted, against the gradient."}
+    "uphill": "The step goes uphill: the update is subtracted, against the gradient.",
+}
 
 
 @exercise("7.5", "One step of AdamW")
@@ -143,7 +208,12 @@ def check_adamw_step(answer: object) -> str:
     "Four steps in a row, twice."
     generator = fresh("7.5")
     for eps, decay in ((0.3, 0.2), (1e-8, 0.0), (0.05, 1.0)):
-        w, m, v, numbers = torch.randn(6, generator=generator) * 3, torch.zeros(6), torch.zeros(6), dict(lr=0.4, beta1=0.8, beta2=0.9)
+        w, m, v, numbers = (
+            torch.randn(6, generator=generator) * 3,
+            torch.zeros(6),
+            torch.zeros(6),
+            dict(lr=0.4, beta1=0.8, beta2=0.9),
+        )
         for t in range(1, 5):
             g = torch.randn(6, generator=generator) * 2
             got = call(answer, w, g, m, v, t, *numbers.values(), eps, decay)
@@ -151,20 +221,46 @@ def check_adamw_step(answer: object) -> str:
                 raise Wrong(f"Three tensors (w, m, v) are asked for, and this is {describe(got)}.")
             give = lambda change="": adamw_formula(w, g, m, v, t, *numbers.values(), eps, decay, change)
             new_w, new_m, new_v = give()
-            same_values(got[1], new_m, "weights", f"m after step {t}", {
-                "The decay is coupled: λw was added to the gradient (L2), so it passes through the memories and is divided by √v̂ with them. In AdamW it acts on the weight alone.": give("coupled")[1],
-                "You give back the corrected m. The next step would correct it once more: keep m itself, and correct a copy.": new_m / (1 - 0.8**t),
-                "The factor 1 − β₁ on the gradient is missing: m would grow to 1/(1 − β₁) times a gradient's size.": 0.8 * m + g}, tolerance=1e-5)
-            same_values(got[2], new_v, "weights", f"v after step {t}", {
-                "v is a mean of squares: the gradient must be squared.": 0.9 * v + 0.1 * g,
-                "You give back the corrected v. The next step would correct it once more: keep v itself, and correct a copy.": new_v / (1 - 0.9**t),
-                "The factor 1 − β₂ on the squared gradient is missing.": 0.9 * v + g * g}, tolerance=1e-5)
+            same_values(
+                got[1],
+                new_m,
+                "weights",
+                f"m after step {t}",
+                {
+                    "The decay is coupled: λw was added to the gradient (L2), so it passes through the memories "
+                    "and is divided by √v̂ with them. In AdamW it acts on the weight alone.": give(
+                        "coupled"
+                    )[1],
+                    "You give back the corrected m. The next step would correct it "
+                    "once more: keep m itself, and correct a copy.": new_m
+                    / (1 - 0.8**t),
+                    "The factor 1 − β₁ on the gradient is missing: m would grow "
+                    "to 1/(1 − β₁) times a gradient's size.": 0.8
+                    * m
+                    + g,
+                },
+                tolerance=1e-5,
+            )
+            same_values(
+                got[2],
+                new_v,
+                "weights",
+                f"v after step {t}",
+                {
+                    "v is a mean of squares: the gradient must be squared.": 0.9 * v + 0.1 * g,
+                    "You give back the corrected v. The next step would correct it "
+                    "once more: keep v itself, and correct a copy.": new_v
+                    / (1 - 0.9**t),
+                    "The factor 1 − β₂ on the squared gradient is missing.": 0.9 * v + g * g,
+                },
+                tolerance=1e-5,
+            )
             same_values(got[0], new_w, "weights", f"the weight after step {t} (ε = {eps:g}, λ = {decay:g})",
                         {sentence: give(change)[0] for change, sentence in ADAMW_MISTAKES.items()}, tolerance=1e-5)
             w, m, v = new_w, new_m, new_v
     return "Both memories and the weight are those of (7.4) and (7.5) over several steps, with a large ε and a large decay."
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-022
+# %% ../../nbs/exercises/07_training.ipynb #52e2d2f1
 def cosine_curve(warmup: int, total: int, minimum: float, change: str = "") -> Float[Tensor, "_"]:
     "The cosine schedule of (7.7) at the steps 0 to `total`, or what a mistake makes of it."
     shares = []
@@ -173,41 +269,77 @@ def cosine_curve(warmup: int, total: int, minimum: float, change: str = "") -> F
         q = s / total if change in ("from zero", "no warm-up") else q
         low = 0.0 if change == "to zero" else minimum
         fall = 0.5 * (1 + math.cos(math.pi * q))
-        fall = {"half": math.cos(math.pi / 2 * q), "linear": 1 - q, "rise": 0.5 * (1 - math.cos(math.pi * q)), "no half": 1 + math.cos(math.pi * q)}.get(change, fall)
+        fall = {
+            "half": math.cos(math.pi / 2 * q),
+            "linear": 1 - q,
+            "rise": 0.5 * (1 - math.cos(math.pi * q)),
+            "no half": 1 + math.cos(math.pi * q),
+        }.get(change, fall)
         share = low + (1 if change == "added" else 1 - low) * fall
         rising = s < warmup and change != "no warm-up"
-        shares.append((s / warmup if change == "late" else (s + 1) / warmup if change != "from the minimum" else low + (1 - low) * (s + 1) / warmup) if rising else share)
+        shares.append(
+            (
+                s / warmup
+                if change == "late"
+                else (s + 1) / warmup
+                if change != "from the minimum"
+                else low + (1 - low) * (s + 1) / warmup
+            )
+            if rising
+            else share
+        )
     return torch.tensor(shares)
 
 
 SCHEDULE_MISTAKES = {
     "late": "The warm-up is one off: at step 0 your share is 0, so the first update does nothing, and the top comes one step late. (7.7) has (s + 1)/W.",
-    "no warm-up": "There is no warm-up: the schedule begins at the top, where Adam's first divisions rest on a few batches.",
-    "from zero": "The progress is counted from step 0 instead of from the end of the warm-up: the curve jumps down where the two parts meet. q = (s − W)/(T − W).",
+    "no "
+    "warm-up": "There is no warm-up: the schedule begins at the top, where Adam's first divisions rest on a few batches.",
+    "from "
+    "zero": "The progress is counted from step 0 instead of from the end of the warm-up: the curve jumps down where the two parts meet. q = (s − W)/(T − W).",
     "to zero": "The curve ends at 0, not at the minimum r: it should fall from 1 to r, r + (1 − r) · ½(1 + cos πq).",
     "added": "The minimum is added on top: at the end of the warm-up your share is 1 + r. Between r and 1 lies 1 − r, so the cosine's part is scaled by that.",
     "half": "That is a quarter of a cosine wave, from cos 0 to cos π/2. (7.7) takes half a wave, which is flat at both ends: ½(1 + cos πq).",
     "linear": "That is the linear schedule. Take the cosine's line of (7.7).",
     "rise": "The curve rises after the warm-up: cos πq falls from 1 to −1, so ½(1 + cos πq) is the part that falls.",
     "no half": "The half is missing: 1 + cos πq begins at 2.",
-    "from the minimum": "The warm-up begins at the minimum r. In (7.7) it begins at 1/W: r is the end of the schedule, not its beginning."}
+    "from the "
+    "minimum": "The warm-up begins at the minimum r. In (7.7) it begins at 1/W: r is the end of the schedule, not its beginning.",
+}
 
 
 @exercise("7.6", "Warm-up and cosine")
 def check_schedule(answer: object) -> str:
     "Whole curves, step by step."
     generator = fresh("7.6")
-    cases = [(int(torch.randint(3, 9, (), generator=generator)), int(torch.randint(20, 40, (), generator=generator)), minimum) for minimum in (0.1, 0.25)]
+    cases = [
+        (
+            int(torch.randint(3, 9, (), generator=generator)),
+            int(torch.randint(20, 40, (), generator=generator)),
+            minimum,
+        )
+        for minimum in (0.1, 0.25)
+    ]
     for warmup, total, minimum in [*cases, (0, 12, 0.2), (5, 25, 0.0), (1, 10, 0.1)]:
         got = [call(answer, step, warmup, total, minimum) for step in range(total + 1)]
         for step, share in enumerate(got):
-            if isinstance(share, bool) or not isinstance(share, Real) and not (isinstance(share, Tensor) and share.numel() == 1):
+            if (
+                isinstance(share, bool)
+                or not isinstance(share, Real)
+                and not (isinstance(share, Tensor) and share.numel() == 1)
+            ):
                 raise Wrong(f"A number is asked for, and at step {step} your function gives {describe(share)}.")
-        same_values(torch.tensor([float(share) for share in got]), cosine_curve(warmup, total, minimum), "step", f"the curve (warmup {warmup}, total {total}, minimum {minimum:g})",
-                    {sentence: cosine_curve(warmup, total, minimum, change) for change, sentence in SCHEDULE_MISTAKES.items()}, tolerance=1e-5)
+        same_values(
+            torch.tensor([float(share) for share in got]),
+            cosine_curve(warmup, total, minimum),
+            "step",
+            f"the curve (warmup {warmup}, total {total}, minimum {minimum:g})",
+            {sentence: cosine_curve(warmup, total, minimum, change) for change, sentence in SCHEDULE_MISTAKES.items()},
+            tolerance=1e-5,
+        )
     return "It rises from 1/W to 1, falls along half a cosine wave, and reaches the minimum at the last step; without a warm-up it begins at 1."
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-025
+# %% ../../nbs/exercises/07_training.ipynb #c56f102b
 def global_norm(gradients: list[Float[Tensor, "..."]]) -> float:
     "The length of all tensors as one vector."
     return math.sqrt(sum(g.double().square().sum().item() for g in gradients))
@@ -220,10 +352,17 @@ def clip_formula(gradients: list[Float[Tensor, "..."]], limit: float, change: st
         return [g * min(1.0, limit / max(1e-12, global_norm([g]))) for g in gradients]
     if change == "value":
         return [g.clamp(-limit, limit) for g in gradients]
-    norm = {"sum of norms": sum(global_norm([g]) for g in gradients), "square": norm**2, "largest": max(g.abs().max().item() for g in gradients),
-            "absolute": sum(g.abs().sum().item() for g in gradients)}.get(change, norm)
+    norm = {
+        "sum of norms": sum(global_norm([g]) for g in gradients),
+        "square": norm**2,
+        "largest": max(g.abs().max().item() for g in gradients),
+        "absolute": sum(g.abs().sum().item() for g in gradients),
+    }.get(change, norm)
     factor = limit / max(1e-12, norm)
-    return [g * (factor if change == "always" else 1 / max(1e-12, norm) if change == "to one" else min(1.0, factor)) for g in gradients]
+    return [
+        g * (factor if change == "always" else 1 / max(1e-12, norm) if change == "to one" else min(1.0, factor))
+        for g in gradients
+    ]
 
 
 CLIP_MISTAKES = {
@@ -234,7 +373,9 @@ CLIP_MISTAKES = {
     "square": "The root is missing: that is the norm's square.",
     "largest": "That scales by the largest entry. The norm is the root of the sum of all squares.",
     "absolute": "That scales by the sum of absolute values. The norm is the root of the sum of all squares.",
-    "to one": "The gradients are scaled to norm 1, and the limit was another number: the factor is max_norm divided by the norm."}
+    "to "
+    "one": "The gradients are scaled to norm 1, and the limit was another number: the factor is max_norm divided by the norm.",
+}
 
 
 @exercise("7.7", "Clipping by the global norm")
@@ -242,30 +383,56 @@ def check_clip(answer: object) -> str:
     "Above the limit, below it, and zero."
     generator = fresh("7.7")
     for scale, limit in ((3.0, 1.0), (1.0, 2.5), (0.01, 1.0), (0.0, 1.0), (0.02, 0.01)):
-        gradients = [torch.randn(shape, generator=generator) * scale * size for shape, size in (((3, 4), 1.0), ((5,), 0.1), ((2, 2), 4.0))]
-        case, right = f"With a norm of {global_norm(gradients):.3g} and a limit of {limit:g}", clip_formula(gradients, limit)
+        gradients = [
+            torch.randn(shape, generator=generator) * scale * size
+            for shape, size in (((3, 4), 1.0), ((5,), 0.1), ((2, 2), 4.0))
+        ]
+        case, right = (
+            f"With a norm of {global_norm(gradients):.3g} and a limit of {limit:g}",
+            clip_formula(gradients, limit),
+        )
         got = call(answer, gradients, limit)
         if not isinstance(got, tuple | list) or len(got) != len(gradients):
             raise Wrong(f"A list of {len(gradients)} tensors is asked for, and this is {describe(got)}.")
-        for sentence, wrong in ((sentence, clip_formula(gradients, limit, change)) for change, sentence in CLIP_MISTAKES.items()):
+        for sentence, wrong in (
+            (sentence, clip_formula(gradients, limit, change)) for change, sentence in CLIP_MISTAKES.items()
+        ):
             if not matches(got, right) and matches(got, wrong):
                 raise Wrong(f"{case}: {sentence[0].lower()}{sentence[1:]}")
         for number, (mine, aim) in enumerate(zip(got, right)):
-            same_values(mine, aim, " ".join(("rows", "columns")[: aim.ndim]), f"gradient {number} ({case[0].lower()}{case[1:]})", tolerance=2e-5)
+            same_values(
+                mine,
+                aim,
+                " ".join(("rows", "columns")[: aim.ndim]),
+                f"gradient {number} ({case[0].lower()}{case[1:]})",
+                tolerance=2e-5,
+            )
     return "All gradients are scaled by one factor where their joint norm is above the limit, and left alone where it isn't."
 
 
 def matches(got: list, wanted: list[Float[Tensor, "..."]]) -> bool:
     "Whether two lists of tensors are alike, up to rounding."
-    return all(isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-7) for a, b in zip(got, wanted))
+    return all(
+        isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-7)
+        for a, b in zip(got, wanted)
+    )
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-028
-def part_gradients(model: nn.Module, parts: list[tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]], change: str = "") -> list[Float[Tensor, "..."]]:
+# %% ../../nbs/exercises/07_training.ipynb #9ea20721
+def part_gradients(
+    model: nn.Module, parts: list[tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]], change: str = ""
+) -> list[Float[Tensor, "..."]]:
     "The gradients of the mean loss over all targets of all parts, or what a mistake makes of them."
     counts = [int((targets != -100).sum()) for _, targets in parts]
-    divisor = {"of parts": [count * len(parts) for count in counts], "means": counts, "sums": [1] * len(parts),
-               "by rows": [count * sum(map(len, (inputs for inputs, _ in parts))) / len(inputs) for count, (inputs, _) in zip(counts, parts)],
-               "padding too": [sum(targets.numel() for _, targets in parts)] * len(parts)}.get(change, [sum(counts)] * len(parts))
+    divisor = {
+        "of parts": [count * len(parts) for count in counts],
+        "means": counts,
+        "sums": [1] * len(parts),
+        "by rows": [
+            count * sum(map(len, (inputs for inputs, _ in parts))) / len(inputs)
+            for count, (inputs, _) in zip(counts, parts)
+        ],
+        "padding too": [sum(targets.numel() for _, targets in parts)] * len(parts),
+    }.get(change, [sum(counts)] * len(parts))
     model.zero_grad()
     for (inputs, targets), number in zip(parts, divisor):
         if change == "cleared":
@@ -277,12 +444,16 @@ def part_gradients(model: nn.Module, parts: list[tuple[Int[Tensor, "_ _"], Int[T
 
 
 ACCUMULATION_MISTAKES = {
-    "of parts": "That is the mean of the parts' means. The parts hold different numbers of targets, so those in a small part count for more. Divide every part's sum by the targets of all parts.",
+    "of "
+    "parts": "That is the mean of the parts' means. The parts hold different numbers of targets, so those in a small part count for more. Divide every part's sum by the targets of all parts.",
     "means": "The parts' means were added and nothing was divided: with more parts the gradient, and so the step, would grow.",
     "sums": "The sums were added and nothing was divided: the gradient would grow with the size of the batch. Divide by the number of targets of all parts.",
-    "by rows": "The parts' means were weighted by their sequences. Sequences hold different numbers of targets, because of those marked −100: weight by the targets that count.",
-    "padding too": "The number of targets includes those marked −100. They have no loss, so they must not count in the divisor either.",
-    "cleared": "Only the last part is left: the gradients are cleared inside the loop. Clear them once, before it; `backward()` adds."}
+    "by "
+    "rows": "The parts' means were weighted by their sequences. Sequences hold different numbers of targets, because of those marked −100: weight by the targets that count.",
+    "padding "
+    "too": "The number of targets includes those marked −100. They have no loss, so they must not count in the divisor either.",
+    "cleared": "Only the last part is left: the gradients are cleared inside the loop. Clear them once, before it; `backward()` adds.",
+}
 
 
 @exercise("7.8", "Accumulation")
@@ -299,15 +470,34 @@ def check_accumulation(answer: object) -> str:
         model = nn.Sequential(nn.Embedding(vocab, width), nn.Linear(width, vocab))
         for p in model.parameters():
             p.data = torch.randn(p.shape, generator=generator)
-        right, wrong = part_gradients(model, parts), {change: part_gradients(model, parts, change) for change in ACCUMULATION_MISTAKES}
+        right, wrong = (
+            part_gradients(model, parts),
+            {change: part_gradients(model, parts, change) for change in ACCUMULATION_MISTAKES},
+        )
         got = call(answer, model, parts)
         if not isinstance(got, tuple | list) or len(got) != len(right) or any(g is None for g in got):
-            raise Wrong(f"A list of {len(right)} gradients is asked for, one for each parameter, and this is {describe(got)}. Each part needs its `backward()`.")
-        for number, (axes, name) in enumerate((("vocab d_model", "the table's gradient"), ("vocab d_model", "the layer's gradient"), ("vocab", "the bias's gradient"))):
-            same_values(got[number], right[number], axes, name, {sentence: wrong[change][number] for change, sentence in ACCUMULATION_MISTAKES.items()}, tolerance=1e-5)
+            raise Wrong(
+                f"A list of {len(right)} gradients is asked for, one for each parameter, and "
+                f"this is {describe(got)}. Each part needs its `backward()`."
+            )
+        for number, (axes, name) in enumerate(
+            (
+                ("vocab d_model", "the table's gradient"),
+                ("vocab d_model", "the layer's gradient"),
+                ("vocab", "the bias's gradient"),
+            )
+        ):
+            same_values(
+                got[number],
+                right[number],
+                axes,
+                name,
+                {sentence: wrong[change][number] for change, sentence in ACCUMULATION_MISTAKES.items()},
+                tolerance=1e-5,
+            )
     return "The gradients of parts of any size equal those of one large batch."
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-031
+# %% ../../nbs/exercises/07_training.ipynb #32508eab
 class Halving(nn.Module):
     "A table of logits, halved in training mode: a dropout without chance."
 
@@ -340,11 +530,16 @@ def run_loop(model: nn.Module, batches: list, held_out: tuple, lr: float, change
 
 
 LOOP_MISTAKES = {
-    "not cleared": "The gradients are never cleared: `backward()` adds, so each step still contains the gradients of all batches before it. Call `optimizer.zero_grad()` before each `backward()`.",
-    "no eval": "The held-out loss was measured in training mode, where dropout is at work. Call `model.eval()` before you measure.",
-    "never trains": "The model came in evaluation mode and was trained in it, without dropout. Call `model.train()` before the loop.",
-    "cleared late": "That is the loss of weights that have not moved: either the gradients are cleared between `backward()` and `step()`, or you measure before the loop.",
-    "wrong text": "That is the loss on the last training batch. Measure on the held-out one."}
+    "not "
+    "cleared": "The gradients are never cleared: `backward()` adds, so each step still contains the gradients of all batches before it. Call `optimizer.zero_grad()` before each `backward()`.",
+    "no "
+    "eval": "The held-out loss was measured in training mode, where dropout is at work. Call `model.eval()` before you measure.",
+    "never "
+    "trains": "The model came in evaluation mode and was trained in it, without dropout. Call `model.train()` before the loop.",
+    "cleared "
+    "late": "That is the loss of weights that have not moved: either the gradients are cleared between `backward()` and `step()`, or you measure before the loop.",
+    "wrong text": "That is the loss on the last training batch. Measure on the held-out one.",
+}
 
 
 @exercise("7.9", "Two mistakes in a loop")
@@ -363,9 +558,26 @@ def check_loop(answer: object) -> str:
             if isinstance(got, bool) or not isinstance(got, Real):
                 raise Wrong(f"A number is asked for, the held-out loss, and this is {describe(got)}.")
             got = torch.tensor(float(got))
-        both = {f"There are two mistakes left. {LOOP_MISTAKES['not cleared']} And the loss was measured in training mode.": both_mistakes(make(), batches, held_out, 2.0)}
-        same_values(got, torch.tensor(right), "", "the held-out loss", {**both, **{sentence: torch.tensor(run_loop(make(), batches, held_out, 2.0, change))
-                    for change, sentence in LOOP_MISTAKES.items()}}, tolerance=1e-5)
+        both = {
+            f"There are two mistakes left. {LOOP_MISTAKES['not cleared']} "
+            "And the loss was measured in training mode.": both_mistakes(
+                make(), batches, held_out, 2.0
+            )
+        }
+        same_values(
+            got,
+            torch.tensor(right),
+            "",
+            "the held-out loss",
+            {
+                **both,
+                **{
+                    sentence: torch.tensor(run_loop(make(), batches, held_out, 2.0, change))
+                    for change, sentence in LOOP_MISTAKES.items()
+                },
+            },
+            tolerance=1e-5,
+        )
         same_values(model.table.detach(), reference.table.detach(), "vocab vocab", "the trained table", tolerance=1e-5)
     return "Each step uses its own batch's gradient, trained in training mode and measured in evaluation mode."
 
@@ -378,7 +590,7 @@ def both_mistakes(model: nn.Module, batches: list, held_out: tuple, lr: float) -
         optimizer.step()
     return F.cross_entropy(model(held_out[0]).flatten(0, 1), held_out[1].flatten()).detach()
 
-# %% ../../nbs/exercises/07_training.ipynb #x07-034
+# %% ../../nbs/exercises/07_training.ipynb #3a9b6f07
 @exercise("7.10", "How often is the text read?")
 def check_passes(answer: object) -> str:
     "Targets asked for, over the tokens there are."

@@ -7,7 +7,7 @@ __all__ = ['check_layer_norm_by_hand', 'layer_norm_mistakes', 'check_layer_norm'
            'check_block', 'check_positions', 'check_parameter_count', 'llama_count', 'check_llama_count', 'final_size',
            'check_growth', 'check_tied']
 
-# %% ../../nbs/exercises/04_transformer.ipynb #x04-004
+# %% ../../nbs/exercises/04_transformer.ipynb #68f6accb
 import math
 
 import torch
@@ -15,29 +15,47 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import Wrong, call, exercise, fresh, gradient_reaches, same_number, same_shape, same_values
+from transformer_llm.exercises import (
+    Wrong,
+    call,
+    exercise,
+    fresh,
+    gradient_reaches,
+    same_number,
+    same_shape,
+    same_values,
+)
 from ..feedforward import make_feedforward
 from ..transformer import GPT, GPT2_STYLE, GPTConfig
 
-# %% ../../nbs/exercises/04_transformer.ipynb #x04-007
+# %% ../../nbs/exercises/04_transformer.ipynb #e3f7483d
 @exercise("4.1", "One number through LayerNorm")
 def check_layer_norm_by_hand(answer) -> str:
     "Compare with the last number of LayerNorm([1, 1, 1, 7])."
     x = torch.tensor([1.0, 1.0, 1.0, 7.0], dtype=torch.float64)
     centred = (x - x.mean())[-1].item()
     right = centred / x.std(correction=0).item()
-    same_number(answer, right, tolerance=0.005, mistakes={
-        "That is RMSNorm: it divides by the root mean square of the numbers themselves. LayerNorm takes the mean away first.":
-            (x[-1] / x.pow(2).mean().sqrt()).item(),
-        "You divided the squares by d - 1 = 3. That estimates the variance of a population from a sample; equation (4.2) takes the mean over the d = 4 numbers at hand.":
-            centred / x.std(correction=1).item(),
-        "You divided by the variance. Equation (4.2) divides by its root, so that ten times the input gives the same output.":
-            centred / x.var(correction=0).item(),
-        "That is the number minus the mean; what is missing is the division by the root of the variance.": centred,
-    })
+    same_number(
+        answer,
+        right,
+        tolerance=0.005,
+        mistakes={
+            "That is RMSNorm: it divides by the root mean square of the numbers "
+            "themselves. LayerNorm takes the mean away first.": (
+                x[-1] / x.pow(2).mean().sqrt()
+            ).item(),
+            "You divided the squares by d - 1 = 3. That estimates the variance of a population from a "
+            "sample; equation (4.2) takes the mean over the d = 4 numbers at hand.": centred
+            / x.std(correction=1).item(),
+            "You divided by the variance. Equation (4.2) divides by its root, so "
+            "that ten times the input gives the same output.": centred
+            / x.var(correction=0).item(),
+            "That is the number minus the mean; what is missing is the division by the root of the variance.": centred,
+        },
+    )
     return "The mean is 2.5, the variance 6.75, and 4.5 divided by the root of 6.75 is the root of 3."
 
-# %% ../../nbs/exercises/04_transformer.ipynb #x04-010
+# %% ../../nbs/exercises/04_transformer.ipynb #dee1851e
 def layer_norm_mistakes(
     x: Float[Tensor, "batch seq d_model"],
     weight: Float[Tensor, "d_model"],
@@ -48,30 +66,58 @@ def layer_norm_mistakes(
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.pow(2).mean(-1, keepdim=True)
     scaled = centred / (variance + eps).sqrt()
-    over = lambda axes: (x - x.mean(axes, keepdim=True)) / (x.var(axes, correction=0, keepdim=True) + eps).sqrt() * weight + bias
+    over = lambda axes: (
+        (x - x.mean(axes, keepdim=True)) / (x.var(axes, correction=0, keepdim=True) + eps).sqrt() * weight + bias
+    )
     return {
-        "The variance is divided by d - 1, not by d: that is what torch's `var` and `std` do unless you say correction=0. Equation (4.2) takes the mean over the d numbers at hand.":
-            centred / (x.var(-1, correction=1, keepdim=True) + eps).sqrt() * weight + bias,
-        "ε stands outside the root: equation (4.2) adds it to the variance, and takes the root of the sum.":
-            centred / (variance.sqrt() + eps) * weight + bias,
-        "The ε that was handed over is not in it: a vector whose numbers are all equal has variance zero, and without ε you divide by it.":
-            centred / variance.sqrt() * weight + bias,
-        "The root is missing: dividing by the variance makes large vectors small and small vectors large, when both should get one size.":
-            centred / (variance + eps) * weight + bias,
-        "The mean and variance are taken over the tokens (axis seq), not over the d_model numbers of each vector. A token's result then depends on the other tokens, later ones among them.":
-            over(1),
-        "The mean and variance are taken over the batch. Each vector is to be normalised by itself, or the answer for one text depends on which others are in the batch.":
-            over(0),
-        "One mean and one variance are taken over the whole tensor. Each vector is to be normalised by itself: take them along the last axis, with keepdim=True.":
-            over((0, 1, 2)),
-        "The mean is not taken away: that is RMSNorm, equation (4.3), with a bias.":
-            x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias,
-        "You divide by the root mean square of x as it came. The variance is the mean square of what is left when the mean is taken away.":
-            centred / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias,
+        "The variance is divided by d - 1, not by d: that is what torch's `var` and `std` do unless you "
+        "say correction=0. Equation (4.2) takes the mean over the d numbers at hand.": centred
+        / (x.var(-1, correction=1, keepdim=True) + eps).sqrt()
+        * weight
+        + bias,
+        "ε stands outside the root: equation (4.2) adds it to the variance, and takes the root of the sum.": centred
+        / (variance.sqrt() + eps)
+        * weight
+        + bias,
+        "The ε that was handed over is not in it: a vector whose numbers are all "
+        "equal has variance zero, and without ε you divide by it.": centred
+        / variance.sqrt()
+        * weight
+        + bias,
+        "The root is missing: dividing by the variance makes large vectors small "
+        "and small vectors large, when both should get one size.": centred
+        / (variance + eps)
+        * weight
+        + bias,
+        "The mean and variance are taken over the tokens (axis seq), not over the d_model numbers of each "
+        "vector. A token's result then depends on the other tokens, later ones among them.": over(
+            1
+        ),
+        "The mean and variance are taken over the batch. Each vector is to be normalised by "
+        "itself, or the answer for one text depends on which others are in the batch.": over(
+            0
+        ),
+        "One mean and one variance are taken over the whole tensor. Each vector is to be "
+        "normalised by itself: take them along the last axis, with keepdim=True.": over(
+            (0, 1, 2)
+        ),
+        "The mean is not taken away: that is RMSNorm, equation (4.3), with a bias.": x
+        / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        * weight
+        + bias,
+        "You divide by the root mean square of x as it came. The variance is the "
+        "mean square of what is left when the mean is taken away.": centred
+        / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        * weight
+        + bias,
         "The learned weight and bias are not applied.": scaled,
         "The learned bias is not added.": scaled * weight,
         "The learned weight is not multiplied in.": scaled + bias,
-        "The weight is multiplied in after the bias was added, so it scales the bias too: equation (4.2) multiplies first.": (scaled + bias) * weight,
+        "The weight is multiplied in after the bias was added, so it scales "
+        "the bias too: equation (4.2) multiplies first.": (
+            scaled + bias
+        )
+        * weight,
     }
 
 
@@ -83,14 +129,21 @@ def check_layer_norm(answer) -> str:
         x = torch.randn(batch, seq, d_model, generator=draw) * 2 + 1
         weight, bias = torch.randn(2, d_model, generator=draw)
         right = F.layer_norm(x, (d_model,), weight, bias, eps)
-        same_values(call(answer, x, weight, bias, eps), right, "batch seq d_model", mistakes=layer_norm_mistakes(x, weight, bias, eps))
+        same_values(
+            call(answer, x, weight, bias, eps),
+            right,
+            "batch seq d_model",
+            mistakes=layer_norm_mistakes(x, weight, bias, eps),
+        )
     constant = torch.full((1, 2, 4), 3.0)
     got = call(answer, constant, torch.ones(4), torch.zeros(4), 1e-5)
-    same_values(got, torch.zeros(1, 2, 4), "batch seq d_model", what="the result for a vector whose numbers are all equal")
+    same_values(
+        got, torch.zeros(1, 2, 4), "batch seq d_model", what="the result for a vector whose numbers are all equal"
+    )
     gradient_reaches(lambda x: answer(x, weight, bias, 1e-5), x)
     return "Each vector is centred and scaled by itself, with ε under the root, and then weighted and shifted; a constant vector gives zeros and no NaN."
 
-# %% ../../nbs/exercises/04_transformer.ipynb #x04-013
+# %% ../../nbs/exercises/04_transformer.ipynb #08758e9d
 def rms_norm_mistakes(
     x: Float[Tensor, "batch seq d_model"],
     weight: Float[Tensor, "d_model"],
@@ -100,19 +153,35 @@ def rms_norm_mistakes(
     square, centred = x.pow(2), x - x.mean(-1, keepdim=True)
     mean_square = square.mean(-1, keepdim=True)
     return {
-        "The mean is taken away first, as LayerNorm does. RMSNorm leaves the centre where it is: equation (4.3) has no mean in it.":
-            centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight,
-        "The root is missing: you divide by the mean square, and (4.3) divides by its root.": x / (mean_square + eps) * weight,
-        "The squares are added up, not averaged: your vectors have length 1, so their numbers shrink as d_model grows. (4.3) divides the sum by d.":
-            x / (square.sum(-1, keepdim=True) + eps).sqrt() * weight,
-        "ε stands outside the root: (4.3) adds it to the mean square, and takes the root of the sum.": x / (mean_square.sqrt() + eps) * weight,
-        "The ε that was handed over is not in it: without ε a vector of zeros is divided by zero.": x / mean_square.sqrt() * weight,
+        "The mean is taken away first, as LayerNorm does. RMSNorm leaves the "
+        "centre where it is: equation (4.3) has no mean in it.": centred
+        / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        * weight,
+        "The root is missing: you divide by the mean square, and (4.3) divides by its root.": x
+        / (mean_square + eps)
+        * weight,
+        "The squares are added up, not averaged: your vectors have length 1, so their "
+        "numbers shrink as d_model grows. (4.3) divides the sum by d.": x
+        / (square.sum(-1, keepdim=True) + eps).sqrt()
+        * weight,
+        "ε stands outside the root: (4.3) adds it to the mean square, and takes the root of the sum.": x
+        / (mean_square.sqrt() + eps)
+        * weight,
+        "The ε that was handed over is not in it: without ε a vector of zeros is divided by zero.": x
+        / mean_square.sqrt()
+        * weight,
         "The learned weight is not multiplied in.": x / (mean_square + eps).sqrt(),
-        "The mean square is taken over the tokens (axis seq), not over the d_model numbers of each vector, so tokens depend on each other.":
-            x / (square.mean(1, keepdim=True) + eps).sqrt() * weight,
-        "One mean square is taken over the whole tensor. Each vector is to be scaled by itself: take it along the last axis, with keepdim=True.":
-            x / (square.mean() + eps).sqrt() * weight,
-        "That is the mean of the absolute values, and (4.3) takes the root of the mean of the squares.": x / (x.abs().mean(-1, keepdim=True) + eps) * weight,
+        "The mean square is taken over the tokens (axis seq), not over the d_model "
+        "numbers of each vector, so tokens depend on each other.": x
+        / (square.mean(1, keepdim=True) + eps).sqrt()
+        * weight,
+        "One mean square is taken over the whole tensor. Each vector is to be scaled "
+        "by itself: take it along the last axis, with keepdim=True.": x
+        / (square.mean() + eps).sqrt()
+        * weight,
+        "That is the mean of the absolute values, and (4.3) takes the root of the mean of the squares.": x
+        / (x.abs().mean(-1, keepdim=True) + eps)
+        * weight,
     }
 
 
@@ -125,21 +194,32 @@ def check_rms_norm(answer) -> str:
         right = F.rms_norm(x, (d_model,), weight, eps)
         got = call(answer, x, weight, eps)
         if isinstance(got, Tensor) and got.dtype == torch.bfloat16:
-            raise Wrong("Given float32 you return bfloat16, which keeps about three digits. The result has the dtype of x, whichever it is: `.to(x.dtype)`.")
+            raise Wrong(
+                "Given float32 you return bfloat16, which keeps about three digits. The "
+                "result has the dtype of x, whichever it is: `.to(x.dtype)`."
+            )
         same_values(got, right, "batch seq d_model", mistakes=rms_norm_mistakes(x, weight, eps))
     zeros = torch.zeros(1, 2, 4)
-    same_values(call(answer, zeros, torch.ones(4), 1e-5), zeros, "batch seq d_model", what="the result for a vector of zeros")
+    same_values(
+        call(answer, zeros, torch.ones(4), 1e-5), zeros, "batch seq d_model", what="the result for a vector of zeros"
+    )
     x, weight = torch.randn(1, 16, 64, generator=draw).bfloat16(), torch.randn(64, generator=draw).bfloat16()
     got, exact = call(answer, x, weight, 1e-5), F.rms_norm(x.float(), (64,), weight.float(), 1e-5)
     same_shape(got, x, "batch seq d_model", "the result for bfloat16")
     if got.dtype != torch.bfloat16:
-        raise Wrong(f"Given bfloat16 you return {str(got.dtype).removeprefix('torch.')}: the stream would change its dtype at the first norm. Compute in float32, then go back with `.to(x.dtype)`.")
+        raise Wrong(
+            f"Given bfloat16 you return {str(got.dtype).removeprefix('torch.')}: the stream would change its "
+            "dtype at the first norm. Compute in float32, then go back with `.to(x.dtype)`."
+        )
     if (got != exact.bfloat16()).double().mean() > 0.01:  # a number that lies between two may go either way
-        raise Wrong("Given bfloat16 you compute in bfloat16, which keeps about three digits, and each step rounds again. Go to float32 first, and back to the dtype of x once, at the end.")
+        raise Wrong(
+            "Given bfloat16 you compute in bfloat16, which keeps about three digits, and each step rounds "
+            "again. Go to float32 first, and back to the dtype of x once, at the end."
+        )
     gradient_reaches(lambda x: answer(x, weight.float(), 1e-5), x.float())
     return "Each vector is divided by its own root mean square, zeros stay zeros, and bfloat16 is rounded once, at the end."
 
-# %% ../../nbs/exercises/04_transformer.ipynb #x04-016
+# %% ../../nbs/exercises/04_transformer.ipynb #06734566
 @exercise("4.4", "A pre-norm block")
 def check_block(answer) -> str:
     "Random norms, mixing and feed-forward networks, the usual wrong wirings, and the gradient."
@@ -149,7 +229,10 @@ def check_block(answer) -> str:
         weights = torch.rand(2, d_model, generator=draw) + 0.5
         norm1, norm2 = (lambda x, w=w: F.rms_norm(x, (d_model,), w, 1e-5) for w in weights)
         looks = torch.randn(seq, seq, generator=draw).tril().softmax(-1).tril()
-        out, network = torch.randn(d_model, d_model, generator=draw), make_feedforward(d_model, 2 * d_model, "gelu", bias=False)
+        out, network = (
+            torch.randn(d_model, d_model, generator=draw),
+            make_feedforward(d_model, 2 * d_model, "gelu", bias=False),
+        )
         for parameter in network.parameters():
             parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=draw))
         attention, feedforward = (lambda x: looks @ x @ out), (lambda x: network(x))
@@ -157,33 +240,64 @@ def check_block(answer) -> str:
         in_place, no_plus, post = normed + attention(normed), attention(norm1(x)), norm1(x + attention(x))
         wrong_order, swapped, behind = x + feedforward(norm2(x)), x + attention(norm2(x)), x + norm1(attention(x))
         mistakes = {
-            "The norms stand after the sums: that is post-norm, equation (4.5), where every gradient has to pass through each norm. Pre-norm, equation (4.4), puts the norm at the entrance of the detour: x + f(norm(x)).":
-                norm2(post + feedforward(post)),
-            "The residual is forgotten, in both halves: the block gives what the feed-forward network makes, and the stream itself is lost. Equation (4.4) adds to x.":
-                feedforward(norm2(no_plus)),
-            "The residual is forgotten around attention: the stream is replaced by what attention gives, and each token forgets what it was.":
-                no_plus + feedforward(norm2(no_plus)),
-            "The residual is forgotten around the feed-forward network: what stood in the stream is lost there.": feedforward(norm2(middle)),
-            "The normed vector is carried on: with x = norm(x); x = x + f(x) the stream itself is normed, and (4.1) is no longer a sum that begins with the embedding. Only the detour reads through the norm.":
-                norm2(in_place) + feedforward(norm2(in_place)),
-            "Both halves read the block's input. The feed-forward network has to read the stream after attention has added to it.": parallel,
-            "The second sum starts from the block's input again, so what attention added is lost on the way. Add to the stream as attention left it.":
-                x + feedforward(norm2(middle)),
-            "The norms are never used: without them each block answers a larger stream with a larger addition, and the sizes explode with depth.":
-                x + attention(x) + feedforward(x + attention(x)),
-            "The feed-forward network comes first: in a block attention gathers, and then the feed-forward network works on what was gathered.":
-                wrong_order + attention(norm1(wrong_order)),
-            "One norm serves both halves: each has a norm of its own, with its own learned weight.": middle + feedforward(norm1(middle)),
-            "The two norms are exchanged: attention reads through attention_norm, the feed-forward network through feedforward_norm.": swapped + feedforward(norm1(swapped)),
-            "The norms stand behind the sublayers: x + norm(f(x)). Then each sublayer reads a stream of any size; pre-norm, (4.4), norms what it reads.": behind + norm2(feedforward(behind)),
-            "The sum is normed at the end. Pre-norm hands the stream on as it is; the model has one final norm, after the last block.": norm2(middle + feedforward(norm2(middle))),
+            "The norms stand after the sums: that is post-norm, equation (4.5), where every "
+            "gradient has to pass through each norm. Pre-norm, equation (4.4), puts the "
+            "norm at the entrance of the detour: x + f(norm(x)).": norm2(
+                post + feedforward(post)
+            ),
+            "The residual is forgotten, in both halves: the block gives what the feed-forward "
+            "network makes, and the stream itself is lost. Equation (4.4) adds to x.": feedforward(
+                norm2(no_plus)
+            ),
+            "The residual is forgotten around attention: the stream is replaced by "
+            "what attention gives, and each token forgets what it was.": no_plus
+            + feedforward(norm2(no_plus)),
+            "The residual is forgotten around the feed-forward network: "
+            "what stood in the stream is lost there.": feedforward(
+                norm2(middle)
+            ),
+            "The normed vector is carried on: with x = norm(x); x = x + f(x) the stream itself is normed, and (4.1) is "
+            "no longer a sum that begins with the embedding. Only the detour reads through the norm.": norm2(
+                in_place
+            )
+            + feedforward(norm2(in_place)),
+            "Both halves read the block's input. The feed-forward network has to "
+            "read the stream after attention has added to it.": parallel,
+            "The second sum starts from the block's input again, so what attention added "
+            "is lost on the way. Add to the stream as attention left it.": x
+            + feedforward(norm2(middle)),
+            "The norms are never used: without them each block answers a larger stream "
+            "with a larger addition, and the sizes explode with depth.": x
+            + attention(x)
+            + feedforward(x + attention(x)),
+            "The feed-forward network comes first: in a block attention gathers, and "
+            "then the feed-forward network works on what was gathered.": wrong_order
+            + attention(norm1(wrong_order)),
+            "One norm serves both halves: each has a norm of its own, with its own learned weight.": middle
+            + feedforward(norm1(middle)),
+            "The two norms are exchanged: attention reads through attention_norm, "
+            "the feed-forward network through feedforward_norm.": swapped
+            + feedforward(norm1(swapped)),
+            "The norms stand behind the sublayers: x + norm(f(x)). Then each sublayer reads "
+            "a stream of any size; pre-norm, (4.4), norms what it reads.": behind
+            + norm2(feedforward(behind)),
+            "The sum is normed at the end. Pre-norm hands the stream on as it is; "
+            "the model has one final norm, after the last block.": norm2(
+                middle + feedforward(norm2(middle))
+            ),
         }
         right = middle + feedforward(norm2(middle))
-        same_values(call(answer, x, norm1, attention, norm2, feedforward), right, "batch seq d_model", mistakes=mistakes, tolerance=1e-3)
+        same_values(
+            call(answer, x, norm1, attention, norm2, feedforward),
+            right,
+            "batch seq d_model",
+            mistakes=mistakes,
+            tolerance=1e-3,
+        )
     gradient_reaches(lambda x: answer(x, norm1, attention, norm2, feedforward), x)
     return "Each half reads the stream through a norm of its own and adds to it; the stream itself is never normed or replaced."
 
-# %% ../../nbs/exercises/04_transformer.ipynb #x04-019
+# %% ../../nbs/exercises/04_transformer.ipynb #58daa36c
 @exercise("4.5", "Positions under left padding")
 def check_positions(answer) -> str:
     "Rows with different padding on the left, among them none and all but one; then padding on the right."
@@ -191,54 +305,90 @@ def check_positions(answer) -> str:
     seq = 7
     for left in (True, False):
         real = [seq, 1, *torch.randint(2, seq, (3,), generator=draw).tolist()]
-        mask = torch.tensor([[False] * (seq - n) + [True] * n if left else [True] * n + [False] * (seq - n) for n in real])
+        mask = torch.tensor(
+            [[False] * (seq - n) + [True] * n if left else [True] * n + [False] * (seq - n) for n in real]
+        )
         got = call(answer, mask)
         same_shape(got, mask, "batch keys", "the matrix of positions")
         if got.dtype == torch.bool or got.is_floating_point():
-            raise Wrong(f"Positions are whole numbers that look up rows of a table; yours are of type {str(got.dtype).removeprefix('torch.')}.")
+            raise Wrong(
+                "Positions are whole numbers that look up rows of a table; yours are "
+                f"of type {str(got.dtype).removeprefix('torch.')}."
+            )
         right = (mask.cumsum(1) - 1).clamp(min=0)
         side = "left" if left else "right"
         if not torch.equal(got[mask], right[mask]):
             columns = torch.arange(seq).expand_as(mask)
             for sentence, value in {
-                "The columns are numbered, padding included: a row gets other positions when a longer row joins its batch, so it no longer gives what it gives alone. Count real tokens only.": columns,
-                "Your count starts at 1. Without padding the positions are 0, 1, 2, ...; a row must have the same ones in a padded batch.": mask.cumsum(1),
-                "You count from the end: the last token gets 0. Positions count from the first real token.": mask.flip(1).cumsum(1).flip(1) - 1,
+                "The columns are numbered, padding included: a row gets other positions when a longer row joins "
+                "its batch, so it no longer gives what it gives alone. Count real tokens only.": columns,
+                "Your count starts at 1. Without padding the positions are 0, 1, 2, "
+                "...; a row must have the same ones in a padded batch.": mask.cumsum(
+                    1
+                ),
+                "You count from the end: the last token gets 0. Positions count from the first real token.": mask.flip(
+                    1
+                )
+                .cumsum(1)
+                .flip(1)
+                - 1,
             }.items():
                 if torch.equal(got[mask], value[mask]):
                     raise Wrong(sentence)
             row = int((got != right).logical_and(mask).any(1).nonzero()[0])
-            raise Wrong(f"A row with padding on the {side} and {real[row]} real tokens gets the positions {got[row][mask[row]].tolist()}; its real tokens should be numbered {right[row][mask[row]].tolist()}.")
+            raise Wrong(
+                f"A row with padding on the {side} and {real[row]} real tokens gets the positions "
+                f"{got[row][mask[row]].tolist()}; its real tokens should be numbered {right[row][mask[row]].tolist()}."
+            )
         if (got < 0).any():
-            raise Wrong("Padding gets the position -1. Nobody reads the result there, but a table of positions looks it up all the same: from its far end, or out of range. Clamp it to 0.")
+            raise Wrong(
+                "Padding gets the position -1. Nobody reads the result there, but a table of positions "
+                "looks it up all the same: from its far end, or out of range. Clamp it to 0."
+            )
         if (got >= seq).any():
-            raise Wrong(f"Padding gets the position {got.max().item()}, which a table for {seq} positions does not have.")
+            raise Wrong(
+                f"Padding gets the position {got.max().item()}, which a table for {seq} positions does not have."
+            )
     return "Real tokens are counted from 0 wherever the padding is, and padding gets a position that a table has."
 
-# %% ../../nbs/exercises/04_transformer.ipynb #x04-022
+# %% ../../nbs/exercises/04_transformer.ipynb #85f8a444
 @exercise("4.6", "How many parameters?")
 def check_parameter_count(answer) -> str:
     "Compare with a model of GPT-2's kind: 100 tokens, context 50, width 20, hidden width 80, 3 layers."
-    config = GPTConfig(**GPT2_STYLE | dict(vocab_size=100, context_length=50, d_model=20, n_layers=3, n_heads=2, d_ff=80))
+    config = GPTConfig(
+        **GPT2_STYLE | dict(vocab_size=100, context_length=50, d_model=20, n_layers=3, n_heads=2, d_ff=80)
+    )
     V, T, d, f, L = config.vocab_size, config.context_length, config.d_model, config.d_ff, config.n_layers
     right = GPT(config).num_parameters()
     block = (right - V * d - T * d - 2 * d) // L
-    same_number(answer, right, mistakes={
-        "You counted an output matrix of its own. Here it is tied: the embedding matrix serves twice and counts once.": right + V * d,
-        "You left out the learned positions, T · d numbers.": right - T * d,
-        "You left out the biases of the matrices: four of d in attention, one of f and one of d in the feed-forward network, in each layer.": right - L * (5 * d + f),
-        "You left out the final norm, 2d numbers.": right - 2 * d,
-        "You counted one norm a block; there are two, one in front of each half.": right - L * 2 * d,
-        "You left out all norms.": right - (2 * L + 1) * 2 * d,
-        "You counted three square matrices in attention: queries, keys and values. The fourth is the output projection.": right - L * (d * d + d),
-        "You counted the blocks only; the embeddings, the positions and the final norm belong to the model too.": L * block,
-        "You counted one block. There are three.": right - (L - 1) * block,
-        "You counted the matrices of the feed-forward network once; there are two of d · f, up and down.": right - L * d * f,
-        "A LayerNorm has a weight and a bias, so 2d numbers; you counted d.": right - (2 * L + 1) * d,
-    })
+    same_number(
+        answer,
+        right,
+        mistakes={
+            "You counted an output matrix of its own. Here it is tied: the "
+            "embedding matrix serves twice and counts once.": right
+            + V * d,
+            "You left out the learned positions, T · d numbers.": right - T * d,
+            "You left out the biases of the matrices: four of d in attention, one of f "
+            "and one of d in the feed-forward network, in each layer.": right
+            - L * (5 * d + f),
+            "You left out the final norm, 2d numbers.": right - 2 * d,
+            "You counted one norm a block; there are two, one in front of each half.": right - L * 2 * d,
+            "You left out all norms.": right - (2 * L + 1) * 2 * d,
+            "You counted three square matrices in attention: queries, keys "
+            "and values. The fourth is the output projection.": right
+            - L * (d * d + d),
+            "You counted the blocks only; the embeddings, the positions and the final norm belong to the model too.": L
+            * block,
+            "You counted one block. There are three.": right - (L - 1) * block,
+            "You counted the matrices of the feed-forward network once; there are two of d · f, up and down.": right
+            - L * d * f,
+            "A LayerNorm has a weight and a bias, so 2d numbers; you counted d.": right - (2 * L + 1) * d,
+        },
+    )
     return f"Embeddings {V * d:,}, positions {T * d:,}, {L} blocks of {block:,}, final norm {2 * d}: {right:,} in all."
 
-# %% ../../nbs/exercises/04_transformer.ipynb #x04-025
+# %% ../../nbs/exercises/04_transformer.ipynb #9032650d
 def llama_count(
     config: GPTConfig,  # Without biases, with RMSNorm, SwiGLU and rotary positions
     **wrong: bool,  # Mistakes to make, by name
@@ -260,8 +410,21 @@ def check_llama_count(answer) -> str:
     "A plain configuration, then grouped heads, a width of head of its own, an untied output, and all of them."
     draw = fresh("4.7")
     pick = lambda low, high: int(torch.randint(low, high, (1,), generator=draw))
-    plain = dict(vocab_size=pick(50, 99), d_model=8 * pick(2, 5), n_layers=pick(2, 5), n_heads=4, d_ff=pick(20, 60), context_length=16)
-    variants = [{}, dict(n_kv_heads=2), dict(head_dim=2 * pick(6, 9)), dict(tied_embeddings=False), dict(n_kv_heads=1, head_dim=22, tied_embeddings=False)]
+    plain = dict(
+        vocab_size=pick(50, 99),
+        d_model=8 * pick(2, 5),
+        n_layers=pick(2, 5),
+        n_heads=4,
+        d_ff=pick(20, 60),
+        context_length=16,
+    )
+    variants = [
+        {},
+        dict(n_kv_heads=2),
+        dict(head_dim=2 * pick(6, 9)),
+        dict(tied_embeddings=False),
+        dict(n_kv_heads=1, head_dim=22, tied_embeddings=False),
+    ]
     sentences = {
         "tied": "its output is {tied}. Tied, the embedding matrix counts once; untied, lm_head has vocab · d_model numbers of its own",
         "grouped": "keys and values have n_kv_heads heads, not n_heads: that is what grouping saves",
@@ -277,13 +440,18 @@ def check_llama_count(answer) -> str:
         right, got = llama_count(config), call(answer, config)
         for name, sentence in sentences.items():
             if got == llama_count(config, **{name: True}) != right:
-                raise Wrong(f"For {changes or 'a plain Llama'} you count {got:,} and {right:,} is right: {sentence.format(tied='tied' if config.tied_embeddings else 'not tied')}.")
+                raise Wrong(
+                    f"For {changes or 'a plain Llama'} you count {got:,} and {right:,} is right: "
+                    f"{sentence.format(tied='tied' if config.tied_embeddings else 'not tied')}."
+                )
         if isinstance(got, int | float) and got == right + config.context_length * config.d_model:
-            raise Wrong("You count a table of positions. Rotary positions are computed, not learned, and have no parameter.")
+            raise Wrong(
+                "You count a table of positions. Rotary positions are computed, not learned, and have no parameter."
+            )
         same_number(got, right)
     return "Embeddings, grouped attention, three feed-forward matrices and the norms, tied or not: all as `num_parameters` counts them."
 
-# %% ../../nbs/exercises/04_transformer.ipynb #x04-028
+# %% ../../nbs/exercises/04_transformer.ipynb #7b4e56b7
 @torch.no_grad()
 def final_size(
     n_layers: int,
@@ -307,23 +475,40 @@ def check_growth(answer) -> str:
     draw = fresh("4.8")
     ratio = final_size(64, draw) / final_size(4, draw)
     exponent = math.log(ratio) / math.log(16)
-    same_number(answer, exponent, tolerance=0.15, mistakes={
-        "That is what you get if all blocks add in the same direction: then sizes add up. Independent additions are at right angles, so their squares add up.": 1.0,
-        "That is the model whose writers are scaled, or the size and not its growth: take the curve called \"not scaled\".": 0.0,
-        "That is the ratio of the two sizes. The exponent p is the one for which 16 to the power of p gives that ratio: divide the logarithms.": ratio,
-        "That is the logarithm of the ratio of the sizes; divide it by the logarithm of the ratio of the depths, which is 16.": math.log(ratio),
-        "That is twice the exponent of the size, or the exponent of its square: the mean square grows like the depth, the size like its root.": 2 * exponent,
-    })
+    same_number(
+        answer,
+        exponent,
+        tolerance=0.15,
+        mistakes={
+            "That is what you get if all blocks add in the same direction: then sizes add up. "
+            "Independent additions are at right angles, so their squares add up.": 1.0,
+            'That is the model whose writers are scaled, or the size and not '
+            'its growth: take the curve called "not scaled".': 0.0,
+            "That is the ratio of the two sizes. The exponent p is the one for which 16 "
+            "to the power of p gives that ratio: divide the logarithms.": ratio,
+            "That is the logarithm of the ratio of the sizes; divide it by the "
+            "logarithm of the ratio of the depths, which is 16.": math.log(
+                ratio
+            ),
+            "That is twice the exponent of the size, or the exponent of its square: the "
+            "mean square grows like the depth, the size like its root.": 2
+            * exponent,
+        },
+    )
     return f"On fresh weights it is {exponent:.2f}: the squares of independent additions add up, so the size grows like the root of the depth."
 
-# %% ../../nbs/exercises/04_transformer.ipynb #x04-031
+# %% ../../nbs/exercises/04_transformer.ipynb #77805c20
 @exercise("4.9", "Tie the weights")
 def check_tied(answer) -> str:
     "Shapes, one parameter in all, the gradient of both jobs, and a step of training."
     draw = fresh("4.9")
     vocab_size, d_model = (int(torch.randint(low, low + 4, (1,), generator=draw)) for low in (11, 5))
     pair = call(answer, vocab_size, d_model)
-    if not isinstance(pair, tuple | list | nn.ModuleList) or len(pair) != 2 or not all(isinstance(one, nn.Module) for one in pair):
+    if (
+        not isinstance(pair, tuple | list | nn.ModuleList)
+        or len(pair) != 2
+        or not all(isinstance(one, nn.Module) for one in pair)
+    ):
         raise Wrong("Return two modules: the embedding, and the linear layer that makes logits.")
     embedding, head = pair
     if isinstance(embedding, nn.Linear) and isinstance(head, nn.Embedding):
@@ -332,23 +517,46 @@ def check_tied(answer) -> str:
     hidden = call(embedding, ids)
     same_shape(hidden, (2, 3, d_model), "batch seq d_model", "what the embedding gives")
     if isinstance(head, nn.Linear) and head.weight.shape == (d_model, vocab_size):
-        raise Wrong(f"The output layer goes the wrong way, from vocab to d_model. nn.Linear(inputs, outputs) keeps its weight as (outputs, inputs), here (vocab {vocab_size}, d_model {d_model}): that is the embedding's own shape, and no transpose is needed.")
-    named = [getattr(one, name, size) for one, name, size in (
-        (embedding, "num_embeddings", vocab_size), (embedding, "embedding_dim", d_model), (head, "in_features", d_model), (head, "out_features", vocab_size))]
+        raise Wrong(
+            "The output layer goes the wrong way, from vocab to d_model. nn.Linear(inputs, outputs) "
+            f"keeps its weight as (outputs, inputs), here (vocab {vocab_size}, d_model {d_model}): "
+            "that is the embedding's own shape, and no transpose is needed."
+        )
+    named = [
+        getattr(one, name, size)
+        for one, name, size in (
+            (embedding, "num_embeddings", vocab_size),
+            (embedding, "embedding_dim", d_model),
+            (head, "in_features", d_model),
+            (head, "out_features", vocab_size),
+        )
+    ]
     if named != [vocab_size, d_model, d_model, vocab_size]:
-        raise Wrong(f"A layer was made with its two sizes exchanged. The shared weight hides it, but the layers still say that they are {embedding} and {head}.")
+        raise Wrong(
+            "A layer was made with its two sizes exchanged. The shared weight hides it, but "
+            f"the layers still say that they are {embedding} and {head}."
+        )
     logits = call(head, hidden)
     same_shape(logits, (2, 3, vocab_size), "batch seq vocab", "what the output layer gives")
     parameters = list(dict.fromkeys(nn.ModuleList(pair).parameters()))
     if len({p.untyped_storage().data_ptr() for p in parameters}) > 1 or any(p.ndim == 1 for p in parameters):
         if any(p.ndim == 1 for p in parameters):
-            raise Wrong("The output layer has a bias; make it with bias=False, so that the shared matrix is all there is.")
+            raise Wrong(
+                "The output layer has a bias; make it with bias=False, so that the shared matrix is all there is."
+            )
         same = len(parameters) == 2 and torch.equal(*parameters)
         raise Wrong(
-            "The weights are equal now, but they are two tensors: a copy. The first step of training separates them, and you pay for both."
-            if same else "The two layers have a matrix each: nothing is shared yet. Let both names mean one parameter.")
+            "The weights are equal now, but they are two tensors: a copy. The first "
+            "step of training separates them, and you pay for both."
+            if same
+            else "The two layers have a matrix each: nothing is shared yet. Let both names mean one parameter."
+        )
     if len(parameters) == 2:
-        raise Wrong("The two weights share their memory but are two parameters: they are counted twice, each gets only its own job's gradient, and Adam would keep two sets of moments and step twice. Assign the parameter itself, not its data.")
+        raise Wrong(
+            "The two weights share their memory but are two parameters: they are counted twice, "
+            "each gets only its own job's gradient, and Adam would keep two sets of moments and "
+            "step twice. Assign the parameter itself, not its data."
+        )
     weight = parameters[0]
     right = F.linear(F.embedding(ids, weight), weight)
     same_values(logits, right, "batch seq vocab", what="the logits")
@@ -359,5 +567,7 @@ def check_tied(answer) -> str:
     alone = weight.detach().clone().requires_grad_()
     F.linear(used, alone).sin().sum().backward()
     if torch.equal(weight.grad, alone.grad):
-        raise Wrong("The shared matrix learns as an output matrix only: the gradient of the embedding's job does not arrive.")
+        raise Wrong(
+            "The shared matrix learns as an output matrix only: the gradient of the embedding's job does not arrive."
+        )
     return f"One matrix of {vocab_size} × {d_model} numbers with two jobs; its gradient is the sum of both, and a step moves both."
