@@ -625,7 +625,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 def token_folder(out: Path) -> Path:
     "Where a new run in `out` puts its tokens: beside those of a run that is there, which stay until all is accepted."
-    from transformer_llm.training import find_checkpoint
+    from transformer_llm.checkpoints import find_checkpoint
 
     if not holds_run(out):
         return out / "tokens"
@@ -741,7 +741,7 @@ def start_run(given: dict, out: Path):
 def continue_run(given: dict, out: Path):
     "The `Trainer` of the newest checkpoint in the folder `out`, or of `out` itself if that is a checkpoint."
     from transformer_llm.dataset import TokenData
-    from transformer_llm.training import find_checkpoint, verify_checkpoint
+    from transformer_llm.checkpoints import find_checkpoint, verify_checkpoint
 
     checkpoint = find_checkpoint(out)
     verify_checkpoint(checkpoint)
@@ -952,7 +952,7 @@ def is_pretrained(name: str) -> bool:
 def load_any(checkpoint: str, device: str):
     "The model of a run or of chapter 09, and its tokenizer, which may be None."
     if not is_pretrained(checkpoint):
-        from transformer_llm.training import load_model
+        from transformer_llm.checkpoints import load_model
 
         return load_model(checkpoint, device=device)
     tell_loading(checkpoint)
@@ -1314,7 +1314,7 @@ def model_rows(name: str) -> list[tuple[str, str]]:
 
 def checkpoint_rows(path: Path) -> list[tuple[str, str]]:
     "A verified checkpoint's place, step, parameters and settings."
-    from transformer_llm.training import find_checkpoint, load_model
+    from transformer_llm.checkpoints import find_checkpoint, load_model
 
     folder = find_checkpoint(path)
     model, tokenizer = load_model(folder)
