@@ -6,9 +6,9 @@
 __all__ = ['TRAINING_FIELDS', 'RUN_FILES', 'TOKEN_FILES', 'SMALL_MODELS', 'FREE_ON_RESUME', 'RunConfig', 'find_text',
            'default_vocab_size', 'training_chunks', 'make_tokenizer', 'holds_tokens', 'prepare', 'count_steps',
            'training_config', 'model_config', 'holds_run', 'check_free', 'began_run', 'run_note', 'token_directory',
-           'tokens_of', 'remove_run', 'written_files', 'remove_files', 'memory_bytes', 'check_memory', 'trainer_kind',
-           'start_run', 'prepare_run', 'continue_run', 'tokens_to_continue', 'check_same_run', 'sizes_of',
-           'same_tokenizer', 'surprises', 'is_pretrained', 'load_any']
+           'tokens_of', 'remove_run', 'written_files', 'remove_files', 'check_memory', 'trainer_kind', 'start_run',
+           'prepare_run', 'continue_run', 'tokens_to_continue', 'check_same_run', 'sizes_of', 'same_tokenizer',
+           'surprises', 'is_pretrained', 'load_any']
 
 # %% ../nbs/84_runs.ipynb #4c4dd8ab
 import os
@@ -32,10 +32,12 @@ from transformer_llm.foundations import (
     InputError,
     check_choice,
     check_range,
+    memory_bytes,
     os_error_sentence,
     pick_device,
     read_json,
     set_seed,
+    user_path,
     write_json,
 )
 from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
@@ -110,7 +112,7 @@ def find_text(
         return load_shakespeare(progress=progress)
     if not str(text):
         raise InputError("The name of the text file is empty; give the path of a text file or of a folder of them.")
-    path = Path(text)
+    path = user_path(text)
     return load_shakespeare(path, progress=progress) if path.name == "shakespeare.txt" and not path.exists() else path
 
 
@@ -326,14 +328,6 @@ def remove_files(folder: Path, names: list[str] | tuple[str, ...], folder_too: b
 SMALL_MODELS = ("demo", "nano")  # whose vocabulary is characters, where none is asked for
 
 
-def memory_bytes() -> int | None:
-    "The machine's memory in bytes, or None where the system doesn't say (Windows)."
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 def check_memory(config: GPTConfig, settings: TrainingConfig) -> int:
     "The estimated bytes of a training step; raises `InputError` if they are over twice the machine's memory."
     needed, there = int(training_memory_bytes(config, settings.batch_size, settings.context_length)), memory_bytes()
@@ -367,7 +361,7 @@ def start_run(
     on_step: Callable | None = None,  # Called as on_step(trainer, record) after each record
 ) -> Trainer:
     "A `Trainer` at step 0 of a new run; `train()` trains it. Nothing that was there is lost if anything is refused."
-    out, config = Path(run_directory).expanduser(), config or RunConfig()
+    out, config = user_path(run_directory), config or RunConfig()
     check_free(out, overwrite)
     pick_device(config.training.get("device", "auto"))
     if data is None:
@@ -418,7 +412,7 @@ def continue_run(
     tell: Callable[[str], None] | None = None,  # Called with a sentence about what is not as you may expect
 ) -> Trainer:
     "A `Trainer` that goes on from a run's newest checkpoint; `InputError` for settings that would make it another run."
-    out, changes = Path(run_directory).expanduser(), changes or RunConfig()
+    out, changes = user_path(run_directory), changes or RunConfig()
     checkpoint = find_checkpoint(out)
     verify_checkpoint(checkpoint)
     home = out.resolve().parent if checkpoint == out else out
@@ -525,7 +519,7 @@ def load_any(
     tell: Callable[[str], None] | None = None,  # Called with a sentence before what takes some seconds
 ) -> tuple[GPT, Tokenizer | None]:
     "The model, in evaluation mode, and its tokenizer, which is None where a checkpoint has none."
-    path = os.path.expanduser(path)
+    path = user_path(path)
     if not is_pretrained(path):
         return load_model(path, device=device)
     if tell:
