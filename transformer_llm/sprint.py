@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import KVCache, Mask, Rotate
+from .checkpoints import load_checkpoint, load_tokenizer_of, load_weights, save_checkpoint
 from .dataset import TokenData, read_text, split_text
 from .foundations import InputError, check_range
 from transformer_llm.training import (
@@ -30,10 +31,6 @@ from transformer_llm.training import (
     TrainingConfig,
     TrainingError,
     learning_rate,
-    load_checkpoint,
-    load_tokenizer_of,
-    load_weights,
-    save_checkpoint,
     set_learning_rate,
 )
 from .tokenizer import CharTokenizer
@@ -210,6 +207,8 @@ class SprintGPT(GPT):
 
     Gains of norms stay one. Raises `InputError` for a configuration whose fields differ from `FIXED`.
     """
+
+    only_start_differs = True  # for `check_plain`: blocks, norm and output are those of a GPT
 
     def __init__(
         self,
