@@ -9,8 +9,9 @@ _HOME = {
     "GPT": "transformer", "GPTConfig": "transformer",
     "CharTokenizer": "tokenizer", "BPETokenizer": "tokenizer", "load_tokenizer": "tokenizer",
     "TokenData": "dataset", "prepare_tokens": "dataset", "load_shakespeare": "dataset",
-    "Trainer": "training", "TrainingConfig": "training", "load_model": "training",
-    "generate": "generation", "generate_text": "generation", "stream_text": "generation",
+    "load_model": "checkpoints",
+    "Trainer": "training", "TrainingConfig": "training",
+    "Sampling": "generation", "generate": "generation", "generate_text": "generation", "stream_text": "generation",
     "FastTrainer": "performance", "Decoder": "decoding",
     "load_pretrained_tokenizer": "pretrained", "Conversation": "chat", "score_text": "evaluation",
 }
