@@ -1265,7 +1265,7 @@ def test_a_message_of_any_bytes(folder):
 
 
 def test_a_run_of_this_book_is_not_for_talking(tmp_path):
-    from transformer_llm.training import save_checkpoint
+    from transformer_llm.checkpoints import save_checkpoint
 
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "run", 1, GPT(GPTConfig.preset("demo")))

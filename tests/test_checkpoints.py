@@ -11,7 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from transformer_llm import training
+from transformer_llm import checkpoints, training
+from transformer_llm.checkpoints import (
+    checkpoint_folders,
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    remove_leftovers,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from transformer_llm.dataset import TokenData
 from transformer_llm.foundations import InputError
 from transformer_llm.tokenizer import CharTokenizer
@@ -21,15 +30,8 @@ from transformer_llm.training import (
     TrainingConfig,
     TrainingError,
     accumulate_gradients,
-    checkpoint_folders,
     cross_entropy,
-    find_checkpoint,
     learning_rate,
-    load_checkpoint,
-    load_model,
-    remove_leftovers,
-    save_checkpoint,
-    verify_checkpoint,
 )
 from transformer_llm.transformer import GPT, GPTConfig
 
@@ -97,7 +99,7 @@ def sign_again(folder: Path) -> None:
     manifest = json.loads((folder / "checkpoint.json").read_text())
     manifest["files"] = {p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
                          for p in sorted(folder.iterdir()) if p.name != "checkpoint.json"}
-    (folder / "checkpoint.json").write_bytes(training._canonical(manifest))
+    (folder / "checkpoint.json").write_bytes(checkpoints._canonical(manifest))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +201,7 @@ def test_hidden_notes_of_a_file_manager_do_no_harm(checkpoint):
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_other_format_version_is_refused(checkpoint, version):
     manifest = json.loads((checkpoint / "checkpoint.json").read_text())
-    (checkpoint / "checkpoint.json").write_bytes(training._canonical({**manifest, "format_version": version}))
+    (checkpoint / "checkpoint.json").write_bytes(checkpoints._canonical({**manifest, "format_version": version}))
     assert "format version" in refused(checkpoint)
 
 
@@ -270,7 +272,7 @@ def test_a_pickle_is_never_loaded(checkpoint, tmp_path, name):
     with pytest.raises(InputError):
         load_model(checkpoint) if name != "training_state.safetensors" else load_checkpoint(checkpoint)
     assert not place.exists()
-    source = Path(training.__file__).read_text(encoding="utf-8")
+    source = Path(checkpoints.__file__).read_text(encoding="utf-8")
     assert "torch.load" not in source and "import pickle" not in source
 
 
@@ -457,7 +459,9 @@ def fails_with(number: int):
 @pytest.mark.parametrize(
     "number, words", [(errno.ENOSPC, "disk is full"), (errno.EACCES, "permission"), (errno.EROFS, "read-only")]
 )
-@pytest.mark.parametrize("place", ["training._sync_file", "training.sha256_of", "os.rename", "foundations.os.fsync"])
+@pytest.mark.parametrize(
+    "place", ["checkpoints._sync_file", "checkpoints.sha256_of", "os.rename", "foundations.os.fsync"]
+)
 def test_a_disk_that_refuses_leaves_the_last_good_checkpoint(finished, tmp_path, monkeypatch, number, words, place):
     trainer = make_trainer(tmp_path / "run", CONFIG.replace(max_steps=6))
     trainer.train()
@@ -512,7 +516,7 @@ def test_a_gradient_that_is_no_number_moves_nothing(value):
         trainer.train_step()
     assert_equal_bits(before, weights(trainer))
     assert trainer.step == 1 and all(
-        t.isfinite().all() for t in training.optimizer_tensors(trainer.model, trainer.optimizers).values()
+        t.isfinite().all() for t in checkpoints.optimizer_tensors(trainer.model, trainer.optimizers).values()
     )
 
 
@@ -578,7 +582,7 @@ def test_few_evaluation_batches_are_spread_over_the_whole_text(monkeypatch):
     for wanted in range(1, n_all + 3):
         seen = []
         plain = trainer._logits
-        monkeypatch.setattr(trainer, "_logits", lambda ids: seen.append(ids) or plain(ids))
+        monkeypatch.setattr(trainer, "_logits", lambda ids, seen=seen, plain=plain: seen.append(ids) or plain(ids))
         trainer.evaluate(wanted)
         monkeypatch.undo()
         every = [ids for ids, _ in training.sequential_batches(trainer.data.val, CONFIG.batch_size, 16)]

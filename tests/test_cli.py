@@ -620,7 +620,7 @@ def test_no_permission(capsys, text):
 
 
 def test_full_disk_during_training_keeps_the_last_checkpoint(capsys, monkeypatch, text):
-    from transformer_llm.training import find_checkpoint, load_checkpoint
+    from transformer_llm.checkpoints import find_checkpoint, load_checkpoint
 
     sync, arguments = (
         os.fsync,
@@ -809,7 +809,7 @@ def test_damaged_checkpoints(capsys, run):
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged(capsys, text):
-    from transformer_llm.training import load_checkpoint
+    from transformer_llm.checkpoints import load_checkpoint
 
     settings = (
         "train",
@@ -879,7 +879,7 @@ def test_ctrl_c_before_anything_was_saved(capsys, monkeypatch, text):
 def test_a_checkpoint_without_a_tokenizer(capsys):
     import torch
 
-    from transformer_llm.training import save_checkpoint
+    from transformer_llm.checkpoints import save_checkpoint
     from transformer_llm.transformer import GPT, GPTConfig
 
     torch.manual_seed(0)

@@ -86,7 +86,7 @@ def wait_for(process, out: Path, step: int) -> bool:
 
 
 def test_killed_twenty_times_and_equal_to_the_bit(processes, tmp_path):
-    from transformer_llm.training import load_checkpoint
+    from transformer_llm.checkpoints import load_checkpoint
 
     text, log, draw = tmp_path / "text.txt", tmp_path / "log.txt", random.Random(SEED)
     words = "the cat sat on a mat and saw one red hat".split()

@@ -33,7 +33,8 @@ from transformer_llm.sprint import (
     run_recipe,
     save_sprint,
 )
-from transformer_llm.training import TrainingError, load_model, save_checkpoint
+from transformer_llm.checkpoints import load_model, save_checkpoint
+from transformer_llm.training import TrainingError
 from transformer_llm.transformer import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]

@@ -31,6 +31,7 @@ ORDER = [
     "transformer",
     "tokenizer",
     "dataset",
+    "checkpoints",
     "training",
     "generation",
     "pretrained",

@@ -11,7 +11,7 @@ __all__ = ['HEADINGS', 'FORMAT', 'FIGURE_FIELDS', 'LINE_FIELDS', 'SECTION_FIELDS
            'IMPORT_GOAL', 'MEMORY_CASES', 'GROWTH', 'failure', 'measure', 'figure', 'ratio', 'best', 'line', 'is_met',
            'three_digits', 'in_words', 'goal_in_words', 'figure_in_words', 'line_cells', 'line_details',
            'format_section', 'plot_section', 'fits', 'has_fields', 'is_figure', 'is_line', 'is_section', 'load_results',
-           'find_section', 'find_line', 'print_section', 'show_section', 'version_of', 'processor_name', 'memory_bytes',
+           'find_section', 'find_line', 'print_section', 'show_section', 'version_of', 'processor_name',
            'describe_machine', 'machine_in_words', 'Plan', 'make_plan', 'settings_of', 'Section', 'choose_sections',
            'check_writable', 'begin', 'run_section', 'run_benchmark', 'in_order', 'save_picture', 'run_once',
            'loss_runs', 'losses_in_words', 'run_figure', 'reaches', 'training_loss', 'minute_lines', 'seconds_until',
@@ -48,6 +48,7 @@ from transformer_llm.foundations import (
     InputError,
     check_choice,
     check_range,
+    memory_bytes,
     os_error_sentence,
     read_json,
     sha256_of,
@@ -422,14 +423,6 @@ def processor_name() -> str:
         if said.returncode == 0 and said.stdout.strip():
             return said.stdout.strip()
     return platform.processor() or platform.machine() or "unknown"
-
-
-def memory_bytes() -> int | None:
-    "The machine's memory, or None where the system doesn't say."
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def describe_machine() -> dict:

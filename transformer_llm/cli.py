@@ -7,10 +7,10 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'SECTION_NAMES', '
            'CHAT_COMMANDS', 'Parser', 'number', 'whole', 'one_spelling', 'add_text_flags', 'add_split_flag',
            'add_model_flags', 'add_optimizer_flags', 'add_train', 'add_generate', 'add_sampling', 'add_chat',
            'add_export', 'add_bench', 'add_data', 'add_tokenizer', 'make_parser', 'human_bytes', 'human_time',
-           'print_rows', 'at_terminal', 'tell_loading', 'machine_memory', 'find_text', 'default_vocab_size',
-           'training_chunks', 'make_tokenizer', 'prepare', 'command_shakespeare', 'command_patterns', 'command_prepare',
-           'print_tokens', 'command_tokenizer', 'holds_run', 'check_free', 'token_folder', 'tokens_of', 'remove_run',
-           'run_folder', 'count_steps', 'training_fields', 'make_settings', 'make_config', 'trainer_class', 'start_run',
+           'print_rows', 'at_terminal', 'tell_loading', 'find_text', 'default_vocab_size', 'training_chunks',
+           'make_tokenizer', 'prepare', 'command_shakespeare', 'command_patterns', 'command_prepare', 'print_tokens',
+           'command_tokenizer', 'holds_run', 'check_free', 'token_folder', 'tokens_of', 'remove_run', 'run_folder',
+           'count_steps', 'training_fields', 'make_settings', 'make_config', 'trainer_class', 'start_run',
            'continue_run', 'changed_settings', 'check_memory', 'print_plan', 'TimeEstimate', 'watch_first_steps',
            'print_above_bar', 'command_train', 'train_and_tell', 'resume_command', 'print_result', 'save_curve',
            'harmless', 'is_pretrained', 'load_any', 'load_writer', 'fast_form', 'command_generate', 'write_sample',
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import NoReturn
 
 # %% ../nbs/92_command_line.ipynb #c3c413d7
-from .foundations import InputError, atomic_write, check_range, os_error_sentence, read_json, write_json
+from .foundations import InputError, atomic_write, check_range, memory_bytes, os_error_sentence, read_json, write_json
 
 # %% ../nbs/92_command_line.ipynb #b207d16a
 class Parser(argparse.ArgumentParser):
@@ -458,14 +458,6 @@ def tell_loading(name: str) -> None:
     if at_terminal():
         print(f"Loading {name} ...", file=sys.stderr, flush=True)
 
-
-def machine_memory() -> int | None:
-    "The machine's memory in bytes, or None where the system doesn't say (Windows)."
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
 # %% ../nbs/92_command_line.ipynb #c8b018e9
 def find_text(text_file: str | None) -> Path:
     """The text that was asked for.
@@ -633,7 +625,7 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 def token_folder(out: Path) -> Path:
     "Where a new run in `out` puts its tokens: beside those of a run that is there, which stay until all is accepted."
-    from transformer_llm.training import find_checkpoint
+    from transformer_llm.checkpoints import find_checkpoint
 
     if not holds_run(out):
         return out / "tokens"
@@ -749,7 +741,7 @@ def start_run(given: dict, out: Path):
 def continue_run(given: dict, out: Path):
     "The `Trainer` of the newest checkpoint in the folder `out`, or of `out` itself if that is a checkpoint."
     from transformer_llm.dataset import TokenData
-    from transformer_llm.training import find_checkpoint, verify_checkpoint
+    from transformer_llm.checkpoints import find_checkpoint, verify_checkpoint
 
     checkpoint = find_checkpoint(out)
     verify_checkpoint(checkpoint)
@@ -783,7 +775,7 @@ def check_memory(config, settings) -> int:
     "The estimated bytes of a training step; raises `InputError` if they are over twice the machine's memory."
     from transformer_llm.transformer import training_memory_bytes
 
-    needed, there = int(training_memory_bytes(config, settings.batch_size, settings.context_length)), machine_memory()
+    needed, there = int(training_memory_bytes(config, settings.batch_size, settings.context_length)), memory_bytes()
     if there and needed > 2 * there:
         raise InputError(
             f"this needs about {human_bytes(needed)} and the machine has {human_bytes(there)}; "
@@ -794,7 +786,7 @@ def check_memory(config, settings) -> int:
 
 def print_plan(trainer, out: Path) -> None:
     "Print what is about to be trained, on what, how long and where."
-    config, settings, there = trainer.model.config, trainer.config, machine_memory()
+    config, settings, there = trainer.model.config, trainer.config, memory_bytes()
     length = settings.context_length or config.context_length
     needed = human_bytes(check_memory(config, settings)) + (f" of the machine's {human_bytes(there)}" if there else "")
     accumulated = f" × {settings.accumulation} batches" if settings.accumulation > 1 else ""
@@ -960,7 +952,7 @@ def is_pretrained(name: str) -> bool:
 def load_any(checkpoint: str, device: str):
     "The model of a run or of chapter 09, and its tokenizer, which may be None."
     if not is_pretrained(checkpoint):
-        from transformer_llm.training import load_model
+        from transformer_llm.checkpoints import load_model
 
         return load_model(checkpoint, device=device)
     tell_loading(checkpoint)
@@ -1263,7 +1255,7 @@ def machine_rows() -> list[tuple[str, str]]:
     from transformer_llm import __version__
     from transformer_llm.foundations import cache_dir, pick_device
 
-    memory = machine_memory()
+    memory = memory_bytes()
     return [
         ("version", __version__),
         ("python", platform.python_version()),
@@ -1322,7 +1314,7 @@ def model_rows(name: str) -> list[tuple[str, str]]:
 
 def checkpoint_rows(path: Path) -> list[tuple[str, str]]:
     "A verified checkpoint's place, step, parameters and settings."
-    from transformer_llm.training import find_checkpoint, load_model
+    from transformer_llm.checkpoints import find_checkpoint, load_model
 
     folder = find_checkpoint(path)
     model, tokenizer = load_model(folder)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import KVCache, Mask, Rotate
+from .checkpoints import load_checkpoint, load_tokenizer_of, load_weights, save_checkpoint
 from .dataset import TokenData, read_text, split_text
 from .foundations import InputError, check_range
 from transformer_llm.training import (
@@ -30,10 +31,6 @@ from transformer_llm.training import (
     TrainingConfig,
     TrainingError,
     learning_rate,
-    load_checkpoint,
-    load_tokenizer_of,
-    load_weights,
-    save_checkpoint,
     set_learning_rate,
 )
 from .tokenizer import CharTokenizer

@@ -1,0 +1,201 @@
+"""Appendix 90 in strange places: permissions, pipes, devices, huge files, names that are no text, no home folder."""
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from transformer_llm import foundations
+from transformer_llm.foundations import (
+    InputError,
+    atomic_write,
+    cache_dir,
+    check_choice,
+    check_range,
+    read_json,
+    sha256_of,
+    write_json,
+)
+
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no umask, no pipes by name and no such names")
+
+
+@pytest.fixture
+def umask():
+    "Set the umask, and set it back at the end."
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@posix
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664), (0o000, 0o666)])
+def test_a_new_file_has_the_permissions_that_the_umask_leaves(tmp_path, umask, mask, mode):
+    umask(mask)
+    write_json(tmp_path / "new.json", 1)
+    assert mode_of(tmp_path / "new.json") == mode
+
+
+@posix
+def test_a_replaced_file_keeps_its_permissions(tmp_path):
+    path = tmp_path / "old.json"
+    for mode in (0o600, 0o640, 0o444, 0o755):
+        path.touch()
+        path.chmod(mode)
+        write_json(path, mode)
+        assert mode_of(path) == mode and read_json(path) == mode
+
+
+def test_long_names_have_room_for_the_temporary_one(tmp_path):
+    path = tmp_path / ("é" * 120 + ".json")
+    write_json(path, 5)
+    assert read_json(path) == 5 and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@posix
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
+def test_a_pipe_or_a_device_is_never_replaced_by_a_file(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    link = tmp_path / "null"
+    link.symlink_to("/dev/null")
+    for path in (pipe, link):
+        with pytest.raises(InputError, match=f"{path.name} is a (pipe|device)"):
+            write_json(path, 1)
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and link.is_symlink()
+
+
+@posix
+def test_what_is_read_is_a_file_and_nothing_is_waited_for(tmp_path):
+    pipe, zeros, folder = tmp_path / "pipe", tmp_path / "zeros", tmp_path / "folder"
+    os.mkfifo(pipe)
+    zeros.symlink_to("/dev/zero")
+    folder.mkdir()
+    script = """
+import sys
+from transformer_llm import foundations
+for path, word in zip(sys.argv[1:], ("pipe", "device", "folder", "no such file")):
+    for read in (foundations.read_json, foundations.sha256_of):
+        try:
+            read(path)
+        except foundations.InputError as error:
+            assert word in str(error) and path in str(error), error
+        else:
+            raise AssertionError(path)
+"""
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\n{script}"
+    paths = [pipe, zeros, folder, tmp_path / "missing"]
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", limited, *map(str, paths)], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 20
+
+
+def test_a_regular_file_is_told_from_the_rest(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert foundations.check_regular_file(path) == path
+    with foundations.open_regular(path) as file:
+        assert file.read() == b"abc"
+    wrong_paths = {tmp_path: "a folder, not a file", tmp_path / "none": "no such file", "a\0b": "Can't read"}
+    for wrong, words in wrong_paths.items():
+        for check in (foundations.check_regular_file, foundations.open_regular):
+            with pytest.raises(InputError, match=words):
+                check(wrong)
+
+
+def test_a_json_file_that_is_too_large_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "large.json"
+    with open(path, "wb") as file:
+        file.truncate(10**12)  # a hole: a terabyte that takes no room
+    with pytest.raises(InputError, match=r"large.json is larger than the 67,108,864 bytes"):
+        read_json(path)
+    path.write_text("[1, 2]")
+    assert read_json(path, max_bytes=6) == [1, 2]
+    with pytest.raises(InputError, match="larger than the 5 bytes"):
+        read_json(path, max_bytes=5)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"{", b"", b"[" * 100_000, b"1" * 5000])
+def test_a_damaged_json_file_is_one_sentence(tmp_path, content):
+    (tmp_path / "damaged.json").write_bytes(content)
+    with pytest.raises(InputError, match="damaged.json is not a readable JSON file"):
+        read_json(tmp_path / "damaged.json")
+
+
+@posix
+def test_a_name_that_is_not_utf8_is_printed_in_every_sentence(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
+    for refused in (lambda: read_json(name), lambda: sha256_of(name), lambda: foundations.user_path(name)):
+        with pytest.raises(InputError) as raised:
+            refused()
+        assert str(raised.value).encode("utf-8") and r"\udcff\udcfe" in str(raised.value)
+    with pytest.raises(InputError, match="is not UTF-8 text; rename"):
+        write_json(tmp_path / "command.json", {"text_file": name})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_that_people_give(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert foundations.user_path("~/x") == tmp_path / "x" and foundations.user_path(Path("a/b")) == Path("a/b")
+    monkeypatch.setenv("TRANSFORMER_LLM_CACHE", "~/cache")
+    assert cache_dir() == tmp_path / "cache"
+    with pytest.raises(InputError, match="zero byte"):
+        foundations.user_path("a\0b")
+
+
+@posix
+def test_a_home_folder_that_is_not_known_is_one_sentence(monkeypatch):
+    with pytest.raises(InputError, match="home folder that ~nobody-of-this-name/x begins with"):
+        foundations.user_path("~nobody-of-this-name/x")
+    for name in ("HOME", "TRANSFORMER_LLM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: (_ for _ in ()).throw(KeyError(number)))
+    with pytest.raises(InputError, match="set HOME or TRANSFORMER_LLM_CACHE"):
+        cache_dir()
+    with pytest.raises(InputError, match="set HOME"):
+        foundations.user_path("~/x")
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        (10**309, "not 1e+309."),
+        (-(10**309), "not -1e+309."),
+        (-37 * 10**6000, "not -3.7e+6001."),
+        (10**400 - 1, "not 1e+400."),
+        (2**63, "not 9223372036854775808."),
+        ("x" * 500, "x…."),
+    ],
+    ids=["large", "negative", "too long for repr", "nines", "seed", "text"],
+)
+def test_a_refused_value_is_shown_with_its_sign_and_size(value, shown):
+    with pytest.raises(InputError) as raised:
+        check_range("d_model", value, 0, 1)
+    assert str(raised.value).endswith(shown) and len(str(raised.value)) < 120
+    with pytest.raises(InputError) as raised:
+        check_choice("norm", value, ["layernorm"])
+    assert str(raised.value).endswith(shown) and len(str(raised.value)) < 120
+
+
+def test_the_memory_of_the_machine_is_told():
+    if hasattr(os, "sysconf"):
+        assert foundations.memory_bytes() > 2**28
+
+
+def test_json_is_written_as_it_is_read(tmp_path):
+    value = {"a": [1, 2.5, None, True], "ß": "\U0001f600"}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value == json.loads((tmp_path / "x.json").read_bytes())
+    with atomic_write(tmp_path / "deep" / "y") as file:
+        file.write(b"1")
+    assert read_json(tmp_path / "deep" / "y") == 1
