@@ -862,9 +862,12 @@ def test_our_walk_through_a_header_ends_where_the_reader_does(tmp_path):
     sizes = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
     for name in ("gpt2", "llama 3"):
         tiny_gguf(tmp_path / "model.gguf", name, "Q4_0")
-        with open(tmp_path / "model.gguf", "rb") as file:
-            GGUFHeader(file, (tmp_path / "model.gguf").stat().st_size).check(sizes)
-            assert file.tell() == header_end(gguf.GGUFReader(tmp_path / "model.gguf"))
+        header, reader = GGUFHeader((tmp_path / "model.gguf").read_bytes(), sizes), gguf.GGUFReader(tmp_path / "model.gguf")
+        assert header.end == header_end(reader) and header.start == reader.data_offset
+        assert {name: header.value(name) for name in header.settings} == {
+            name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
+        }
+        assert [header.start + place.offset for place in header.places] == [t.data_offset for t in reader.tensors]
     writer = gguf.GGUFWriter(tmp_path / "kinds.gguf", "llama")
     for i, kind in enumerate(
         (
@@ -890,9 +893,12 @@ def test_our_walk_through_a_header_ends_where_the_reader_does(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with open(tmp_path / "kinds.gguf", "rb") as file:
-        GGUFHeader(file, (tmp_path / "kinds.gguf").stat().st_size).check(sizes)
-        assert file.tell() == header_end(gguf.GGUFReader(tmp_path / "kinds.gguf"))
+    header, reader = GGUFHeader((tmp_path / "kinds.gguf").read_bytes(), sizes), gguf.GGUFReader(tmp_path / "kinds.gguf")
+    assert header.end == header_end(reader)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF."):
+            found, wanted = header.value(name), field.contents()
+            assert found == wanted and type(found) is type(wanted)
     read = GGUFFile(tmp_path / "kinds.gguf")
     assert (
         read.value("list 2") == ["a", "", "日本"]

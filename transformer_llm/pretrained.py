@@ -717,7 +717,7 @@ class GGUFHeader:
         return GGUFPlace(name, axes, kind, offset, math.prod(axes) // block * size)
 
     def check_places(self) -> int:
-        "Where the first tensor begins; `InputError` if two lie in the same place, or one begins or ends where it can't."
+        "Where the first tensor begins; `InputError` if two lie in one place, or one begins or ends where it can't."
         alignment = self.value("general.alignment") if "general.alignment" in self.settings else 32
         if type(alignment) is not int or not 1 <= alignment <= 65_536 or alignment & (alignment - 1):
             raise InputError(f"its general.alignment is {shortened(alignment)}, not a power of two up to 65,536")
