@@ -281,6 +281,12 @@ class MultiHeadAttention(nn.Module):
         "Queries and keys after their norms, where they have one."
         return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k)
 
+    def qkv(
+        self, x: Float[Tensor, "batch seq d_model"]
+    ) -> tuple[Float[Tensor, "batch seq _"], Float[Tensor, "batch seq _"], Float[Tensor, "batch seq _"]]:
+        "The three projections, all heads of a token side by side: the seam for packed or replaced projections."
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def project(
         self,
         x: Float[Tensor, "batch seq d_model"],
@@ -291,7 +297,7 @@ class MultiHeadAttention(nn.Module):
         Float[Tensor, "batch kv_heads seq head_dim"],
     ]:
         "Queries, keys and values of each head, the first two normalised and rotated if that is wanted."
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.qkv(x)
         if self.norm_whole:
             q, k = self.normalise(q, k)
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for heads in (q, k, v))
@@ -309,6 +315,18 @@ class MultiHeadAttention(nn.Module):
             return mask, self.causal
         return combine_masks(mask, causal_mask(n_queries, n_keys, self.window, device=device)), False
 
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads queries head_dim"],
+        k: Float[Tensor, "batch kv_heads keys head_dim"],
+        v: Float[Tensor, "batch kv_heads keys head_dim"],
+        mask: Mask | None,
+        causal: bool,
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
+        "What each head gathers: the seam for another kernel, or for one that shows its weights."
+        dropout = self.dropout if self.training else 0.0
+        return attention_fused(q, k, v, mask, causal=causal, dropout=dropout)
+
     def forward(
         self,
         x: Float[Tensor, "batch seq d_model"],
@@ -325,8 +343,7 @@ class MultiHeadAttention(nn.Module):
             reach = self.window + x.shape[1] - 1
             k, v, mask = k[:, :, -reach:], v[:, :, -reach:], None if mask is None else mask[..., -reach:]
         mask, causal = self.full_mask(q.shape[2], k.shape[2], mask, x.device)
-        dropout = self.dropout if self.training else 0.0
-        heads = attention_fused(q, k, v, mask, causal=causal, dropout=dropout)
+        heads = self.attend(q, k, v, mask, causal)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
     def weights(

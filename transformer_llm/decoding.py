@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import KVCache, Mask, MultiHeadAttention, Rotate
+from .attention import KVCache, MultiHeadAttention
 from .embeddings import rotary_angles
-from .feedforward import ACTIVATIONS, FeedForward, SwiGLU
+from .feedforward import ACTIVATIONS, FeedForward, SwiGLU, is_gated
 from .foundations import InputError, check_range
 from .generation import check_prompt, filter_logits, generate, mark_seen, penalise_seen, sample, stream
 from .transformer import GPT, Block, GPTConfig, RMSNorm
@@ -306,24 +306,14 @@ class PackedAttention(MultiHeadAttention):
         self.q_norm, self.k_norm = copy.deepcopy(attention.q_norm), copy.deepcopy(attention.k_norm)
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         self.widths = [part.out_features for part in parts]
-        self.qkv = pack([part.weight for part in parts], [part.bias for part in parts], dtype)
+        self.qkv_matrix = pack([part.weight for part in parts], [part.bias for part in parts], dtype)
         self.o_proj = pack([attention.o_proj.weight], [attention.o_proj.bias], dtype)
 
-    def project(
-        self, x: Float[Tensor, "batch seq d_model"], rotate: Rotate | None = None
-    ) -> tuple[
-        Float[Tensor, "batch heads seq head_dim"],
-        Float[Tensor, "batch kv_heads seq head_dim"],
-        Float[Tensor, "batch kv_heads seq head_dim"],
-    ]:
-        "Queries, keys and values of each head, the first two normalised and rotated if that is wanted."
-        q, k, v = self.qkv(x).split(self.widths, -1)
-        if self.norm_whole:
-            q, k = self.normalise(q, k)
-        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for heads in (q, k, v))
-        if not self.norm_whole:
-            q, k = self.normalise(q, k)
-        return (q, k, v) if rotate is None else (*rotate(q, k), v)
+    def qkv(
+        self, x: Float[Tensor, "batch seq d_model"]
+    ) -> tuple[Float[Tensor, "batch seq _"], Float[Tensor, "batch seq _"], Float[Tensor, "batch seq _"]]:
+        "The three projections, from one product."
+        return self.qkv_matrix(x).split(self.widths, -1)
 
 
 class PackedFeedForward(nn.Module):
@@ -427,8 +417,11 @@ class PackedGPT(GPT):
 
     def matrices(self) -> list[FloatMatrix]:
         "All matrices that one token is multiplied with."
-        parts = [(b.attention.qkv, b.attention.o_proj, b.feedforward.up, b.feedforward.down) for b in self.blocks]
-        return [matrix for block in parts for matrix in block] + [self.head]
+        found = []
+        for block in self.blocks:
+            attention, network = block.attention, block.feedforward
+            found += [attention.qkv_matrix, attention.o_proj, network.up, network.down]
+        return [*found, self.head]
 
     def new_cache(
         self,
@@ -526,7 +519,7 @@ class DecoderCache(list):
         if self.products:
             self.keys, self.values = self.keys.flatten(1, 2).transpose(2, 3), self.values.flatten(1, 2)
         self.x = torch.empty(batch_size, c.d_model, **made)
-        self.up = torch.empty(batch_size, c.d_ff * (2 if c.activation == "swiglu" else 1), **made)
+        self.up = torch.empty(batch_size, c.d_ff * (2 if is_gated(c.activation) else 1), **made)
         self.gate_up = self.up.chunk(2, -1)
         self.make_heads(made)
 
@@ -628,8 +621,17 @@ class Layer:
     def of(cls, block: PackedBlock) -> "Layer":
         "The functions and matrices of this block."
         attention, network = block.attention, block.feedforward
-        return cls(norm_function(block.attention_norm), attention.qkv, cls.norms_of_heads(attention), attention.o_proj,
-                   norm_function(block.feedforward_norm), network.up, network.activation, network.gated, network.down)
+        return cls(
+            attention_norm=norm_function(block.attention_norm),
+            qkv=attention.qkv_matrix,
+            head_norms=cls.norms_of_heads(attention),
+            o_proj=attention.o_proj,
+            feedforward_norm=norm_function(block.feedforward_norm),
+            up=network.up,
+            activation=network.activation,
+            gated=network.gated,
+            down=network.down,
+        )
 
     @staticmethod
     def norms_of_heads(attention: PackedAttention) -> tuple[tuple[str, Function], ...]:

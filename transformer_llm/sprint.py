@@ -208,6 +208,8 @@ class SprintGPT(GPT):
     Gains of norms stay one. Raises `InputError` for a configuration whose fields differ from `FIXED`.
     """
 
+    only_start_differs = True  # for `check_plain`: blocks, norm and output are those of a GPT
+
     def __init__(
         self,
         config: GPTConfig,
