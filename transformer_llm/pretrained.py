@@ -729,25 +729,45 @@ class GGUFHeader:
             raise InputError(f"its setting {shortened(name)} is there twice")
         self.settings[name] = kind, count, self.at
         if kind == GGUF_STRING:
-            for _ in range(1 if count is None else count):
-                self.skip(self.most("bytes in a text", self.number("Q")))
+            self.skip_texts(1 if count is None else count)
         elif kind in GGUF_NUMBERS:
             self.skip(struct.calcsize("<" + GGUF_NUMBERS[kind]) * (1 if count is None else count))
         else:
             raise InputError(f"its header holds a value of the unknown type {kind}")
 
+    def skip_texts(self, count: int) -> None:
+        "Pass over so many texts; a vocabulary has hundreds of thousands."
+        at, size, length_at = self.at, len(self.data), struct.Struct("<Q").unpack_from
+        most = GGUF_MOST["bytes in a text"]
+        for _ in range(count):
+            length = length_at(self.data, at)[0] if at + 8 <= size else most
+            if length > min(most, size - at - 8):
+                self.at = at
+                self.skip(self.most("bytes in a text", self.number("Q")))  # which says what is wrong
+            at += 8 + length
+        self.at = at
+
     def value(self, name: str) -> Any:
         "A setting: a number, a text, or a list of these."
         kind, count, at = self.settings[name]
+        n_values = 1 if count is None else count
         if kind == GGUF_STRING:
-            found = []
-            for _ in range(1 if count is None else count):
-                (length,) = struct.unpack_from("<Q", self.data, at)
-                found.append(self.text(at + 8, length))
-                at += 8 + length
+            found = self.texts(at, n_values)
         else:
-            found = list(struct.unpack_from(f"<{1 if count is None else count}{GGUF_NUMBERS[kind]}", self.data, at))
+            found = list(struct.unpack_from(f"<{n_values}{GGUF_NUMBERS[kind]}", self.data, at))
         return found[0] if count is None else found
+
+    def texts(self, at: int, count: int) -> list[str]:
+        "So many texts from this place on."
+        data, length_at, found = self.data, struct.Struct("<Q").unpack_from, []
+        try:
+            for _ in range(count):
+                end = at + 8 + length_at(data, at)[0]
+                found.append(str(data[at + 8 : end], "utf-8"))
+                at = end
+        except UnicodeDecodeError:
+            raise InputError(f"the text at byte {at + 8:,} is not UTF-8") from None
+        return found
 
     def tensor(self) -> GGUFPlace:
         "Read a tensor's entry."
@@ -1260,8 +1280,10 @@ def folder_chat(directory: Path) -> ChatSettings:
         listed = found if isinstance(found, list) else [] if found is None else [found]
         ends += [check_token_id(f"{directory / name}.json: eos_token_id", i, n_tokens) for i in listed]
     wanted = {eos} - {""} | {name for name in TURN_ENDS if name in (template or "")}
-    known = {name: check_token_id(f"{directory}: the id of {name}", i, n_tokens)
-             for name, i in added_tokens(directory, settings, wanted).items()}
+    known = {
+        name: check_token_id(f"{directory}: the id of {name}", i, n_tokens)
+        for name, i in added_tokens(directory, settings, wanted).items()
+    }
     ends += [known[eos]] if eos in known else []
     return ChatSettings(template, end_tokens(ends, template, known), bos, eos)
 
@@ -1310,11 +1332,14 @@ def added_tokens(
     directory: Path,
     settings: Mapping[str, Any],  # tokenizer_config.json
     wanted: Iterable[str],  # Names of tokens
-) -> dict[str, int]:
-    "The ids of these tokens, as far as tokenizer_config.json or tokenizer.json knows them."
+) -> dict[str, Any]:
+    "The ids of these tokens, unchecked, as far as tokenizer_config.json or tokenizer.json knows them."
     listed = settings.get("added_tokens_decoder")
-    entries = [entry | {"id": int(i)} for i, entry in (listed.items() if isinstance(listed, dict) else ())
-               if isinstance(entry, dict) and re.fullmatch(r"[0-9]{1,18}", i)]
+    entries = [
+        entry | {"id": int(i)}
+        for i, entry in (listed.items() if isinstance(listed, dict) else ())
+        if isinstance(entry, dict) and re.fullmatch(r"[0-9]{1,18}", i)
+    ]
     found = {entry.get("content"): entry["id"] for entry in entries if isinstance(entry.get("content"), str)}
     path = directory / "tokenizer.json"
     if set(wanted) - set(found) and path.exists():
