@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from .foundations import InputError, check_range
-from .generation import TextWindow, decode_pieces, filter_logits, write_tokens
+from .generation import Sampling, TextWindow, decode_pieces, resolve_sampling, write_tokens
 from .templates import Text, encode_rendered, parse_template, render_template
 from .transformer import GPT
 
@@ -82,6 +82,8 @@ class Conversation:
 
     `turn` tells what the last answer took.
     """
+
+    SAMPLING = Sampling(temperature=0.2, top_p=0.9)
 
     def __init__(
         self,
@@ -169,11 +171,12 @@ class Conversation:
         text: str,  # What you say
         max_new_tokens: int = 512,
         *,
-        temperature: float = 0.2,
-        top_k: int | None = None,
-        top_p: float | None = 0.9,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
+        sampling: Sampling | None = None,  # How tokens are chosen; None: `Conversation.SAMPLING`
+        temperature: float | None = None,  # Instead of `sampling.temperature` (0.2)
+        top_k: int | None = None,  # Instead of `sampling.top_k` (None: all tokens)
+        top_p: float | None = None,  # Instead of `sampling.top_p` (0.9)
+        min_p: float | None = None,  # Instead of `sampling.min_p` (None: all tokens)
+        repetition_penalty: float | None = None,  # Instead of `sampling.repetition_penalty` (1.0: no penalty)
     ) -> Iterator[str]:
         """The answer, piece by piece, whole characters only. Settings are those of `stream`.
 
@@ -181,10 +184,14 @@ class Conversation:
         iterator, stays as far as it went. Raises `InputError`, at once and with nothing changed, for what can't be.
         """
         max_new_tokens = int(check_range("max_new_tokens", max_new_tokens, 1, integer=True))
-        check_range("repetition_penalty", repetition_penalty, 0.01)
-        settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        # a bad setting is refused here
-        filter_logits(torch.zeros(1, 2), **settings | {"temperature": temperature or 1.0})
+        sampling = resolve_sampling(
+            self.SAMPLING if sampling is None else sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
         if not isinstance(text, str) or not text.strip():
             raise InputError(
                 "The message is empty; say something."
@@ -195,13 +202,11 @@ class Conversation:
         said = [*self.messages, {"role": "user", "content": text}]
         messages, ids = self.fit(said, max_new_tokens)
         turn = Turn(forgotten=len(said) - len(messages))
-        self.answering = self.answer(
-            messages, ids, turn, max_new_tokens, settings | {"generator": self.generator}, repetition_penalty
-        )
+        self.answering = self.answer(messages, ids, turn, max_new_tokens, sampling)
         return self.answering
 
     def answer(
-        self, messages: list[dict], ids: list[int], turn: Turn, max_new_tokens: int, settings: dict, penalty: float
+        self, messages: list[dict], ids: list[int], turn: Turn, max_new_tokens: int, sampling: Sampling
     ) -> Iterator[str]:
         "The loop behind `say`."
         most = min(max_new_tokens, self.model.config.context_length - len(ids))
@@ -210,7 +215,7 @@ class Conversation:
         turn.kept, turn.read = window.n_read, len(ids) - window.n_read
         before, self.messages, self.turn = self.messages, [*messages, reply], turn
         try:
-            tokens = write_tokens(window, most, settings, penalty, self.stop_tokens)
+            tokens = write_tokens(window, most, sampling, self.generator, self.stop_tokens)
             for piece in decode_pieces(self.tokenizer, tokens, self.stop_tokens):
                 reply["content"] += piece
                 yield piece
