@@ -25,7 +25,7 @@ from .attention import KVCache, Mask, Rotate, attention_fused, check_heads, is_b
 from .embeddings import rotary_angles
 from .feedforward import ACTIVATIONS, is_gated
 from .foundations import InputError, check_range
-from .training import AdamW, Trainer, TrainingConfig, TrainingError, learning_rate, set_learning_rate
+from .training import AdamW, Trainer, TrainingConfig
 from .transformer import GPT, GPTConfig, RMSNorm, Watch, check_plain, flops_per_token
 
 # %% ../nbs/11_fast.ipynb #03b263b9
@@ -773,42 +773,36 @@ class FastTrainer(Trainer):
                 group["dtype"] = self.copy.dtype
 
     def train_step(self) -> tuple[float, float]:
-        "As `Trainer.train_step`."
+        "As `Trainer.train_step`, with a working copy of what the last one has moved."
+        self.copy.refresh()
+        return super().train_step()
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Float[Tensor, ""], int]:
+        "As `Trainer.loss`, in chunks."
         if self.plain:
-            return super().train_step()
-        self.model.train()
-        set_learning_rate(self.optimizers, learning_rate(self.step, self.config))
-        batches = [self.next_batch() for _ in range(self.config.accumulation)]
-        batches = [(inputs.to(self.device), targets.to(self.device)) for inputs, targets in batches]
-        self.model.zero_grad(set_to_none=True)
-        loss = self._accumulate(batches).item()
-        norm = gradient_norm(self.model.parameters()).item()  # measured here, divided where the optimizer reads
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(self._not_finite(f"the loss is {loss:g} and the gradient's norm {norm:g}"))
-        divisor = max(1.0, (norm + 1e-6) / self.config.grad_clip) if self.config.grad_clip else 1.0
+            return super().loss(batch)
+        inputs, targets = batch
+        return self.copy.loss(inputs, targets), int((targets != -100).sum())
+
+    def clip(self) -> float:
+        "The gradient's norm, measured here, divided where the optimizer reads."
+        if self.plain:
+            return super().clip()
+        norm = gradient_norm(self.model.parameters()).item()
+        self.divisor = max(1.0, (norm + 1e-6) / self.config.grad_clip) if self.config.grad_clip else 1.0
+        return norm
+
+    def update(self) -> None:
+        "As `Trainer.update`, with gradients divided as `clip` found."
         for optimizer in self.optimizers:
             if isinstance(optimizer, FusedAdamW):
-                optimizer.divisor = divisor
-            elif divisor > 1:
+                optimizer.divisor = 1.0 if self.plain else self.divisor
+            elif not self.plain and self.divisor > 1:
                 torch._foreach_div_(
-                    [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], divisor
+                    [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None],
+                    self.divisor,
                 )
             optimizer.step()
-        self.step += 1
-        return loss, norm
-
-    def _accumulate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
-        self.copy.refresh()
-        count = max(1, sum(int((targets != -100).sum()) for _, targets in batches))
-        total = torch.zeros((), device=self.device)
-        for inputs, targets in batches:
-            loss = self.copy.loss(inputs, targets, divisor=count)
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def _logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-        return super()._logits(ids) if self.plain else self.copy.logits(ids)
 
     def evaluate(self, n_batches: int | None = None) -> float:
         "As `Trainer.evaluate`, with the working copy."
