@@ -15,7 +15,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -26,7 +26,7 @@ from .attention import KVCache, MultiHeadAttention
 from .embeddings import rotary_angles
 from .feedforward import ACTIVATIONS, FeedForward, SwiGLU, is_gated
 from .foundations import InputError, check_range
-from .generation import check_prompt, filter_logits, generate, mark_seen, penalise_seen, sample, stream
+from .generation import Sampling, check_prompt, generate, make_generator, resolve_sampling, stream
 from .transformer import GPT, Block, GPTConfig, RMSNorm
 
 # %% ../nbs/13_decoding.ipynb #9545118c
@@ -582,23 +582,25 @@ def sampler(
     batch_size: int,
     vocab_size: int,
     device: torch.device,
-    **settings,  # Those of `sample`
-) -> Callable[[Tensor, Tensor], None]:
-    """A function that draws a token a row from logits into a given tensor, as `sample` does and with the same random
-    numbers.
+    sampling: Sampling,
+    generator: torch.Generator | None = None,  # None: torch's global one
+) -> Callable[[Tensor, Tensor | None, Tensor], None]:
+    """A function of logits, tokens that have occurred and a tensor for the result: `Sampling.draw`, with the same random
+    numbers, into that tensor.
+
+    Greedy choice and a temperature alone have forms that allocate less; all else is left to `Sampling`.
     """
-    temperature, generator = settings["temperature"], settings["generator"]
-    if temperature == 0:
-        return lambda logits, out: torch.argmax(logits, -1, out=out)
-    if any(settings[name] is not None for name in ("top_k", "top_p", "min_p")):
-        return lambda logits, out: out.copy_(sample(logits, **settings))
+    if sampling == Sampling(temperature=0):
+        return lambda logits, seen, out: torch.argmax(logits, -1, out=out)
+    temperature = sampling.temperature
+    if sampling != Sampling(temperature=temperature):
+        return lambda logits, seen, out: out.copy_(sampling.draw(logits, seen, generator))
     noise = torch.empty(batch_size, vocab_size, device=device if generator is None else generator.device)
 
-    def draw(logits: Float[Tensor, "batch vocab"], out: Int[Tensor, "batch"]) -> None:
+    def draw(logits: Float[Tensor, "batch vocab"], seen: None, out: Int[Tensor, "batch"]) -> None:
         noise.exponential_(generator=generator)
-        torch.argmax(
-            (logits if temperature == 1 else logits / temperature) - noise.log().to(logits.device), -1, out=out
-        )
+        logits = logits if temperature == 1 else logits / temperature
+        torch.argmax(logits - noise.log().to(logits.device), -1, out=out)
 
     return draw
 
@@ -764,37 +766,42 @@ class Decoder(PackedGPT):
         ids: Int[Tensor, "batch seq"],  # The prompts
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,  # 0: always the most probable token
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
+        sampling: Sampling | None = None,  # How tokens are chosen; None: `Sampling()`
+        temperature: float | None = None,  # Instead of `sampling.temperature` (1.0); 0: always the most probable token
+        top_k: int | None = None,  # Instead of `sampling.top_k` (None: all tokens)
+        top_p: float | None = None,  # Instead of `sampling.top_p` (None: all tokens)
+        min_p: float | None = None,  # Instead of `sampling.min_p` (None: all tokens)
+        repetition_penalty: float | None = None,  # Instead of `sampling.repetition_penalty` (1.0: no penalty)
         stop_tokens: Iterable[int] = (),
         generator: torch.Generator | int | None = None,  # A generator or a seed; None: torch's global generator
         attention_mask: Bool[Tensor, "batch seq"] | None = None,  # False for padding on the left
     ) -> Int[Tensor, "batch total"]:
         "What `generation.generate` gives for the same arguments and seed; padded prompts are handed to it."
-        settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)
-        options = settings | dict(
-            repetition_penalty=repetition_penalty, stop_tokens=tuple(stop_tokens), attention_mask=attention_mask
+        sampling = resolve_sampling(
+            sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
         )
+        stops = tuple(stop_tokens)
+        options = dict(sampling=sampling, stop_tokens=stops, generator=generator, attention_mask=attention_mask)
         stream(self, ids, max_new_tokens, use_cache=False, **options)  # refuses what can't be, and does nothing else
         if not self.steps or (attention_mask is not None and not bool(attention_mask.all())):
             return generate(self, ids, max_new_tokens, **options)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            settings["generator"] = torch.Generator(self.place).manual_seed(int(generator))
-        draw = sampler(len(ids), self.config.vocab_size, self.place, **settings)
-        return self.write(
-            ids.long().to(self.place), int(max_new_tokens), draw, repetition_penalty, sorted(options["stop_tokens"])
-        ).clone()
+        ids, generator = ids.long().to(self.place), make_generator(generator, self.place)
+        draw = sampler(len(ids), self.config.vocab_size, self.place, sampling, generator)
+        seen = sampling.mark(ids, self.config.vocab_size)
+        return self.write(ids, int(max_new_tokens), draw, seen, sorted(stops)).clone()
 
     @torch.inference_mode()
     def write(
         self,
         ids: Int[Tensor, "batch seq"],
         max_new_tokens: int,
-        draw: Callable[[Tensor, Tensor], None],  # From `sampler`
-        penalty: float,  # The repetition penalty
+        draw: Callable[[Tensor, Tensor | None, Tensor], None],  # From `sampler`
+        seen: Bool[Tensor, "batch vocab"] | None,  # From `Sampling.mark`
         stop_tokens: list[int],
     ) -> Int[Tensor, "batch total"]:
         "The loop behind `generate`: the tokens stand in one tensor, a row a position."
@@ -803,7 +810,6 @@ class Decoder(PackedGPT):
         cache = self.room_for(batch, min(limit, end))
         tokens = torch.cat([ids.t(), ids.new_empty(max_new_tokens, batch)])
         at = tokens.unbind(0)
-        seen = mark_seen(ids, self.config.vocab_size) if penalty != 1 else None
         stops, done = ids.new_tensor(stop_tokens), torch.zeros(batch, dtype=torch.bool, device=self.place)
         for t in range(seq, end):
             if t - first > limit:  # the rule of `TextWindow`
@@ -813,8 +819,7 @@ class Decoder(PackedGPT):
                 hidden = self.step(at[t - 1], cache)
             else:
                 hidden = self.hidden_states(tokens[first:t].t(), cache=cache)[:, -1]
-            logits = self.unembed(hidden).float()
-            draw(logits if seen is None else penalise_seen(logits, seen, penalty), at[t])
+            draw(self.unembed(hidden).float(), seen, at[t])
             if stop_tokens:
                 at[t].copy_(torch.where(done, at[t - 1], at[t]))
                 done |= torch.isin(at[t], stops)
@@ -887,19 +892,28 @@ def verify(
 class Reader:
     "A model and what it has read of one text: it reads only what is new, and can forget the end."
 
-    def __init__(self, model: GPT, capacity: int, temperature: float):
-        self.model, self.cache, self.temperature = model, model.new_cache(1, capacity), temperature
+    KNOWN = ("temperature", "top_k", "top_p", "min_p")  # A penalty would need each proposed token's own history
+
+    def __init__(self, model: GPT, capacity: int, sampling: Sampling):
+        self.model, self.cache, self.sampling = model, model.new_cache(1, capacity), sampling
+        for field in fields(sampling):
+            value = getattr(sampling, field.name)
+            if field.name not in self.KNOWN and value != field.default:
+                raise InputError(
+                    f"Speculative decoding can't use {field.name}={value!r}; leave it out, or write with generate."
+                )
 
     def distributions(
         self,
         ids: Int[Tensor, "1 total"],  # The whole window
         n: int,  # How many are asked for, the last ones
     ) -> Float[Tensor, "steps vocab"]:
-        "What the model expects after each of the last `n` tokens."
+        "What the model expects after each of the last `n` tokens, with the settings applied."
         logits = self.model(ids[:, self.cache[0].length :], cache=self.cache)[0, -n:].double()
-        if self.temperature == 0:
+        logits = self.sampling.filter(logits)
+        if self.sampling.temperature == 0:
             return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
-        return filter_logits(logits, temperature=self.temperature).softmax(-1)
+        return logits.softmax(-1)
 
     def crop(self, length: int) -> None:
         "Forget all but the first `length` tokens."
@@ -932,24 +946,26 @@ def speculative(
     max_new_tokens: int,
     *,
     lookahead: int = 4,  # Tokens that the draft proposes before the model reads them
-    temperature: float = 1.0,  # 0: always the most probable token
+    sampling: Sampling | None = None,  # How tokens are chosen; None: `Sampling()`
+    temperature: float | None = None,  # Instead of `sampling.temperature` (1.0); 0: always the most probable token
+    top_k: int | None = None,  # Instead of `sampling.top_k` (None: all tokens)
+    top_p: float | None = None,  # Instead of `sampling.top_p` (None: all tokens)
+    min_p: float | None = None,  # Instead of `sampling.min_p` (None: all tokens)
     generator: torch.Generator | int | None = None,  # A generator or a seed; None: torch's global generator
 ) -> tuple[Int[Tensor, "1 total"], Speculation]:
     """Write with the model's own distribution, reading several proposed tokens at once: Leviathan et al. (2023),
     algorithm 1.
 
+    Temperature and filters act on both models alike; a repetition penalty is refused.
     Past the context length the window slides as in chapter 08. Models answer as they are: put them in evaluation mode.
     """
     check_pair(model, draft, ids)
     lookahead = check_range("lookahead", lookahead, 1, integer=True)
     end = ids.shape[1] + check_range("max_new_tokens", max_new_tokens, 0, integer=True)
-    filter_logits(torch.zeros(1, 2), temperature=temperature or 1.0)  # a bad temperature is refused here
-    if generator is not None and not isinstance(generator, torch.Generator):
-        generator = torch.Generator(model.device).manual_seed(
-            check_range("generator, if a seed,", generator, integer=True)
-        )
+    sampling = resolve_sampling(sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    generator = make_generator(generator, model.device)
     limit, first, rounds = model.config.context_length, 0, []
-    readers = large, small = [Reader(one, min(limit, end), temperature) for one in (model, draft)]
+    readers = large, small = [Reader(one, min(limit, end), sampling) for one in (model, draft)]
     ids = ids.long().to(model.device)
     while (n := ids.shape[1]) < end:
         if n - first > limit:  # the rule of `TextWindow`

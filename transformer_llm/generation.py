@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['apply_temperature', 'keep_from', 'top_k_filter', 'top_p_filter', 'min_p_filter', 'mark_seen', 'penalise_seen',
-           'repetition_penalty', 'filter_logits', 'sample', 'evaluating', 'check_prompt', 'TextWindow', 'stream',
-           'write_tokens', 'generate', 'left_pad', 'stop_ids', 'before_stop', 'prompt_ids', 'generate_text',
-           'stream_text', 'decode_pieces', 'keep_best', 'beam_candidates', 'beam_search']
+           'repetition_penalty', 'draw', 'filter_logits', 'Sampling', 'sample', 'resolve_sampling', 'make_generator',
+           'evaluating', 'check_prompt', 'TextWindow', 'stream', 'write_tokens', 'generate', 'left_pad', 'stop_ids',
+           'before_stop', 'prompt_ids', 'generate_text', 'stream_text', 'decode_pieces', 'keep_best', 'beam_candidates',
+           'beam_search']
 
 # %% ../nbs/08_generation.ipynb #c8da57a2
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from itertools import takewhile
 
 import torch
@@ -86,16 +88,12 @@ def min_p_filter(
 def mark_seen(
     ids: Int[Tensor, "batch seq"],
     vocab_size: int,
-    is_token: Bool[Tensor, "batch seq"] | None = None,  # False for padding; None: there is none
+    attention_mask: Bool[Tensor, "batch seq"] | None = None,  # False for padding; None: there is none
 ) -> Bool[Tensor, "batch vocab"]:
     "Which tokens of the vocabulary occur in each row."
     counts = torch.zeros(ids.shape[0], vocab_size, dtype=torch.long, device=ids.device)
-    return (
-        counts.scatter_add_(
-            1, ids.long(), torch.ones_like(ids, dtype=torch.long) if is_token is None else is_token.long()
-        )
-        > 0
-    )
+    tokens = torch.ones_like(ids, dtype=torch.long) if attention_mask is None else attention_mask.long()
+    return counts.scatter_add_(1, ids.long(), tokens) > 0
 
 
 def penalise_seen(
@@ -117,6 +115,19 @@ def repetition_penalty(
     return penalise_seen(logits, mark_seen(ids, logits.shape[-1]), penalty)
 
 # %% ../nbs/08_generation.ipynb #23573146
+def draw(
+    logits: Float[Tensor, "batch vocab"],
+    generator: torch.Generator | None = None,  # None: torch's global one
+) -> Int[Tensor, "batch"]:
+    """Draw one token a row with the softmax's probabilities, equation (8.4).
+
+    No sums, no sort, and nothing that a GPU has to wait for.
+    """
+    noise = torch.empty(logits.shape, device=logits.device if generator is None else generator.device)
+    noise.exponential_(generator=generator)
+    return (logits.float() - noise.log().to(logits.device)).argmax(-1)
+
+
 def filter_logits(
     logits: Float[Tensor, "batch vocab"],
     *,
@@ -131,7 +142,86 @@ def filter_logits(
     logits = logits if top_p is None else top_p_filter(logits, top_p)
     return logits if min_p is None else min_p_filter(logits, min_p)
 
+# %% ../nbs/08_generation.ipynb #c2201395
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits: repetition penalty, temperature, top-k, top-p, min-p, draw, in this order.
 
+    - `temperature`: 0 takes the most probable token; else 0.001 or more: below 1 sharper, above 1 flatter.
+    - `top_k`: draw only from this many most probable tokens, 1 or more; None: from all.
+    - `top_p`: draw only from the fewest tokens that have this probability together, 0 to 1; None: from all.
+    - `min_p`: draw only tokens at least this fraction as probable as the best, 0 to 1; None: from all.
+    - `repetition_penalty`: 0.01 or more; above 1, tokens that have occurred become less probable; 1: they don't.
+
+    Raises `InputError` that names the field, the value and what is allowed.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        "Check every field."
+        if check_range("temperature", self.temperature, 0) != 0:
+            apply_temperature(torch.zeros(1, 1), self.temperature)  # refuses what is too small to divide by
+        if self.top_k is not None:
+            check_range("top_k", self.top_k, 1, integer=True)
+        for name in ("top_p", "min_p"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 0, 1)
+        check_range("repetition_penalty", self.repetition_penalty, 0.01)
+
+    def replace(self, **changes) -> "Sampling":
+        "A copy with some fields changed."
+        return self.from_dict(self.to_dict() | changes)
+
+    def to_dict(self) -> dict:
+        "All fields as a dictionary of plain values, fit for JSON."
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Sampling":
+        "What `to_dict` wrote: absent fields take their default, an unknown one raises `InputError`."
+        names = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in names:
+                raise InputError(f"Sampling has no field {name!r}; its fields are {', '.join(names)}.")
+        return cls(**values)
+
+    def mark(
+        self,
+        ids: Int[Tensor, "batch seq"],  # The tokens so far
+        vocab_size: int,
+        attention_mask: Bool[Tensor, "batch seq"] | None = None,  # False for padding
+    ) -> Bool[Tensor, "batch vocab"] | None:
+        "Which tokens have occurred, for `filter` and `draw`; None where no field asks for it."
+        return None if self.repetition_penalty == 1 else mark_seen(ids, vocab_size, attention_mask)
+
+    def filter(
+        self,
+        logits: Float[Tensor, "batch vocab"],
+        seen: Bool[Tensor, "batch vocab"] | None = None,  # Tokens that have occurred, from `mark`
+    ) -> Float[Tensor, "batch vocab"]:
+        "The logits to draw from, minus infinity where a token is removed; at temperature 0 only the penalty counts."
+        logits = logits if seen is None else penalise_seen(logits, seen, self.repetition_penalty)
+        if self.temperature == 0:
+            return logits
+        options = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        return filter_logits(logits, **options)
+
+    def draw(
+        self,
+        logits: Float[Tensor, "batch vocab"],
+        seen: Bool[Tensor, "batch vocab"] | None = None,  # Tokens that have occurred, from `mark`
+        generator: torch.Generator | None = None,  # None: torch's global one
+    ) -> Int[Tensor, "batch"]:
+        "One token a row: the best one at temperature 0, else drawn from what the filters leave."
+        logits = self.filter(logits.float(), seen)
+        return logits.argmax(-1) if self.temperature == 0 else draw(logits, generator)
+
+# %% ../nbs/08_generation.ipynb #867397bd
 def sample(
     logits: Float[Tensor, "batch vocab"],
     *,
@@ -141,17 +231,31 @@ def sample(
     min_p: float | None = None,
     generator: torch.Generator | None = None,  # None: torch's global one
 ) -> Int[Tensor, "batch"]:
-    """Draw one token a row from the filtered distribution.
+    "Draw one token a row from the filtered distribution: `Sampling.draw` with its fields as keywords."
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return sampling.draw(logits, generator=generator)
 
-    The token whose logit plus Gumbel noise is largest has exactly the softmax's probabilities (equation 8.4): no
-    sums, no sort, and nothing that a GPU has to wait for.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = filter_logits(logits.float(), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    noise = torch.empty(logits.shape, device=logits.device if generator is None else generator.device)
-    noise.exponential_(generator=generator)
-    return (logits - noise.log().to(logits.device)).argmax(-1)
+
+def resolve_sampling(
+    sampling: Sampling | None,  # None: `Sampling()`
+    **given,  # Fields of its own; None: as in `sampling`
+) -> Sampling:
+    "The settings that a function works with which takes a `Sampling`, its fields, or both."
+    if not isinstance(sampling, Sampling | None):
+        raise InputError(f"sampling must be a Sampling, not {sampling!r:.60}; write Sampling(temperature=0.8), say.")
+    changes = {name: value for name, value in given.items() if value is not None}
+    return (sampling or Sampling()).replace(**changes)
+
+
+def make_generator(
+    generator: torch.Generator | int | None,  # A generator, a seed, or None: torch's global generator
+    device: torch.device,
+) -> torch.Generator | None:
+    "A generator on the model's device where a seed is given; anything else as it is."
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    seed = check_range("generator, if a seed,", generator, -(2**63), 2**64 - 1, integer=True)
+    return torch.Generator(device).manual_seed(seed)
 
 # %% ../nbs/08_generation.ipynb #006f7e9d
 @contextmanager
@@ -243,7 +347,7 @@ class TextWindow:
         self.ids = self.ids[:, -max(self.lengths):]
         self.start()
 
-    def is_token(self) -> Bool[Tensor, "batch keys"] | None:
+    def attention_mask(self) -> Bool[Tensor, "batch keys"] | None:
         "True where a row holds a token; None when no row is padded."
         return None if self.first is None else torch.arange(self.ids.shape[1], device=self.ids.device) >= self.first
 
@@ -252,7 +356,7 @@ class TextWindow:
         if max(self.lengths) > self.limit:
             self.slide()
         new = self.ids if self.cache is None else self.ids[:, self.n_read:]
-        logits = self.model(new, attention_mask=self.is_token(), cache=self.cache, last_only=True)
+        logits = self.model(new, attention_mask=self.attention_mask(), cache=self.cache, last_only=True)
         self.n_read = self.ids.shape[1]
         return logits[:, -1].float()
 
@@ -273,11 +377,12 @@ def stream(
     ids: Int[Tensor, "batch seq"],  # The prompts
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,  # 0: always the most probable token
-    top_k: int | None = None,  # Draw only from so many tokens
-    top_p: float | None = None,  # Draw only from the fewest tokens that have this probability together
-    min_p: float | None = None,  # Draw only tokens at least this fraction as probable as the best
-    repetition_penalty: float = 1.0,  # Above 1: tokens that have occurred become less probable
+    sampling: Sampling | None = None,  # How tokens are chosen; None: `Sampling()`
+    temperature: float | None = None,  # Instead of `sampling.temperature` (1.0); 0: always the most probable token
+    top_k: int | None = None,  # Instead of `sampling.top_k` (None: all tokens)
+    top_p: float | None = None,  # Instead of `sampling.top_p` (None: all tokens)
+    min_p: float | None = None,  # Instead of `sampling.min_p` (None: all tokens)
+    repetition_penalty: float | None = None,  # Instead of `sampling.repetition_penalty` (1.0: no penalty)
     stop_tokens: Iterable[int] = (),  # A row ends with the first of these that it writes
     generator: torch.Generator | int | None = None,  # A generator or a seed; None: torch's global generator
     use_cache: bool = True,  # Keep keys and values, so that each token is read once
@@ -285,28 +390,23 @@ def stream(
 ) -> Iterator[Int[Tensor, "batch"]]:
     """Write token by token: each step gives one token for every row, until all rows have stopped.
 
-    The order is: repetition penalty, temperature, top-k, top-p, min-p, draw. A row that has stopped repeats its stop
-    token. Past the context length, a row forgets the older half of its window (see `TextWindow`). The model answers
-    in evaluation mode and is given back as it was. Raises `InputError`, at once, for settings and prompts that can't
-    be.
+    A row that has stopped repeats its stop token. Past the context length, a row forgets the older half of its window
+    (see `TextWindow`). The model answers in evaluation mode and is given back as it was. Raises `InputError`, at once,
+    for settings and prompts that can't be.
     """
+    sampling = resolve_sampling(
+        sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     max_new_tokens = int(check_range("max_new_tokens", max_new_tokens, 0, integer=True))
-    check_range("repetition_penalty", repetition_penalty, 0.01)
-    settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    filter_logits(torch.zeros(1, 2), **settings | {"temperature": temperature or 1.0})  # a bad setting is refused here
-    if generator is not None and not isinstance(generator, torch.Generator):
-        generator = torch.Generator(model.device).manual_seed(
-            int(check_range("generator, if a seed,", generator, integer=True))
-        )
     window = TextWindow(model, ids, attention_mask, use_cache=use_cache, max_new_tokens=max_new_tokens)
-    return write_tokens(window, max_new_tokens, settings | {"generator": generator}, repetition_penalty, stop_tokens)
+    return write_tokens(window, max_new_tokens, sampling, make_generator(generator, model.device), stop_tokens)
 
 
 def write_tokens(
     window: TextWindow,
     max_new_tokens: int,
-    settings: dict,  # `sample`'s keywords
-    penalty: float,  # The repetition penalty
+    sampling: Sampling,
+    generator: torch.Generator | None,
     stop_tokens: Iterable[int],
 ) -> Iterator[Int[Tensor, "batch"]]:
     """The loop behind `stream`: score, filter, draw, append.
@@ -315,12 +415,11 @@ def write_tokens(
     """
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.long, device=window.ids.device)
     done = torch.zeros(len(window.lengths), dtype=torch.bool, device=window.ids.device)
-    seen = mark_seen(window.ids, window.model.config.vocab_size, window.is_token()) if penalty != 1 else None
+    seen = sampling.mark(window.ids, window.model.config.vocab_size, window.attention_mask())
     for _ in range(max_new_tokens):
         with evaluating(window.model):
-            logits = window.next_logits()
-            logits = logits if seen is None else penalise_seen(logits, seen, penalty)
-            tokens = torch.where(done, window.ids[:, -1], sample(logits, **settings))
+            tokens = sampling.draw(window.next_logits(), seen, generator)
+            tokens = torch.where(done, window.ids[:, -1], tokens)
             window.append(tokens)
         tokens = tokens.clone()  # outside of inference mode: a tensor that training can use
         if seen is not None:
@@ -336,10 +435,24 @@ def generate(
     model: nn.Module,  # A `GPT`, or what can be called like one
     ids: Int[Tensor, "batch seq"],  # The prompts
     max_new_tokens: int,
-    **options,  # As for `stream`: temperature, top_k, top_p, min_p, repetition_penalty, stop_tokens, generator, use_cache, attention_mask
+    *,
+    sampling: Sampling | None = None,  # How tokens are chosen; None: `Sampling()`
+    temperature: float | None = None,  # Instead of `sampling.temperature` (1.0); 0: always the most probable token
+    top_k: int | None = None,  # Instead of `sampling.top_k` (None: all tokens)
+    top_p: float | None = None,  # Instead of `sampling.top_p` (None: all tokens)
+    min_p: float | None = None,  # Instead of `sampling.min_p` (None: all tokens)
+    repetition_penalty: float | None = None,  # Instead of `sampling.repetition_penalty` (1.0: no penalty)
+    stop_tokens: Iterable[int] = (),  # A row ends with the first of these that it writes
+    generator: torch.Generator | int | None = None,  # A generator or a seed; None: torch's global generator
+    use_cache: bool = True,  # Keep keys and values, so that each token is read once
+    attention_mask: Bool[Tensor, "batch seq"] | None = None,  # False for padding on the left
 ) -> Int[Tensor, "batch total"]:
     "The prompts with the new tokens behind them; a row that stops early is filled up with its stop token."
-    new = [tokens[:, None] for tokens in stream(model, ids, max_new_tokens, **options)]
+    sampling = resolve_sampling(
+        sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    options = dict(stop_tokens=stop_tokens, generator=generator, use_cache=use_cache, attention_mask=attention_mask)
+    new = [tokens[:, None] for tokens in stream(model, ids, max_new_tokens, sampling=sampling, **options)]
     return torch.cat([ids.long().to(model.device), *new], 1)
 
 # %% ../nbs/08_generation.ipynb #fe97633b
@@ -350,9 +463,10 @@ def left_pad(
     "Prompts of different lengths as one batch that ends together, and where its tokens are (for `attention_mask`)."
     width = max((len(prompt) for prompt in prompts), default=0)
     ids = [[pad_token] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    is_token = [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+    attention_mask = [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts]
     shape = (len(prompts), width)
-    return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(is_token, dtype=torch.bool).view(shape)
+    ids = torch.tensor(ids, dtype=torch.long).view(shape)
+    return ids, torch.tensor(attention_mask, dtype=torch.bool).view(shape)
 
 # %% ../nbs/08_generation.ipynb #2093abdc
 def stop_ids(
@@ -378,27 +492,38 @@ def prompt_ids(
     "A prompt's token ids, behind those that begin every text where the tokenizer has such a `prefix` (Llama 3)."
     return [*getattr(tokenizer, "prefix", ()), *tokenizer.encode(text)]
 
-
+# %% ../nbs/08_generation.ipynb #260cdb8e
 def generate_text(
     model: nn.Module,
     tokenizer,  # The model's own `CharTokenizer` or `BPETokenizer`
     prompt: str | Sequence[str],  # One prompt, or several to continue as one batch
     max_new_tokens: int = 200,
     *,
+    sampling: Sampling | None = None,  # How tokens are chosen; None: `Sampling()`
+    temperature: float | None = None,  # Instead of `sampling.temperature` (1.0); 0: always the most probable token
+    top_k: int | None = None,  # Instead of `sampling.top_k` (None: all tokens)
+    top_p: float | None = None,  # Instead of `sampling.top_p` (None: all tokens)
+    min_p: float | None = None,  # Instead of `sampling.min_p` (None: all tokens)
+    repetition_penalty: float | None = None,  # Instead of `sampling.repetition_penalty` (1.0: no penalty)
     num_samples: int = 1,  # Texts for each prompt
     stop_tokens: Iterable[int] | None = None,  # None: the tokenizer's special tokens
-    **options,  # As for `stream`
+    generator: torch.Generator | int | None = None,  # A generator or a seed; None: torch's global generator
+    use_cache: bool = True,  # Keep keys and values, so that each token is read once
 ) -> list[str]:
     """Continue the prompts; each text begins with its prompt and ends before its stop token.
 
     A prompt's samples stand together.
     """
+    sampling = resolve_sampling(
+        sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     check_range("num_samples", num_samples, 1, integer=True)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     tokens = [prompt_ids(tokenizer, text) for text in prompts for _ in range(num_samples)]
-    ids, is_token = left_pad(tokens)
+    ids, attention_mask = left_pad(tokens)
     stops = stop_ids(tokenizer, stop_tokens)
-    written = generate(model, ids, max_new_tokens, stop_tokens=stops, attention_mask=is_token, **options)
+    options = dict(stop_tokens=stops, generator=generator, use_cache=use_cache, attention_mask=attention_mask)
+    written = generate(model, ids, max_new_tokens, sampling=sampling, **options)
     hidden = len(getattr(tokenizer, "prefix", ()))  # the reader's text does not show it
     return [
         tokenizer.decode([*start[hidden:], *before_stop(row, stops)])
@@ -412,13 +537,24 @@ def stream_text(
     prompt: str,
     max_new_tokens: int = 200,
     *,
+    sampling: Sampling | None = None,  # How tokens are chosen; None: `Sampling()`
+    temperature: float | None = None,  # Instead of `sampling.temperature` (1.0); 0: always the most probable token
+    top_k: int | None = None,  # Instead of `sampling.top_k` (None: all tokens)
+    top_p: float | None = None,  # Instead of `sampling.top_p` (None: all tokens)
+    min_p: float | None = None,  # Instead of `sampling.min_p` (None: all tokens)
+    repetition_penalty: float | None = None,  # Instead of `sampling.repetition_penalty` (1.0: no penalty)
     stop_tokens: Iterable[int] | None = None,  # None: the tokenizer's special tokens
-    **options,  # As for `stream`
+    generator: torch.Generator | int | None = None,  # A generator or a seed; None: torch's global generator
+    use_cache: bool = True,  # Keep keys and values, so that each token is read once
 ) -> Iterator[str]:
     "Continue one prompt and give the new text piece by piece, whole characters only."
+    sampling = resolve_sampling(
+        sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     stops = stop_ids(tokenizer, stop_tokens)
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long).view(1, -1)
-    tokens = stream(model, ids, max_new_tokens, stop_tokens=stops, **options)
+    options = dict(stop_tokens=stops, generator=generator, use_cache=use_cache)
+    tokens = stream(model, ids, max_new_tokens, sampling=sampling, **options)
     return decode_pieces(tokenizer, tokens, stops)
 
 
