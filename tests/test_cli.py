@@ -2,17 +2,22 @@
 
 Nearly all of it runs through `main([...])` in this process; a new process pays seconds to import PyTorch.
 """
+import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -174,7 +179,10 @@ def subparser(name: str):
 
 
 def test_every_training_flag_is_a_setting():
-    known = set(cli.training_fields()) | {
+    from transformer_llm.runs import TRAINING_FIELDS
+
+    known = set(TRAINING_FIELDS) | {
+        "context_length",
         "model_size",
         "dropout",
         "epochs",
@@ -207,7 +215,8 @@ def test_data_patterns(capsys):
 
 
 def test_data_shakespeare(capsys, monkeypatch, text):
-    monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda path, **options: text)
+    monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda **options: text)
+    monkeypatch.setattr("transformer_llm.dataset.SHAKESPEARE_SHA256", hashlib.sha256(text.read_bytes()).hexdigest())
     assert str(text) in succeeds(capsys, "data", "shakespeare")
 
 
@@ -259,10 +268,12 @@ def test_tokenizer_train(capsys, text):
 
 
 def test_vocabulary_of_a_small_text_fits_it():
+    from transformer_llm import runs
+
     assert (
-        cli.default_vocab_size(0) == 257
-        and cli.default_vocab_size(300_000) == 1257
-        and cli.default_vocab_size(10**9) == 8192
+        runs.default_vocab_size(0) == 257
+        and runs.default_vocab_size(300_000) == 1257
+        and runs.default_vocab_size(10**9) == 8192
     )
 
 
@@ -300,7 +311,7 @@ def test_train_prints_its_plan_first(capsys, text):
 
 
 def test_the_calls_of_the_readme(capsys, monkeypatch, text):
-    monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda **options: text)
+    monkeypatch.setattr("transformer_llm.runs.load_shakespeare", lambda **options: text)
     out = succeeds(capsys, "train", "--model_size", "tiny", "--epochs", 0.1, "--batch_size", 4)
     assert Path("runs/shakespeare-tiny/loss.png").parent.is_dir() and "parameters" in out
     refused(capsys, "train", "--model_size", "tiny", "--epochs", 0.1, "--batch_size", 4, says="--resume")
@@ -308,7 +319,7 @@ def test_the_calls_of_the_readme(capsys, monkeypatch, text):
 
 def test_shakespeare_is_prepared_where_its_file_is_named(capsys, monkeypatch, text):
     asked = []
-    monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda path, **options: asked.append(path) or text)
+    monkeypatch.setattr("transformer_llm.runs.load_shakespeare", lambda path, **options: asked.append(path) or text)
     succeeds(capsys, "train", "--model_size", "demo", "--max_steps", 1, "--text_file", "data/shakespeare.txt")
     assert asked == [Path("data/shakespeare.txt")]
     refused(
@@ -329,7 +340,7 @@ def test_shakespeare_trains_once_and_writes_again(capsys, tmp_path, monkeypatch)
 
     play = tmp_path / "play.txt"
     play.write_text("ROMEO:\n" + make_text(), encoding="utf-8")
-    monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", lambda **options: play)
+    monkeypatch.setattr("transformer_llm.runs.load_shakespeare", lambda **options: play)
     monkeypatch.setattr(
         training, "SHAKESPEARE_CONFIG", training.SHAKESPEARE_CONFIG.replace(max_steps=12, warmup_steps=2, eval_every=6)
     )
@@ -387,8 +398,8 @@ def test_an_existing_run_is_not_lost(capsys, run, text):
     arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 1, "--out", run)
     refused(capsys, *arguments, says="holds a run already.*--resume.*--overwrite")
     refused(capsys, *arguments, "--overwrite", "--resume", says="not allowed with")
-    refused(capsys, "train", "--out", run, "--resume", "--seed", 5, says="was started without --seed")
-    refused(capsys, "train", "--out", run, "--resume", "--batch_size", 5, says="had batch_size 8")
+    refused(capsys, "train", "--out", run, "--resume", "--seed", 5, says="has seed 0; leave --seed 5 out")
+    refused(capsys, "train", "--out", run, "--resume", "--batch_size", 5, says="has batch_size 8")
     refused(
         capsys,
         "train",
@@ -857,10 +868,10 @@ def test_the_estimated_time_counts_what_a_validation_reads(monkeypatch, eval_bat
     from transformer_llm.training import TrainingConfig
 
     config = TrainingConfig(max_steps=100, eval_every=50, batch_size=4, accumulation=2, eval_batches=eval_batches)
-    trainer = SimpleNamespace(config=config, train_step=None, context_length=8, data=SimpleNamespace(val=range(6400)))
+    trainer = SimpleNamespace(config=config, context_length=8, data=SimpleNamespace(val=range(6400)))
     made = []
     monkeypatch.setattr(cli, "TimeEstimate", lambda *args, **options: made.append(options))
-    cli.watch_first_steps(trainer)
+    cli.estimate_for(trainer)
     read = 6400 if batches is None else batches * 4 * 8
     assert made[0]["eval_steps"] == pytest.approx(read / (3 * 2 * 4 * 8))
 
@@ -1226,25 +1237,322 @@ def test_bench_without_its_peers(capsys, cheap, monkeypatch):
     )
 
 
-# --- tokenizers of long texts -------------------------------------------------------------------------------------
+# --- strange places -----------------------------------------------------------------------------------------------
+
+PATH_FLAGS = {
+    "train": ["--text_file", "--tokenizer", "--out"],
+    "data prepare --out x": ["--text_file", "--tokenizer", "--out"],
+    "data patterns": ["--out"],
+    "data shakespeare": ["--out"],
+    "tokenizer train": ["--text_file", "--tokenizer", "--out"],
+    "generate --checkpoint x --prompt x": ["--checkpoint"],
+    "chat --prompt x": ["--model"],
+    "evaluate --text_file x --checkpoint x": ["--text_file", "--checkpoint"],
+    "export --checkpoint x --hf x": ["--checkpoint", "--hf"],
+    "shakespeare": ["--out"],
+    "demo": ["--out"],
+    "bench": ["--output", "--text_file"],
+}
 
 
-@pytest.mark.parametrize("val_fraction", [0, 0.1])
-def test_tokenizers_are_trained_without_the_whole_text_in_memory(monkeypatch, text, val_fraction):
-    from transformer_llm import dataset
-    from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
+@pytest.mark.parametrize("path, says", [
+    ("", "must be a path, and this one is empty"),
+    ("~nobody-of-that-name/x", "home folder"),
+    ("caf\udce9.txt", "not UTF-8"),
+    ("a\0b", "zero byte"),
+], ids=["empty", "nobody", "latin", "zero"])  # fmt: skip
+def test_no_flag_takes_a_path_that_can_not_be(capsys, path, says):
+    "An empty one once meant the current folder, and the others ended in tracebacks."
+    before = fingerprint(Path("."))
+    for command, names in PATH_FLAGS.items():
+        for name in names:
+            refused(capsys, *command.split(), f"{name}={path}", says=says)
+    refused(capsys, "info", path, says=says)
+    assert fingerprint(Path(".")) == before
 
-    whole = dataset.read_text(text)
-    seen = dataset.split_text(whole, val_fraction)[0] if val_fraction else whole
-    monkeypatch.setattr(dataset, "read_text", lambda path: pytest.fail("the whole text was read"))
-    assert cli.make_tokenizer("bpe", text, 300, val_fraction).to_json() == BPETokenizer.train(seen, 300).to_json()
-    assert cli.make_tokenizer("char", text, None).to_json() == CharTokenizer.train(whole).to_json()
+
+def test_two_dashes_are_a_value_behind_an_equals_sign(capsys, text):
+    "`--out=--` once trained into the default folder, and the others ended in tracebacks."
+    for command, names in PATH_FLAGS.items():
+        for name in names:
+            parsed = cli.make_parser().parse_args([*command.split(), f"{name}=--"])
+            assert getattr(parsed, name[2:]) == "--"
+    refused(capsys, "bench", "--section=--", says="invalid choice: '--'")
+    refused(capsys, "train", "--model_size=--", says="invalid choice: '--'")
+    out = succeeds(capsys, "train", "--model_size", "demo", "--text_file", text, "--max_steps", 1, "--out=--")
+    assert Path("--/step-0000001").is_dir() and not Path("runs").exists()
+    assert "generate --checkpoint=-- --prompt" in out  # what can be typed next
+    assert succeeds(capsys, "generate", "--checkpoint=--", "--prompt", "a", "--max_new_tokens", 2).startswith("a")
 
 
-def test_an_empty_text_trains_no_tokenizer(tmp_path):
-    from transformer_llm.foundations import InputError
+def test_a_prompt_that_is_not_utf8(capsys, run, pretrained):
+    for model in (run, pretrained):
+        refused(capsys, "generate", "--checkpoint", model, "--prompt", "the caf\udce9")
 
-    (tmp_path / "empty.txt").write_text(" \n\n", encoding="utf-8")
-    for kind in ("bpe", "char"):
-        with pytest.raises(InputError, match="is empty"):
-            cli.make_tokenizer(kind, tmp_path / "empty.txt", None)
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+@pytest.mark.parametrize("command", ["train --model_size demo --out x", "data prepare --out x", "tokenizer train",
+                                     "evaluate --checkpoint x"])  # fmt: skip
+def test_a_pipe_is_no_text_file(capsys, command):
+    "It can be read only once; it was called empty, or waited for without end."
+    os.mkfifo("pipe")
+    refused(capsys, *command.split(), "--text_file", "pipe", says="pipe")
+
+
+def test_without_streams(monkeypatch, capsys, run):
+    "A process may have been started with `>&-`."
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["info", "demo"]) == 0
+    assert main(["generate", "--checkpoint", str(run), "--prompt", "a", "--max_new_tokens", "3", "--stream"]) == 0
+    assert main(["info", "nowhere"]) == 2 and main(["fly"]) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell's way to close a stream")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_ends_nothing(closed):
+    command = shlex.join([sys.executable, "-m", "transformer_llm"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for words, code in (("--help", 0), ("train --help", 0), ("--version", 0), ("fly", 2), ("info ~nobody-of-that-name", 2)):
+        done = subprocess.run(["sh", "-c", f"{command} {words} {closed}"], capture_output=True, env=environment)
+        assert done.returncode == code and b"Traceback" not in done.stderr + done.stdout, done
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else")
+def test_training_where_nothing_is_usual(text, tmp_path):
+    """No name for the user, no home, no streams but a file, and a nonsense way of drawing: the run is complete, and its
+    files hold what belongs into them. The log shows the loss, and no bars."""
+    work = tmp_path / "work"
+    work.mkdir()
+    os.chown(work, 54321, 54321)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/") and not folder.stat().st_mode & 1:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    shutil.copy(text, work / "cats.txt")
+    command = [sys.executable, "-m", "transformer_llm", "train", "--model_size", "demo", "--text_file", "cats.txt",
+               "--max_steps", "20", "--batch_size", "2", "--eval_every", "5", "--out", "run", "--device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    environment |= {"PYTHONPATH": str(ROOT), "MPLBACKEND": "nonsense", "MPLCONFIGDIR": str(work / "mpl"),
+                    "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+    line = f"exec {shlex.join(command)} <&- >log 2>&1"
+    done = subprocess.run(["sh", "-c", line], cwd=work, env=environment, user=54321, group=54321, extra_groups=[])
+    log = (work / "log").read_text(encoding="utf-8")
+    assert done.returncode == 0 and "Traceback" not in log, log
+    assert (work / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    lines = re.findall(r"^step +(\d+) of 20: loss [\d.]+, validation [\d.]+$", log, re.MULTILINE)
+    assert lines == ["5", "10", "15", "20"] and "it/s" not in log and "\r" not in log and "%" not in log
+    assert main(["info", str(work / "run")]) == 0  # every hash is right
+
+
+def test_a_curve_that_can_not_be_drawn_loses_nothing(capsys, monkeypatch, text):
+    def nonsense(*arguments, **options):
+        raise ValueError("'nonsense' is not a valid value for backend")
+
+    monkeypatch.setattr("transformer_llm.training.plot_history", nonsense)
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 20, "--out", "run")
+    code, out, err = call(capsys, *arguments)
+    assert code == 0 and "nats a token" in out and "could not be drawn" in err and "nonsense" in err
+    assert Path("run/step-0000020").is_dir()
+
+
+def test_the_loss_is_a_line_now_and_then():
+    ticks = iter([0.0, 1.0, 61.5, 61.5, 62.0, 63.0, 63.0])
+    lines = cli.LossLines(60, clock=lambda: next(ticks))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for step, val_loss in ((10, None), (20, None), (30, None), (40, 2.5)):
+            lines(SimpleNamespace(config=SimpleNamespace(max_steps=50)), {"step": step, "loss": 3, "val_loss": val_loss})
+    assert said.getvalue().splitlines() == ["step         20 of 50: loss 3.0000",
+                                            "step         40 of 50: loss 3.0000, validation 2.5000"]  # fmt: skip
+
+
+# --- interrupted --------------------------------------------------------------------------------------------------
+
+
+def interrupt_at(monkeypatch, step: int, *signals: int) -> None:
+    "Let a step of the next run send signals to its own process."
+    from transformer_llm.training import Trainer
+
+    make_step = Trainer.train_step
+
+    def interrupted_step(self):
+        if self.step == step:
+            for number in signals:
+                signal.raise_signal(number)
+        return make_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted_step)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_the_end_of_a_session_saves(capsys, monkeypatch, text, name, code):
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 8, "--batch_size", 2)
+    before = signal.getsignal(getattr(signal, name))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, getattr(signal, name))
+        got, _, err = call(capsys, *arguments, "--out", "run")
+    assert got == code and "Stopped at step 3" in err and "train --out run --resume" in err
+    assert signal.getsignal(getattr(signal, name)) == before
+    assert "continued at step 3" in succeeds(capsys, "train", "--out", "run", "--resume")
+
+
+def test_a_second_ctrl_c_names_what_was_saved(capsys, monkeypatch, text):
+    "It interrupts at once; the step that it interrupts is saved nowhere."
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 9, "--checkpoint_every", 2)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5, signal.SIGINT, signal.SIGINT)
+        code, _, err = call(capsys, *arguments, "--out", "run")
+    assert code == 130 and "newest checkpoint is of step 4" in err, err
+    assert "continued at step 4" in succeeds(capsys, "train", "--out", "run", "--resume")
+
+
+def test_a_broken_pipe_in_training_saves_the_step(capsys, monkeypatch, text):
+    class Reader(io.StringIO):
+        "Goes away after the plan."
+
+        def write(self, said):
+            if said.startswith("step "):
+                raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+            return super().write(said)
+
+    arguments = ["train", "--model_size", "demo", "--text_file", str(text), "--max_steps", "9", "--eval_every", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Reader())
+        assert main([*arguments, "--checkpoint_every", "0", "--out", "run"]) == 141
+    assert Path("run/step-0000003").is_dir()
+    assert "continued at step 3" in succeeds(capsys, "train", "--out", "run", "--resume")
+
+
+# --- continued ----------------------------------------------------------------------------------------------------
+
+
+def test_a_resume_says_what_is_not_as_expected(capsys, text):
+    "Nothing left to train; a rate that rises again; an equal seed is fine."
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--batch_size", 2, "--out", "run")
+    succeeds(capsys, *arguments, "--max_steps", 8)
+    again = ("train", "--resume", "--out", "run")
+    for options in ((), ("--max_steps", 3), ("--max_steps", 8, "--seed", 0), ("--batch_size", 2)):
+        out = succeeds(capsys, *again, *options)
+        assert "Nothing is left to train: the run in run has made 8 steps" in out and "nats a token" not in out
+    code, out, err = call(capsys, *again, "--max_steps", 16)
+    assert code == 0 and re.search("rate (rises|goes up)", err), err
+    assert err.count("\n") == 1 and err.startswith("transformer-llm: ") and "Warning" not in err and ".py" not in err
+    assert call(capsys, *again, "--max_steps", 16)[2] == ""
+
+
+def test_a_run_that_lost_its_note_goes_on(capsys, text):
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--batch_size", 2, "--out", "run")
+    succeeds(capsys, *arguments, "--max_steps", 2)
+    Path("run/command.json").write_text("5", encoding="utf-8")
+    refused(capsys, "train", "--resume", "--out", "run", "--max_steps", 4, says="command.json.*delete it")
+    Path("run/command.json").unlink()
+    assert "continued at step 2" in succeeds(capsys, "train", "--resume", "--out", "run", "--max_steps", 4)
+
+
+def test_going_on_from_an_older_checkpoint_keeps_the_newer_one(capsys, text):
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--batch_size", 2, "--out", "run")
+    succeeds(capsys, *arguments, "--max_steps", 6, "--checkpoint_every", 3)
+    newer = fingerprint(Path("run/step-0000006"))
+    code, out, err = call(capsys, "train", "--resume", "--out", "run/step-0000003")
+    assert code == 0 and "continued at step 3" in out and "step-0000006" in err + out
+    kept = [path for path in Path("run").rglob("step-0000006") if fingerprint(path) == newer]
+    assert kept, err
+
+
+def test_one_process_at_a_time(capsys, text):
+    "A second one is refused before it writes anything, with the first one's number; --overwrite too."
+    from transformer_llm.checkpoints import lock_run
+
+    arguments = ("train", "--model_size", "demo", "--text_file", text, "--batch_size", 2, "--out", "run")
+    succeeds(capsys, *arguments, "--max_steps", 2)
+    code = "import sys; from transformer_llm.checkpoints import lock_run; lock = lock_run('run'); print(flush=True); sys.stdin.read()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as other:
+        other.stdout.readline()
+        before = fingerprint(Path("run"))
+        for options in (("--overwrite", "--max_steps", 1), ("--max_steps", 1)):
+            refused(capsys, *arguments, *options, says=str(other.pid) if "--overwrite" in options else "")
+        refused(capsys, "train", "--resume", "--out", "run", "--max_steps", 3, says=str(other.pid))
+        assert fingerprint(Path("run")) == before
+        other.kill()
+    succeeds(capsys, "train", "--resume", "--out", "run", "--max_steps", 3)
+    lock_run("run").release()
+
+
+# --- what exists stays --------------------------------------------------------------------------------------------
+
+
+def test_data_replaces_nothing_unasked(capsys, text):
+    "The rule of `tokenizer train`, for each thing that `data` writes."
+    Path("tokens").mkdir()
+    for name in ("patterns.txt", "tokens/train.bin", "tokens/notes.txt", "thesis.txt"):
+        Path(name).write_text("mine", encoding="utf-8")
+    before = fingerprint(Path("."))
+    prepare = ("data", "prepare", "--text_file", text, "--tokenizer", "char", "--out", "tokens")
+    refused(capsys, "data", "patterns", "--out", "patterns.txt", says="patterns.txt exists; give --overwrite")
+    refused(capsys, *prepare, says="train.bin exists; give --overwrite")
+    refused(capsys, "data", "shakespeare", "--out", "thesis.txt", says="thesis.txt was there already and is another text")
+    assert fingerprint(Path(".")) == before
+    succeeds(capsys, "data", "patterns", "--out", "patterns.txt", "--overwrite")
+    succeeds(capsys, *prepare, "--overwrite")
+    assert Path("patterns.txt").stat().st_size > 1000 and Path("tokens/notes.txt").read_text(encoding="utf-8") == "mine"
+    refused(capsys, *prepare, "--val_fraction", 0.5, says="exists; give --overwrite")
+
+
+def test_the_demo_refuses_before_it_trains(capsys, monkeypatch):
+    from transformer_llm import demo
+
+    monkeypatch.setattr(demo, "train_counter", lambda **options: pytest.fail("it trained"))
+    Path("file").write_text("mine", encoding="utf-8")
+    Path("pictures").mkdir()
+    Path("pictures/loss.png").write_bytes(b"mine")
+    refused(capsys, "demo", "--out", "file", says="file is a file")
+    refused(capsys, "demo", "--out", "file/below", says="file")
+    refused(capsys, "demo", "--out", "pictures", says="loss.png exists")
+    assert Path("pictures/loss.png").read_bytes() == b"mine" == Path("file").read_bytes()
+
+
+# --- sampling and evaluate ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_field_of_sampling_has_a_flag(command):
+    from dataclasses import fields
+
+    from transformer_llm.generation import Sampling
+
+    names = [field.name for field in fields(Sampling)]
+    assert names == list(cli.SAMPLING_FLAGS)
+    needed = ["--checkpoint", "x", "--prompt", "x"] if command == "generate" else []
+    for name in names:
+        args = cli.make_parser().parse_args([command, *needed, f"--{name}", "1"])
+        assert cli.typed_sampling(args) == {name: 1}
+
+
+def test_a_seed_is_not_ignored_by_beams(capsys, run):
+    refused(capsys, "generate", "--checkpoint", run, "--prompt", "a", "--beams", 2, "--seed", 3, says="leave out --seed")
+
+
+def test_evaluate(capsys, run, pretrained, text):
+    Path("test.txt").write_text(make_text(400, seed=9), encoding="utf-8")
+    out = succeeds(capsys, "evaluate", "--checkpoint", run, "--text_file", "test.txt")
+    assert "bits per byte" in out and "perplexity" in out and "accuracy" in out and "±" in out
+    found = json.loads(succeeds(capsys, "evaluate", "--checkpoint", run, "--text-file", "test.txt", "--json"))
+    assert found["model"]["bits_per_byte"] > 0 and found["table"]["bits_per_byte"] > 0
+    assert found["text_file"] == "test.txt" and found["name"] == str(run)
+    assert "±" in succeeds(capsys, "evaluate", "--model", pretrained, "--text_file", "test.txt")
+
+
+def test_evaluate_refuses_by_name(capsys, run, pretrained):
+    Path("empty.txt").write_text("", encoding="utf-8")
+    Path("some.txt").write_text("the cat sat", encoding="utf-8")
+    Path("texts").mkdir()
+    refused(capsys, "evaluate", "--text_file", "some.txt", says="--checkpoint --model is required")
+    refused(capsys, "evaluate", "--checkpoint", run, says="required: --text_file")
+    refused(capsys, "evaluate", "--checkpoint", run, "--model", pretrained, "--text_file", "x", says="not allowed with")
+    refused(capsys, "evaluate", "--checkpoint", run, "--text_file", "empty.txt", says="empty.txt is empty")
+    refused(capsys, "evaluate", "--checkpoint", run, "--text_file", "texts", says="is a folder")
+    refused(capsys, "evaluate", "--checkpoint", run, "--text_file", "nowhere.txt", says="nowhere.txt")
+    refused(capsys, "evaluate", "--checkpoint", "nowhere", "--text_file", "some.txt", says="nowhere")
+    refused(capsys, "evaluate", "--model", run, "--text_file", "some.txt", says="give it as --checkpoint")

@@ -8,15 +8,15 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'SAMPLING_
            'add_split_flag', 'add_overwrite_flag', 'add_model_flags', 'add_optimizer_flags', 'add_train',
            'add_generate', 'add_chat', 'add_sampling', 'typed_sampling', 'add_evaluate', 'add_export', 'add_bench',
            'add_data', 'add_tokenizer', 'make_parser', 'add_demo', 'add_play', 'add_info', 'human_bytes', 'human_time',
-           'print_rows', 'is_terminal', 'at_terminal', 'note', 'check_out', 'check_no_tokens', 'command_shakespeare',
-           'command_patterns', 'command_prepare', 'token_counts', 'command_tokenizer', 'run_config', 'run_folder',
-           'print_plan', 'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines', 'command_train',
-           'train_and_tell', 'where_it_stands', 'resume_command', 'print_result', 'save_curve', 'harmless',
-           'load_and_tell', 'load_writer', 'fast_form', 'command_generate', 'write_sample', 'beam_text', 'command_chat',
-           'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_export', 'how_to_talk',
-           'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'config_rows', 'count_parameters',
-           'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench', 'sentence_for',
-           'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'print_rows', 'is_terminal', 'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens',
+           'command_shakespeare', 'command_patterns', 'command_prepare', 'token_counts', 'command_tokenizer',
+           'run_config', 'run_folder', 'print_plan', 'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines',
+           'command_train', 'train_and_tell', 'where_it_stands', 'resume_command', 'print_result', 'save_curve',
+           'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate', 'write_sample', 'beam_text',
+           'command_chat', 'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_export',
+           'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row', 'config_rows',
+           'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
+           'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -424,6 +424,12 @@ def at_terminal() -> bool:
     return is_terminal(sys.stderr)
 
 
+def typed(flag: str, value: str | Path) -> str:
+    "A flag as a person would type it, for a sentence that says what to do next."
+    word = shlex.quote(str(value))
+    return f"--{flag}={word}" if word.startswith("-") else f"--{flag} {word}"
+
+
 def note(text: str) -> None:
     "Say something that is not a command's result, on the error stream; nothing fails where nobody can hear it."
     for stream, said in ((sys.stdout, ""), (sys.stderr, harmless(text, sys.stderr) + "\n")):
@@ -457,7 +463,7 @@ def command_shakespeare(args: argparse.Namespace) -> None:
         raise InputError(f"{path} was there already and is another text than this book's Shakespeare; give another "
                          "--out to have the plays, or train on it as it is.")
     print(f"{path}: {human_bytes(path.stat().st_size)} of Shakespeare. Next: "
-          f"transformer-llm train --text_file {shlex.quote(str(path))}")
+          f"transformer-llm train {typed('text_file', path)}")
 
 
 def command_patterns(args: argparse.Namespace) -> None:
@@ -483,7 +489,7 @@ def command_prepare(args: argparse.Namespace) -> None:
     data, tokenizer = prepare(source, out, tokenizer=args.tokenizer, vocab_size=args.vocab_size,
                               val_fraction=args.val_fraction, workers=args.workers, progress=at_terminal())
     print_rows([("vocabulary", f"{tokenizer.vocab_size:,} tokens"), ("tokens", token_counts(data))])
-    print(f"Next: transformer-llm train --text_file {shlex.quote(str(out))}")
+    print(f"Next: transformer-llm train {typed('text_file', out)}")
 
 
 def token_counts(data) -> str:
@@ -503,7 +509,7 @@ def command_tokenizer(args: argparse.Namespace) -> None:
     tokenizer = make_tokenizer(args.tokenizer or "bpe", text, args.vocab_size, progress=at_terminal())
     tokenizer.save(out)
     print(f"{target}: {tokenizer.vocab_size:,} tokens. Next: "
-          f"transformer-llm train --tokenizer {shlex.quote(str(target))}")
+          f"transformer-llm train {typed('tokenizer', target)}")
 
 # %% ../nbs/92_command_line.ipynb #781b3123
 def run_config(args: argparse.Namespace):
@@ -671,7 +677,7 @@ def where_it_stands(trainer, out: Path) -> str:
 
 def resume_command(out: Path) -> str:
     "What to type to continue the run in `out`."
-    return f"transformer-llm train --out {shlex.quote(str(out))} --resume"
+    return f"transformer-llm train {typed('out', out)} --resume"
 
 
 def print_result(history: list[dict], out: Path) -> None:
@@ -680,7 +686,7 @@ def print_result(history: list[dict], out: Path) -> None:
     rows = [("loss", f"{last['loss']:.4f} nats a token")] if "loss" in last else []
     rows += [("validation", f"{last['val_loss']:.4f} nats a token")] if "val_loss" in last else []
     print_rows(rows)
-    print(f"Next: transformer-llm generate --checkpoint {shlex.quote(str(out))} --prompt \"...\"")
+    print(f"Next: transformer-llm generate {typed('checkpoint', out)} --prompt \"...\"")
 
 
 def save_curve(history: list[dict], path: Path) -> None:
@@ -802,7 +808,7 @@ def command_chat(args: argparse.Namespace) -> None:
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt is empty; give it some text, or leave it out to talk.")
     if Path(args.model).is_dir() and not is_pretrained(args.model):
-        way = f"transformer-llm generate --checkpoint {shlex.quote(args.model)} --prompt \"...\""
+        way = f"transformer-llm generate {typed('checkpoint', args.model)} --prompt \"...\""
         raise InputError(f"the model in {args.model} was trained to continue texts, not to answer, and has no chat "
                          f"template; use {way}.")
     if at_terminal():
@@ -928,7 +934,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     if args.json:
         import json
 
-        print(json.dumps({"model": name, "text_file": str(path), **found.to_dict()}, indent=2))
+        print(json.dumps({"name": name, "text_file": str(path), **found.to_dict()}, indent=2))
     else:
         print(found)
 
@@ -1012,7 +1018,7 @@ def machine_rows() -> list[tuple[str, str]]:
     import torch
 
     from transformer_llm import __version__
-    from transformer_llm.foundations import cache_dir, pick_device
+    from transformer_llm.foundations import pick_device
 
     memory = memory_bytes()
     return [
@@ -1023,8 +1029,18 @@ def machine_rows() -> list[tuple[str, str]]:
         ("cores", str(os.cpu_count())),
         ("memory", human_bytes(memory) if memory else "unknown"),
         ("device", str(pick_device("auto"))),
-        ("cache", str(cache_dir())),
+        ("cache", cache_row()),
     ]
+
+
+def cache_row() -> str:
+    "Where downloads are kept."
+    from transformer_llm.foundations import cache_dir
+
+    try:
+        return str(cache_dir())
+    except InputError as error:  # no home folder
+        return str(error)
 
 
 def config_rows(config) -> list[tuple[str, str]]:
