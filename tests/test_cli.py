@@ -2,6 +2,7 @@
 
 Nearly all of it runs through `main([...])` in this process; a new process pays seconds to import PyTorch.
 """
+
 import contextlib
 import errno
 import hashlib
@@ -86,24 +87,8 @@ def tokens(tmp_path_factory, text) -> Path:
 def run(tmp_path_factory, text) -> Path:
     "A finished run of 30 steps. Tests only read it."
     folder = tmp_path_factory.mktemp("runs") / "cats"
-    assert (
-        main(
-            [
-                "train",
-                "--model_size",
-                "demo",
-                "--text_file",
-                str(text),
-                "--max_steps",
-                "30",
-                "--batch_size",
-                "8",
-                "--out",
-                str(folder),
-            ]
-        )
-        == 0
-    )
+    small = ["train", "--model_size", "demo", "--text_file", str(text), "--max_steps", "30", "--batch_size", "8"]
+    assert main([*small, "--out", str(folder)]) == 0
     return folder
 
 
@@ -115,22 +100,9 @@ def somewhere_else(tmp_path, monkeypatch):
 
 # --- the command itself -------------------------------------------------------------------------------------------
 
-COMMANDS = [
-    [],
-    ["demo"],
-    ["data"],
-    ["data", "shakespeare"],
-    ["data", "patterns"],
-    ["data", "prepare"],
-    ["tokenizer"],
-    ["tokenizer", "train"],
-    ["train"],
-    ["generate"],
-    ["chat"],
-    ["export"],
-    ["bench"],
-    ["info"],
-]
+COMMANDS = ["", "demo", "data", "data shakespeare", "data patterns", "data prepare", "tokenizer", "tokenizer train", "train",
+            "generate", "chat", "evaluate", "export", "shakespeare", "bench", "info"]
+COMMANDS = [command.split() for command in COMMANDS]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -148,7 +120,8 @@ def test_help_is_fast_and_imports_nothing_heavy():
         seconds.append(time.perf_counter() - start)
         assert done.returncode == 0 and done.stdout.startswith("usage: transformer-llm") and done.stderr == ""
     assert min(seconds) < 0.5, seconds
-    code = "import sys, transformer_llm.cli as c; c.main(['train', '--help']); sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'matplotlib')))"
+    heavy = "any(m in sys.modules for m in ('torch', 'numpy', 'matplotlib'))"
+    code = f"import sys, transformer_llm.cli as c; c.main(['train', '--help']); sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, cwd=ROOT).returncode == 0
 
 
@@ -182,19 +155,8 @@ def test_every_training_flag_is_a_setting():
     from transformer_llm.runs import TRAINING_FIELDS
 
     known = set(TRAINING_FIELDS) | {
-        "context_length",
-        "model_size",
-        "dropout",
-        "epochs",
-        "text_file",
-        "tokenizer",
-        "vocab_size",
-        "val_fraction",
-        "out",
-        "resume",
-        "overwrite",
-        "help",
-        "fast",
+        "context_length", "model_size", "dropout", "epochs", "text_file", "tokenizer", "vocab_size", "val_fraction",
+        "out", "resume", "overwrite", "help", "fast",
     }  # fast: which trainer, not a setting of it
     assert {action.dest for action in subparser("train")._actions} <= known
 
@@ -224,17 +186,7 @@ def test_data_prepare_then_train(capsys, tokens):
     assert {"train.bin", "val.bin", "meta.json", "tokenizer.json"} <= {path.name for path in tokens.iterdir()}
     before = fingerprint(tokens)
     out = succeeds(
-        capsys,
-        "train",
-        "--model_size",
-        "demo",
-        "--text_file",
-        tokens,
-        "--max_steps",
-        2,
-        "--batch_size",
-        2,
-        "--out",
+        capsys, "train", "--model_size", "demo", "--text_file", tokens, "--max_steps", 2, "--batch_size", 2, "--out",
         "run",
     )
     assert "parameters" in out and fingerprint(tokens) == before
@@ -291,18 +243,8 @@ def test_train_leaves_a_whole_run(capsys, run):
 
 def test_train_prints_its_plan_first(capsys, text):
     out = succeeds(
-        capsys,
-        "train",
-        "--model_size",
-        "demo",
-        "--text_file",
-        text,
-        "--epochs",
-        0.5,
-        "--batch_size",
-        4,
-        "--accumulation",
-        2,
+        capsys, "train", "--model_size", "demo", "--text_file", text, "--epochs", 0.5, "--batch_size", 4,
+        "--accumulation", 2,
     )
     for name in ("parameters", "vocabulary", "tokens", "steps", "memory", "run", "loss", "validation"):
         assert re.search(rf"^{name} +\S", out, re.MULTILINE), out
@@ -323,14 +265,7 @@ def test_shakespeare_is_prepared_where_its_file_is_named(capsys, monkeypatch, te
     succeeds(capsys, "train", "--model_size", "demo", "--max_steps", 1, "--text_file", "data/shakespeare.txt")
     assert asked == [Path("data/shakespeare.txt")]
     refused(
-        capsys,
-        "train",
-        "--model_size",
-        "demo",
-        "--max_steps",
-        1,
-        "--text_file",
-        "data/marlowe.txt",
+        capsys, "train", "--model_size", "demo", "--max_steps", 1, "--text_file", "data/marlowe.txt",
         says="data/marlowe.txt",
     )
 
@@ -369,19 +304,8 @@ def test_shakespeare_trains_once_and_writes_again(capsys, tmp_path, monkeypatch)
 )
 def test_flags_take_effect(capsys, text, flags):
     succeeds(
-        capsys,
-        "train",
-        "--model_size",
-        "demo",
-        "--text_file",
-        text,
-        "--max_steps",
-        3,
-        "--out",
-        "run",
-        "--device",
-        "cpu",
-        *flags,
+        capsys, "train", "--model_size", "demo", "--text_file", text, "--max_steps", 3, "--out", "run", "--device",
+        "cpu", *flags,
     )
     newest = Path("run/step-0000003")
     saved = json.loads((newest / "training.json").read_text(encoding="utf-8"))["training"] | json.loads(
@@ -401,15 +325,7 @@ def test_an_existing_run_is_not_lost(capsys, run, text):
     refused(capsys, "train", "--out", run, "--resume", "--seed", 5, says="has seed 0; leave --seed 5 out")
     refused(capsys, "train", "--out", run, "--resume", "--batch_size", 5, says="has batch_size 8")
     refused(
-        capsys,
-        "train",
-        "--model_size",
-        "demo",
-        "--text_file",
-        "missing.txt",
-        "--out",
-        run,
-        "--overwrite",
+        capsys, "train", "--model_size", "demo", "--text_file", "missing.txt", "--out", run, "--overwrite",
         says="missing.txt",
     )
     assert fingerprint(run) == before
@@ -444,17 +360,7 @@ def test_overwrite_removes_only_the_run(capsys, text):
 
 def test_resume_goes_further_even_after_a_move(capsys, text):
     succeeds(
-        capsys,
-        "train",
-        "--model_size",
-        "demo",
-        "--text_file",
-        text,
-        "--max_steps",
-        4,
-        "--batch_size",
-        4,
-        "--out",
+        capsys, "train", "--model_size", "demo", "--text_file", text, "--max_steps", 4, "--batch_size", 4, "--out",
         "run",
     )
     Path("run").rename("moved")
@@ -503,19 +409,18 @@ def test_ctrl_c_elsewhere_is_quiet(capsys, monkeypatch):
 
 # --- refusals -----------------------------------------------------------------------------------------------------
 
-OUT_OF_RANGE = (
-    """
-train --max_steps 0|train --max_steps -1|train --max_steps 1.5|train --max_steps many|train --max_steps 1e9|train --max_steps 99999999999
-train --epochs 0|train --epochs -1|train --epochs nan|train --epochs inf|train --batch_size 0|train --context_length 1|train --vocab_size 1
-train --val_fraction 1|train --val_fraction -0.1|train --learning_rate -1|train --learning_rate 1e400|train --warmup_steps -1|train --accumulation 0
-train --dropout 1|train --dropout -0.1|train --eval_every -1|train --checkpoint_every -1|train --keep_checkpoints 0|train --seed -1|train --seed 0.5
-generate --temperature -1|generate --temperature nan|generate --top_k 0|generate --top_p 1.5|generate --top_p -1|generate --min_p 2|generate --beams 0
-generate --repetition_penalty 0|generate --max_new_tokens 0|generate --num_samples 0|generate --num_samples 1.5|generate --seed x
-data prepare --workers 0|tokenizer train --vocab_size 0|demo --seed -1
-""".replace("\n", "|")
-    .strip("|")
-    .split("|")
-)
+OUT_OF_RANGE = {
+    "train": """max_steps 0, max_steps -1, max_steps 1.5, max_steps many, max_steps 1e9, max_steps 99999999999,
+        epochs 0, epochs -1, epochs nan, epochs inf, batch_size 0, context_length 1, vocab_size 1, val_fraction 1,
+        val_fraction -0.1, learning_rate -1, learning_rate 1e400, warmup_steps -1, accumulation 0, dropout 1,
+        dropout -0.1, eval_every -1, checkpoint_every -1, keep_checkpoints 0, seed -1, seed 0.5""",
+    "generate": """temperature -1, temperature nan, top_k 0, top_p 1.5, top_p -1, min_p 2, beams 0, seed x,
+        repetition_penalty 0, max_new_tokens 0, num_samples 0, num_samples 1.5""",
+    "data prepare": "workers 0",
+    "tokenizer train": "vocab_size 0",
+    "demo": "seed -1",
+}
+OUT_OF_RANGE = [f"{command} --{one.strip()}" for command, flags in OUT_OF_RANGE.items() for one in flags.split(",")]
 
 
 @pytest.mark.parametrize("words", OUT_OF_RANGE)
@@ -525,25 +430,28 @@ def test_flags_out_of_range(capsys, words):
     refused(capsys, *command, *needed, flag, value, says=f"{flag} must be a (whole )?number .*, not ")
 
 
-@pytest.mark.parametrize("words, says", [
-    ("", "required: COMMAND"),
-    ("fly", "invalid choice: 'fly'"),
-    ("train --model_size huge", "--model_size: invalid choice: 'huge'"),
-    ("train --batch 4", "unrecognized arguments: --batch"),
-    ("train --max_steps", "expected one argument"),
-    ("train --epochs 1 --max_steps 5", "not allowed with"),
-    ("train --optimizer sgd", "invalid choice"),
-    ("train --dtype float16", "invalid choice"),
-    ("train --device tpu", "invalid choice"),
-    ("generate --prompt x", "required: --checkpoint"),
-    ("generate --checkpoint x", "required: --prompt"),
-    ("generate --checkpoint nowhere --prompt x", "nowhere"),
-    ("info nowhere", "nowhere"),
-    ("data prepare --out x --text_file nowhere", "nowhere"),
-    ("tokenizer train --text_file nowhere", "nowhere"),
-    ("train --text_file nowhere", "nowhere"),
-    ("train --resume --out nowhere", "nowhere"),
-])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("", "required: COMMAND"),
+        ("fly", "invalid choice: 'fly'"),
+        ("train --model_size huge", "--model_size: invalid choice: 'huge'"),
+        ("train --batch 4", "unrecognized arguments: --batch"),
+        ("train --max_steps", "expected one argument"),
+        ("train --epochs 1 --max_steps 5", "not allowed with"),
+        ("train --optimizer sgd", "invalid choice"),
+        ("train --dtype float16", "invalid choice"),
+        ("train --device tpu", "invalid choice"),
+        ("generate --prompt x", "required: --checkpoint"),
+        ("generate --checkpoint x", "required: --prompt"),
+        ("generate --checkpoint nowhere --prompt x", "nowhere"),
+        ("info nowhere", "nowhere"),
+        ("data prepare --out x --text_file nowhere", "nowhere"),
+        ("tokenizer train --text_file nowhere", "nowhere"),
+        ("train --text_file nowhere", "nowhere"),
+        ("train --resume --out nowhere", "nowhere"),
+    ],
+)
 def test_other_mistakes(capsys, words, says):
     refused(capsys, *words.split(), says=re.escape(says))
 
@@ -585,14 +493,7 @@ def test_texts_and_vocabularies_that_do_not_fit(capsys, text):
 
 def test_a_model_far_larger_than_the_machine(capsys, tokens):
     refused(
-        capsys,
-        "train",
-        "--model_size",
-        "medium",
-        "--text_file",
-        tokens,
-        "--batch_size",
-        1_000_000,
+        capsys, "train", "--model_size", "medium", "--text_file", tokens, "--batch_size", 1_000_000,
         says="smaller --batch_size",
     )
     assert not Path("runs").exists() or not list(Path("runs").rglob("step-*"))
@@ -663,18 +564,8 @@ def test_a_real_limit_on_file_size(text):
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
     command = [
-        sys.executable,
-        "-m",
-        "transformer_llm",
-        "train",
-        "--model_size",
-        "demo",
-        "--text_file",
-        str(text),
-        "--max_steps",
-        "2",
-        "--out",
-        "run",
+        sys.executable, "-m", "transformer_llm", "train", "--model_size", "demo", "--text_file", str(text),
+        "--max_steps", "2", "--out", "run",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, env=environment)
@@ -690,18 +581,8 @@ def test_a_real_limit_on_file_size(text):
 def test_generate(capsys, run):
     arguments = ("generate", "--checkpoint", run, "--prompt", "the cat", "--max_new_tokens", 40)
     first = succeeds(
-        capsys,
-        *arguments,
-        "--temperature",
-        0.8,
-        "--top_k",
-        50,
-        "--top_p",
-        0.9,
-        "--min_p",
-        0.01,
-        "--repetition_penalty",
-        1.1,
+        capsys, *arguments, "--temperature", 0.8, "--top_k", 50, "--top_p", 0.9, "--min_p", 0.01,
+        "--repetition_penalty", 1.1,
     )
     assert first.startswith("the cat") and len(first) == len("the cat") + 40 + 1
     assert succeeds(capsys, *arguments, "--seed", 1) == succeeds(capsys, *arguments, "--seed", 1)
@@ -724,12 +605,7 @@ def test_generate_from_one_checkpoint_with_beams(capsys, run):
         "generate",
         "--checkpoint",
         run / "step-0000030",
-        "--prompt",
-        "the cat",
-        "--max_new_tokens",
-        10,
-        "--beams",
-        3,
+        "--prompt", "the cat", "--max_new_tokens", 10, "--beams", 3,
     )
     assert succeeds(capsys, *arguments).startswith("the cat")
     refused(capsys, *arguments, "--temperature", 1, "--stream", says="leave out --temperature and --stream")
@@ -794,11 +670,7 @@ def test_damaged_checkpoints(capsys, run):
 
     source = run / "step-0000030"
     for name in (
-        "config.json",
-        "model.safetensors",
-        "training.json",
-        "training_state.safetensors",
-        "tokenizer.json",
+        "config.json", "model.safetensors", "training.json", "training_state.safetensors", "tokenizer.json",
         "checkpoint.json",
     ):
         for damage in ("flip", "cut", "gone"):
@@ -823,18 +695,8 @@ def test_a_run_whose_newest_checkpoint_is_damaged(capsys, text):
     from transformer_llm.checkpoints import load_checkpoint
 
     settings = (
-        "train",
-        "--model_size",
-        "demo",
-        "--text_file",
-        text,
-        "--batch_size",
-        4,
-        "--checkpoint_every",
-        3,
-        "--max_steps",
-        6,
-        "--out",
+        "train", "--model_size", "demo", "--text_file", text, "--batch_size", 4, "--checkpoint_every", 3,
+        "--max_steps", 6, "--out",
     )
     succeeds(capsys, *settings, "whole")
     expected = Path("whole/step-0000006/model.safetensors").read_bytes()
@@ -923,20 +785,8 @@ def pretrained(tmp_path_factory, run) -> Path:
     text.write_text(make_text(), encoding="utf-8")
     run_folder = folder.parent / "run"
     arguments = [
-        "--model_size",
-        "tiny",
-        "--text_file",
-        text,
-        "--vocab_size",
-        300,
-        "--context_length",
-        16,
-        "--batch_size",
-        2,
-        "--max_steps",
-        2,
-        "--out",
-        run_folder,
+        "--model_size", "tiny", "--text_file", text, "--vocab_size", 300, "--context_length", 16, "--batch_size", 2,
+        "--max_steps", 2, "--out", run_folder,
     ]
     assert main(["train", *map(str, arguments)]) == 0
     assert main(["export", "--checkpoint", str(run_folder), "--hf", str(folder)]) == 0
@@ -953,12 +803,7 @@ def test_generate_and_info_take_a_model_of_others(capsys, pretrained):
     assert re.search(r"^vocab_size +300$", out, re.MULTILINE) and re.search(r"^answers +no: ", out, re.MULTILINE)
     refused(capsys, "chat", "--model", pretrained, "--prompt", "a", says="has no chat template.* generate")
     refused(
-        capsys,
-        "chat",
-        "--model",
-        pretrained.parent / "run",
-        "--prompt",
-        "a",
+        capsys, "chat", "--model", pretrained.parent / "run", "--prompt", "a",
         says="has no chat template; use .*generate",
     )
 
@@ -1060,15 +905,8 @@ def test_generate_with_any_numbers(run, pairs):
 @given(
     pairs=flags(
         [
-            "--learning_rate",
-            "--warmup_steps",
-            "--seed",
-            "--dropout",
-            "--eval_every",
-            "--checkpoint_every",
-            "--keep_checkpoints",
-            "--val_fraction",
-            "--vocab_size",
+            "--learning_rate", "--warmup_steps", "--seed", "--dropout", "--eval_every", "--checkpoint_every",
+            "--keep_checkpoints", "--val_fraction", "--vocab_size",
         ],
         ["--max_steps", "--batch_size", "--accumulation", "--context_length"],
     )
@@ -1145,19 +983,8 @@ def test_bench_writes_results_and_a_picture(capsys, cheap):
 def test_bench_of_some_sections(capsys, cheap):
     Path("cats.txt").write_text(make_text(6000), encoding="utf-8")
     succeeds(
-        capsys,
-        "bench",
-        "--section",
-        "tokenizer",
-        "generation",
-        "--section",
-        "gpu-training-loss",
-        "--text-file",
-        "cats.txt",
-        "--output",
-        "deep/r.json",
-        "--seed",
-        0,
+        capsys, "bench", "--section", "tokenizer", "generation", "--section", "gpu-training-loss", "--text-file",
+        "cats.txt", "--output", "deep/r.json", "--seed", 0,
     )
     assert [name for name, *_ in cheap[0]] == ["gpu-training-loss", "generation", "tokenizer"] and Path(
         "deep/r.png"
@@ -1166,10 +993,7 @@ def test_bench_of_some_sections(capsys, cheap):
     # goes on with the same file and picture
     succeeds(capsys, "bench", "--section", "training-loss", "--output", "deep/r.json")
     assert json.loads(Path("deep/r.json").read_text(encoding="utf-8"))["sections"].keys() == {
-        "training-loss",
-        "gpu-training-loss",
-        "generation",
-        "tokenizer",
+        "training-loss", "gpu-training-loss", "generation", "tokenizer",
     }
 
 
@@ -1313,7 +1137,8 @@ def test_without_streams(monkeypatch, capsys, run):
 def test_a_closed_stream_ends_nothing(closed):
     command = shlex.join([sys.executable, "-m", "transformer_llm"])
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for words, code in (("--help", 0), ("train --help", 0), ("--version", 0), ("fly", 2), ("info ~nobody-of-that-name", 2)):
+    cases = {"--help": 0, "train --help": 0, "--version": 0, "fly": 2, "info ~nobody-of-that-name": 2}
+    for words, code in cases.items():
         done = subprocess.run(["sh", "-c", f"{command} {words} {closed}"], capture_output=True, env=environment)
         assert done.returncode == code and b"Traceback" not in done.stderr + done.stdout, done
 
@@ -1329,8 +1154,10 @@ def test_training_where_nothing_is_usual(text, tmp_path):
         if folder.stat().st_uid == 0 and folder != Path("/") and not folder.stat().st_mode & 1:
             folder.chmod(folder.stat().st_mode | 0o011)
     shutil.copy(text, work / "cats.txt")
-    command = [sys.executable, "-m", "transformer_llm", "train", "--model_size", "demo", "--text_file", "cats.txt",
-               "--max_steps", "20", "--batch_size", "2", "--eval_every", "5", "--out", "run", "--device", "cpu"]
+    command = [
+        sys.executable, "-m", "transformer_llm", "train", "--model_size", "demo", "--text_file", "cats.txt",
+        "--max_steps", "20", "--batch_size", "2", "--eval_every", "5", "--out", "run", "--device", "cpu",
+    ]
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
     environment |= {"PYTHONPATH": str(ROOT), "MPLBACKEND": "nonsense", "MPLCONFIGDIR": str(work / "mpl"),
                     "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
@@ -1361,7 +1188,8 @@ def test_the_loss_is_a_line_now_and_then():
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         for step, val_loss in ((10, None), (20, None), (30, None), (40, 2.5)):
-            lines(SimpleNamespace(config=SimpleNamespace(max_steps=50)), {"step": step, "loss": 3, "val_loss": val_loss})
+            trainer = SimpleNamespace(config=SimpleNamespace(max_steps=50))
+            lines(trainer, {"step": step, "loss": 3, "val_loss": val_loss})
     assert said.getvalue().splitlines() == ["step         20 of 50: loss 3.0000",
                                             "step         40 of 50: loss 3.0000, validation 2.5000"]  # fmt: skip
 
@@ -1466,9 +1294,9 @@ def test_one_process_at_a_time(capsys, text):
 
     arguments = ("train", "--model_size", "demo", "--text_file", text, "--batch_size", 2, "--out", "run")
     succeeds(capsys, *arguments, "--max_steps", 2)
-    code = "import sys; from transformer_llm.checkpoints import lock_run; lock = lock_run('run'); print(flush=True); sys.stdin.read()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as other:
+    code = "import sys, transformer_llm.checkpoints as c; lock = c.lock_run('run'); print(flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
         other.stdout.readline()
         before = fingerprint(Path("run"))
         for options in (("--overwrite", "--max_steps", 1), ("--max_steps", 1)):
@@ -1492,7 +1320,7 @@ def test_data_replaces_nothing_unasked(capsys, text):
     prepare = ("data", "prepare", "--text_file", text, "--tokenizer", "char", "--out", "tokens")
     refused(capsys, "data", "patterns", "--out", "patterns.txt", says="patterns.txt exists; give --overwrite")
     refused(capsys, *prepare, says="train.bin exists; give --overwrite")
-    refused(capsys, "data", "shakespeare", "--out", "thesis.txt", says="thesis.txt was there already and is another text")
+    refused(capsys, "data", "shakespeare", "--out", "thesis.txt", says="was there already and is another text")
     assert fingerprint(Path(".")) == before
     succeeds(capsys, "data", "patterns", "--out", "patterns.txt", "--overwrite")
     succeeds(capsys, *prepare, "--overwrite")
@@ -1531,7 +1359,9 @@ def test_every_field_of_sampling_has_a_flag(command):
 
 
 def test_a_seed_is_not_ignored_by_beams(capsys, run):
-    refused(capsys, "generate", "--checkpoint", run, "--prompt", "a", "--beams", 2, "--seed", 3, says="leave out --seed")
+    refused(
+        capsys, "generate", "--checkpoint", run, "--prompt", "a", "--beams", 2, "--seed", 3, says="leave out --seed"
+    )
 
 
 def test_evaluate(capsys, run, pretrained, text):

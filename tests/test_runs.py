@@ -1,4 +1,5 @@
 """Runs from Python: what `start_run` and `continue_run` refuse, what they never destroy, and what `load_any` takes."""
+
 import json
 import random
 import shutil
@@ -296,7 +297,8 @@ def test_a_damaged_note_of_what_was_asked_for(run):
 def test_a_run_whose_note_is_lost_goes_on(run, text):
     "The checkpoint has all that is needed; only where the text came from is known from the note alone."
     (run / "command.json").unlink()
-    trainer = continue_run(run, RunConfig(model_size="demo", tokenizer="char", training={"batch_size": 2, "max_steps": 5}))
+    same = RunConfig(model_size="demo", tokenizer="char", training={"batch_size": 2, "max_steps": 5})
+    trainer = continue_run(run, same)
     trainer.train()
     assert trainer.step == 5
     with pytest.raises(InputError, match="command.json is missing"):
@@ -306,12 +308,28 @@ def test_a_run_whose_note_is_lost_goes_on(run, text):
 def test_equal_settings_are_accepted_and_others_named(run, text):
     "A setting that equals the run's is fine, typed at its start or not."
     same = {"seed": 0, "batch_size": 2, "schedule": "cosine", "learning_rate": TrainingConfig().learning_rate}
-    asked = RunConfig(text_file=text, tokenizer="char", model_size="demo", context_length=32, dropout=0,
-                      val_fraction=0.1, training=same)
+    asked = RunConfig(
+        text_file=text,
+        tokenizer="char",
+        model_size="demo",
+        context_length=32,
+        dropout=0,
+        val_fraction=0.1,
+        training=same,
+    )
     assert continue_run(run, asked).step == 3
-    other = [{"seed": 1}, {"batch_size": 4}, {"model_size": "nano"}, {"context_length": 16}, {"dropout": 0.5},
-             {"val_fraction": 0.2}, {"tokenizer": "bpe"}, {"vocab_size": 300}, {"text_file": "other.txt"},
-             {"schedule": "linear"}]
+    other = [
+        {"seed": 1},
+        {"batch_size": 4},
+        {"model_size": "nano"},
+        {"context_length": 16},
+        {"dropout": 0.5},
+        {"val_fraction": 0.2},
+        {"tokenizer": "bpe"},
+        {"vocab_size": 300},
+        {"text_file": "other.txt"},
+        {"schedule": "linear"},
+    ]
     for change in other:
         name, value = next(iter(change.items()))
         with pytest.raises(InputError, match=f"leave --{name} {value} out"):
@@ -344,5 +362,5 @@ def test_what_a_path_means(tmp_path, monkeypatch, finished):
     for path in ("nowhere", "runs/typo", "~nobody-of-that-name/x", "a" * 300, "a\0b"):
         with pytest.raises(InputError):
             load_any(path)
-    by_name = load_any(str(finished))[0].state_dict()
-    assert all((by_name[name] == weight).all() for name, weight in load_any(finished / "step-0000003")[0].state_dict().items())
+    weights = [load_any(path)[0].state_dict() for path in (str(finished), finished / "step-0000003")]
+    assert all((weights[0][name] == weight).all() for name, weight in weights[1].items())
