@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from .attention import KVCache, Mask, Rotate, attention_fused
+from .attention import KVCache, Mask, Rotate, attention_fused, check_heads, is_boolean
 from .embeddings import rotary_angles
 from .feedforward import ACTIVATIONS, is_gated
 from .foundations import InputError, check_range
@@ -353,9 +353,15 @@ def batched_attention(
     block: int | None = None,  # Queries computed together; None: see `attention_block`
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     "Attention as batched matrix products whose weights are kept for the backward pass. Every query must see a key."
-    block = (
-        attention_block(q.shape[2], q.element_size()) if block is None else check_range("block", block, 1, integer=True)
-    )
+    check_heads(q, k, v, mask)
+    if q.shape[2] != k.shape[2] or (mask is not None and is_boolean(mask)):
+        raise InputError(
+            "batched_attention takes as many keys as queries, and a mask that is added to the scores; for other keys "
+            "and boolean masks take attention_fused."
+        )
+    if block is None:
+        block = attention_block(q.shape[2], q.element_size())
+    check_range("block", block, 1, integer=True)
     return _BatchedAttention.apply(q, k, v, mask, min(block, q.shape[2]))
 
 # %% ../nbs/11_fast.ipynb #f04dcc50

@@ -176,7 +176,7 @@ class GPTConfig:
                     "rope_scaling must be None, a RopeScaling or a dictionary "
                     f"of its fields, not {self.rope_scaling!r}."
                 )
-            self.rope_scaling.check_head(self.head_dim)
+            self.rope_scaling.check_head(self.head_dim, self.rope_base)
 
     def _defaults(self) -> dict[str, int | bool]:
         "What the fields that may be None stand for."
@@ -368,6 +368,17 @@ class GPT(nn.Module):
             return torch.arange(past, past + ids.shape[1], device=ids.device)
         return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past:]
 
+    def _check_scaling(self, total: int, cache: list[KVCache] | None) -> None:
+        "Refuse a cache where the length of the text changes the angles of all its tokens."
+        scaling = self.config.rope_scaling
+        if cache is None or scaling is None or scaling.kind != "dynamic" or total <= scaling.original_context_length:
+            return
+        raise InputError(
+            f"With rope_scaling kind='dynamic', {total} tokens turn by other angles than the "
+            f"{scaling.original_context_length} of original_context_length, so the keys in a cache would be wrong; "
+            "read the text without one (use_cache=False)."
+        )
+
     def _start(
         self,
         ids: Int[Tensor, "batch seq"],
@@ -391,6 +402,7 @@ class GPT(nn.Module):
             raise InputError(
                 f"The sequence has {total} tokens, but the model's context_length is {c.context_length}; shorten it."
             )
+        self._check_scaling(total, cache)
         if attention_mask is not None and attention_mask.shape != (ids.shape[0], total):
             raise InputError(
                 f"attention_mask must have shape {(ids.shape[0], total)}, cached "
