@@ -21,12 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from .attention import KVCache, Mask, Rotate, attention_fused, check_heads, is_boolean
+from .attention import KVCache, Mask, Rotate, attention_fused
 from .embeddings import rotary_angles
-from .feedforward import ACTIVATIONS, is_gated
+from .feedforward import ACTIVATIONS
 from .foundations import InputError, check_range
-from .training import AdamW, Trainer, TrainingConfig, TrainingError, learning_rate, set_learning_rate
-from .transformer import GPT, GPTConfig, RMSNorm, check_plain, flops_per_token
+from .training import AdamW, Trainer, TrainingConfig
+from .transformer import GPT, GPTConfig, RMSNorm, flops_per_token
 
 # %% ../nbs/11_fast.ipynb #03b263b9
 def matmul_peak(
@@ -353,15 +353,9 @@ def batched_attention(
     block: int | None = None,  # Queries computed together; None: see `attention_block`
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     "Attention as batched matrix products whose weights are kept for the backward pass. Every query must see a key."
-    check_heads(q, k, v, mask)
-    if q.shape[2] != k.shape[2] or (mask is not None and is_boolean(mask)):
-        raise InputError(
-            "batched_attention takes as many keys as queries, and a mask that is added to the scores; for other keys "
-            "and boolean masks take attention_fused."
-        )
-    if block is None:
-        block = attention_block(q.shape[2], q.element_size())
-    check_range("block", block, 1, integer=True)
+    block = (
+        attention_block(q.shape[2], q.element_size()) if block is None else check_range("block", block, 1, integer=True)
+    )
     return _BatchedAttention.apply(q, k, v, mask, min(block, q.shape[2]))
 
 # %% ../nbs/11_fast.ipynb #f04dcc50
@@ -433,7 +427,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         packed, matrix = (weight, weight.value) if isinstance(weight, _Packed) else (None, weight)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wants_weight = wants_weight or (packed is not None and wants_hidden)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        dtype, (vocab, d_model) = torch.promote_types(hidden.dtype, torch.float32), matrix.shape
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = _ChunkedCrossEntropy.place(packed, matrix, dtype, workspace) if wants_weight else None
         grad_bias = torch.zeros_like(bias) if wants_bias else None
@@ -442,7 +436,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(hidden), chunk):
             h, rows = hidden[first : first + chunk], slice(first, first + chunk)
             target = targets[rows].clamp(min=0)[:, None]
-            logits = torch.mm(h, matrix.t(), out=workspace.take("logits", (len(h), len(matrix)), hidden, h.dtype))
+            logits = torch.mm(h, matrix.t(), out=workspace.take("logits", (len(h), vocab), hidden, h.dtype))
             log_p = _ChunkedCrossEntropy.to_probabilities(logits, target, bias, dtype, workspace)
             total -= log_p[:, 0] @ share[rows, 0]
             if not (wants_hidden or wants_weight or wants_bias):
@@ -529,8 +523,7 @@ class WorkingCopy:
     """A model's weights packed for speed and kept in another dtype; the model's own stay as they are, and the optimizer
     moves those.
 
-    Raises `InputError` for a model with dropout, and for one with a module that the book doesn't know or a hook: they
-    would be left out.
+    Raises `InputError` for a model with dropout.
     """
 
     def __init__(
@@ -546,7 +539,6 @@ class WorkingCopy:
                 "A working copy has no dropout, and this model has "
                 f"dropout={model.config.dropout}; train it with Trainer."
             )
-        model = check_plain(model, "A working copy (FastTrainer)", gradients=True, calls_start=True)
         self.model, self.config, self.dtype, self.checkpointing = model, model.config, dtype, checkpointing
         self.chunk = check_range("chunk", chunk, 1, integer=True)
         self._tables: dict = {}
@@ -570,7 +562,7 @@ class WorkingCopy:
             "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
             "o": [attention.o_proj],
             "down": [feedforward.down],
-            "up": [feedforward.gate, feedforward.up] if is_gated(self.config.activation) else [feedforward.up],
+            "up": [feedforward.gate, feedforward.up] if self.config.activation == "swiglu" else [feedforward.up],
         }
         layer = {
             name: _Packed([m.weight for m in group], self.dtype, self._workspace) for name, group in groups.items()
@@ -643,13 +635,9 @@ class WorkingCopy:
 
     def _feed(self, x: Float[Tensor, "batch seq d_model"], layer: dict) -> Float[Tensor, "batch seq d_ff"]:
         hidden = _Linear.apply(x, layer["up"], layer["up_bias"], None)
-        activation = self.config.activation
-        if activation == "swiglu":
-            return _Gate.apply(hidden)
-        if is_gated(activation):
-            gate, up = hidden.chunk(2, -1)
-            return ACTIVATIONS[activation](gate) * up
-        return ACTIVATIONS[activation](hidden)
+        return (
+            _Gate.apply(hidden) if self.config.activation == "swiglu" else ACTIVATIONS[self.config.activation](hidden)
+        )
 
     def _add(
         self,
@@ -769,42 +757,36 @@ class FastTrainer(Trainer):
                 group["dtype"] = self.copy.dtype
 
     def train_step(self) -> tuple[float, float]:
-        "As `Trainer.train_step`."
+        "As `Trainer.train_step`, with a working copy of what the last one has moved."
+        self.copy.refresh()
+        return super().train_step()
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Float[Tensor, ""], int]:
+        "As `Trainer.loss`, in chunks."
         if self.plain:
-            return super().train_step()
-        self.model.train()
-        set_learning_rate(self.optimizers, learning_rate(self.step, self.config))
-        batches = [self.next_batch() for _ in range(self.config.accumulation)]
-        batches = [(inputs.to(self.device), targets.to(self.device)) for inputs, targets in batches]
-        self.model.zero_grad(set_to_none=True)
-        loss = self._accumulate(batches).item()
-        norm = gradient_norm(self.model.parameters()).item()  # measured here, divided where the optimizer reads
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(self._not_finite(f"the loss is {loss:g} and the gradient's norm {norm:g}"))
-        divisor = max(1.0, (norm + 1e-6) / self.config.grad_clip) if self.config.grad_clip else 1.0
+            return super().loss(batch)
+        inputs, targets = batch
+        return self.copy.loss(inputs, targets), int((targets != -100).sum())
+
+    def clip(self) -> float:
+        "The gradient's norm, measured here, divided where the optimizer reads."
+        if self.plain:
+            return super().clip()
+        norm = gradient_norm(self.model.parameters()).item()
+        self.divisor = max(1.0, (norm + 1e-6) / self.config.grad_clip) if self.config.grad_clip else 1.0
+        return norm
+
+    def update(self) -> None:
+        "As `Trainer.update`, with gradients divided as `clip` found."
         for optimizer in self.optimizers:
             if isinstance(optimizer, FusedAdamW):
-                optimizer.divisor = divisor
-            elif divisor > 1:
+                optimizer.divisor = 1.0 if self.plain else self.divisor
+            elif not self.plain and self.divisor > 1:
                 torch._foreach_div_(
-                    [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], divisor
+                    [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None],
+                    self.divisor,
                 )
             optimizer.step()
-        self.step += 1
-        return loss, norm
-
-    def _accumulate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, ""]:
-        self.copy.refresh()
-        count = max(1, sum(int((targets != -100).sum()) for _, targets in batches))
-        total = torch.zeros((), device=self.device)
-        for inputs, targets in batches:
-            loss = self.copy.loss(inputs, targets, divisor=count)
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def _logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-        return super()._logits(ids) if self.plain else self.copy.logits(ids)
 
     def evaluate(self, n_batches: int | None = None) -> float:
         "As `Trainer.evaluate`, with the working copy."
@@ -823,7 +805,7 @@ def working_activations(config: GPTConfig, seq: int, bytes_each: int) -> int:
         else seq
     )
     attention = heads * c.head_dim * (2 if c.qk_norm else 1) + c.n_heads * (keys + c.head_dim)
-    feedforward = c.d_ff * (3 if is_gated(c.activation) else 2)
+    feedforward = c.d_ff * (3 if c.activation == "swiglu" else 2)
     return int(2 * 4 * c.d_model + bytes_each * (2 * c.d_model + attention + feedforward))
 
 
@@ -849,19 +831,19 @@ def peak_training_memory(
     )
     blocks = sum(numbers_in(part) for part in ("_proj", "feedforward.up", "feedforward.gate", "feedforward.down"))
     grouped = sum(numbers_in(part) for part in ("q_proj", "k_proj", "v_proj"))
-    grouped += sum(numbers_in(f"feedforward.{part}") for part in ("gate", "up")) if is_gated(c.activation) else 0
+    grouped += sum(numbers_in(f"feedforward.{part}") for part in ("gate", "up")) if c.activation == "swiglu" else 0
     copies = 4 * grouped if size == 4 else 2 * (blocks + table)
     kept = 4 * (3 * numbers + blocks + table) + copies  # weights, moments, gradients of the matrices
     kept += (size * rows + 4 * min(CACHED_ROWS, rows)) * c.vocab_size  # logits, and some of them as probabilities
     rows_of = (
         min(GRADIENT_ROWS, c.vocab_size),
         (c.n_heads + 2 * c.n_kv_heads) * c.head_dim,
-        c.d_ff * (2 if is_gated(c.activation) else 1),
+        c.d_ff * (2 if c.activation == "swiglu" else 1),
     )
     kept += 2 * c.d_model * max(rows_of) if size == 2 else 0  # a product before it is added in float32
     block = tokens * working_activations(c, seq, size)
     stream = c.n_layers * tokens * 4 * c.d_model  # what checkpointing keeps
-    backward = tokens * (4 * c.d_model + size * c.d_ff * (3 if is_gated(c.activation) else 1))
+    backward = tokens * (4 * c.d_model + size * c.d_ff * (3 if c.activation == "swiglu" else 1))
     # for each token: the last residual stream; its norm, and as much for the norm's gradient
     around = 4 * c.d_model, size * c.d_model
     in_loss = (stream if checkpointing else c.n_layers * block) + tokens * (around[0] + 2 * around[1])
@@ -928,7 +910,7 @@ def checkpoint_activations(model: GPT, on: bool = True) -> GPT:
     for block in model.blocks:
         kind = type(block)
         if on and not isinstance(block, _Checkpointed):
-            block.__class__ = type(kind.__name__, (_Checkpointed, kind), {"same_as": kind})
+            block.__class__ = type(kind.__name__, (_Checkpointed, kind), {})
         elif not on and isinstance(block, _Checkpointed):
             block.__class__ = kind.__mro__[2]
     return model
