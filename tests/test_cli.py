@@ -100,8 +100,8 @@ def somewhere_else(tmp_path, monkeypatch):
 
 # --- the command itself -------------------------------------------------------------------------------------------
 
-COMMANDS = ["", "demo", "data", "data shakespeare", "data patterns", "data prepare", "tokenizer", "tokenizer train", "train",
-            "generate", "chat", "evaluate", "export", "shakespeare", "bench", "info"]
+COMMANDS = ["", "demo", "data", "data shakespeare", "data patterns", "data prepare", "tokenizer", "tokenizer train",
+            "train", "generate", "chat", "evaluate", "export", "shakespeare", "bench", "info"]
 COMMANDS = [command.split() for command in COMMANDS]
 
 
@@ -666,8 +666,6 @@ def test_prompts_that_can_not_be_continued(capsys, run, beams):
 
 
 def test_damaged_checkpoints(capsys, run):
-    import shutil
-
     source = run / "step-0000030"
     for name in (
         "config.json", "model.safetensors", "training.json", "training_state.safetensors", "tokenizer.json",
@@ -1143,32 +1141,30 @@ def test_a_closed_stream_ends_nothing(closed):
         assert done.returncode == code and b"Traceback" not in done.stderr + done.stdout, done
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.skipif(os.name == "nt", reason="a shell's way to close a stream")
 def test_training_where_nothing_is_usual(text, tmp_path):
     """No name for the user, no home, no streams but a file, and a nonsense way of drawing: the run is complete, and its
-    files hold what belongs into them. The log shows the loss, and no bars."""
-    work = tmp_path / "work"
-    work.mkdir()
-    os.chown(work, 54321, 54321)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == 0 and folder != Path("/") and not folder.stat().st_mode & 1:
-            folder.chmod(folder.stat().st_mode | 0o011)
-    shutil.copy(text, work / "cats.txt")
-    command = [
-        sys.executable, "-m", "transformer_llm", "train", "--model_size", "demo", "--text_file", "cats.txt",
-        "--max_steps", "20", "--batch_size", "2", "--eval_every", "5", "--out", "run", "--device", "cpu",
-    ]
+    files hold what belongs into them. The log shows the loss, and no bars.
+    """
+    code = """
+import pwd
+def nobody(number):
+    raise KeyError(f"getpwuid(): uid not found: {number}")
+pwd.getpwuid = nobody
+from transformer_llm.cli import run
+run()
+"""
+    command = [sys.executable, "-c", code, "train", "--model_size", "demo", "--text_file", str(text), "--max_steps",
+               "20", "--batch_size", "2", "--eval_every", "5", "--out", "run", "--device", "cpu"]
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
-    environment |= {"PYTHONPATH": str(ROOT), "MPLBACKEND": "nonsense", "MPLCONFIGDIR": str(work / "mpl"),
-                    "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
-    line = f"exec {shlex.join(command)} <&- >log 2>&1"
-    done = subprocess.run(["sh", "-c", line], cwd=work, env=environment, user=54321, group=54321, extra_groups=[])
-    log = (work / "log").read_text(encoding="utf-8")
+    environment |= {"PYTHONPATH": str(ROOT), "MPLBACKEND": "nonsense", "MPLCONFIGDIR": str(tmp_path)}
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join(command)} <&- >log 2>&1"], env=environment)
+    log = Path("log").read_text(encoding="utf-8")
     assert done.returncode == 0 and "Traceback" not in log, log
-    assert (work / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
     lines = re.findall(r"^step +(\d+) of 20: loss [\d.]+, validation [\d.]+$", log, re.MULTILINE)
     assert lines == ["5", "10", "15", "20"] and "it/s" not in log and "\r" not in log and "%" not in log
-    assert main(["info", str(work / "run")]) == 0  # every hash is right
+    assert main(["info", "run"]) == 0  # every hash is right
 
 
 def test_a_curve_that_can_not_be_drawn_loses_nothing(capsys, monkeypatch, text):
@@ -1264,7 +1260,7 @@ def test_a_resume_says_what_is_not_as_expected(capsys, text):
         out = succeeds(capsys, *again, *options)
         assert "Nothing is left to train: the run in run has made 8 steps" in out and "nats a token" not in out
     code, out, err = call(capsys, *again, "--max_steps", 16)
-    assert code == 0 and re.search("rate (rises|goes up)", err), err
+    assert code == 0 and "learning rate goes on at" in err, err
     assert err.count("\n") == 1 and err.startswith("transformer-llm: ") and "Warning" not in err and ".py" not in err
     assert call(capsys, *again, "--max_steps", 16)[2] == ""
 
@@ -1367,7 +1363,7 @@ def test_a_seed_is_not_ignored_by_beams(capsys, run):
 def test_evaluate(capsys, run, pretrained, text):
     Path("test.txt").write_text(make_text(400, seed=9), encoding="utf-8")
     out = succeeds(capsys, "evaluate", "--checkpoint", run, "--text_file", "test.txt")
-    assert "bits per byte" in out and "perplexity" in out and "accuracy" in out and "±" in out
+    assert all(name in out for name in ("bits per byte", "perplexity", "next token right", "±", "5-gram"))
     found = json.loads(succeeds(capsys, "evaluate", "--checkpoint", run, "--text-file", "test.txt", "--json"))
     assert found["model"]["bits_per_byte"] > 0 and found["table"]["bits_per_byte"] > 0
     assert found["text_file"] == "test.txt" and found["name"] == str(run)

@@ -11,12 +11,12 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'SAMPLING_
            'print_rows', 'is_terminal', 'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens',
            'command_shakespeare', 'command_patterns', 'command_prepare', 'token_counts', 'command_tokenizer',
            'run_config', 'run_folder', 'print_plan', 'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines',
-           'command_train', 'train_and_tell', 'where_it_stands', 'resume_command', 'print_result', 'save_curve',
-           'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate', 'write_sample', 'beam_text',
-           'command_chat', 'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_export',
-           'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row', 'config_rows',
-           'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
-           'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'command_train', 'train_to_the_end', 'train_and_tell', 'where_it_stands', 'resume_command', 'print_result',
+           'save_curve', 'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate', 'write_sample',
+           'beam_text', 'command_chat', 'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate',
+           'command_export', 'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row',
+           'config_rows', 'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo',
+           'command_bench', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -629,21 +629,26 @@ class LossLines:
 # %% ../nbs/92_command_line.ipynb #01837ec2
 def command_train(args: argparse.Namespace) -> int:
     "Train, or continue a run."
-    from transformer_llm.runs import continue_run, start_run
+    from transformer_llm.runs import continue_run, hold, start_run
 
     given, config = vars(args), run_config(args)
     out = run_folder(given.get("out"), config.text_file, config.model_size)
     if given.get("resume"):
-        trainer = continue_run(out, config, progress=at_terminal())
-    else:
-        trainer = start_run(out, config, overwrite=given.get("overwrite", False), progress=at_terminal())
-    if trainer.step >= trainer.config.max_steps:
-        print(f"Nothing is left to train: the run in {trainer.run_directory} has made {trainer.step:,} steps of "
-              f"{trainer.config.max_steps:,}. --max_steps or --epochs take it further.")
+        return train_to_the_end(continue_run(out, config, progress=at_terminal()))
+    with hold(out):
+        return train_to_the_end(start_run(out, config, overwrite=given.get("overwrite", False), progress=at_terminal()))
+
+
+def train_to_the_end(trainer) -> int:
+    "Train what is left of a run, and print what came out and what to do next. Returns the exit code."
+    out, steps = trainer.run_directory, trainer.config.max_steps
+    if trainer.step >= steps:
+        print(f"Nothing is left to train: the run in {out} has made {trainer.step:,} steps of {steps:,}. --max_steps or "
+              "--epochs take it further.")
         return 0
-    code = train_and_tell(trainer, trainer.run_directory)
+    code = train_and_tell(trainer, out)
     if code == 0:
-        print_result(trainer.history, trainer.run_directory)
+        print_result(trainer.history, out)
     return code
 
 
