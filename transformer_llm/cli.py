@@ -643,8 +643,8 @@ def train_to_the_end(trainer) -> int:
     "Train what is left of a run, and print what came out and what to do next. Returns the exit code."
     out, steps = trainer.run_directory, trainer.config.max_steps
     if trainer.step >= steps:
-        print(f"Nothing is left to train: the run in {out} has made {trainer.step:,} steps of {steps:,}. --max_steps or "
-              "--epochs take it further.")
+        print(f"Nothing is left to train: the run in {out} has made {trainer.step:,} steps of {steps:,}. "
+              "--max_steps or --epochs take it further.")
         return 0
     code = train_and_tell(trainer, out)
     if code == 0:
