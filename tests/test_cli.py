@@ -399,7 +399,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(capsys, monkeypatch, text):
 
 
 def test_ctrl_c_elsewhere_is_quiet(capsys, monkeypatch):
-    def interrupt(path, **options):
+    def interrupt(*path, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("transformer_llm.dataset.load_shakespeare", interrupt)

@@ -154,11 +154,13 @@ def make_tokenizer(
     "Train or load a tokenizer; raises `InputError` where the vocabulary's size is not yours to choose."
     if kind != "bpe" and vocab_size is not None:
         raise InputError(f"--vocab_size {vocab_size} goes with --tokenizer bpe only; {kind} has a size of its own.")
+    files = text_files(text) if kind in ("char", "bpe") else []
     if kind == "char":
-        return CharTokenizer.train(chain.from_iterable(training_chunks(path, 0) for path in text_files(text)))
+        between = ["\n"] if len(files) > 1 else []  # what stands between two files of a folder
+        return CharTokenizer.train(chain(*(training_chunks(path, 0) for path in files), between))
     if kind == "bpe":
-        texts = (training_chunks(path, val_fraction) for path in text_files(text))
-        size = vocab_size or default_vocab_size(sum(path.stat().st_size for path in text_files(text)))
+        texts = (training_chunks(path, val_fraction) for path in files)
+        size = vocab_size or default_vocab_size(sum(path.stat().st_size for path in files))
         return BPETokenizer.train(texts, size, progress=progress)
     return load_tokenizer(kind)
 
