@@ -9,16 +9,14 @@ import re
 from collections import Counter, defaultdict
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 
+import contents
 import pytest
-
 from check import ROOT, SHAPED
 
-PAGES = {path.relative_to(ROOT / "nbs").as_posix(): path for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
-         if not any(part.startswith((".", "_")) for part in path.parts)}
-CHAPTERS = [name for name in PAGES if re.match(r"[01]\d_", name)]
-NUMBERED = [name for name in PAGES if re.match(r"\d\d_", name)]
+PAGES = {name: ROOT / "nbs" / name for name in contents.pages() if (ROOT / "nbs" / name).exists()}
+CHAPTERS = contents.chapters()
+NUMBERED = [name for name in PAGES if contents.number(name) is not None]
 NOTATION, GLOSSARY, BIBLIOGRAPHY = "96_notation.ipynb", "97_glossary.ipynb", "98_bibliography.ipynb"
 DOCUMENTS = [*PAGES, "README.md", "data/README.md"]
 
@@ -133,7 +131,7 @@ def test_figures_are_numbered_captioned_and_referred_to(page):
             )
         elif not re.search(rf"Figures?\s(?:\d+\.\d+(?:,| and| to)\s)*{chapter}\.{position}\b", prose(page)):
             problems.append(f"Figure {chapter}.{position} is not referred to in the prose")
-    for position, (kind, text, cell) in enumerate(cells(page)):
+    for position, (_, text, cell) in enumerate(cells(page)):
         drawn = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
         if drawn and "#| fig-cap:" not in text:
             problems.append(f"cell {position} draws a picture without a caption")
@@ -298,10 +296,14 @@ GREEK = set(
 )
 MATHS = (
     set(
-        """approx arg ast big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr binom bmod cap cdot cdots circ colon cos cup dfrac displaystyle
-dots Delta equiv exp forall frac ge geq gg hat iff in infty int lVert lceil ldots le left leftarrow leq lfloor lim ll ln log lvert mapsto max mid min
-ne neq ni nolimits not odot otimes overbrace overline partial phantom pm prime prod propto qquad quad rVert rceil rfloor right rightarrow rvert sim sin
-sqrt star subset sum tanh text textstyle tfrac tilde times to top uparrow underbrace underline vdots vec vert xrightarrow mathbb""".split()
+        """
+        approx arg ast big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr binom bmod cap cdot cdots circ colon
+        cos cup dfrac displaystyle dots Delta equiv exp forall frac ge geq gg hat iff in infty int lVert lceil
+        ldots le left leftarrow leq lfloor lim ll ln log lvert mapsto max mid min ne neq ni nolimits not odot
+        otimes overbrace overline partial phantom pm prime prod propto qquad quad rVert rceil rfloor right
+        rightarrow rvert sim sin sqrt star subset sum tanh text textstyle tfrac tilde times to top uparrow
+        underbrace underline vdots vec vert xrightarrow mathbb
+        """.split()
     )
     - GREEK
 )
@@ -449,10 +451,11 @@ def test_glossary_is_well_formed():
     everything = " ".join(same_line(prose(page)).lower() for page in NUMBERED if page != GLOSSARY)
     names = Counter(name.lower() for term, text in glossary().items() for name in (term, *aliases(text)))
     problems += [f"{name} stands there twice" for name, times in names.items() if times > 1]
+    built = {contents.number(page) for page in NUMBERED}
     for term, text in glossary().items():
         if "\n\n" in text:
             problems.append(f"{term}: one paragraph, please")
-        if not re.search(r"(?i)\bchapters? [01]\d|\bappendix [89]\d", text):
+        if not {int(found) for found in re.findall(r"(?i)\b(?:chapters?|appendix) (\d\d)\b", text)} & built:
             problems.append(f"{term}: in which chapter is it built?")
         if not any(
             re.search(rf"\b{re.escape(name.lower())}", everything) for name in (term.split(" (")[0], *aliases(text))
