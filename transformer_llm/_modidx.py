@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/transformer_llm',
-                'doc_host': 'https://transformer-llm.github.io',
-                'git_url': 'https://github.com/transformer-llm/transformer_llm',
+                'doc_host': 'https://.github.io',
+                'git_url': 'https://github.com//transformer_llm',
                 'lib_path': 'transformer_llm'},
   'syms': { 'transformer_llm.attention': { 'transformer_llm.attention.KVCache': ('attention.html#kvcache', 'transformer_llm/attention.py'),
                                            'transformer_llm.attention.KVCache.__init__': ( 'attention.html#kvcache.__init__',
