@@ -1,6 +1,7 @@
 """What chapter 10 can't try on its own page: windows of every size, batches, random n-gram tables, bad input, and a
 real model's answers.
 """
+import json
 import math
 import tracemalloc
 from collections import Counter
@@ -19,6 +20,7 @@ from transformer_llm.evaluation import (
     choose,
     compare_samples,
     encode_options,
+    evaluate_text,
     join_scores,
     reliability,
     score_options,
@@ -101,9 +103,9 @@ def test_scores_are_those_of_the_plain_form(n_tokens, context_length, batch_size
 def test_tokens_may_be_a_list_or_an_array():
     ids = [3, 1, 4, 1, 5, 9, 2, 6]
     wanted = score_tokens(MODEL, torch.tensor(ids)).nats
-    for given in (ids, tuple(ids), np.array(ids), np.array(ids, dtype=np.int16), torch.tensor(ids, dtype=torch.int32)):
-        assert torch.equal(score_tokens(MODEL, given).nats, wanted)
-        assert NGram(3, 11).fit(given).num_parameters() == NGram(3, 11).fit(ids).num_parameters()
+    for row in (ids, tuple(ids), np.array(ids), np.array(ids, dtype=np.int16), torch.tensor(ids, dtype=torch.int32)):
+        assert torch.equal(score_tokens(MODEL, row).nats, wanted)
+        assert NGram(3, 11).fit(row).num_parameters() == NGram(3, 11).fit(ids).num_parameters()
 
 
 @settings(max_examples=20)
@@ -453,6 +455,102 @@ FACTS = [
     ("We see with our", " eyes", " knees"),
     ("The sun rises in the", " east", " north"),
 ]
+
+
+# All of it at once
+# ------------------------------------------------------------------------------------------------------
+
+VERSE = "".join(np.random.default_rng(0).choice(list("the cat sat on a mat é\n"), 3000))
+
+
+class Doubtful(GPT):
+    "Changes the logits of one token."
+
+    change = float("-inf")
+
+    def unembed(self, states):
+        logits = super().unembed(states)
+        logits[..., 3] = self.change
+        return logits
+
+
+@pytest.mark.parametrize("tokenizer", [CharTokenizer.train(VERSE), BPETokenizer.train(VERSE, 280)], ids=["chars", "bpe"])
+def test_an_evaluation_is_what_its_parts_say(tokenizer):
+    model = small_model(tokenizer.vocab_size)
+    report = evaluate_text(model, tokenizer, VERSE, stride=5)
+    scores = score_text(model, tokenizer, VERSE, stride=5)
+    assert (report.n_bytes, report.n_tokens) == (len(VERSE.encode()), len(scores.nats))
+    assert (report.n_predicted, report.context_length, report.stride) == (len(scores.nats) - 1, 16, 5)
+    found = report.model.bits_per_byte, report.model.perplexity, report.model.accuracy
+    assert found == (scores.bits_per_byte, scores.perplexity, scores.accuracy())
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False)) == report.to_dict()
+    assert "±" in str(report) and "5-gram" in str(report)
+    halves = [VERSE[:1500], VERSE[1500:]]
+    for order in (1, 3):
+        table = evaluate_text(model, tokenizer, VERSE, order=order).table
+        ids = tokenizer.encode(VERSE)
+        half = len(ids) // 2
+        first = score_tokens(NGram(order, tokenizer.vocab_size).fit(ids[half:]), ids[:half]).nats
+        second = NGram(order, tokenizer.vocab_size, 5000).fit(ids[:half])
+        second = score_tokens(second, ids[half:], start=ids[half - max(1, order - 1):half]).nats
+        assert table.perplexity == pytest.approx(torch.cat([first, second]).mean().exp().item())
+    counted = NGram(5, tokenizer.vocab_size).fit(tokenizer.encode(halves[0]))
+    known = evaluate_text(model, tokenizer, halves[1], reference=halves[0])
+    assert known.table.bits_per_byte == pytest.approx(score_text(counted, tokenizer, halves[1]).bits_per_byte)
+
+
+def test_the_errors_of_an_evaluation_are_the_spread_between_texts():
+    "Texts from one source: their results spread as one text's error promises."
+    draw = np.random.default_rng(1)
+    tokenizer = CharTokenizer.train("abcdefghijk")
+    model = small_model(tokenizer.vocab_size)
+    reports = [
+        evaluate_text(model, tokenizer, "".join(draw.choice(list("abcdefghijk"), 600)), order=1)
+        for _ in range(16)
+    ]
+    for name in ("bits_per_byte", "perplexity", "accuracy"):
+        values, errors = ([getattr(r.model, which) for r in reports] for which in (name, f"{name}_error"))
+        assert 0.5 < np.std(values) / np.mean(errors) < 2, name
+
+
+def test_an_evaluation_of_little_text_has_no_error():
+    report = evaluate_text(READER, CHARACTERS, WORDS[:60])
+    assert report.n_pieces == 0 and report.model.bits_per_byte_error is report.table.accuracy_error is None
+    assert "too short for an error" in str(report) and json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_an_evaluation_reads_the_tokens_that_begin_every_text():
+    tokenizer = CharTokenizer.train(WORDS)
+    tokenizer.prefix = (3,)
+    report = evaluate_text(READER, tokenizer, WORDS[:60])
+    assert report.n_predicted == report.n_tokens == 60
+    assert report.model.bits_per_byte == score_text(READER, tokenizer, WORDS[:60]).bits_per_byte
+
+
+@pytest.mark.parametrize("case, says", [
+    ((READER, CHARACTERS, ""), "empty"),
+    ((READER, CHARACTERS, "t"), "one token"),
+    ((READER, None, WORDS), "own tokenizer"),
+    ((MODEL, CHARACTERS, WORDS), "knows 0 to 10 only"),
+    ((READER, CHARACTERS, "the Q"), "Q"),
+    ((Doubtful(READER.config), CHARACTERS, WORDS), "probability zero"),
+], ids=lambda case: case if isinstance(case, str) else "")
+def test_an_evaluation_that_can_not_be(case, says):
+    with pytest.raises(InputError, match=says) as caught:
+        evaluate_text(*case)
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="stride"):
+        evaluate_text(READER, CHARACTERS, WORDS, stride=65)
+
+
+def test_logits_that_are_not_numbers_are_no_evaluation():
+    for change in (float("nan"), float("inf")):
+        Doubtful.change, before = change, Doubtful.change
+        try:
+            with pytest.raises(InputError, match="NaN or infinity"):
+                evaluate_text(Doubtful(READER.config), CHARACTERS, WORDS)
+        finally:
+            Doubtful.change = before
 
 
 def test_smollm2_prefers_what_is_right():

@@ -11,7 +11,7 @@ _HOME = {
     "TokenData": "dataset", "prepare_tokens": "dataset", "load_shakespeare": "dataset",
     "load_model": "checkpoints",
     "Trainer": "training", "TrainingConfig": "training",
-    "generate": "generation", "generate_text": "generation", "stream_text": "generation",
+    "Sampling": "generation", "generate": "generation", "generate_text": "generation", "stream_text": "generation",
     "FastTrainer": "performance", "Decoder": "decoding",
     "load_pretrained_tokenizer": "pretrained", "Conversation": "chat", "score_text": "evaluation",
 }

@@ -21,12 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from .attention import KVCache, Mask, Rotate, attention_fused
+from .attention import KVCache, Mask, Rotate, attention_fused, check_heads, is_boolean
 from .embeddings import rotary_angles
-from .feedforward import ACTIVATIONS
+from .feedforward import ACTIVATIONS, is_gated
 from .foundations import InputError, check_range
 from .training import AdamW, Trainer, TrainingConfig, TrainingError, learning_rate, set_learning_rate
-from .transformer import GPT, GPTConfig, RMSNorm, flops_per_token
+from .transformer import GPT, GPTConfig, RMSNorm, check_plain, flops_per_token
 
 # %% ../nbs/11_fast.ipynb #03b263b9
 def matmul_peak(
@@ -353,9 +353,15 @@ def batched_attention(
     block: int | None = None,  # Queries computed together; None: see `attention_block`
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     "Attention as batched matrix products whose weights are kept for the backward pass. Every query must see a key."
-    block = (
-        attention_block(q.shape[2], q.element_size()) if block is None else check_range("block", block, 1, integer=True)
-    )
+    check_heads(q, k, v, mask)
+    if q.shape[2] != k.shape[2] or (mask is not None and is_boolean(mask)):
+        raise InputError(
+            "batched_attention takes as many keys as queries, and a mask that is added to the scores; for other keys "
+            "and boolean masks take attention_fused."
+        )
+    if block is None:
+        block = attention_block(q.shape[2], q.element_size())
+    check_range("block", block, 1, integer=True)
     return _BatchedAttention.apply(q, k, v, mask, min(block, q.shape[2]))
 
 # %% ../nbs/11_fast.ipynb #f04dcc50
@@ -427,7 +433,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         packed, matrix = (weight, weight.value) if isinstance(weight, _Packed) else (None, weight)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wants_weight = wants_weight or (packed is not None and wants_hidden)
-        dtype, (vocab, d_model) = torch.promote_types(hidden.dtype, torch.float32), matrix.shape
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = _ChunkedCrossEntropy.place(packed, matrix, dtype, workspace) if wants_weight else None
         grad_bias = torch.zeros_like(bias) if wants_bias else None
@@ -436,7 +442,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(hidden), chunk):
             h, rows = hidden[first : first + chunk], slice(first, first + chunk)
             target = targets[rows].clamp(min=0)[:, None]
-            logits = torch.mm(h, matrix.t(), out=workspace.take("logits", (len(h), vocab), hidden, h.dtype))
+            logits = torch.mm(h, matrix.t(), out=workspace.take("logits", (len(h), len(matrix)), hidden, h.dtype))
             log_p = _ChunkedCrossEntropy.to_probabilities(logits, target, bias, dtype, workspace)
             total -= log_p[:, 0] @ share[rows, 0]
             if not (wants_hidden or wants_weight or wants_bias):
@@ -523,7 +529,8 @@ class WorkingCopy:
     """A model's weights packed for speed and kept in another dtype; the model's own stay as they are, and the optimizer
     moves those.
 
-    Raises `InputError` for a model with dropout.
+    Raises `InputError` for a model with dropout, and for one with a module that the book doesn't know or a hook: they
+    would be left out.
     """
 
     def __init__(
@@ -539,6 +546,7 @@ class WorkingCopy:
                 "A working copy has no dropout, and this model has "
                 f"dropout={model.config.dropout}; train it with Trainer."
             )
+        model = check_plain(model, "A working copy (FastTrainer)", gradients=True, calls_start=True)
         self.model, self.config, self.dtype, self.checkpointing = model, model.config, dtype, checkpointing
         self.chunk = check_range("chunk", chunk, 1, integer=True)
         self._tables: dict = {}
@@ -562,7 +570,7 @@ class WorkingCopy:
             "qkv": [attention.q_proj, attention.k_proj, attention.v_proj],
             "o": [attention.o_proj],
             "down": [feedforward.down],
-            "up": [feedforward.gate, feedforward.up] if self.config.activation == "swiglu" else [feedforward.up],
+            "up": [feedforward.gate, feedforward.up] if is_gated(self.config.activation) else [feedforward.up],
         }
         layer = {
             name: _Packed([m.weight for m in group], self.dtype, self._workspace) for name, group in groups.items()
@@ -635,9 +643,13 @@ class WorkingCopy:
 
     def _feed(self, x: Float[Tensor, "batch seq d_model"], layer: dict) -> Float[Tensor, "batch seq d_ff"]:
         hidden = _Linear.apply(x, layer["up"], layer["up_bias"], None)
-        return (
-            _Gate.apply(hidden) if self.config.activation == "swiglu" else ACTIVATIONS[self.config.activation](hidden)
-        )
+        activation = self.config.activation
+        if activation == "swiglu":
+            return _Gate.apply(hidden)
+        if is_gated(activation):
+            gate, up = hidden.chunk(2, -1)
+            return ACTIVATIONS[activation](gate) * up
+        return ACTIVATIONS[activation](hidden)
 
     def _add(
         self,
@@ -811,7 +823,7 @@ def working_activations(config: GPTConfig, seq: int, bytes_each: int) -> int:
         else seq
     )
     attention = heads * c.head_dim * (2 if c.qk_norm else 1) + c.n_heads * (keys + c.head_dim)
-    feedforward = c.d_ff * (3 if c.activation == "swiglu" else 2)
+    feedforward = c.d_ff * (3 if is_gated(c.activation) else 2)
     return int(2 * 4 * c.d_model + bytes_each * (2 * c.d_model + attention + feedforward))
 
 
@@ -837,19 +849,19 @@ def peak_training_memory(
     )
     blocks = sum(numbers_in(part) for part in ("_proj", "feedforward.up", "feedforward.gate", "feedforward.down"))
     grouped = sum(numbers_in(part) for part in ("q_proj", "k_proj", "v_proj"))
-    grouped += sum(numbers_in(f"feedforward.{part}") for part in ("gate", "up")) if c.activation == "swiglu" else 0
+    grouped += sum(numbers_in(f"feedforward.{part}") for part in ("gate", "up")) if is_gated(c.activation) else 0
     copies = 4 * grouped if size == 4 else 2 * (blocks + table)
     kept = 4 * (3 * numbers + blocks + table) + copies  # weights, moments, gradients of the matrices
     kept += (size * rows + 4 * min(CACHED_ROWS, rows)) * c.vocab_size  # logits, and some of them as probabilities
     rows_of = (
         min(GRADIENT_ROWS, c.vocab_size),
         (c.n_heads + 2 * c.n_kv_heads) * c.head_dim,
-        c.d_ff * (2 if c.activation == "swiglu" else 1),
+        c.d_ff * (2 if is_gated(c.activation) else 1),
     )
     kept += 2 * c.d_model * max(rows_of) if size == 2 else 0  # a product before it is added in float32
     block = tokens * working_activations(c, seq, size)
     stream = c.n_layers * tokens * 4 * c.d_model  # what checkpointing keeps
-    backward = tokens * (4 * c.d_model + size * c.d_ff * (3 if c.activation == "swiglu" else 1))
+    backward = tokens * (4 * c.d_model + size * c.d_ff * (3 if is_gated(c.activation) else 1))
     # for each token: the last residual stream; its norm, and as much for the norm's gradient
     around = 4 * c.d_model, size * c.d_model
     in_loss = (stream if checkpointing else c.n_layers * block) + tokens * (around[0] + 2 * around[1])
@@ -916,7 +928,7 @@ def checkpoint_activations(model: GPT, on: bool = True) -> GPT:
     for block in model.blocks:
         kind = type(block)
         if on and not isinstance(block, _Checkpointed):
-            block.__class__ = type(kind.__name__, (_Checkpointed, kind), {})
+            block.__class__ = type(kind.__name__, (_Checkpointed, kind), {"same_as": kind})
         elif not on and isinstance(block, _Checkpointed):
             block.__class__ = kind.__mro__[2]
     return model

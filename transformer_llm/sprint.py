@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from .attention import KVCache, Mask, Rotate
 from .checkpoints import load_checkpoint, load_tokenizer_of, load_weights, save_checkpoint
 from .dataset import TokenData, read_text, split_text
+from .embeddings import rotary_frequencies
 from .foundations import InputError, check_range
 from transformer_llm.training import (
     Muon,
@@ -208,6 +209,8 @@ class SprintGPT(GPT):
     Gains of norms stay one. Raises `InputError` for a configuration whose fields differ from `FIXED`.
     """
 
+    only_start_differs = True  # for `check_plain`: blocks, norm and output are those of a GPT
+
     def __init__(
         self,
         config: GPTConfig,
@@ -231,9 +234,7 @@ class SprintGPT(GPT):
             nn.Parameter(torch.zeros(sum(rows for _, rows in self.ngrams), config.d_model)) if self.ngrams else None
         )
         self.previous = nn.Parameter(torch.zeros(config.d_model)) if token_shift else None
-        angle = torch.arange(config.context_length)[:, None] * config.rope_base ** -(
-            torch.arange(0, config.head_dim, 2) / config.head_dim
-        )
+        angle = torch.arange(config.context_length)[:, None] * rotary_frequencies(config.head_dim, config.rope_base)
         self.register_buffer("turns", torch.polar(torch.ones_like(angle), angle)[:, None], persistent=False)
         closed = torch.ones(config.context_length, config.context_length, dtype=torch.bool).triu(1)
         self.register_buffer("closed", torch.zeros(closed.shape).masked_fill(closed, -math.inf), persistent=False)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'SIZES', 'MAY_BE_NONE', 'CHOICES', 'GPT2_STYLE', 'PRESETS', 'LayerNorm', 'RMSNorm', 'make_norm', 'GPTConfig',
-           'Block', 'GPT', 'parameter_table', 'format_parameters', 'flops_per_token', 'activations_per_token',
-           'training_memory_bytes']
+           'Block', 'GPT', 'unwrap', 'class_of', 'check_plain', 'parameter_table', 'format_parameters',
+           'flops_per_token', 'activations_per_token', 'training_memory_bytes']
 
 # %% ../nbs/04_transformer.ipynb #95b81ce2
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from transformer_llm.embeddings import (
     TokenEmbedding,
     alibi_bias,
 )
-from .feedforward import ACTIVATIONS, default_d_ff, feedforward_flops, make_feedforward
+from .feedforward import ACTIVATIONS, default_d_ff, feedforward_flops, is_gated, make_feedforward
 from .foundations import InputError, check_choice, check_range
 
 # %% ../nbs/04_transformer.ipynb #dd176d04
@@ -175,7 +176,7 @@ class GPTConfig:
                     "rope_scaling must be None, a RopeScaling or a dictionary "
                     f"of its fields, not {self.rope_scaling!r}."
                 )
-            self.rope_scaling.check_head(self.head_dim)
+            self.rope_scaling.check_head(self.head_dim, self.rope_base)
 
     def _defaults(self) -> dict[str, int | bool]:
         "What the fields that may be None stand for."
@@ -367,6 +368,17 @@ class GPT(nn.Module):
             return torch.arange(past, past + ids.shape[1], device=ids.device)
         return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past:]
 
+    def _check_scaling(self, total: int, cache: list[KVCache] | None) -> None:
+        "Refuse a cache where the length of the text changes the angles of all its tokens."
+        scaling = self.config.rope_scaling
+        if cache is None or scaling is None or scaling.kind != "dynamic" or total <= scaling.original_context_length:
+            return
+        raise InputError(
+            f"With rope_scaling kind='dynamic', {total} tokens turn by other angles than the "
+            f"{scaling.original_context_length} of original_context_length, so the keys in a cache would be wrong; "
+            "read the text without one (use_cache=False)."
+        )
+
     def _start(
         self,
         ids: Int[Tensor, "batch seq"],
@@ -390,6 +402,7 @@ class GPT(nn.Module):
             raise InputError(
                 f"The sequence has {total} tokens, but the model's context_length is {c.context_length}; shorten it."
             )
+        self._check_scaling(total, cache)
         if attention_mask is not None and attention_mask.shape != (ids.shape[0], total):
             raise InputError(
                 f"attention_mask must have shape {(ids.shape[0], total)}, cached "
@@ -473,6 +486,109 @@ class GPT(nn.Module):
             x = block(x, mask, rotate=rotate)
         return maps
 
+# %% ../nbs/04_transformer.ipynb #99ac8628
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GRADIENT_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")  # of modules and of weights
+_DROPPING = ("dropout", "p")  # settings that mean something in training only
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    "The module itself where `torch.compile` has wrapped it."
+    return getattr(module, "_orig_mod", module)
+
+
+def class_of(module: nn.Module) -> type:
+    "A module's class, or the one that its class computes the same as and names by `same_as`."
+    return vars(type(module)).get("same_as", type(module))
+
+
+def _beside(
+    module: nn.Module,
+    plain: nn.Module,  # What the configuration makes; one layer of it is enough
+    name: str = "",
+) -> Iterator[tuple[str, nn.Module | None, nn.Module]]:
+    "Each part of a model: its name, what it is, and what it should be."
+    yield name, module, plain
+    for key, wanted in plain.named_children():
+        same = isinstance(plain, nn.ModuleList)  # all layers are like the first
+        for child, part in module.named_children() if same else [(key, module._modules.get(key))]:
+            yield from _beside(unwrap(part), wanted, f"{name}.{child}".lstrip("."))
+
+
+def _odd_part(module: nn.Module | None, plain: nn.Module, gradients: bool) -> str:
+    "What is unlike the plain module, in words that go on from its name; nothing if all is well."
+    if any(getattr(module, kind, None) for kind in _FORWARD_HOOKS + (_GRADIENT_HOOKS if gradients else ())):
+        return "carries a hook"
+    for name, value in vars(module).items():
+        if callable(value) and not name.startswith("_") and callable(getattr(type(plain), name, None)):
+            return f"has a {name} of its own"
+    for name, wanted in vars(plain).items():
+        if name.startswith("_") or name in ("training", "config") or (name in _DROPPING and not gradients):
+            continue
+        value = getattr(module, name, None)
+        if type(value) is not type(wanted) or value != wanted:
+            shown = [getattr(x, "__name__", repr(x)) for x in (value, wanted)]
+            return f"has {name}={shown[0]} where the configuration says {shown[1]}"
+    return _odd_weight(module, plain, gradients)
+
+
+def _odd_weight(module: nn.Module, plain: nn.Module, gradients: bool) -> str:
+    "As `_odd_part`, for a module's own weights."
+    for name, wanted in plain._parameters.items():
+        weight = module._parameters.get(name)
+        if (weight is None) != (wanted is None):
+            return f"has {'no' if weight is None else 'a'} {name}"
+        if wanted is None:
+            continue
+        if type(weight) is not nn.Parameter:
+            return f"keeps its {name} as a {type(weight).__name__}, not a plain Parameter"
+        if weight.shape != wanted.shape:
+            return f"has a {name} of shape {tuple(weight.shape)} where the configuration says {tuple(wanted.shape)}"
+        if gradients and any(getattr(weight, kind, None) for kind in _GRADIENT_HOOKS):
+            return f"has a {name} whose gradient carries a hook"
+    return ""
+
+
+def _first_oddity(model: nn.Module, gradients: bool) -> str:
+    "Name the first part of a `GPT` that isn't what its configuration makes; nothing if all are."
+    if len(model.blocks) != model.config.n_layers:
+        return f"it has {len(model.blocks)} blocks where the configuration says n_layers={model.config.n_layers}"
+    with torch.device("meta"):  # shapes only, no storage
+        plain = GPT(replace(model.config, n_layers=1))
+    for name, module, wanted in _beside(model, plain):
+        if name and class_of(module) is not type(wanted):
+            found = "absent" if module is None else f"a {type(module).__name__}"
+            return f"{name} is {found} where the configuration makes a {type(wanted).__name__}"
+        if odd := _odd_part(module, wanted, gradients):
+            return f"{name or 'it'} {odd}"
+    return ""
+
+
+def check_plain(
+    model: nn.Module,
+    what: str,  # Who asks: the sentence begins with it
+    *,
+    gradients: bool = False,  # It computes gradients too: refuse hooks on them, and changed dropout
+    calls_start: bool = False,  # It calls the model's own `_start`, which a subclass may have replaced
+) -> "GPT":
+    """The model, for code that computes it from its weights and would ignore a replaced module or a hook.
+
+    Frozen and tied weights, any dtype and device, and `torch.compile` are as good as plain. Anything else that the
+    configuration doesn't make raises `InputError`, which names the first such module.
+    """
+    model = unwrap(model)
+    kind = type(model)
+    if kind is GPT or (calls_start and vars(kind).get("only_start_differs")):
+        odd = _first_oddity(model, gradients)
+    else:
+        odd = f"it is a {kind.__name__}, not a GPT"
+    if odd:
+        raise InputError(
+            f"{what} can't compute this model: {odd}; use the model itself (Trainer, generate), or put back what "
+            "its configuration makes."
+        )
+    return model
+
 # %% ../nbs/04_transformer.ipynb #8fea04d6
 def parameter_table(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
     """Each parameter's name, shape and count of numbers, in the order in which torch lists them.
@@ -518,7 +634,7 @@ def activations_per_token(config: GPTConfig) -> int:
     c, queries, keys = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     norm = (3 if c.norm == "rmsnorm" else 2) * c.d_model
     attention = (3 if c.position == "rotary" else 2) * queries + 2 * keys + (2 * (queries + keys) if c.qk_norm else 0)
-    feedforward = (4 if c.activation == "swiglu" else 2) * c.d_ff
+    feedforward = (4 if is_gated(c.activation) else 2) * c.d_ff
     return c.n_layers * (2 * norm + attention + feedforward) + norm + 3 * c.vocab_size
 
 

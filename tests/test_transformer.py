@@ -1,0 +1,223 @@
+"""The parts of the model: seams that a subclass overrides, and the check that a model is still the book's own."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from transformer_llm.attention import MultiHeadAttention, attention_weights, expand_kv
+from transformer_llm.embeddings import Rotary
+from transformer_llm.feedforward import ACTIVATIONS, GATED, SwiGLU, is_gated, make_feedforward, n_matrices
+from transformer_llm.foundations import InputError, largest_difference
+from transformer_llm.performance import WorkingCopy, checkpoint_activations
+from transformer_llm.sprint import SprintGPT
+from transformer_llm.transformer import GPT, GPTConfig, check_plain
+
+SIZES = dict(vocab_size=31, context_length=16, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2)
+KINDS = {
+    "llama": {},
+    "gpt2": dict(norm="layernorm", bias=True, activation="gelu_tanh", position="learned", output_bias=True),
+    "post": dict(norm_placement="post", position="sinusoidal"),
+    "output": dict(norm_placement="output", qk_norm=True, qk_norm_whole=True, tied_embeddings=False),
+    "alibi": dict(position="alibi", activation="relu2", window=5),
+    "scaled": dict(rope_scaling=dict(kind="linear", factor=2.0), qk_norm=True),
+}
+
+
+class Lora(nn.Module):
+    "A linear layer with a low-rank addition, as adapters do it."
+
+    def __init__(self, linear, rank=2):
+        super().__init__()
+        self.linear = linear
+        self.a = nn.Parameter(torch.randn(rank, linear.in_features) / 4)
+        self.b = nn.Parameter(torch.randn(linear.out_features, rank) / 4)
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    @property
+    def bias(self):
+        return self.linear.bias
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.a.T @ self.b.T
+
+
+def make(**changes) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SIZES | changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+# Seams of attention
+# -----------------------------------------------------------------------------------------------------------
+
+class Recorded(MultiHeadAttention):
+    "Attention that keeps its weights and computes with them."
+
+    def attend(self, q, k, v, mask, causal):
+        self.seen = attention_weights(q, k, mask, causal=causal)
+        return self.seen @ expand_kv(v, self.n_heads)
+
+
+class Packed(MultiHeadAttention):
+    "The three projections from one product."
+
+    def qkv(self, x):
+        parts = self.q_proj, self.k_proj, self.v_proj
+        packed = torch.cat([part.weight for part in parts])
+        return (x @ packed.T).split([part.out_features for part in parts], -1)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kind", [Recorded, Packed])
+def test_one_overridden_seam_is_enough_for_another_attention(kind, window):
+    torch.manual_seed(0)
+    plain = MultiHeadAttention(16, 4, 2, window=window)
+    other = copy.deepcopy(plain)
+    other.__class__ = kind
+    x, rotate = torch.randn(2, 7, 16), Rotary(4).at(torch.arange(7))
+    assert largest_difference(plain(x, rotate=rotate), other(x, rotate=rotate)) < 1e-6
+    if kind is Recorded:
+        assert largest_difference(other.seen, plain.weights(x, rotate=rotate)) < 1e-6
+
+
+def test_one_place_knows_the_gated_activations():
+    for name in ACTIVATIONS:
+        gated = isinstance(make_feedforward(4, 8, name, bias=False), SwiGLU)
+        assert is_gated(name) == (name in GATED) == gated == (n_matrices(name) == 3)
+    with pytest.raises(InputError, match="activation"):
+        is_gated("swish")
+
+
+# Is it still the book's model?
+# -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_configuration_makes_is_plain(kind):
+    model = make(**KINDS[kind])
+    assert check_plain(model, "A test") is model
+    compiled = torch.compile(model)
+    assert check_plain(compiled, "A test", gradients=True) is model
+    model.blocks[0] = torch.compile(model.blocks[0])
+    assert check_plain(model, "A test", gradients=True) is model
+    model = checkpoint_activations(make(**KINDS[kind]))
+    model.requires_grad_(False).train()
+    assert check_plain(model.double(), "A test", gradients=True) is model
+    assert check_plain(model.to("meta"), "A test") is model
+
+
+def replace(model, name, make_new):
+    parent, _, last = name.rpartition(".")
+    old = model.get_submodule(name)
+    setattr(model.get_submodule(parent), last, make_new(old))
+
+
+def other_class(base):
+    return type(f"My{base.__name__}", (base,), {})
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def keep_as(model, make_weight):
+    linear = model.blocks[1].attention.v_proj
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.weight = make_weight(weight)
+
+
+def sub_parameter(weight):
+    return nn.Parameter(weight.as_subclass(Subclass))
+
+
+CHANGES = {
+    "an adapter": (lambda m: replace(m, "blocks.1.attention.q_proj", Lora), r"blocks\.1\.attention\.q_proj is a Lora"),
+    "a subclass": (
+        lambda m: setattr(m.blocks[0].feedforward.down, "__class__", other_class(nn.Linear)),
+        r"blocks\.0\.feedforward\.down is a MyLinear where the configuration makes a Linear",
+    ),
+    "another block": (
+        lambda m: setattr(m.blocks[0], "__class__", other_class(type(m.blocks[0]))),
+        r"blocks\.0 is a MyBlock",
+    ),
+    "another norm": (lambda m: replace(m, "final_norm", lambda old: nn.RMSNorm(16)), "final_norm is a RMSNorm"),
+    "no norm": (lambda m: replace(m, "blocks.1.attention_norm", lambda old: nn.Identity()), "is a Identity"),
+    "a hook": (
+        lambda m: m.blocks[0].attention.register_forward_hook(lambda module, inputs, output: 2 * output),
+        r"blocks\.0\.attention carries a hook",
+    ),
+    "a pre-hook": (lambda m: m.blocks[1].register_forward_pre_hook(lambda module, x: x), r"blocks\.1 carries a hook"),
+    "a parametrization": (
+        lambda m: parametrize.register_parametrization(m.blocks[0].attention.o_proj, "weight", Doubled()),
+        r"blocks\.0\.attention\.o_proj is a ParametrizedLinear",
+    ),
+    "its own forward": (
+        lambda m: setattr(m.blocks[0].feedforward, "forward", lambda x: x),
+        r"blocks\.0\.feedforward has a forward of its own",
+    ),
+    "its own seam": (lambda m: setattr(m.blocks[0].attention, "attend", lambda *a: a[2]), "has a attend of its own"),
+    "a buffer": (lambda m: keep_as(m, lambda weight: weight), r"v_proj has no weight"),
+    "a subclass of tensor": (lambda m: keep_as(m, sub_parameter), r"v_proj keeps its weight as a Subclass"),
+    "another size": (lambda m: keep_as(m, lambda weight: nn.Parameter(weight[:4])), r"v_proj has a weight of shape"),
+    "a setting": (lambda m: setattr(m.blocks[1].attention, "window", 3), r"attention has window=3 where"),
+    "an activation": (
+        lambda m: setattr(m.blocks[1], "feedforward", make_feedforward(16, 48, "relu2", bias=False)),
+        r"blocks\.1\.feedforward is a FeedForward where the configuration makes a SwiGLU",
+    ),
+    "fewer blocks": (lambda m: m.blocks.__delitem__(0), "has 1 blocks where the configuration says n_layers=2"),
+    "another head": (lambda m: setattr(m, "lm_head", nn.Linear(16, 31, bias=False)), "lm_head=Linear"),
+    "another model": (lambda m: setattr(m, "__class__", other_class(GPT)), "it is a MyGPT, not a GPT"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_refused_by_name(change):
+    model = make()
+    make_change, words = CHANGES[change]
+    make_change(model)
+    with pytest.raises(InputError, match=words):
+        check_plain(model, "A test")
+    with pytest.raises(InputError, match=words):
+        WorkingCopy(model, torch.float32)
+
+
+GRADIENT_CHANGES = {
+    "a backward hook": lambda m: m.blocks[0].register_full_backward_hook(lambda module, inputs, outputs: None),
+    "a gradient's hook": lambda m: m.blocks[0].attention.q_proj.weight.register_hook(lambda grad: 0 * grad),
+    "a hook after it": lambda m: m.token_embedding.weight.register_post_accumulate_grad_hook(lambda p: None),
+    "dropout": lambda m: setattr(m.blocks[0].dropout, "p", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", GRADIENT_CHANGES)
+def test_what_matters_only_in_training_is_refused_only_there(change):
+    model = make()
+    GRADIENT_CHANGES[change](model)
+    assert check_plain(model, "A test") is model
+    with pytest.raises(InputError, match="A working copy.*(carries a hook|p=0.5)"):
+        WorkingCopy(model, torch.float32)
+
+
+def test_a_sprint_model_is_right_or_refused():
+    config = GPTConfig(**SIZES | dict(n_kv_heads=4, activation="relu2", qk_norm=True, rope_interleaved=True))
+    model = SprintGPT(config, ((2, 144), (3, 50)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3) if parameter.ndim == 2 else None
+    ids = torch.randint(31, (2, 16))
+    assert largest_difference(WorkingCopy(model, torch.float32).logits(ids), model(ids)) < 1e-4
+    with pytest.raises(InputError, match="it is a SprintGPT, not a GPT"):
+        check_plain(model, "A test")
