@@ -24,6 +24,8 @@ setup(
     keywords=cfg["keywords"],
     packages=find_packages(include=["transformer_llm", "transformer_llm.*"]),
     package_data={"transformer_llm": ["py.typed"]},
+    # an editable install as a path that type checkers and editors follow too, not as an import hook
+    options={"editable_wheel": {"mode": "compat"}},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench")},

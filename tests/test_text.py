@@ -6,10 +6,12 @@ import ast
 import configparser
 import json
 import re
+import zipfile
 from collections import Counter, defaultdict
 from functools import cache
 from importlib.resources import files
 
+import colab
 import contents
 import pytest
 from check import ROOT, SHAPED
@@ -608,24 +610,38 @@ def test_symbols_of_a_formula(formula, wanted):
 # Installation
 # ----------------------------------------------------------------------------------------------------------
 
-COLAB = re.compile(r"^#\| hide\nif \"google\.colab\" in str\(get_ipython\(\)\):")
-
-
 def test_colab_installs_what_settings_ask_for():
-    "The set-up cell is the same on each page that has one, adds only what Colab lacks, and never touches torch."
-    settings = configparser.ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    settings = settings["DEFAULT"]
-    found = {page: text for page in PAGES for kind, text, _ in cells(page) if kind == "code" and COLAB.match(text)}
-    assert len(set(found.values())) == 1, f"the set-up cells differ: {sorted(found)}"
-    cell = next(iter(found.values()))
+    "The set-up cell is the one that the settings ask for, adds only what Colab lacks, and never touches torch."
+    settings = colab.read_settings()
+    found = {page: text for page in PAGES for _, text, _ in cells(page) if colab.START.match(text)}
+    wrong = [page for page, text in found.items() if text != colab.cell(settings)]
+    assert found and not wrong, f"run python tools/colab.py: {wrong}"
     asked = {*settings["requirements"].split(), *settings["dev_requirements"].split()}
-    assert f"{settings['git_url']} " in cell and "--no-deps" in cell
-    assert (
-        (wanted := re.findall(r"'([a-z]+>=[\d.]+)'", cell))
-        and set(wanted) <= asked
-        and not any(name.startswith("torch") for name in wanted)
-    )
+    for text in (colab.cell({"git_url": ""}), colab.cell({"git_url": "https://example.org/book"})):
+        wanted = re.findall(r"'([a-z0-9]+>=[\d.]+)'", text)
+        assert wanted and set(wanted) <= asked and not any(name.startswith("torch") for name in wanted)
+        assert "--no-deps" in text and ("example.org" in text) != (colab.ZIP in text)
+        compile(text, "cell", "exec")
+
+
+def test_no_page_names_an_address_that_is_not_there():
+    "While settings.ini names no owner, nothing links to a repository; authors and mail are no placeholders."
+    settings = colab.read_settings()
+    if not settings["git_url"]:
+        for page in DOCUMENTS:
+            text = json.dumps([cell for *_, cell in cells(page)]) if page in PAGES else markdown(page)
+            for address in ("github.com/transformer-llm", "colab.research", "mybinder.org/v2", "github.io"):
+                assert address not in text or page == "index.ipynb" and f"[on {address}" not in text, (page, address)
+        assert "colab.research" not in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "example" not in settings["author_email"]
+
+
+def test_the_book_in_one_file_installs_and_holds_every_notebook(tmp_path):
+    with zipfile.ZipFile(colab.write_zip(tmp_path / colab.ZIP)) as file:
+        names = set(file.namelist())
+    assert {f"nbs/{page}" for page in PAGES} <= names
+    assert {"setup.py", "settings.ini", "transformer_llm/__init__.py", "nbs/_quarto.yml", "LICENSE"} <= names
+    assert colab.write_zip(tmp_path / "again").read_bytes() == (tmp_path / colab.ZIP).read_bytes()
 
 
 def test_binder_keeps_its_torch_and_takes_the_tested_versions():

@@ -17,9 +17,11 @@ from execute import ROOT, notebooks
 
 START = re.compile(r'^#\| hide\nif "google\.colab" in str\(get_ipython\(\)\):')
 ZIP = "transformer_llm.zip"
-IN_ZIP = ["settings.ini", "setup.py", "_quarto.yml", "constraints.txt", "ruff.toml", "Makefile", "LICENSE",
-          "MANIFEST.in", "*.md", "CITATION.cff", "data/*.md", "data/*.json", "data/simple_patterns.txt", "transformer_llm/**/*.py",
-          "transformer_llm/py.typed", "nbs/*.ipynb", "nbs/exercises/*.ipynb", "nbs/images/*.png", "tools/*.py"]
+IN_ZIP = """
+settings.ini setup.py _quarto.yml constraints.txt ruff.toml Makefile LICENSE MANIFEST.in *.md CITATION.cff
+data/*.md data/*.json data/simple_patterns.txt transformer_llm/**/*.py transformer_llm/py.typed
+nbs/*.ipynb nbs/exercises/*.ipynb nbs/images/*.png tools/*.py
+""".split()
 
 
 def read_settings(root: Path = ROOT) -> dict[str, str]:
