@@ -128,7 +128,7 @@ def yarn_attention_factor(
     mscale: float | None = None,  # Both given: the quotient of two such factors, as DeepSeek's models state it
     mscale_all_dim: float | None = None,
 ) -> float:
-    "What YaRN multiplies cosines and sines by: 0.1 · ln(factor) + 1; Peng et al. (2023), section 3.4."
+    "What YaRN multiplies cosines and sines by: 0.1 · ln(factor) + 1; Peng, Quesnelle et al. (2023), section 3.4."
     if factor <= 1:
         return 1.0
     if mscale and mscale_all_dim:
@@ -140,17 +140,18 @@ def yarn_attention_factor(
 class RopeScaling:
     """How a rotary model reads longer texts than those it was first trained on: some pairs turn more slowly.
 
-    kind                     "linear": all pairs by `factor`; "dynamic": by a larger base, the longer the text is;
-                             "yarn" and "llama3": the slow pairs only; "divisors": each pair by its own number
-    factor                   how many times slower, at most
-    original_context_length  tokens that the model was first trained on; None: 8192 for "llama3", required for "yarn"
-                             and "dynamic", without a meaning for the others
-    low_freq_factor          "llama3": a pair with fewer turns in the original context is slowed by `factor`
-    high_freq_factor         "llama3": a pair with more turns stays as it is
-    divisors                 "divisors": one number for each pair; kept as a tuple
-    beta_slow, beta_fast     "yarn": as the two of "llama3"; between them pairs are slowed in part, in even steps
-    truncate                 "yarn": those two pairs are whole numbers, rounded outwards
-    attention_factor         cosines and sines are multiplied by it; None: `yarn_attention_factor` for "yarn", else 1
+    - `kind`: "linear": all pairs by `factor`; "dynamic": by a larger base, the longer the text is; "yarn" and "llama3":
+      the slow pairs only; "divisors": each pair by its own number.
+    - `factor`: how many times slower, at most; 1 or more.
+    - `low_freq_factor`: "llama3": a pair with fewer turns in the original context is slowed by `factor`.
+    - `high_freq_factor`: "llama3": a pair with more turns stays as it is.
+    - `original_context_length`: tokens that the model was first trained on; None: 8192 for "llama3"; "yarn" and
+      "dynamic" need it, the others don't look at it.
+    - `divisors`: "divisors": one number for each pair; kept as a tuple.
+    - `beta_fast`: "yarn": a pair with more turns in the original context stays as it is.
+    - `beta_slow`: "yarn": a pair with fewer turns is slowed by `factor`; those between in part.
+    - `truncate`: "yarn": the two pairs where this begins and ends are rounded outwards to whole ones.
+    - `attention_factor`: cosines and sines are multiplied by it; None: `yarn_attention_factor` for "yarn", else 1.
 
     Raises `InputError` that names the field, the value and what is allowed.
     """
@@ -252,7 +253,7 @@ class RopeScaling:
         return frequencies if self.kind == "dynamic" else self._slow_yarn(frequencies, base)
 
     def _slow_yarn(self, frequencies: Float[Tensor, "half"], base: float | None) -> Float[Tensor, "half"]:
-        "Equation (3.8): Peng et al. (2023), section 3.2."
+        "Equation (3.8): Peng, Quesnelle et al. (2023), section 3.2."
         if base is None:
             raise InputError("rope_scaling kind='yarn' needs the base that the frequencies were made of.")
         half = len(frequencies)

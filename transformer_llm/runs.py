@@ -41,7 +41,7 @@ from transformer_llm.foundations import (
     write_json,
 )
 from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
-from .training import Trainer, TrainingConfig, learning_rate
+from .training import Trainer, TrainingConfig, schedule_factor
 from .transformer import GPT, PRESETS, GPTConfig, training_memory_bytes
 
 # %% ../nbs/84_runs.ipynb #ed3c3a07
@@ -492,7 +492,7 @@ def surprises(before: TrainingConfig, trainer: Trainer) -> Iterator[str]:
     if steps >= now.max_steps:
         yield f"Nothing is left to train: the run has made {steps:,} steps, and max_steps is {now.max_steps:,}."
         return
-    old, new = learning_rate(max(0, steps - 1), before), learning_rate(steps, now)
+    old, new = schedule_factor(max(0, steps - 1), before), schedule_factor(steps, now)
     if now.max_steps != before.max_steps and new > 1.01 * old:
         yield (f"With {now.max_steps:,} steps in place of {before.max_steps:,} the learning rate rises again, "
                f"from {old * now.learning_rate:.3g} to {new * now.learning_rate:.3g}.")
