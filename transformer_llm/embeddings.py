@@ -128,7 +128,7 @@ def yarn_attention_factor(
     mscale: float | None = None,  # Both given: the quotient of two such factors, as DeepSeek's models state it
     mscale_all_dim: float | None = None,
 ) -> float:
-    "What YaRN multiplies cosines and sines by: 0.1 · ln(factor) + 1; Peng et al. (2023), section 3.4."
+    "What YaRN multiplies cosines and sines by: 0.1 · ln(factor) + 1; Peng, Quesnelle et al. (2023), section 3.4."
     if factor <= 1:
         return 1.0
     if mscale and mscale_all_dim:
@@ -253,7 +253,7 @@ class RopeScaling:
         return frequencies if self.kind == "dynamic" else self._slow_yarn(frequencies, base)
 
     def _slow_yarn(self, frequencies: Float[Tensor, "half"], base: float | None) -> Float[Tensor, "half"]:
-        "Equation (3.8): Peng et al. (2023), section 3.2."
+        "Equation (3.8): Peng, Quesnelle et al. (2023), section 3.2."
         if base is None:
             raise InputError("rope_scaling kind='yarn' needs the base that the frequencies were made of.")
         half = len(frequencies)
