@@ -2,18 +2,17 @@
 """
 import ast
 import re
+from pathlib import Path
 
+import contents
 import pytest
+from check import ROOT, code_cells, load, source
 
-from check import NOTEBOOKS, ROOT, code_cells, load, source
 from transformer_llm import exercises
-from transformer_llm.exercises import CHAPTERS, Verdict, exercises_of, find_exercise, judge
+from transformer_llm.exercises import Verdict, exercises_of, find_exercise, judge
 from transformer_llm.foundations import InputError
 
-STEMS = [
-    next(p.stem for p in NOTEBOOKS if p.parent.name == "nbs" and p.name.startswith(f"{n:02d}_"))
-    for n in range(len(CHAPTERS))
-]
+STEMS = {contents.number(name): Path(name).stem for name in contents.chapters()}
 NUMBER = r'"(\d+\.\d+)"'
 
 
@@ -28,7 +27,7 @@ def calls(notebook: dict, name: str) -> list[ast.Call]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name]
 
 
-@pytest.fixture(scope="module", params=range(len(CHAPTERS)), ids=STEMS)
+@pytest.fixture(scope="module", params=STEMS, ids=STEMS.values())
 def chapter(request):
     number = request.param
     return (
