@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import regex
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -2277,14 +2279,16 @@ def test_llama_cpp_s_default_cuts_four_times_in_turn(tmp_path, llama_tied):
     "By its list of expressions, each applied to the pieces of the one before."
     write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=with_settings(tokenizer__ggml__pre=None))
     write_gguf(
-        tmp_path / "y.gguf", "llama", llama_tied, spoil=with_settings(tokenizer__ggml__pre=kept("default", KINDS.STRING))
+        tmp_path / "y.gguf",
+        "llama",
+        llama_tied,
+        spoil=with_settings(tokenizer__ggml__pre=kept("default", KINDS.STRING)),
     )
     with pytest.warns(UserWarning, match="llama.cpp's default"):
         absent = load_pretrained_tokenizer(tmp_path / "x.gguf")
     default = load_pretrained_tokenizer(tmp_path / "y.gguf")
-    cuts = [
-        r"[\p{P}$+<=>^~|]+", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)", r"\p{N}+", "[0-9]{3}",
-    ]
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+    cuts = r"[\p{P}$+<=>^~|]+", gpt2, r"\p{N}+", "[0-9][0-9][0-9]"
 
     def pieces(words: list[str]) -> list[str]:
         for cut in cuts:
@@ -2292,12 +2296,11 @@ def test_llama_cpp_s_default_cuts_four_times_in_turn(tmp_path, llama_tied):
         return words
 
     draw = random.Random(0)
+    signs = ["a", "bc", "1", "23", "4567", "٣", " ", "  ", "\n", ".", "'s", "$", "☃", "é"]
     for _ in range(300):
-        sample = "".join(draw.choices(["a", "bc", "1", "23", "4567", "٣", " ", "  ", "\n", ".", "'s", "$", "☃", "é"], k=12))
-        wanted = [i for piece in pieces([sample]) for i in default.encode_word(piece)] if 0 else None
-        assert absent.encode(sample) == default.encode(sample)
-        words = [default.decode(ids) for ids in map(list, default.words(sample))] if 0 else None
-        assert wanted is words is None
+        sample = "".join(draw.choices(signs, k=12))
+        wanted = [i for piece in pieces([sample]) for i in default.encode_word(piece)]
+        assert wanted == default.encode(sample) == absent.encode(sample), sample
 
 
 def spoil_tensors(**changes):
