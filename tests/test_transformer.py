@@ -7,11 +7,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from transformer_llm.attention import MultiHeadAttention, attention_weights, expand_kv
+from transformer_llm.decoding import Decoder
 from transformer_llm.embeddings import Rotary
 from transformer_llm.feedforward import ACTIVATIONS, GATED, SwiGLU, is_gated, make_feedforward, n_matrices
 from transformer_llm.foundations import InputError, largest_difference
-from transformer_llm.performance import WorkingCopy, checkpoint_activations
+from transformer_llm.generation import generate
+from transformer_llm.performance import FastTrainer, WorkingCopy, checkpoint_activations, measure_peak_memory
 from transformer_llm.sprint import SprintGPT
+from transformer_llm.training import Trainer, TrainingConfig
 from transformer_llm.transformer import GPT, GPTConfig, check_plain
 
 SIZES = dict(vocab_size=31, context_length=16, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2)
@@ -179,7 +182,10 @@ CHANGES = {
     ),
     "fewer blocks": (lambda m: m.blocks.__delitem__(0), "has 1 blocks where the configuration says n_layers=2"),
     "another head": (lambda m: setattr(m, "lm_head", nn.Linear(16, 31, bias=False)), "lm_head=Linear"),
-    "another model": (lambda m: setattr(m, "__class__", other_class(GPT)), "it is a MyGPT, not a GPT"),
+    "another forward": (
+        lambda m: setattr(m, "__class__", type("Mine", (GPT,), {"forward": lambda self, ids: None})),
+        "it is a Mine, which has a forward of its own",
+    ),
 }
 
 
@@ -219,5 +225,117 @@ def test_a_sprint_model_is_right_or_refused():
             parameter.normal_(std=0.3) if parameter.ndim == 2 else None
     ids = torch.randint(31, (2, 16))
     assert largest_difference(WorkingCopy(model, torch.float32).logits(ids), model(ids)) < 1e-4
-    with pytest.raises(InputError, match="it is a SprintGPT, not a GPT"):
-        check_plain(model, "A test")
+    for use in (lambda: check_plain(model, "A test"), lambda: Decoder(model)):
+        with pytest.raises(InputError, match="it is a SprintGPT, which has a _start of its own"):
+            use()
+
+
+def test_a_subclass_that_only_adds_is_plain():
+    model = make()
+    model.__class__ = type("Mine", (GPT,), {"count": lambda self: 3})
+    assert check_plain(model, "A test") is model and model.count() == 3
+    with pytest.raises(InputError, match="it is a Linear, not a GPT"):
+        check_plain(nn.Linear(2, 2), "A test")
+
+
+# Fast paths on a changed model
+# -----------------------------------------------------------------------------------------------------------
+
+def adapted(**changes) -> GPT:
+    "A model with two linear layers replaced by adapters."
+    model = make(**changes)
+    replace(model, "blocks.0.attention.q_proj", Lora)
+    replace(model, "blocks.1.feedforward.up", Lora)
+    return model
+
+
+def merged(model) -> GPT:
+    "The plain model that computes the same: the low-rank products added to the weights."
+    plain = copy.deepcopy(model)
+    for name in ("blocks.0.attention.q_proj", "blocks.1.feedforward.up"):
+        adapter = plain.get_submodule(name)
+        with torch.no_grad():
+            adapter.linear.weight += adapter.b @ adapter.a
+        replace(plain, name, lambda old: old.linear)
+    return plain
+
+
+def test_adapters_are_right_or_refused_in_every_path(tmp_path):
+    model = adapted()
+    plain = merged(model)
+    ids = torch.randint(31, (1, 6), generator=torch.Generator().manual_seed(1))
+    assert largest_difference(model(ids), plain(ids)) < 1e-5
+    assert torch.equal(generate(model, ids, 9, temperature=0), generate(plain, ids, 9, temperature=0))
+    for use in (lambda: FastTrainer(model, DATA, STEPS, progress=False), lambda: Decoder(model)):
+        with pytest.raises(InputError, match=r"blocks\.0\.attention\.q_proj is a Lora"):
+            use()
+    trainer = Trainer(model, DATA, STEPS, progress=False)
+    twin, batches = copy.deepcopy(model), []
+    next_batch = trainer.next_batch
+    trainer.next_batch = lambda: batches.append(next_batch()) or batches[-1]
+    loss, _ = trainer.train_step()
+    inputs, targets = batches[0]
+    assert loss == pytest.approx(twin(inputs, targets)[1].item(), abs=1e-5)
+    moved = dict(trainer.model.named_parameters())
+    assert not torch.equal(moved["blocks.0.attention.q_proj.a"], twin.blocks[0].attention.q_proj.a)
+
+
+DATA = tuple(torch.randint(31, (n,), generator=torch.Generator().manual_seed(7)) for n in (300, 100))
+STEPS = TrainingConfig(max_steps=4, batch_size=2, warmup_steps=1, device="cpu")
+
+LATER = {
+    "an adapter": lambda m: replace(m, "blocks.1.attention.k_proj", Lora),
+    "a hook": lambda m: m.blocks[0].register_forward_hook(lambda module, inputs, output: 2 * output),
+    "a gradient's hook": lambda m: m.blocks[0].attention.q_proj.weight.register_hook(lambda grad: 0 * grad),
+    "its own forward": lambda m: setattr(m.blocks[0].feedforward, "forward", lambda x: x),
+    "a parametrization": CHANGES["a parametrization"][0],
+}
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_a_change_after_the_working_copy_was_made_is_noticed_at_the_next_step(change):
+    trainer = FastTrainer(make(), DATA, STEPS, progress=False)
+    trainer.train_step()
+    LATER[change](trainer.model)
+    with pytest.raises(InputError, match="A working copy"):
+        trainer.train_step()
+
+
+def test_new_weights_are_packed_again():
+    model = make()
+    working = WorkingCopy(model, torch.float32)
+    ids = torch.randint(31, (1, 6), generator=torch.Generator().manual_seed(1))
+    other = {name: torch.randn_like(weight) / 4 for name, weight in model.state_dict().items()}
+    for assign in (False, True):
+        other = {name: weight / 2 for name, weight in other.items()}
+        model.load_state_dict(other, assign=assign)
+        working.refresh()
+        assert largest_difference(working.logits(ids), model(ids)) < 1e-4
+    model.double()
+    working.refresh()
+    assert largest_difference(working.logits(ids), model(ids)) < 1e-4
+
+
+def test_a_working_copy_keeps_only_inputs_where_the_model_does():
+    model = make(context_length=64)
+    ids = torch.randint(31, (4, 64), generator=torch.Generator().manual_seed(1))
+    working = WorkingCopy(model, torch.float32)
+    working.loss(ids, ids).backward()
+    full = measure_peak_memory(lambda: working.loss(ids, ids).backward())
+    checkpoint_activations(model)
+    working.refresh()
+    assert measure_peak_memory(lambda: working.loss(ids, ids).backward()) < full
+
+
+def test_a_sprint_model_with_a_hook_takes_the_usual_way():
+    config = GPTConfig(**SIZES | dict(n_kv_heads=4, activation="relu2", qk_norm=True, rope_interleaved=True))
+    torch.manual_seed(0)
+    model = SprintGPT(config)
+    ids = torch.randint(31, (2, 16))
+    before = model(ids)
+    model.blocks[0].feedforward.register_forward_hook(lambda module, inputs, output: output + 1)
+    hooked = model(ids)
+    assert largest_difference(hooked, before) > 0.01
+    assert largest_difference(hooked, model(ids, cache=model.new_cache(2))) < 1e-5
+    again = copy.deepcopy(model)
+    assert largest_difference(hooked, again(ids)) == 0

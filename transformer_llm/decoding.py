@@ -543,9 +543,9 @@ class DecoderCache(list):
             self.old_pairs, self.new_pairs = (
                 pairs_of(x[:, :n_turned], c.rope_interleaved) for x in (self.heads, self.turned)
             )
-            cos, sin = rotary_angles(
-                torch.arange(self.capacity, device=made["device"]), c.head_dim, c.rope_base, c.rope_scaling
-            )
+            positions = torch.arange(self.capacity, device=made["device"])
+            # a cache is refused where the text's length would change the angles: they are those of a short text
+            cos, sin = rotary_angles(positions, c.head_dim, c.rope_base, c.rope_scaling, length=1)
             both = cos.repeat_interleave(2, -1) if c.rope_interleaved else torch.cat([cos, cos], -1)
             ones = torch.ones(self.capacity, c.n_kv_heads, c.head_dim, device=both.device)  # values are not turned
             self.cos, self.sin = torch.cat([both[:, None].expand(-1, n_turned, -1), ones], 1).unbind(0), sin.unbind(0)
@@ -595,14 +595,14 @@ def sampler(
 
     The random numbers are the same. Greedy choice and a temperature alone have forms that allocate less.
     """
+    temperature = sampling.temperature
     if sampling == Sampling(temperature=0):
         return lambda logits, seen, out: torch.argmax(logits, -1, out=out)
-    temperature = sampling.temperature
     if sampling != Sampling(temperature=temperature):
         return lambda logits, seen, out: out.copy_(sampling.draw(logits, seen, generator))
     noise = torch.empty(batch_size, vocab_size, device=device if generator is None else generator.device)
 
-    def draw(logits: Float[Tensor, "batch vocab"], seen: None, out: Int[Tensor, "batch"]) -> None:
+    def draw(logits: Float[Tensor, "batch vocab"], seen: Tensor | None, out: Int[Tensor, "batch"]) -> None:
         noise.exponential_(generator=generator)
         logits = logits if temperature == 1 else logits / temperature
         torch.argmax(logits - noise.log().to(logits.device), -1, out=out)
@@ -672,8 +672,12 @@ class Decoder(PackedGPT):
     ):
         super().__init__(model, dtype=dtype)
         c = self.config
+        grows = c.rope_scaling is not None and c.rope_scaling.kind == "dynamic"  # angles that follow the text's length
         self.steps = (
-            c.norm_placement == "pre" and c.position != "alibi" and (c.window is None or c.window >= c.context_length)
+            c.norm_placement == "pre"
+            and c.position != "alibi"
+            and (c.window is None or c.window >= c.context_length)
+            and not (grows and c.context_length > c.rope_scaling.original_context_length)
         )
         self.scale, self.workspace, self.last_norm = c.head_dim**-0.5, None, norm_function(self.final_norm)
         self.layers = [Layer.of(block) for block in self.blocks]

@@ -4,31 +4,48 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'BYTE_IDS', 'SHOWN', 'BYTE_CHARACTERS', 'CHARACTER_BYTES', 'GPT2_PATTERN', 'WORDS', 'CONTRACTIONS', 'LINES',
-           'PATTERNS', 'SPLITTERS', 'VISIBLE', 'LONG_MARKS', 'RARE_BYTES', 'BYTE_LEVEL', 'PRE_TOKENIZERS',
-           'GGUF_PATTERNS', 'refuse_half_characters', 'whole_characters', 'StreamDecoder', 'tokenizer_file',
-           'Tokenizer', 'token_values', 'CharTokenizer', 'visible', 'token_bytes', 'shortened', 'merge_pair',
-           'learn_merges', 'special_pattern', 'possible_special', 'cut_special', 'settled_words', 'sort_marks',
-           'compose', 'joining_characters', 'begins_anew', 'normal_stream', 'gather', 'split_stream', 'count_words',
-           'apply_merges', 'WordCache', 'check_special_tokens', 'check_fit', 'BPETokenizer', 'split_with',
-           'prefix_template', 'tokenizer_json', 'load_tokenizer', 'tokenizer_from_json', 'tokenizer_from_parts',
-           'bpe_from_texts', 'check_parts', 'check_settings', 'overlap', 'file_settings', 'pattern_name',
-           'template_prefix', 'bpe_from_lists']
+           'CAPITALS', 'SMALL', 'PATTERNS', 'SPLITTERS', 'SIMPLE', 'FOUR_CUTS', 'LONGEST_PATTERN', 'PATIENCE',
+           'MOST_COPIES', 'PROBE', 'LONG_MARKS', 'SAFE_CUT', 'FIRST_CUT', 'LAST_CUT', 'LONGEST_WORD', 'MOST_ADDED',
+           'LONGEST_NAME', 'HIGHEST_ID', 'RARE_BYTES', 'BYTE_LEVEL', 'PRE_TOKENIZERS', 'MOST_TOKENS', 'COMMON',
+           'GGUF_PATTERNS', 'TIKTOKEN_PATTERNS', 'refuse_half_characters', 'whole_characters', 'StreamDecoder',
+           'tokenizer_file', 'Tokenizer', 'check_text', 'token_values', 'CharTokenizer', 'visible', 'token_bytes',
+           'shortened', 'merge_pair', 'learn_merges', 'special_pattern', 'compile_pattern', 'find_words',
+           'word_splitter', 'split_in_turn', 'NameFinder', 'cut_names', 'sort_marks', 'compose', 'joining_characters',
+           'begins_anew', 'normal_stream', 'can_cut', 'last_cut', 'gather', 'split_stream', 'count_words',
+           'bound_words', 'apply_merges', 'WordCache', 'check_names', 'check_special_tokens', 'check_fit', 'NameCutter',
+           'first_cut', 'merge_ranks', 'train_bpe', 'BPETables', 'BPETokenizer', 'split_with', 'pre_tokenizer_of',
+           'prefix_template', 'tokenizer_json', 'bpe_json', 'load_tokenizer', 'tokenizer_from_json',
+           'tokenizer_from_parts', 'bpe_from_texts', 'check_parts', 'check_ids', 'check_characters', 'check_settings',
+           'file_settings', 'normalization_name', 'foreign_pattern', 'pattern_name', 'template_prefix',
+           'bpe_from_lists', 'named_tokens', 'merges_of_ranks', 'bpe_from_ranks', 'bpe_from_encoding', 'load_tiktoken',
+           'read_lines']
 
 # %% ../nbs/05_tokenizer.ipynb #b12fc873
+import base64
 import codecs
 import heapq
 import json
+import re
 import unicodedata
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from itertools import chain, groupby
+from math import prod
 from operator import index
 from pathlib import Path
 
 import regex
 
-from .foundations import InputError, atomic_write, check_choice, check_range, read_json
+from transformer_llm.foundations import (
+    InputError,
+    atomic_write,
+    check_choice,
+    check_range,
+    os_error_sentence,
+    read_json,
+)
 
 # %% ../nbs/05_tokenizer.ipynb #eeeeaad8
 def refuse_half_characters(
@@ -83,7 +100,8 @@ def tokenizer_file(
 class Tokenizer:
     "What both tokenizers share: decoding, streams and files. A subclass has `encode`, `decode_bytes` and `to_json`."
 
-    special_tokens: dict = {}  # name -> id
+    special_tokens: dict = {}  # name -> id of the marks that end a text or frame it
+    added_tokens: dict = {}  # name -> id of all that is cut out of a text whole: these, and others such as <think>
     prefix: tuple = ()  # ids that the model wants before every text; `encode` does not add them
 
     def decode(self, ids: Iterable) -> str:
@@ -96,6 +114,12 @@ class Tokenizer:
     def stream_decoder(self) -> StreamDecoder:
         "A decoder that is fed one id at a time; all that it gives, joined, equals `decode`."
         return StreamDecoder(self.decode_bytes)
+
+    def first_cut(self, text: str, start: int) -> int | None:
+        """The first place after `start` at which `text` falls into parts whose ids, joined, are those of the whole,
+        whatever follows it; None if there is none.
+        """
+        return None
 
     def save(self, path: str | Path) -> None:
         "Write `tokenizer.json`, atomically; `path` is the file or its folder."
@@ -123,18 +147,29 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, special_tokens={list(self.special_tokens)})"
 
+# %% ../nbs/05_tokenizer.ipynb #704a40ef
+def check_text(text: object) -> None:
+    "Raise `InputError` for what is no text."
+    if not isinstance(text, str):
+        raise InputError(f"A tokenizer encodes a text (str), not {shortened(text)} ({type(text).__name__}).")
+
 
 def token_values(
-    ids: Iterable,  # Token ids
+    ids: object,  # Token ids
     values: Mapping,  # id -> what it stands for
 ) -> list:
-    "Look up each id; an id outside the vocabulary raises `InputError`."
+    "Look up each id; an id outside the vocabulary, or what is no list of whole numbers, raises `InputError`."
+    given = ids
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     try:
         return [values[index(i)] for i in ids]
     except KeyError as error:
         raise InputError(
             f"Token id {error.args[0]} is not in the vocabulary, whose ids run from 0 to {max(values)}."
+        ) from None
+    except TypeError:
+        raise InputError(
+            f"Token ids are whole numbers in one row, such as [5, 7], not {shortened(given)} ({type(given).__name__})."
         ) from None
 
 # %% ../nbs/05_tokenizer.ipynb #2c012c24
@@ -164,6 +199,7 @@ class CharTokenizer(Tokenizer):
 
         `special` changes nothing here.
         """
+        check_text(text)
         return self.look_up(text)
 
     def look_up(self, text: str, start: int = 0) -> list[int]:  # Characters that stood before it
@@ -185,6 +221,10 @@ class CharTokenizer(Tokenizer):
             yield from self.look_up(chunk, seen)
             seen += len(chunk)
 
+    def first_cut(self, text: str, start: int) -> int | None:
+        "Any place will do: each character is a token of its own."
+        return start + 1 if start + 1 < len(text) else None
+
     def decode(self, ids: Iterable) -> str:
         "Text of token ids; an id outside the vocabulary raises `InputError`."
         return "".join(token_values(ids, self.values))
@@ -195,7 +235,7 @@ class CharTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         "The `tokenizer.json` text: BPE without a merge, which Hugging Face `tokenizers` reads too."
-        return tokenizer_json(self.ids, [], {}, pre_tokenizer=None, decoder={"type": "Fuse"})
+        return tokenizer_json(self.ids, [], [], pre_tokenizer=None, decoder={"type": "Fuse"})
 
 # %% ../nbs/05_tokenizer.ipynb #a340bcab
 BYTES = sorted(range(256), key=lambda b: (not chr(b).isprintable() or chr(b) == " ", b))  # id -> byte, in GPT-2's order
@@ -308,65 +348,172 @@ def special_pattern(
 # %% ../nbs/05_tokenizer.ipynb #89db1bec
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # capital letters too
 LINES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CAPITALS, SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 PATTERNS = {
     "gpt2": GPT2_PATTERN,
     "smollm": r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
     "llama3": rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{LINES}",
     "qwen2": rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{LINES}",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{CAPITALS}*{SMALL}+{CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{CAPITALS}+{SMALL}*{CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 SPLITTERS = {name: regex.compile(pattern) for name, pattern in PATTERNS.items()}
+# llama.cpp's way where a file names no pattern: four cuts, each of the pieces of the one before
+SIMPLE = (r"[\p{P}$+<=>^~|]+", r"\p{N}+", "[0-9][0-9][0-9]")
+FOUR_CUTS = (SIMPLE[0], "gpt2", SIMPLE[1], SIMPLE[2])
+
+# %% ../nbs/05_tokenizer.ipynb #40305b37
+LONGEST_PATTERN = 4096  # characters
+PATIENCE = 5.0  # seconds for one text, and one more for each 20,000 characters
+MOST_COPIES = 10_000  # that counted repetitions such as {1,3} may ask the compiler for, all multiplied
+PROBE = "Aa1 \n\t'!\u00e9\u8a9e\u0301\U0001f98a \r\n_\u00bd  b"  # one of each kind
+
+
+@cache
+def compile_pattern(pattern: str) -> "regex.Pattern":
+    "One of `PATTERNS`, or an expression in the dialect of the `regex` package; `InputError` says why it can't be one."
+    if pattern in SPLITTERS:
+        return SPLITTERS[pattern]
+    repeats = (map(int, regex.findall(r"\d{1,9}", braces)) for braces in regex.findall(r"\{[\d,]+\}", pattern))
+    copies = prod(max(1, 1, *times) for times in repeats)
+    if len(pattern) > LONGEST_PATTERN or copies > MOST_COPIES:
+        raise InputError(f"The pattern {shortened(pattern)} is too long or repeats too often; give a simpler one.")
+    try:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise InputError(
+            f"The pattern {shortened(pattern)} is none of {', '.join(PATTERNS)} and no regular expression ({error})."
+        ) from None
+
+
+def find_words(
+    expression: "regex.Pattern",  # What a word is
+    text: str,  # What to cut
+    *,
+    gaps: bool,  # Characters that no word takes are words of their own; otherwise they raise `InputError`
+) -> list[str]:
+    "The words of a text, all of it, by any expression; `InputError` for one that takes too long."
+    words, done, seconds = [], 0, PATIENCE + len(text) / 20_000
+    try:
+        for match in expression.finditer(text, timeout=seconds):
+            start, end = match.span()
+            if start > done:
+                words.append(text[done:start])
+            if start > done and not gaps:
+                break
+            if end > start:
+                words.append(text[start:end])
+            done = end
+        else:
+            start = len(text)
+    except TimeoutError:
+        raise InputError(
+            f"The pattern {shortened(expression.pattern)} needs more than {seconds:.0f} seconds "
+            f"for {len(text):,} characters; write it without nested repetitions."
+        ) from None
+    if start > done and not gaps:
+        raise InputError(
+            f"The pattern {shortened(expression.pattern)} takes no word at {shortened(text[done:start])}; pattern must "
+            f"be one of {', '.join(PATTERNS)}, or an expression that covers every character (one that ends in |\\s+|.)."
+        )
+    return words + ([text[done:]] if start > done else [])
+
+
+def word_splitter(
+    pattern: str | Sequence[str],  # One of `PATTERNS`, an expression, or several that cut one after another
+) -> Callable[[str], list[str]]:
+    """What cuts a text into words.
+
+    An expression has to cover all text. Of several, each cuts the pieces of the one before, and what it doesn't match
+    stays a piece.
+    """
+    if not isinstance(pattern, str):
+        return partial(split_in_turn, expressions=[compile_pattern(part) for part in pattern])
+    if pattern in SPLITTERS:
+        return SPLITTERS[pattern].findall
+    find_words(compile_pattern(pattern), PROBE, gaps=False)
+    return partial(find_words, compile_pattern(pattern), gaps=False)
+
+
+def split_in_turn(text: str, expressions: Sequence["regex.Pattern"]) -> list[str]:
+    "Cut a text with the first expression, the pieces with the second, and so on."
+    words = [text] if text else []
+    for expression in expressions:
+        words = list(chain.from_iterable(find_words(expression, word, gaps=True) for word in words))
+    return words
 
 # %% ../nbs/05_tokenizer.ipynb #4f7b3111
-VISIBLE = regex.compile(r"\S")
+class NameFinder:
+    "Finds names in a text, such as `<|endoftext|>`: the earliest, and of those the longest."
+
+    def __init__(self, names: Iterable[str]):
+        self.names = frozenset(names)
+        self.sorted, self.longest = sorted(self.names), max(map(len, self.names), default=0)
+        self.pattern = special_pattern(self.names) if len(self.names) <= 300 else None  # more take it long to compile
+        self.lengths = defaultdict(set)
+        for name in self.names:
+            self.lengths[name[0]].add(len(name))
+        self.lengths = {first: sorted(lengths, reverse=True) for first, lengths in self.lengths.items()}
+        self.firsts = re.compile(f"[{''.join(map(re.escape, self.lengths))}]") if self.names else None
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def search(self, text: str, start: int = 0) -> tuple[int, int] | None:
+        "Where the next name begins and ends, from `start` on."
+        if self.pattern is not None:
+            match = self.pattern.search(text, start)
+            return match.span() if match else None
+        for match in self.firsts.finditer(text, start) if self.names else ():
+            place = match.start()
+            for length in self.lengths[match.group()]:
+                if text[place : place + length] in self.names:
+                    return place, place + length
+        return None
+
+    def split(self, text: str) -> list[str]:
+        "Text and names in turn, as `regex.split` gives them: the first and the last piece are text."
+        if self.pattern is not None:
+            return self.pattern.split(text)
+        pieces, done = [], 0
+        while found := self.search(text, done):
+            pieces += [text[done : found[0]], text[found[0] : found[1]]]
+            done = found[1]
+        return [*pieces, text[done:]]
+
+    def unfinished(self, text: str, start: int) -> int:
+        "Where, from `start` on, the earliest name may begin that the end of `text` leaves unfinished; else its length."
+        for position in range(max(start, len(text) - self.longest + 1), len(text)):
+            tail = text[position:]
+            place = bisect_right(self.sorted, tail)
+            if place < len(self.sorted) and self.sorted[place].startswith(tail):
+                return position
+        return len(text)
 
 
-def possible_special(
-    text: str,  # Text whose continuation isn't known yet
-    start: int,  # Where to begin looking
-    names: Sequence[str],  # Special tokens
-) -> int:
-    "Where the earliest unfinished special token at the end of `text` may begin; `len(text)` if nowhere."
-    longest = max(map(len, names), default=0)
-    for position in range(max(start, len(text) - longest + 1), len(text)):
-        tail = text[position:]
-        if any(len(name) > len(tail) and name.startswith(tail) for name in names):
-            return position
-    return len(text)
-
-
-def cut_special(
-    chunks: Iterable[str],  # Pieces of one text, cut anywhere
-    names: Iterable[str],  # Special tokens
+def cut_names(
+    pieces: Iterable[tuple[str, str | None]],  # Pieces of one text, cut anywhere; each with the name that follows
+    finder: NameFinder,
 ) -> Iterator[tuple[str, str | None]]:
-    "Yield ordinary text as it becomes certain, each with the special token that ends it, or None where it goes on."
-    names = list(names)
-    pattern, rest = special_pattern(names), ""
-    for chunk in chunks:
+    "Yield ordinary text as it becomes certain, each with the name that ends it, or None where the text goes on."
+    rest = ""
+    for chunk, name in pieces:
         text, start = rest + chunk, 0
-        hold, match = possible_special(text, 0, names), pattern.search(text) if pattern else None
-        while match and match.start() < hold:
-            yield text[start : match.start()], match.group()
-            start = match.end()
-            hold, match = hold if start <= hold else possible_special(text, start, names), pattern.search(text, start)
-        yield text[start:hold], None
+        hold, found = len(text) if name is not None else finder.unfinished(text, 0), finder.search(text)
+        while found and found[0] < hold:
+            yield text[start : found[0]], text[found[0] : found[1]]
+            start = found[1]
+            hold = hold if start <= hold else finder.unfinished(text, start)
+            found = finder.search(text, start)
+        yield text[start:hold], name
         rest = text[hold:]
-    pieces = pattern.split(rest) if pattern else [rest]
-    yield from zip(pieces[::2], pieces[1::2] + [None])
+    parts = finder.split(rest)
+    yield from zip(parts[::2], parts[1::2] + [None])
 
-
-def settled_words(
-    text: str,  # Text whose continuation isn't known yet
-    pattern: str = "gpt2",  # One of `PATTERNS`
-) -> tuple[list[str], str]:
-    "The words that no continuation of `text` can change, and the rest."
-    words = SPLITTERS[pattern].findall(text)
-    settled, rest = len(words), ""
-    while settled and (len(rest) < 2 or not VISIBLE.search(rest)):
-        settled -= 1
-        rest = words[settled] + rest
-    return words[:settled], rest
-
-
+# %% ../nbs/05_tokenizer.ipynb #e4b3d606
 LONG_MARKS = regex.compile(r"\p{M}{32,}")
 
 
@@ -403,21 +550,36 @@ def begins_anew(character: str) -> bool:
 
 
 def normal_stream(
-    pieces: Iterable[tuple[str, str | None]],  # What `cut_special` gives
+    pieces: Iterable[tuple[str, str | None]],  # What `cut_names` gives
 ) -> Iterator[tuple[str, str | None]]:
     "The same pieces with their text in NFC; a letter waits until no accent can follow it."
     parts = []
     for text, name in pieces:
-        cut = (
-            len(text)
-            if name is not None
-            else next((i for i in reversed(range(len(text))) if begins_anew(text[i])), None)
-        )
+        if name is not None:
+            cut = len(text)
+        else:
+            cut = next((i for i in reversed(range(len(text))) if begins_anew(text[i])), None)
         parts.append(text[:cut])
         if cut is not None:
             yield compose("".join(parts)), name
             parts = [text[cut:]]
     yield compose("".join(parts)), None
+
+# %% ../nbs/05_tokenizer.ipynb #c98daccd
+SAFE_CUT = r"[\p{L}\p{N}](?!')[\s\p{P}\p{S}]"  # between these two characters no pattern of ours has a word
+FIRST_CUT, LAST_CUT = regex.compile(SAFE_CUT), regex.compile("(?r)" + SAFE_CUT)
+
+
+def can_cut(pattern: str | tuple[str, ...]) -> bool:
+    "Whether texts may be cut at `SAFE_CUT` under this pattern: all of `PATTERNS`, alone or in turn; no other is known."
+    parts = [pattern] if isinstance(pattern, str) else pattern
+    return all(part in PATTERNS or part in SIMPLE for part in parts) and pattern not in SIMPLE
+
+
+def last_cut(text: str, pattern: str | tuple[str, ...]) -> int:
+    "The last place at which `text` falls into parts with the same words as the whole, whatever follows; 0 if nowhere."
+    match = LAST_CUT.search(text) if can_cut(pattern) else None
+    return match.start() + 1 if match else 0
 
 
 def gather(
@@ -437,54 +599,74 @@ def gather(
 
 def split_stream(
     chunks: Iterable[str],  # Pieces of one text, cut anywhere
-    names: Iterable[str] = (),  # Special tokens
+    names: Iterable[str] | NameFinder = (),  # Added tokens
     size: int = 8192,  # Characters to collect before each step
     *,
-    pattern: str = "gpt2",  # One of `PATTERNS`
+    pattern: str | Sequence[str] = "gpt2",  # As in `BPETokenizer`
     normalization: str | None = None,  # "NFC" composes accents first
+    late: Iterable[str] | NameFinder = (),  # Added tokens that are looked for after that
 ) -> Iterator[tuple[list[str], str | None]]:
-    "Split a text that arrives in chunks: yield lists of words, each with the special token that follows it or None."
-    pieces = cut_special(gather(chunks, size), names)
+    "Split a text that arrives in chunks: yield lists of words, each with the added token that follows it or None."
+    early, late = (found if isinstance(found, NameFinder) else NameFinder(found) for found in (names, late))
+    split = word_splitter(pattern)
+    pieces = cut_names(((chunk, None) for chunk in gather(chunks, size)), early)
+    pieces = normal_stream(pieces) if normalization else pieces
     parts, length, enough = [], 0, size
-    for text, name in normal_stream(pieces) if normalization else pieces:
+    for text, name in cut_names(pieces, late) if late else pieces:
         parts.append(text)
         length += len(text)
         if name is not None:
-            yield SPLITTERS[pattern].findall("".join(parts)), name
+            yield split("".join(parts)), name
             parts, length, enough = [], 0, size
         elif length >= enough:
-            words, rest = settled_words("".join(parts), pattern)
-            yield words, None
-            parts, length, enough = [rest], len(rest), max(size, 2 * len(rest))
-    yield SPLITTERS[pattern].findall("".join(parts)), None
+            text = "".join(parts)
+            cut = last_cut(text, pattern)
+            if cut:
+                yield split(text[:cut]), None
+            parts, length = [text[cut:]], len(text) - cut
+            enough = max(size, 2 * length)
+    yield split("".join(parts)), None
 
 # %% ../nbs/05_tokenizer.ipynb #febdf6eb
+LONGEST_WORD = 256  # characters; training looks at a longer word in parts of this length
+
+
 def count_words(
     texts: Iterable[str | Iterable[str]],  # Documents, each whole or in chunks
     names: Sequence[str] = (),  # Special tokens, which are cut out
     *,
-    pattern: str = "gpt2",  # One of `PATTERNS`
+    pattern: str | Sequence[str] = "gpt2",  # As in `BPETokenizer`
     progress: bool = False,  # Show a bar
     slice_size: int = 2**20,  # Characters that are split at a time
     limit: int = 2**21,  # Distinct words to keep; beyond it the rarer ones are forgotten
 ) -> Counter:
     """Count the pre-tokenization pattern's words over all documents, exactly up to `limit` distinct ones.
 
-    Memory holds these, a slice, and the longest word.
+    A word of more than `LONGEST_WORD` characters counts as parts of that length. Memory holds the words, a slice, and
+    the longest stretch of text without a safe place to cut.
     """
     from tqdm.auto import tqdm
 
-    counts = Counter()
+    counts, finder = Counter(), NameFinder(names)
     with tqdm(desc="counting words", unit=" characters", unit_scale=True, disable=not progress) as bar:
         for text in texts:
-            chunks = (
-                (text[i : i + slice_size] for i in range(0, len(text), slice_size)) if isinstance(text, str) else text
-            )
-            for words, _ in split_stream(whole_characters(chunks), names, pattern=pattern):
+            chunks = text
+            if isinstance(text, str):
+                chunks = (text[i : i + slice_size] for i in range(0, len(text), slice_size))
+            for words, _ in split_stream(whole_characters(chunks), finder, pattern=pattern):
                 if len(counts) > limit:
                     counts = Counter(dict(counts.most_common()[: limit // 2]))
                 counts.update(words)
                 bar.update(sum(map(len, words)))
+    return bound_words(counts)
+
+
+def bound_words(counts: Counter) -> Counter:
+    "The same words, those beyond `LONGEST_WORD` in parts: merging within a word of n bytes takes up to n² steps."
+    for word in [word for word in counts if len(word) > LONGEST_WORD]:
+        times = counts.pop(word)
+        for start in range(0, len(word), LONGEST_WORD):
+            counts[word[start : start + LONGEST_WORD]] += times
     return counts
 
 # %% ../nbs/05_tokenizer.ipynb #3b1b89df
@@ -526,21 +708,38 @@ class WordCache(dict):
         return ids
 
 # %% ../nbs/05_tokenizer.ipynb #fbaa8de5
-def check_special_tokens(
-    names: Sequence[str],  # Special tokens
-    vocab: Iterable[bytes] = (),  # The other tokens
+MOST_ADDED, LONGEST_NAME = 65_536, 512  # added tokens, and characters of one: real models have 6,500 of at most 50
+HIGHEST_ID = 2**31 - 1
+
+
+def check_names(
+    added: Mapping,  # Name -> id of the added tokens
+    vocab: Mapping,  # The other tokens
 ) -> None:
-    """Raise `InputError` for a name that is empty, a single character, there twice, or written like an ordinary token
-    in files.
-    """
-    taken, times = set(map(visible, vocab)), Counter(names)
-    for name in names:
-        refuse_half_characters(name)
-        if len(name) < 2 or times[name] > 1 or name in taken:
+    "Raise `InputError` for added tokens that are too many, too long, empty, or written like another token in files."
+    if len(added) > MOST_ADDED:
+        raise InputError(f"It has {len(added):,} added tokens, and at most {MOST_ADDED:,} can be used.")
+    for name, i in added.items():
+        if not isinstance(name, str) or len(name) > LONGEST_NAME:
             raise InputError(
-                f"{name!r} can't be a special token; give each a name of its own of "
-                "two or more characters, such as '<|endoftext|>'."
+                f"The added token {shortened(name)} is no text of at most {LONGEST_NAME} characters, and can't be used."
             )
+        refuse_half_characters(name)
+        token = bytes(map(CHARACTER_BYTES.get, name)) if all(map(CHARACTER_BYTES.__contains__, name)) else None
+        if not name or vocab.get(token, i) != i:
+            raise InputError(
+                f"{shortened(name)} can't be a special token or another added one: "
+                f"{'it is empty' if not name else 'an ordinary token is written so'}; "
+                "give it a name of its own, such as '<|endoftext|>'."
+            )
+
+
+def check_special_tokens(names: Sequence[str]) -> None:
+    "Raise `InputError` for names that no tokenizer can be trained with: those above, and one that stands there twice."
+    twice = next((name for name, times in Counter(names).items() if times > 1), None)
+    if twice is not None:
+        raise InputError(f"The special token {shortened(twice)} stands there twice; give each a name of its own.")
+    check_names(dict.fromkeys(names, -1), {bytes([byte]): byte for byte in BYTES})
 
 # %% ../nbs/05_tokenizer.ipynb #c20a28fc
 # which no character of an ordinary text needs
@@ -549,15 +748,18 @@ RARE_BYTES = {*range(32), 127, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 256)} - set(
 
 def check_fit(tokenizer: "BPETokenizer") -> None:
     "Raise `InputError` if a tokenizer's settings and vocabulary do not fit each other."
-    check_choice("pattern", tokenizer.pattern, PATTERNS)
     check_choice("normalization", tokenizer.normalization, (None, "NFC"))
     if not set(tokenizer.missing) <= RARE_BYTES:
         raise InputError(
             f"its vocabulary lacks {len(tokenizer.missing)} of the 256 bytes; train "
             "it with ByteLevel.alphabet() as its initial alphabet"
         )
-    ids = [*tokenizer.vocab.values(), *tokenizer.special_tokens.values()]
-    if any(type(i) is not int or i < 0 for i in ids) or len(set(ids)) < len(ids):
+    names = {i: name.encode("utf-8") for name, i in tokenizer.added_tokens.items()}
+    ids = [*tokenizer.vocab.values(), *names]
+    shared = sum(names.get(i) == token for token, i in tokenizer.vocab.items())  # added tokens that merges reach too
+    if any(type(i) is not int or not 0 <= i <= HIGHEST_ID for i in ids):
+        raise InputError(f"its token ids are not whole numbers from 0 to {HIGHEST_ID:,}")
+    if len(names) < len(tokenizer.added_tokens) or len(set(ids)) < len(ids) - shared:
         raise InputError("its token ids are not whole numbers that differ from each other")
     for left, right in tokenizer.merges:
         if not (left in tokenizer.vocab and right in tokenizer.vocab and left + right in tokenizer.vocab):
@@ -566,49 +768,168 @@ def check_fit(tokenizer: "BPETokenizer") -> None:
                 f"{shortened(visible(right))} names a token that its vocabulary lacks"
             )
     if not set(tokenizer.prefix) <= set(tokenizer.special_tokens.values()):
-        raise InputError(f"its prefix {list(tokenizer.prefix)} holds an id that is no special token's")
+        raise InputError(f"its prefix {shortened(list(tokenizer.prefix))} holds an id that is no special token's")
 
-
-class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding: encodes any text, and decodes to exactly that text (see `normalization` and
-    `missing` for the two exceptions).
-    """
+# %% ../nbs/05_tokenizer.ipynb #825ba66d
+class NameCutter:
+    "Cuts a text at its added tokens, then composes what is between, as far as a tokenizer asks for either."
 
     def __init__(
         self,
-        vocab: Mapping[bytes, int],  # Every token but the special ones, the single bytes among them
+        names: Iterable[str],  # Added tokens
+        normalized: Collection[str],  # Those of them that are looked for when the text is composed, behind the others
+        normalization: str | None,  # None or "NFC"
+    ):
+        names = list(names)
+        self.normalization = normalization
+        self.early = NameFinder(name for name in names if name not in normalized)
+        self.written = {compose(name) if normalization else name: name for name in names if name in normalized}
+        self.late = NameFinder(self.written)
+        if len(self.written) < sum(name in normalized for name in names):
+            raise InputError("two of its normalized added tokens are the same text when their accents are composed")
+        if self.early.names & self.written.keys():
+            raise InputError(f"its added token {shortened(min(self.early.names & self.written.keys()))} means two ids")
+
+    def split(self, text: str) -> list[str]:
+        "Text and names in turn; the first and the last piece are text."
+        pieces = self.early.split(text) if self.early else [text]
+        if self.normalization:
+            pieces[::2] = map(compose, pieces[::2])
+        if self.late:
+            parts = []
+            for piece, name in zip(pieces[::2], pieces[1::2] + [None]):
+                found = self.late.split(piece)
+                found[1::2] = map(self.written.__getitem__, found[1::2])
+                parts += [*found, name]
+            pieces = parts[:-1]
+        return pieces
+
+    def holds_across(self, text: str, cut: int) -> bool:
+        "Whether the text holds a name that begins before the cut and ends behind it."
+        for finder in (self.early, self.late):
+            for start in range(max(0, cut - finder.longest + 1), cut):
+                for length in finder.lengths.get(text[start], ()):
+                    if start + length > cut and text[start : start + length] in finder.names:
+                        return True
+        return False
+
+
+def first_cut(text: str, start: int, cutter: NameCutter) -> int | None:
+    "The first place after `start` at which no name and no word of one of `PATTERNS` is cut; None if there is none."
+    if cutter.late and cutter.normalization:  # a name that is composed first may be spelled in many ways
+        return None
+    limit = len(text) - max(cutter.early.longest, cutter.late.longest)  # a later name may not be whole yet
+    for match in FIRST_CUT.finditer(text, start, max(start, limit)):
+        cut = match.start() + 1
+        alone = not cutter.normalization or unicodedata.is_normalized("NFC", match.group()[0])
+        if alone and not cutter.holds_across(text, cut):
+            return cut
+    return None
+
+# %% ../nbs/05_tokenizer.ipynb #a26ace05
+def merge_ranks(
+    vocab: Mapping[bytes, int],
+    merges: Sequence[tuple[bytes, bytes]],
+    added: Mapping[str, int],  # Added tokens: a text that holds one is cut there, so merges never make it
+) -> dict:
+    "Pair of ids -> (rank, id of the merged token). Of two equal merges the last counts, as in Hugging Face's library."
+    names = set(added.values())
+    return {
+        (vocab[left], vocab[right]): (rank, vocab[left + right])
+        for rank, (left, right) in enumerate(merges)
+        if vocab[left + right] not in names
+    }
+
+
+def train_bpe(
+    texts: str | Iterable[str | Iterable[str]],  # As in `BPETokenizer.train`, and so are the others
+    vocab_size: int,
+    special_tokens: Sequence[str],
+    *,
+    pattern: str | Sequence[str],
+    progress: bool,
+) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]], dict[str, int]]:
+    "The vocabulary, merges and special tokens that `BPETokenizer.train` learns."
+    names = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
+    check_special_tokens(names)
+    word_splitter(pattern)  # which refuses one that can't be used
+    vocab_size = check_range("vocab_size", vocab_size, 256 + len(names), integer=True)
+    word_counts = count_words([texts] if isinstance(texts, str) else texts, names, pattern=pattern, progress=progress)
+    if not word_counts:
+        raise InputError("The text to train a tokenizer on is empty; give it some text.")
+    n_merges = vocab_size - 256 - len(names)
+    pairs = learn_merges(word_counts, n_merges, progress=progress)
+    if len(pairs) < n_merges:
+        raise InputError(
+            f"This text gives at most {vocab_size - n_merges + len(pairs)} "
+            f"tokens, not the vocab_size of {vocab_size}; "
+            "give it more text or a smaller vocab_size."
+        )
+    tokens = [bytes([byte]) for byte in BYTES]
+    for left, right in pairs:
+        tokens.append(tokens[left] + tokens[right])
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [(tokens[left], tokens[right]) for left, right in pairs]
+    return vocab, merges, {name: len(vocab) + i for i, name in enumerate(names)}
+
+# %% ../nbs/05_tokenizer.ipynb #1f8811e9
+class BPETables(Tokenizer):
+    "What a `BPETokenizer` knows, checked: its vocabulary, merges, added tokens and settings."
+
+    def __init__(
+        self,
+        vocab: Mapping[bytes, int],  # Every token but the added ones, the single bytes among them
         merges: Sequence[tuple[bytes, bytes]],  # In the order in which they are applied
         special_tokens: Mapping[str, int],  # Name -> id
         *,
-        pattern: str = "gpt2",  # What cuts the text into words: one of `PATTERNS`
+        added_tokens: Mapping[str, int] | None = None,  # Name -> id of those that are cut out whole and not special
+        normalized: Collection[str] = (),  # Added tokens that are looked for after `normalization`, behind the others
+        pattern: str | Sequence[str] = "gpt2",  # What cuts the text into words: see `word_splitter`
         ignore_merges: bool = False,  # A word that is a token needs no merges, as in Llama 3
-        normalization: str
-        | None = None,  # "NFC" composes accents before anything else, as in Qwen 2; then `decode` gives the composed text
-        prefix: Sequence[
-            int
-        ] = (),  # Ids of special tokens that the model wants before every text; `encode` does not add them
+        # "NFC" composes accents before anything else, as in Qwen 2; then `decode` gives the composed text
+        normalization: str | None = None,
+        prefix: Sequence[int] = (),  # Ids of special tokens that the model wants before each text; `encode` adds none
     ):
-        check_special_tokens(list(special_tokens), vocab)
-        self.vocab, self.merges, self.special_tokens = dict(vocab), list(merges), dict(special_tokens)
-        self.pattern, self.ignore_merges, self.normalization, self.prefix = (
-            pattern,
-            ignore_merges,
-            normalization,
-            tuple(prefix),
-        )
+        self.vocab, self.merges = dict(vocab), list(merges)
+        self.special_tokens = dict(special_tokens)
+        self.added_tokens = self.special_tokens | dict(added_tokens or {})
+        self.normalized = frozenset(normalized) & self.added_tokens.keys()
+        self.pattern = pattern if isinstance(pattern, str) else tuple(pattern)
+        self.ignore_merges, self.normalization, self.prefix = ignore_merges, normalization, tuple(prefix)
+        check_names(self.added_tokens, self.vocab)
         # bytes that this vocabulary leaves out
         self.missing = bytes(byte for byte in range(256) if bytes([byte]) not in self.vocab)
         check_fit(self)
-        self.values = {i: token for token, i in vocab.items()} | {
-            i: name.encode("utf-8") for name, i in special_tokens.items()
-        }
-        # Of two equal merges the last counts, as in Hugging Face's library
-        self.ranks = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
-        self.byte_ids = [vocab.get(bytes([byte])) for byte in range(256)]
+        self.values = {i: token for token, i in self.vocab.items()}
+        self.values |= {i: name.encode("utf-8") for name, i in self.added_tokens.items()}
         self.vocab_size = max(self.values) + 1  # rows that an embedding needs
+        self.byte_ids = [self.vocab.get(bytes([byte])) for byte in range(256)]
+        self.ranks = merge_ranks(self.vocab, self.merges, self.added_tokens)
         self.words = WordCache(self.encode_word)
-        self.split_words = SPLITTERS[pattern].findall
-        self.specials = special_pattern(special_tokens)
+        self.split_words = word_splitter(self.pattern)
+        plain = [name for name in self.added_tokens if name not in self.special_tokens]
+        self.cutters = {True: NameCutter(self.added_tokens, self.normalized, normalization),
+                        False: NameCutter(plain, self.normalized, normalization)}
+
+    def encode_word(self, word: str) -> tuple:
+        "Token ids of one word, without the cache."
+        data = word.encode("utf-8")
+        if self.ignore_merges and data in self.vocab and word not in self.added_tokens:
+            return (self.vocab[data],)
+        return apply_merges([self.byte_ids[byte] for byte in data.translate(None, self.missing)], self.ranks)
+
+    def decode_bytes(self, ids: Iterable) -> bytes:
+        "Bytes of token ids; an id outside the vocabulary raises `InputError`."
+        return b"".join(token_values(ids, self.values))
+
+# %% ../nbs/05_tokenizer.ipynb #bbf41ae4
+class BPETokenizer(BPETables):
+    """Byte-level byte-pair encoding: encodes any text, and decodes to exactly that text (see `normalization` and
+    `missing` for the two exceptions).
+
+    `special_tokens` are the marks that end a text or frame it; `added_tokens` are all names that are cut out of a text
+    whole: these, and others such as `<think>`.
+    """
 
     @classmethod
     def train(
@@ -617,114 +938,82 @@ class BPETokenizer(Tokenizer):
         vocab_size: int,  # Tokens in all: 256 bytes, the special tokens, and merges
         *,
         special_tokens: Sequence[str] = ("<|endoftext|>",),  # Each one token, never merged with its neighbours
-        pattern: str = "gpt2",  # One of `PATTERNS`
+        pattern: str | Sequence[str] = "gpt2",  # One of `PATTERNS`, or your own: see `word_splitter`
         progress: bool = False,  # Show a bar
     ) -> "BPETokenizer":
-        "Learn a vocabulary from text; `InputError` if it holds too few pairs for `vocab_size`."
-        names = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
-        check_special_tokens(names)
-        check_choice("pattern", pattern, PATTERNS)
-        vocab_size = check_range("vocab_size", vocab_size, 256 + len(names), integer=True)
-        word_counts = count_words(
-            [texts] if isinstance(texts, str) else texts, names, pattern=pattern, progress=progress
-        )
-        if not word_counts:
-            raise InputError("The text to train a tokenizer on is empty; give it some text.")
-        n_merges = vocab_size - 256 - len(names)
-        pairs = learn_merges(word_counts, n_merges, progress=progress)
-        if len(pairs) < n_merges:
-            raise InputError(
-                f"This text gives at most {vocab_size - n_merges + len(pairs)} "
-                f"tokens, not the vocab_size of {vocab_size}; "
-                "give it more text or a smaller vocab_size."
-            )
-        tokens = [bytes([byte]) for byte in BYTES]
-        for left, right in pairs:
-            tokens.append(tokens[left] + tokens[right])
-        vocab = {token: i for i, token in enumerate(tokens)}
-        merges = [(tokens[left], tokens[right]) for left, right in pairs]
-        return cls(vocab, merges, {name: len(vocab) + i for i, name in enumerate(names)}, pattern=pattern)
+        """Learn a vocabulary from text; `InputError` if it holds too few pairs for `vocab_size`.
 
-    def encode_word(self, word: str) -> tuple:
-        "Token ids of one word, without the cache."
-        data = word.encode("utf-8")
-        if self.ignore_merges and data in self.vocab:
-            return (self.vocab[data],)
-        return apply_merges([self.byte_ids[byte] for byte in data.translate(None, self.missing)], self.ranks)
+        A word of more than 256 characters (`LONGEST_WORD`) is learned from in parts of that length.
+        """
+        vocab, merges, specials = train_bpe(texts, vocab_size, special_tokens, pattern=pattern, progress=progress)
+        return cls(vocab, merges, specials, pattern=pattern)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; a lone surrogate raises `InputError`.
 
         With `special=False` the names of special tokens are ordinary text: use it for text from strangers.
         """
-        pieces = self.specials.split(text) if special and self.specials else [text]
-        if self.normalization:
-            pieces[::2] = map(compose, pieces[::2])
-        ids = []
+        check_text(text)
+        pieces, ids = self.cutters[bool(special)].split(text), []
         try:
             for piece, name in zip(pieces[::2], pieces[1::2] + [None]):
                 ids.extend(chain.from_iterable(map(self.words.__getitem__, self.split_words(piece))))
                 if name is not None:
-                    ids.append(self.special_tokens[name])
+                    ids.append(self.added_tokens[name])
         except UnicodeEncodeError:
             refuse_half_characters(text)
         return ids
 
     def encode_iterable(self, chunks: Iterable[str], *, special: bool = True) -> Iterator[int]:
-        """Token ids of the chunks' joined text, equal to `encode` of it wherever the cuts fall.
+        """Token ids of the chunks' joined text, equal to `encode` of it wherever the chunks end.
 
-        Holds a chunk and some thousand characters at a time, or the longest word.
+        Holds a chunk and some thousand characters at a time, or the longest stretch without a safe place to cut; under
+        a pattern of your own, for which no place is known to be safe, all of the text.
         """
-        names = self.special_tokens if special else ()
+        cutter = self.cutters[bool(special)]
         for words, name in split_stream(
-            whole_characters(chunks), names, pattern=self.pattern, normalization=self.normalization
+            whole_characters(chunks), cutter.early, pattern=self.pattern, normalization=self.normalization,
+            late=cutter.late,
         ):
             yield from chain.from_iterable(map(self.words.__getitem__, words))
             if name is not None:
-                yield self.special_tokens[name]
+                yield self.added_tokens[cutter.written.get(name, name)]
 
-    def decode_bytes(self, ids: Iterable) -> bytes:
-        "Bytes of token ids; an id outside the vocabulary raises `InputError`."
-        return b"".join(token_values(ids, self.values))
+    def first_cut(self, text: str, start: int) -> int | None:
+        """The first place after `start` at which `text` falls into parts whose ids, joined, are those of the whole,
+        whatever follows it; None if there is none.
+        """
+        return first_cut(text, start, self.cutters[True]) if can_cut(self.pattern) else None
 
     def to_json(self) -> str:
         "The `tokenizer.json` text, in the form that Hugging Face `tokenizers` reads."
-        vocab, names = {visible(token): i for token, i in self.vocab.items()}, sorted(self.special_tokens.values())
-        # as a word, such a name is an ordinary one
-        if not (self.ignore_merges and names == list(range(len(vocab), len(vocab) + len(names)))):
-            vocab |= self.special_tokens
-        merges = [[visible(left), visible(right)] for left, right in self.merges]
-        return tokenizer_json(
-            vocab,
-            merges,
-            self.special_tokens,
-            pre_tokenizer=PRE_TOKENIZERS[self.pattern],
-            decoder=BYTE_LEVEL,
-            ignore_merges=self.ignore_merges,
-            normalizer={"type": self.normalization} if self.normalization else None,
-            post_processor=prefix_template(
-                [(name, i) for j in self.prefix for name, i in self.special_tokens.items() if i == j]
-            )
-            if self.prefix
-            else None,
-        )
+        return bpe_json(self)
 
 # %% ../nbs/05_tokenizer.ipynb #76066ab6
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def split_with(pattern: str) -> dict:
-    "The pre-tokenizer of a file whose pattern is written out."
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
+def split_with(*patterns: str) -> dict:
+    "The pre-tokenizer of a file whose patterns are written out."
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    splits = [split | {"pattern": {"Regex": pattern}} for pattern in patterns]
+    return {"type": "Sequence", "pretokenizers": [*splits, BYTE_LEVEL | {"use_regex": False}]}
 
 
 PRE_TOKENIZERS = {
     "gpt2": BYTE_LEVEL,
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
-    "llama3": split_with(PATTERNS["llama3"]),
-    "qwen2": split_with(PATTERNS["qwen2"]),
-}
+} | {name: split_with(PATTERNS[name]) for name in ("llama3", "qwen2", "cl100k", "o200k")}
+
+
+def pre_tokenizer_of(pattern: str | tuple[str, ...]) -> dict:
+    "The pre-tokenizer that a file has for this pattern."
+    if isinstance(pattern, str) and pattern in PRE_TOKENIZERS:
+        return PRE_TOKENIZERS[pattern]
+    parts = split_with(*(PATTERNS.get(part, part) for part in ([pattern] if isinstance(pattern, str) else pattern)))
+    for step in parts["pretokenizers"][:-1]:  # a mark that only we read: written in the dialect of `regex`
+        step["dialect"] = "regex: all of the text" if isinstance(pattern, str) else "regex"
+    return parts
 
 
 def prefix_template(
@@ -745,11 +1034,11 @@ def prefix_template(
         "special_tokens": tokens,
     }
 
-
+# %% ../nbs/05_tokenizer.ipynb #1591ebd3
 def tokenizer_json(
     vocab: Mapping[str, int],  # Token as written in the file -> id
     merges: list,  # Pairs of tokens as written in the file
-    special_tokens: Mapping[str, int],  # Name -> id
+    added: list[dict],  # The added tokens: id, content, special, normalized
     *,
     pre_tokenizer: dict | None,  # What splits the text
     decoder: dict,  # What joins the tokens
@@ -758,10 +1047,7 @@ def tokenizer_json(
     ignore_merges: bool = False,  # A word that is a token needs no merges
 ) -> str:
     "The text of a `tokenizer.json` with a BPE model."
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [
-        {"id": i, "content": name, **flags} for name, i in sorted(special_tokens.items(), key=lambda item: item[1])
-    ]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
     model = {
         "type": "BPE",
         "dropout": None,
@@ -774,9 +1060,44 @@ def tokenizer_json(
         "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
         "merges": merges,
     }
-    parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
-             "pre_tokenizer": pre_tokenizer, "post_processor": post_processor, "decoder": decoder, "model": model}
+    parts = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token["id"], "content": token["content"], **flags, **token} for token in added],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": decoder,
+        "model": model,
+    }
     return json.dumps(parts, ensure_ascii=False, indent=1) + "\n"
+
+
+def bpe_json(tokenizer: BPETokenizer) -> str:
+    "The `tokenizer.json` text of a BPE tokenizer."
+    vocab, names = {visible(token): i for token, i in tokenizer.vocab.items()}, tokenizer.added_tokens
+    ids = sorted(names.values())
+    # as a word, such a name is an ordinary one
+    if not (tokenizer.ignore_merges and ids == list(range(len(vocab), len(vocab) + len(ids)))):
+        vocab |= names
+    normalized, special = tokenizer.normalized, tokenizer.special_tokens
+    added = [
+        {"id": i, "content": name, "normalized": name in normalized, "special": name in special}
+        for name, i in sorted(names.items(), key=lambda item: item[1])
+    ]
+    by_id = {i: name for name, i in tokenizer.special_tokens.items()}
+    prefix = [(by_id[i], i) for i in tokenizer.prefix]
+    return tokenizer_json(
+        vocab,
+        [[visible(left), visible(right)] for left, right in tokenizer.merges],
+        added,
+        pre_tokenizer=pre_tokenizer_of(tokenizer.pattern),
+        decoder=BYTE_LEVEL,
+        ignore_merges=tokenizer.ignore_merges,
+        normalizer={"type": tokenizer.normalization} if tokenizer.normalization else None,
+        post_processor=prefix_template(prefix) if prefix else None,
+    )
 
 # %% ../nbs/05_tokenizer.ipynb #26b3a1be
 def load_tokenizer(
@@ -800,13 +1121,22 @@ def tokenizer_from_parts(
 ) -> Tokenizer:
     "Check a parsed `tokenizer.json` and build its tokenizer."
     try:
-        vocab, merges, special_tokens = check_parts(parts)
+        vocab, merges, added = check_parts(parts)
         if parts.get("pre_tokenizer") is None:
             return CharTokenizer(sorted(vocab, key=vocab.__getitem__))
-        return bpe_from_texts(vocab, merges, special_tokens, **file_settings(parts))
+        ids = {token["content"]: token["id"] for token in added}
+        special = {name: i for (name, i), token in zip(ids.items(), added) if token.get("special")}
+        return bpe_from_texts(
+            vocab,
+            merges,
+            special,
+            added_tokens={name: i for name, i in ids.items() if name not in special},
+            normalized=[token["content"] for token in added if token.get("normalized")],
+            **file_settings(parts),
+        )
     except InputError as error:
         raise InputError(f"Can't use {name}: {str(error).rstrip('.')}.") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"Can't use {name}: it is damaged ({type(error).__name__}: {ascii(str(error))[:60]})."
         ) from None
@@ -816,16 +1146,30 @@ def bpe_from_texts(
     vocab: Mapping[str, int],  # Token as written in the file -> id
     merges: Iterable[tuple[str, str]],  # Pairs of tokens as written in the file
     special_tokens: Mapping[str, int],  # Name -> id; `vocab` may hold them too
+    *,
+    added_tokens: Mapping[str, int] | None = None,  # The same for those that aren't special
     **settings,  # Those of `BPETokenizer`
 ) -> BPETokenizer:
     "The tokenizer of a vocabulary that is written as in GPT-2's files."
-    tokens = {text: token_bytes(text) for text in vocab if text not in special_tokens}
+    added = special_tokens | dict(added_tokens or {})
+    made = {text for merge in merges for text in (*merge, "".join(merge))} & added.keys()  # which merges need as well
+    made |= CHARACTER_BYTES.keys() & added.keys()  # and words their bytes
+    tokens = {text: token_bytes(text) for text in vocab if text not in added or text in made}
     pairs = [tuple(tokens[text] if text in tokens else token_bytes(text) for text in merge) for merge in merges]
-    return BPETokenizer({token: vocab[text] for text, token in tokens.items()}, pairs, special_tokens, **settings)
+    return BPETokenizer(
+        {token: vocab[text] for text, token in tokens.items()},
+        pairs,
+        special_tokens,
+        added_tokens=added_tokens,
+        **settings,
+    )
+
+# %% ../nbs/05_tokenizer.ipynb #4800ed0d
+MOST_TOKENS = 2**23  # entries of a vocabulary, and merges: the largest real ones have 300,000
 
 
-def check_parts(parts: object) -> tuple[dict, list, dict]:
-    "The vocabulary, merges and special tokens of a parsed `tokenizer.json`; `InputError` says why it can't be used."
+def check_parts(parts: object) -> tuple[dict, list, list]:
+    "The vocabulary, merges and added tokens of a parsed `tokenizer.json`; `InputError` says why it can't be used."
     model = parts.get("model") if isinstance(parts, dict) else None
     if not isinstance(model, dict):
         raise InputError("it is not a tokenizer.json, which has a 'model'")
@@ -833,105 +1177,129 @@ def check_parts(parts: object) -> tuple[dict, list, dict]:
     if kind != "BPE":
         raise InputError(f"its model is of type {shortened(kind)}, and only BPE can be read")
     check_settings(parts, model)
-    vocab = model.get("vocab")
-    if not isinstance(vocab, dict) or not vocab or not isinstance(model.get("merges"), list):
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not vocab or not isinstance(merges, list):
         raise InputError("its vocabulary or merges are missing")
-    special_tokens = {token["content"]: token["id"] for token in parts.get("added_tokens") or []}
-    ids = {**vocab, **special_tokens}.values()
+    if max(len(vocab), len(merges)) > MOST_TOKENS:
+        raise InputError(f"it has {len(vocab):,} tokens and {len(merges):,} merges, and {MOST_TOKENS:,} can be used")
+    added = parts.get("added_tokens") or []
+    check_ids(vocab, {token["content"]: token["id"] for token in added}, added)
+    if parts.get("pre_tokenizer") is None:
+        check_characters(parts, model, added)
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    return vocab, pairs, added
+
+
+def check_ids(vocab: Mapping, names: Mapping, added: list) -> None:
+    "Raise `InputError` for ids of a file that Hugging Face's library would read otherwise, or not at all."
+    ids = {**vocab, **names}.values()
+    if any(type(i) is not int or not 0 <= i <= HIGHEST_ID for i in ids):
+        wrong = next(i for i in ids if type(i) is not int or not 0 <= i <= HIGHEST_ID)
+        raise InputError(f"its token ids are not whole numbers from 0 to {HIGHEST_ID:,}: one is {shortened(wrong)}")
     if (
-        any(type(i) is not int or i < 0 for i in ids)
-        or len(set(ids)) < len(ids)
-        or any(vocab.get(name, i) != i for name, i in special_tokens.items())
+        len(set(ids)) < len(ids)
+        or len(names) < len(added)
+        or any(vocab.get(name, i) != i for name, i in names.items())
     ):
         raise InputError("its token ids are not whole numbers that differ from each other")
-    behind = [i for name, i in special_tokens.items() if name not in vocab]
+    behind = [i for name, i in names.items() if name not in vocab]
     # Hugging Face's library numbers them so, whatever the file says
     if behind != list(range(len(vocab), len(vocab) + len(behind))):
         raise InputError(f"the ids of its added tokens should follow its {len(vocab)} others without a gap")
-    if parts.get("pre_tokenizer") is None:
-        changed = parts.get("normalizer") or parts.get("post_processor") or model.get("ignore_merges")
-        if (
-            model["merges"]
-            or special_tokens
-            or changed
-            or any(len(text) != 1 for text in vocab)
-            or set(ids) != set(range(len(ids)))
-        ):
-            raise InputError("it has no pre-tokenizer, and only character vocabularies can be read without one")
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    return vocab, pairs, special_tokens
+
+
+def check_characters(parts: dict, model: dict, added: list) -> None:
+    "Raise `InputError` for a file without a pre-tokenizer that is no character tokenizer's."
+    vocab = model["vocab"]
+    changed = parts.get("normalizer") or parts.get("post_processor") or model.get("ignore_merges")
+    one_each = all(len(text) == 1 for text in vocab) and set(vocab.values()) == set(range(len(vocab)))
+    if model["merges"] or added or changed or not one_each:
+        raise InputError("it has no pre-tokenizer, and only character vocabularies can be read without one")
 
 
 def check_settings(parts: dict, model: dict) -> None:
     "Raise `InputError` for a setting that would make this file's tokens differ from ours."
-    normalizer = parts.get("normalizer")
-    if normalizer and normalizer.get("type") != "NFC":
-        raise InputError(
-            f"its normalizer {shortened(normalizer.get('type'))} changes the text, and only NFC can be read"
-        )
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
             raise InputError(f"its model sets {name} to {shortened(model[name])}, which can't be read")
-    for token in parts.get("added_tokens") or []:
+    added = parts.get("added_tokens") or []
+    if len(added) > MOST_ADDED:
+        raise InputError(f"it has {len(added):,} added tokens, and at most {MOST_ADDED:,} can be used")
+    for token in added:
         for flag in ("single_word", "lstrip", "rstrip"):
             if token.get(flag):
-                raise InputError(f"its special token {shortened(token['content'])} sets {flag}, which can't be read")
-    # found after normalization, and after the others
-    late = {token["content"] for token in parts.get("added_tokens") or [] if token.get("normalized")}
-    early = {token["content"] for token in parts.get("added_tokens") or []} - late
-    if late and (normalizer or any(overlap(a, b) for a in late for b in early)):
-        raise InputError(f"its special token {shortened(min(late))} sets normalized, which can't be read here")
+                raise InputError(f"its added token {shortened(token['content'])} sets {flag}, which can't be read")
 
-
-def overlap(a: str, b: str) -> bool:
-    "Can the two names share characters of one text?"
-    return a in b or b in a or any(a.endswith(b[:n]) or b.endswith(a[:n]) for n in range(1, min(len(a), len(b))))
-
-
+# %% ../nbs/05_tokenizer.ipynb #a24c2b89
 def file_settings(parts: dict) -> dict:
     "The settings of `BPETokenizer` that a parsed `tokenizer.json` asks for."
-    normalizer = parts.get("normalizer")
     return {
         "pattern": pattern_name(parts["pre_tokenizer"]),
         "ignore_merges": bool(parts["model"].get("ignore_merges")),
-        "normalization": normalizer["type"] if normalizer else None,
+        "normalization": normalization_name(parts.get("normalizer")),
         "prefix": template_prefix(parts.get("post_processor")),
     }
 
 
-def pattern_name(pre_tokenizer: dict) -> str:
-    """Which of `PATTERNS` a file's pre-tokenizer means.
+def normalization_name(normalizer: dict | None) -> str | None:
+    'None or "NFC", from a file\'s normalizer, which may be a sequence of such; `InputError` for any other.'
+    steps = [normalizer] if normalizer else []
+    if steps and normalizer.get("type") == "Sequence":
+        steps = normalizer["normalizers"]
+    wrong = next((step.get("type") for step in steps if step.get("type") != "NFC"), None)
+    if wrong is not None:
+        raise InputError(f"its normalizer {shortened(wrong)} changes the text, and only NFC can be read")
+    return "NFC" if steps else None
 
-    A regular expression is compared with the known ones and never run.
+
+# What Oniguruma, which Hugging Face's library uses, and `regex` read alike: no anchor, no \w, no \b, no reference,
+# no possessive {1,3}+, and no case folding but of the English endings
+COMMON = regex.compile(
+    r"(?>\(\?i:'?(?:[sdmt]|\[sdmt\]|ll|ve|re)(?:\|'?(?:[sdmt]|\[sdmt\]|ll|ve|re))*\)"  # (?i:'s|'t|...)
+    r"|\\[pP]\{[A-Z][a-z]?\}|\\[srntfdSD]|\\[^\w\s]"  # classes and signs
+    r"|\[\^?(?:\\[pP]\{[A-Z][a-z]?\}|\\[srntfdSD]|\\[^\w\s]|[^\\\[\]&])+\]"  # sets without sets in them
+    r"|\(\?(?::|>|=|!)|\((?!\?)|[)|]|(?:[?*+]|\{\d+(?:,\d*)?\}(?!\+))[?]?|(?<=[?*+])\+"  # groups and repetitions
+    r"|[^\\\[\](){}?*+|.^$])*"  # the others stand for themselves
+)
+
+
+def foreign_pattern(step: dict) -> str:
+    """The expression of a file's step that cuts with one.
+
+    `InputError` if it may mean something else to Hugging Face's library than to us: only what both read alike is taken.
     """
+    kind = step.get("pattern")
+    written = kind.get("Regex") if isinstance(kind, dict) and list(kind) == ["Regex"] else None
+    if not isinstance(written, str) or step.get("behavior") != "Isolated" or step.get("invert"):
+        raise InputError(f"its pre-tokenizer Split cuts with {shortened(kind)}, and only an isolated Regex can be read")
+    known = next((name for name, pattern in PATTERNS.items() if written == pattern), None)
+    if known is None and "dialect" not in step and (len(written) > LONGEST_PATTERN or not COMMON.fullmatch(written)):
+        raise InputError(
+            f"its pre-tokenizer cuts with the pattern {shortened(written)}, which is unknown here and which another "
+            f"library may read in another way; known are those of {', '.join(PATTERNS)}"
+        )
+    compile_pattern(written)
+    return known or written
+
+
+def pattern_name(pre_tokenizer: dict) -> str | tuple[str, ...]:
+    "The pattern that a file's pre-tokenizer means: one of `PATTERNS`, or expressions that cut one after another."
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
     kinds = [step.get("type") for step in steps]
     last = steps[-1] if steps else {}
     if kinds[-1:] == ["ByteLevel"] and last.get("add_prefix_space"):
         raise InputError("its pre-tokenizer puts a space before each text; train it with add_prefix_space=False")
     own_pattern = last.get("use_regex", True)
-    if kinds == ["ByteLevel"] and own_pattern:
-        return "gpt2"
     if kinds == ["Digits", "ByteLevel"] and own_pattern and steps[0].get("individual_digits"):
         return "smollm"
-    if (
-        kinds == ["Split", "ByteLevel"]
-        and not own_pattern
-        and steps[0]["behavior"] == "Isolated"
-        and not steps[0].get("invert")
-    ):
-        written = steps[0]["pattern"].get("Regex")
-        for name, pattern in PATTERNS.items():
-            if written == pattern:
-                return name
+    if kinds[-1:] != ["ByteLevel"] or set(kinds[:-1]) - {"Split"} or not (own_pattern or kinds[:-1]):
         raise InputError(
-            f"its pre-tokenizer cuts with the pattern {shortened(written)}, which is "
-            f"unknown here; known are those of {', '.join(PATTERNS)}"
+            f"its pre-tokenizer is {shortened(' + '.join(map(str, kinds)))} in a "
+            f"form whose pattern is none of {', '.join(PATTERNS)}"
         )
-    raise InputError(
-        f"its pre-tokenizer is {shortened(' + '.join(map(str, kinds)))} in a "
-        f"form whose pattern is none of {', '.join(PATTERNS)}"
-    )
+    patterns = tuple(map(foreign_pattern, steps[:-1])) + (("gpt2",) if own_pattern else ())
+    whole = steps[0].get("dialect") == "regex: all of the text"
+    return patterns[0] if len(patterns) == 1 and (patterns[0] in PATTERNS or whole) else patterns
 
 
 def template_prefix(post_processor: dict | None) -> tuple[int, ...]:
@@ -954,12 +1322,14 @@ def template_prefix(post_processor: dict | None) -> tuple[int, ...]:
 
 # %% ../nbs/05_tokenizer.ipynb #739a0eaa
 GGUF_PATTERNS = {  # llama.cpp's name for a file's pre-tokenizer -> our settings
+    "default": {"pattern": FOUR_CUTS},
     "gpt-2": {"pattern": "gpt2"},
     "smollm": {"pattern": "smollm"},
     "llama-bpe": {"pattern": "llama3", "ignore_merges": True},
     "llama3": {"pattern": "llama3", "ignore_merges": True},
     "dbrx": {"pattern": "llama3"},
     "qwen2": {"pattern": "qwen2", "normalization": "NFC"},
+    "deepseek-r1-qwen": {"pattern": "qwen2"},
 }
 
 
@@ -968,6 +1338,7 @@ def bpe_from_lists(
     merges: Sequence[str],  # Such as "Ġ t", in order
     special: Iterable[int],  # Ids of the special tokens
     *,
+    added: Iterable[int] = (),  # Ids of the other tokens that are cut out of a text whole
     pattern: str,  # The file's `tokenizer.ggml.pre`, a key of `GGUF_PATTERNS`
     prefix: Sequence[int] = (),  # Ids that begin every text
 ) -> BPETokenizer:
@@ -977,15 +1348,13 @@ def bpe_from_lists(
             raise InputError(
                 f"its pre-tokenizer {shortened(pattern)} is unknown here; known are {', '.join(GGUF_PATTERNS)}"
             )
+        if max(len(tokens), len(merges)) > MOST_TOKENS:
+            raise InputError(f"it has {len(tokens):,} tokens, and at most {MOST_TOKENS:,} can be used")
         vocab = {text: i for i, text in enumerate(tokens)}
         twice = next((text for i, text in enumerate(tokens) if not isinstance(text, str) or vocab[text] != i), None)
         if twice is not None:
             raise InputError(f"its token {shortened(twice)} stands there twice")
-        special_tokens = {}
-        for i in special:
-            if not 0 <= index(i) < len(tokens):
-                raise InputError(f"its special token {i} is none of its {len(tokens)} tokens")
-            special_tokens[tokens[i]] = index(i)
+        names, others = named_tokens(tokens, special), named_tokens(tokens, added)
         pairs = [tuple(merge.split(" ")) for merge in merges]
         wrong = next((merge for merge, pair in zip(merges, pairs) if len(pair) != 2 or not all(pair)), None)
         if wrong is not None or len(set(pairs)) < len(pairs):
@@ -994,10 +1363,108 @@ def bpe_from_lists(
                 if wrong is not None
                 else "one of its merges stands there twice"
             )
-        return bpe_from_texts(vocab, pairs, special_tokens, prefix=prefix, **GGUF_PATTERNS[pattern])
+        others = {name: i for name, i in others.items() if name not in names}
+        return bpe_from_texts(vocab, pairs, names, added_tokens=others, prefix=prefix, **GGUF_PATTERNS[pattern])
     except InputError as error:
         raise InputError(f"Can't use the file's tokenizer: {str(error).rstrip('.')}.") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"Can't use the file's tokenizer: it is damaged ({type(error).__name__}: {ascii(str(error))[:60]})."
         ) from None
+
+
+def named_tokens(tokens: Sequence[str], ids: Iterable[int]) -> dict[str, int]:
+    "Name -> id of these tokens; `InputError` for an id that is none of them."
+    found = {}
+    for i in ids:
+        if not 0 <= index(i) < len(tokens):
+            raise InputError(f"its special token {i} is none of its {len(tokens)} tokens")
+        found[tokens[i]] = index(i)
+    return found
+
+# %% ../nbs/05_tokenizer.ipynb #792fdc11
+TIKTOKEN_PATTERNS = {  # as tiktoken writes them -> ours, which cut alike
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": "gpt2",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s": "cl100k",
+} | {pattern: name for name, pattern in PATTERNS.items()}
+
+
+def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges that make a vocabulary, in order, from its tokens' ranks alone.
+
+    A token's own merge joins the two parts that the merges before it leave of its bytes.
+    """
+    single = {bytes([byte]) for byte in range(256)}
+    pairs, merges = {}, []  # pair of ranks -> (rank, rank), as `apply_merges` wants them
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if token in single:
+            continue
+        parts = apply_merges([ranks[bytes([byte])] for byte in token], pairs)
+        if len(parts) != 2:
+            raise InputError(f"its token {shortened(token)} of rank {rank} is not two tokens of lower rank joined")
+        pairs[parts] = (rank, rank)
+        merges.append(parts)
+    names = {rank: token for token, rank in ranks.items()}
+    return [(names[left], names[right]) for left, right in merges]
+
+
+def bpe_from_ranks(
+    ranks: Mapping[bytes, int],  # Token -> rank, which is its id and its place in the order of merging
+    special_tokens: Mapping[str, int],  # Name -> id
+    *,
+    pattern: str,  # One of `PATTERNS`, or an expression; as tiktoken writes it
+) -> BPETokenizer:
+    "The tokenizer of a tiktoken vocabulary; `InputError` says why it can't be used."
+    lacking = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
+    if lacking is not None or any(type(rank) is not int or rank < 0 for rank in ranks.values()):
+        raise InputError("A tiktoken vocabulary gives each of the 256 bytes and each other token a rank from 0 up.")
+    if len(ranks) > MOST_TOKENS or len(set(ranks.values())) < len(ranks):
+        raise InputError("Each token of a tiktoken vocabulary has a rank of its own, and it has at most 8 million.")
+    return BPETokenizer(
+        ranks,
+        merges_of_ranks(ranks),
+        special_tokens,
+        pattern=TIKTOKEN_PATTERNS.get(pattern, pattern),
+        ignore_merges=True,
+    )
+
+
+def bpe_from_encoding(encoding: object) -> BPETokenizer:
+    "The tokenizer with the ids of a `tiktoken.Encoding`, such as `tiktoken.get_encoding('cl100k_base')`."
+    parts = [getattr(encoding, f"_{name}", None) for name in ("mergeable_ranks", "special_tokens", "pat_str")]
+    if any(part is None for part in parts):
+        raise InputError(f"A tiktoken.Encoding has ranks, special tokens and a pattern; {shortened(encoding)} hasn't.")
+    return bpe_from_ranks(parts[0], parts[1], pattern=parts[2])
+
+
+def load_tiktoken(
+    path: str | Path,  # A rank file: a line for each token, its bytes in Base64 and its rank
+    *,
+    pattern: str,  # "cl100k", "o200k", another of `PATTERNS` or an expression: the file doesn't say it
+    special_tokens: Mapping[str, int] | None = None,  # Name -> id: the file doesn't hold them
+) -> BPETokenizer:
+    "Read a `.tiktoken` file; `InputError` for one that can't be used."
+    ranks = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise InputError(f"{path} is no tiktoken file: line {number} is no token in Base64 and a rank.") from None
+    try:
+        return bpe_from_ranks(ranks, special_tokens or {}, pattern=pattern)
+    except InputError as error:
+        raise InputError(f"Can't use {path}: {str(error).rstrip('.')}.") from None
+
+
+def read_lines(path: str | Path, limit: int = 2**28) -> list[bytes]:
+    "The lines of a regular file of at most `limit` bytes."
+    path = Path(path)
+    try:
+        if not path.is_file() or path.stat().st_size > limit:
+            raise InputError(f"{path} is no regular file of at most {limit:,} bytes; check the path.")
+        return path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(os_error_sentence("read", path, error)) from error
