@@ -435,7 +435,8 @@ def show_kind(value: object) -> str:
     "What a value is, for a sentence."
     if isinstance(value, Undefined):
         return f"{value.name[:40]!r}, which is undefined," if value.name else "what is undefined"
-    return f"a {type(value).__name__.lower()}"
+    kind = type(value).__name__.lower()
+    return "None" if value is None else f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 @reads(nodes.Neg, nodes.Pos)
