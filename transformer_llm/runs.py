@@ -319,7 +319,7 @@ def remove_files(folder: Path, names: tuple[str, ...] | list[str], folder_too: b
     if folder_too and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
-
+# %% ../nbs/84_runs.ipynb #b06313f3
 @contextmanager
 def hold(run_directory: str | Path) -> Iterator[None]:
     "Inside, no other process may use this folder; one that was made for that and stays empty is removed again."
@@ -385,7 +385,7 @@ def start_run(
         trainer.save()
     return trainer
 
-
+# %% ../nbs/84_runs.ipynb #fd5bdb96
 def make_trainer(
     run_directory: Path,
     config: RunConfig,
@@ -456,7 +456,7 @@ def continue_run(
     return kind.resume(checkpoint.path, data, run_directory=home, progress=progress, on_step=on_step,
                        on_record=on_record, **further)
 
-
+# %% ../nbs/84_runs.ipynb #9aa41789
 def check_same_run(
     home: Path,  # The run's folder
     checkpoint: Checkpoint,
