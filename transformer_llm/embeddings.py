@@ -226,7 +226,7 @@ class RopeScaling:
             raise InputError(f"rope_scaling kind='yarn' needs a rope_base above 1, not {base}.")
 
     def stretch(self, base: float, head_dim: int, length: int) -> float | Float[Tensor, ""]:
-        "The base for a text of so many tokens: larger past the original context for \"dynamic\", else unchanged."
+        "The base for a text of `length` tokens: larger past the original context for \"dynamic\", else unchanged."
         if self.kind != "dynamic" or length <= self.original_context_length:
             return base
         longer = torch.tensor(length) * self.factor / self.original_context_length - (self.factor - 1)
@@ -258,7 +258,7 @@ class RopeScaling:
             raise InputError("rope_scaling kind='yarn' needs the base that the frequencies were made of.")
         half = len(frequencies)
         turns = (self.beta_fast, self.beta_slow)
-        # the pair, counted in fractions, that makes so many turns in the original context
+        # the pair, in fractions, that makes n turns in the original context
         first, last = (
             half * math.log(self.original_context_length / (n * 2 * math.pi)) / math.log(base) for n in turns
         )
