@@ -487,7 +487,8 @@ def command_prepare(args: argparse.Namespace) -> None:
     if not args.overwrite:
         check_no_tokens(out)
     data, tokenizer = prepare(source, out, tokenizer=args.tokenizer, vocab_size=args.vocab_size,
-                              val_fraction=args.val_fraction, workers=args.workers, progress=at_terminal())
+                              val_fraction=args.val_fraction, workers=args.workers, overwrite=args.overwrite,
+                              progress=at_terminal())
     print_rows([("vocabulary", f"{tokenizer.vocab_size:,} tokens"), ("tokens", token_counts(data))])
     print(f"Next: transformer-llm train {typed('text_file', out)}")
 
