@@ -12,7 +12,9 @@ from pathlib import Path
 
 import check
 import contents
+import notebook as notebook_tool
 import pytest
+import run
 from check import CHECKS, ROOT, bare_tensors, code_cells, load, stale
 
 
@@ -320,6 +322,27 @@ def test_an_unused_import_is_noticed(small):
 def test_a_link_that_leads_nowhere_is_noticed(small):
     (small / "README.md").write_text("[a](nbs/01_adding.ipynb) [b](LICENSE) [c](https://example.org)", encoding="utf-8")
     only(check.links_lead_somewhere(small), "README.md links to LICENSE")
+
+
+def test_what_the_tests_leave_behind_is_noticed(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "old.txt").write_text("1", encoding="utf-8")
+    before = run.files_in_git(tmp_path)
+    assert run.left_behind(before, tmp_path) == []
+    (tmp_path / "nbs" / "data").mkdir(parents=True)
+    (tmp_path / "nbs" / "data" / "shakespeare.txt").write_text("1", encoding="utf-8")
+    assert run.left_behind(before, tmp_path) == ["?? nbs/data/shakespeare.txt"]
+
+
+@pytest.mark.parametrize("name", ["01", "01_adding", "nbs/01_adding.ipynb", "exercises/01"])
+def test_a_notebook_is_found_by_its_number_name_or_path(small, name):
+    assert notebook_tool.find(name, small).name == "01_adding.ipynb"
+
+
+@pytest.mark.parametrize("name", ["44", "adding", "9"])
+def test_a_notebook_that_is_not_there_is_refused(small, name):
+    with pytest.raises(SystemExit, match="no notebooks; there are 01_adding"):
+        notebook_tool.find(name, small)
 
 
 def test_the_checks_say_what_they_do_not_cover(monkeypatch, capsys):
