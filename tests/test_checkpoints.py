@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from transformer_llm import checkpoints, training
 from transformer_llm.checkpoints import (
+    Note,
     checkpoint_folders,
     find_checkpoint,
     load_checkpoint,
@@ -31,7 +32,7 @@ from transformer_llm.training import (
     TrainingError,
     accumulate_gradients,
     cross_entropy,
-    learning_rate,
+    schedule_factor,
 )
 from transformer_llm.transformer import GPT, GPTConfig
 
@@ -99,7 +100,7 @@ def sign_again(folder: Path) -> None:
     manifest = json.loads((folder / "checkpoint.json").read_text())
     manifest["files"] = {p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
                          for p in sorted(folder.iterdir()) if p.name != "checkpoint.json"}
-    (folder / "checkpoint.json").write_bytes(checkpoints._canonical(manifest))
+    (folder / "checkpoint.json").write_bytes(checkpoints.canonical(manifest))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def test_hidden_notes_of_a_file_manager_do_no_harm(checkpoint):
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_other_format_version_is_refused(checkpoint, version):
     manifest = json.loads((checkpoint / "checkpoint.json").read_text())
-    (checkpoint / "checkpoint.json").write_bytes(checkpoints._canonical({**manifest, "format_version": version}))
+    (checkpoint / "checkpoint.json").write_bytes(checkpoints.canonical({**manifest, "format_version": version}))
     assert "format version" in refused(checkpoint)
 
 
@@ -283,12 +284,15 @@ def test_where_there_is_no_checkpoint(tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_names_the_one_before(finished, tmp_path):
+    "Given itself, it is refused; a run falls back to the one before, and says which was skipped and why."
     run = shutil.copytree(finished.run_directory, tmp_path / "run")
     before, newest = checkpoint_folders(run)
     (newest / "config.json").write_text("{")
     with pytest.raises(InputError, match=before.name):
-        load_model(run)
-    load_model(before)
+        load_model(newest)
+    with pytest.warns(Note, match=f"{newest.name} is skipped.*{before.name} is used: .*config.json is damaged"):
+        model, _ = load_model(run)
+    assert_equal_bits(model.state_dict(), load_model(before)[0].state_dict())
 
 
 # Stopping and going on
@@ -460,7 +464,7 @@ def fails_with(number: int):
     "number, words", [(errno.ENOSPC, "disk is full"), (errno.EACCES, "permission"), (errno.EROFS, "read-only")]
 )
 @pytest.mark.parametrize(
-    "place", ["checkpoints._sync_file", "checkpoints.sha256_of", "os.rename", "foundations.os.fsync"]
+    "place", ["checkpoints.sync_file", "checkpoints.sha256_of", "os.rename", "foundations.os.fsync"]
 )
 def test_a_disk_that_refuses_leaves_the_last_good_checkpoint(finished, tmp_path, monkeypatch, number, words, place):
     trainer = make_trainer(tmp_path / "run", CONFIG.replace(max_steps=6))
@@ -606,13 +610,13 @@ def test_evaluating_and_logging_more_often_does_not_change_the_run(finished):
 @pytest.mark.parametrize("warmup, steps", [(0, 1), (0, 10), (5, 10), (10, 10), (50, 3)])
 def test_schedules_stay_between_zero_and_one(schedule, warmup, steps):
     config = TrainingConfig(schedule=schedule, warmup_steps=warmup, max_steps=steps)
-    assert all(0 < learning_rate(step, config) <= 1 for step in range(steps))
+    assert all(0 < schedule_factor(step, config) <= 1 for step in range(steps))
 
 
 @pytest.mark.parametrize("decay", [0.2, 0.8, 1.0])
 def test_wsd_has_no_jump(decay):
     config = TrainingConfig(schedule="wsd", warmup_steps=40, max_steps=100, decay_fraction=decay, min_lr_fraction=0.0)
-    factors = [learning_rate(step, config) for step in range(100)]
+    factors = [schedule_factor(step, config) for step in range(100)]
     assert factors[40] == 1.0 and all(abs(a - b) < 1 / 15 for a, b in zip(factors, factors[1:]))
 
 

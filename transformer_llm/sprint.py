@@ -30,9 +30,6 @@ from transformer_llm.training import (
     Muon,
     Trainer,
     TrainingConfig,
-    TrainingError,
-    learning_rate,
-    set_learning_rate,
 )
 from .tokenizer import CharTokenizer
 from .transformer import GPT, GPTConfig, Watch, check_plain
@@ -414,24 +411,15 @@ class SprintTrainer(Trainer):
         windows = self.data.train[self.starts[self.step] + self.offsets]
         return windows[:, :-1], windows[:, 1:]
 
-    def train_step(self) -> tuple[float, float]:
-        """Make one update; returns the loss before it and 0 (no norm is measured).
-
-        A loss that is no number raises `TrainingError`.
-        """
-        set_learning_rate(self.optimizers, learning_rate(self.step, self.config))
-        inputs, targets = self.next_batch()
-        self.model.zero_grad(set_to_none=True)
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Float[Tensor, ""], int]:
+        "The mean loss, and the number of targets: every token is one."
+        inputs, targets = batch
         hidden = self.model.hidden_states(inputs).flatten(0, 1)
-        loss = F.cross_entropy(self.model.unembed(hidden[None])[0], targets.flatten())
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step += 1
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(self._not_finite(f"the loss is {value:g}"))
-        return value, 0.0
+        return F.cross_entropy(self.model.unembed(hidden[None])[0], targets.flatten()), targets.numel()
+
+    def clip(self) -> float:
+        "Nothing is clipped, and no norm is measured: 0."
+        return 0.0
 
 # %% ../nbs/12_sprint.ipynb #f2390e03
 @dataclass(frozen=True)

@@ -4,42 +4,60 @@
 
 # %% auto #0
 __all__ = ['NEWTON_SCHULZ', 'OPTIMIZERS', 'SCHEDULES', 'SHAKESPEARE_CONFIG', 'cross_entropy', 'AdamW', 'orthogonalize',
-           'fast_dtype', 'Muon', 'TrainingConfig', 'learning_rate', 'clip_gradients', 'accumulate_gradients',
-           'make_optimizers', 'set_learning_rate', 'overfit_one_batch', 'soft_interrupt', 'Metrics', 'TrainingError',
-           'Trainer', 'plot_history', 'find_learning_rate', 'suggest_learning_rate']
+           'fast_dtype', 'Muon', 'TrainingConfig', 'schedule_factor', 'clip_gradients', 'accumulate_gradients',
+           'make_optimizers', 'set_learning_rate', 'overfit_one_batch', 'StopRequest', 'soft_interrupt',
+           'TrainingError', 'Interrupted', 'Metrics', 'hash_tokens', 'hash_values', 'data_note', 'open_data',
+           'check_same_data', 'training_note', 'Stopwatch', 'ProgressBar', 'count_tokens', 'move_batch', 'TrainingStep',
+           'as_token_data', 'TextTraining', 'option_names', 'freeze', 'check_dtypes', 'state_number',
+           'tell_new_schedule', 'Trainer', 'plot_history', 'find_learning_rate', 'suggest_learning_rate']
 
 # %% ../nbs/07_training.ipynb #ffc0356d
 import copy
+import hashlib
+import inspect
 import json
 import math
+import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from transformer_llm.checkpoints import (
     Checkpoint,
-    _discard,
-    _sync_file,
+    Note,
+    build_model,
+    check_loadable,
+    check_model,
+    check_regular,
     check_tensors,
     checkpoint_folders,
     generator_states,
+    is_checkpoint,
     load_checkpoint,
     load_tokenizer_of,
-    load_weights,
+    lock_run,
     optimizer_tensors,
+    plain_model,
+    plain_name,
     remove_leftovers,
     restore_generators,
     restore_optimizers,
     save_checkpoint,
+    set_aside_newer,
+    step_of,
+    sync_file,
 )
 from .dataset import TokenData, random_batch, sequential_batches
 from transformer_llm.foundations import (
@@ -51,7 +69,7 @@ from transformer_llm.foundations import (
     pick_device,
     set_seed,
 )
-from .transformer import GPT
+from .transformer import GPT, GPTConfig
 
 # %% ../nbs/07_training.ipynb #99fe8faa
 def cross_entropy(
@@ -288,7 +306,7 @@ class TrainingConfig:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 # %% ../nbs/07_training.ipynb #d830916b
-def learning_rate(
+def schedule_factor(
     step: int,  # Number of updates made before this one
     config: TrainingConfig,
 ) -> float:
@@ -396,70 +414,108 @@ def overfit_one_batch(
     return losses
 
 # %% ../nbs/07_training.ipynb #3d6745cd
+class StopRequest(threading.Event):
+    "Set when somebody asked to stop; `signal` is the number of the signal that came first."
+
+    signal: int | None = None
+
+
 @contextmanager
 def soft_interrupt():
-    """Inside, the first Ctrl-C only sets the event that is given, so that a step can be finished.
+    """Inside, the first Ctrl-C, SIGTERM or SIGHUP only sets the event that is given, so that a step can be finished.
 
-    A second one interrupts at once.
+    The same signal again, or Ctrl-C after any, interrupts at once. A signal that is ignored (as SIGHUP is under
+    `nohup`), or that a program handles itself, is left alone.
     """
-    asked = threading.Event()
+    asked = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def ask(number: int, frame: object):
-        if asked.is_set():
+        if asked.is_set() and number in (signal.SIGINT, asked.signal):
             raise KeyboardInterrupt
-        asked.set()
+        if not asked.is_set():
+            asked.signal = number
+            asked.set()
 
-    before = signal.signal(signal.SIGINT, ask)
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    taken = [number for number, action in before.items() if action in (signal.SIG_DFL, signal.default_int_handler)]
     try:
+        for number in taken:
+            signal.signal(number, ask)
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in taken:
+            signal.signal(number, before[number])
+
+# %% ../nbs/07_training.ipynb #3531a9ab
+class TrainingError(InputError):
+    "Training can't go on; the message names the step and the way out."
+
+
+class Interrupted(KeyboardInterrupt):
+    "Training was asked to stop; the message says what is saved and how to go on."
+
+    def __init__(self, message: str, *, signal: int, step: int, saved: bool):
+        super().__init__(message)
+        self.signal = signal  # Its number: 2 for Ctrl-C, 15 for SIGTERM, 1 for SIGHUP
+        self.step = step  # Updates made so far
+        self.saved = saved  # Whether a checkpoint of this very step is on the disk
 
 # %% ../nbs/07_training.ipynb #c1975c9e
 class Metrics:
     """The history of a run: kept in memory, and, in a run directory, as one JSON object a line (and for TensorBoard on
-    request).
+    request). Nothing is written before `open`.
     """
 
     def __init__(self, run_directory: Path | None = None, tensorboard: bool = False):
         self.path = run_directory / "metrics.jsonl" if run_directory else None
         self.records: list[dict] = []
-        self.board = self._open_board(run_directory) if tensorboard and run_directory else None
+        self.board, self.writer = None, self._writer() if tensorboard and run_directory else None
 
     @staticmethod
-    def _open_board(run_directory: Path):
+    def _writer() -> type:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError(
                 "tensorboard is not installed; run `pip install tensorboard`, or train without it."
             ) from error
-        return SummaryWriter(run_directory / "tensorboard")
+        return SummaryWriter
 
-    def read(self, step: int) -> None:
-        "Take the records up to `step` from the file; a last line that a kill cut off is left out."
+    def read(self, step: int, path: Path | None = None) -> None:
+        "Take the records up to `step` from a file (this run's own); a last line that a kill cut off is left out."
+        path = path or self.path
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            check_regular(path)
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             records = [json.loads(line) for line in lines if line.endswith("}")]
             self.records = [record for record in records if record["step"] <= step]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path} is damaged; delete it to go on without the history.") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is damaged; delete it to go on without the history.") from error
         except OSError as error:
-            raise InputError(os_error_sentence("read", self.path, error)) from error
+            raise InputError(os_error_sentence("read", path, error)) from error
 
     def rewrite(self) -> None:
         "Make the file hold exactly the records in memory."
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in self.records).encode("utf-8"))
 
+    def open(self, step: int) -> None:
+        "Begin to write, in a run that is at `step`."
+        self.rewrite()
+        if self.writer and self.board is None:  # what older files in this folder say of later steps is void
+            self.board = self.writer(self.path.with_name("tensorboard"), purge_step=step + 1 if step else 0)
+
     def sync(self) -> None:
         "Force the file onto the disk, so that a power cut can't take records that a checkpoint counts on."
         if self.path is not None and self.path.exists():
             try:
-                _sync_file(self.path)
+                sync_file(self.path)
             except OSError as error:
                 raise InputError(os_error_sentence("write", self.path, error)) from error
 
@@ -478,49 +534,320 @@ class Metrics:
                     self.board.add_scalar(name, value, record["step"])
             self.board.flush()
 
-# %% ../nbs/07_training.ipynb #3531a9ab
-class TrainingError(InputError):
-    "Training can't go on; the message names the step and the way out."
+# %% ../nbs/07_training.ipynb #677d36bc
+def hash_tokens(
+    tokens,  # 1-D array, memory map or tensor of token ids
+) -> str:
+    "The SHA-256 of token ids as 64-bit integers, whatever their type."
+    digest = hashlib.sha256()
+    for first in range(0, len(tokens), 2**20):
+        part = tokens[first : first + 2**20]
+        array = part.detach().cpu().numpy() if isinstance(part, Tensor) else np.asarray(part)
+        digest.update(array.astype("<i8").tobytes())
+    return digest.hexdigest()
 
-# %% ../nbs/07_training.ipynb #ee86d4de
-class Trainer:
-    """Trains a model: batches, updates, evaluation, history, checkpoints.
+
+def hash_values(data) -> str | None:
+    """The SHA-256 of tensors, arrays, texts and numbers in lists, tuples and dictionaries.
+
+    None where something else stands among them.
+    """
+    digest = hashlib.sha256()
+
+    def add(value: object) -> bool:
+        if isinstance(value, Tensor | np.ndarray):
+            array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+            digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+            return array.dtype != object
+        if isinstance(value, dict):
+            digest.update(b"{%d" % len(value))
+            return all(add(key) and add(part) for key, part in value.items())
+        if isinstance(value, tuple | list):
+            digest.update(b"(%d" % len(value))
+            return all(add(part) for part in value)
+        digest.update(f"{type(value).__name__}:{value!r};".encode())
+        return value is None or isinstance(value, str | bytes | int | float)
+
+    return digest.hexdigest() if add(data) else None
+
+
+def data_note(data, run_directory: Path | None) -> dict:
+    "What a checkpoint says of the data: where they are, from the run too, how many, and the hashes of all of them."
+    if not isinstance(data, TokenData):
+        return {"directory": None, "relative": None, "seal": {"data": hash_values(data)}}
+    directory = Path(data.directory).resolve() if data.directory else None
+    try:
+        relative = os.path.relpath(directory, run_directory.resolve()) if directory and run_directory else None
+    except ValueError:  # another drive
+        relative = None
+    kept = {name: tokens for name, tokens in (("train", data.train), ("val", data.val)) if tokens is not None}
+    return {
+        "directory": str(directory) if directory else None,
+        "relative": Path(relative).as_posix() if relative else None,
+        "train_tokens": len(data.train),
+        "val_tokens": 0 if data.val is None else len(data.val),
+        "fingerprint": data.meta.get("fingerprint"),
+        "seal": data.meta.get("sha256") if directory else {name: hash_tokens(part) for name, part in kept.items()},
+    }
+
+
+def open_data(checkpoint: Checkpoint) -> TokenData:
+    """The tokens that a run was trained on: where they were, or where they are now if the run was moved with them.
+
+    `InputError` names the places where none of these tokens are.
+    """
+    note, home = training_note(checkpoint)["data"], checkpoint.path.resolve().parent
+    if not note.get("directory"):
+        raise InputError(f"The data of {checkpoint.path} was only in memory; give the same data again to resume.")
+    places = [Path(note["directory"])]
+    for base in (home, home.parent):  # what was set aside lies one folder deeper
+        places += [base / note["relative"]] if note.get("relative") else []
+        places += [base / Path(note["directory"]).name, base / "tokens"]
+    for place in dict.fromkeys(places):
+        if (place / "meta.json").is_file():
+            data = TokenData.open(place)
+            if data.meta.get("fingerprint") == note.get("fingerprint"):
+                return data
+    raise InputError(
+        f"The tokens of {checkpoint.path} are not where they were, {note['directory']}, nor beside the run; "
+        "put them back, or give the data to resume."
+    )
+
+
+def check_same_data(
+    note: dict,  # What the checkpoint says: `data_note` of then
+    data,  # What is given now
+) -> None:
+    "Raise `InputError` unless these are the data that a run was trained on, down to each token."
+    here = data_note(data, None)
+    if any(note.get(name) != here.get(name) for name in ("train_tokens", "val_tokens", "fingerprint")):
+        then, now = (f"{data.get('train_tokens')} + {data.get('val_tokens')} tokens" for data in (note, here))
+        raise InputError(
+            f"This run was trained on {then}, and the data given ({now}) is another text; resume with the same data."
+        )
+    before, now = note.get("seal"), here["seal"]
+    if before and now and before.keys() == now.keys() and before != now:
+        names = ", ".join(name for name in before if before[name] != now[name])
+        raise InputError(
+            f"The data given is as long as the one of this run, and its content is another ({names}); "
+            "resume with the same data."
+        )
+    if isinstance(data, TokenData):
+        data.verify() if hasattr(data, "verify") else None
+    elif not (before and now and now["data"]):
+        warnings.warn("This run's data can't be compared with what it began with; make sure it is the same.",
+                      Note, stacklevel=3)
+
+
+def training_note(checkpoint: Checkpoint) -> dict:
+    "What `training.json` says of a run: its settings, its data, the frozen parameters; `InputError` if it is no such."
+    note, path = checkpoint.training, checkpoint.path / "training.json"
+    kinds = {"training": dict, "data": dict, "frozen": list}
+    if not isinstance(note, dict) or set(note) | {"frozen"} != set(kinds):
+        raise InputError(f"{path} says nothing of a training run; this checkpoint can't be resumed.")
+    note = {"frozen": [], **note}
+    data_kinds = {"directory": str, "relative": str, "fingerprint": str, "seal": dict,
+                  "train_tokens": int, "val_tokens": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(note[name], kind)]
+    wrong += [] if wrong else [f"data.{name}" for name, kind in data_kinds.items()
+                               if note["data"].get(name) is not None and type(note["data"][name]) is not kind]
+    if wrong or not all(isinstance(name, str) for name in note["frozen"]):
+        raise InputError(f"In {path}, {(wrong or ['frozen'])[0]} is not what a training run writes; it is damaged.")
+    return note
+
+# %% ../nbs/07_training.ipynb #81e36aee
+class Stopwatch:
+    "Seconds that a run has taken, those before this process included, and its speed in this process."
+
+    def __init__(self, before: float = 0.0):
+        self.before, self.start = before, time.perf_counter()
+
+    def seconds(self) -> float:
+        "All seconds so far."
+        return self.before + time.perf_counter() - self.start
+
+    def per_second(self, count: int) -> float:
+        "How many a second, counted since this stopwatch was started."
+        return count / max(1e-9, time.perf_counter() - self.start)
+
+
+class ProgressBar:
+    "A bar over the steps with the last losses and the speed; a terminal that went away doesn't stop the training."
+
+    def __init__(self, trainer: "Trainer"):
+        self.trainer, self.val_loss = trainer, None
+
+    def __enter__(self) -> "ProgressBar":
+        from tqdm import tqdm
+
+        steps, step = self.trainer.config.max_steps, self.trainer.step
+        hidden = not self.trainer.progress
+        self.bar = tqdm(total=max(steps, step), initial=step, disable=hidden, unit="step", dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *error) -> None:
+        with suppress(OSError):
+            self.bar.close()
+
+    def show(self, record: dict) -> None:
+        "Another step is done."
+        self.val_loss = self.val_loss if record["val_loss"] is None else record["val_loss"]
+        with suppress(OSError):
+            self.bar.update(1)
+            if self.trainer.history and self.trainer.history[-1]["step"] == record["step"]:
+                note = {} if self.val_loss is None else {"val": f"{self.val_loss:.3f}"}
+                speed = f"{record['tokens_per_second']:,.0f}"
+                self.bar.set_postfix(loss=f"{self.trainer.history[-1]['loss']:.3f}", **note, tokens_per_s=speed)
+
+
+def count_tokens(batch: Any) -> int:
+    "How many numbers the first tensor of a batch holds: its input tokens, as a rule."
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
+    return next((count for count in map(count_tokens, parts) if count), 0)
+
+# %% ../nbs/07_training.ipynb #0f196cf2
+def move_batch(batch: Any, device: torch.device) -> Any:
+    "The same batch with its tensors on `device`: a tensor, or (named) tuples, lists and dictionaries of them."
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {name: move_batch(part, device) for name, part in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [move_batch(part, device) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+class TrainingStep:
+    """One update of a model's weights, made of seams. A subclass overrides the one that differs.
 
     Seeds PyTorch's global generator with `config.seed`.
     """
 
+    def __init__(self, model: GPT, config: TrainingConfig):
+        self.config = config
+        self.device = pick_device(config.device)
+        self.model = plain_model(model).to(self.device)
+        compiled = model if self.model is not model else torch.compile(self.model) if config.compile else self.model
+        self._forward = compiled
+        self.optimizers = make_optimizers(self.model, config)
+        self.generator = set_seed(config.seed)
+        self.step = 0
+
+    def next_batch(self) -> Any:
+        "One batch, made of tensors in any nest; draw from `self.generator`, and the run can be resumed to the bit."
+        raise NotImplementedError(f"{type(self).__name__} has no next_batch.")
+
+    def loss(self, batch: Any) -> tuple[Float[Tensor, ""], float]:
+        """The mean loss of a batch, and the number of targets (pairs, answers) that it is the mean of.
+
+        Evaluation uses it too. Here a batch is inputs and targets.
+        """
+        inputs, targets = batch
+        return cross_entropy(self._logits(inputs), targets), int((targets != -100).sum())
+
+    def backward(self, loss: Float[Tensor, ""]) -> None:
+        "Add a loss's gradient to the parameters'."
+        loss.backward()
+
+    def clip(self) -> float:
+        "Limit the gradient's norm; returns the norm before."
+        return clip_gradients(self.model.parameters(), self.config.grad_clip).item()
+
+    def update(self) -> None:
+        "Move the weights."
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def train_step(self) -> tuple[float, float]:
+        """Make one update; returns the loss before it and the gradient's norm before clipping.
+
+        A loss that is no number raises `TrainingError`, and nothing has moved.
+        """
+        self.model.train()
+        set_learning_rate(self.optimizers, schedule_factor(self.step, self.config))
+        self.model.zero_grad(set_to_none=True)
+        loss = self._accumulate()
+        norm = self.clip()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(self._not_finite(f"the loss is {loss:g} and the gradient's norm {norm:g}"))
+        self.update()
+        self.step += 1
+        return loss, norm
+
+    def _accumulate(self) -> float:
+        # A batch of n targets counts n times as much as a batch of one. How many there are together is known only
+        # after the last batch: until then `expected` is what they would be if all were like the first.
+        expected, count, total = 0.0, 0.0, torch.zeros((), device=self.device)
+        for _ in range(self.config.accumulation):
+            loss, n = self._loss_and_count(self._draw())
+            expected = expected or max(1.0, n) * self.config.accumulation
+            share = n / expected
+            self.backward(loss if share == 1 else loss * share)
+            total, count = total + loss.detach() * share, count + n
+        if count != expected and count > 0:
+            correction = expected / count
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], correction)
+            total = total * correction
+        return total.item()
+
+    def _draw(self) -> Any:
+        return move_batch(self.next_batch(), self.device)
+
+    def _loss_and_count(self, batch: Any) -> tuple[Float[Tensor, ""], float]:
+        found = self.loss(batch)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and found[0].ndim == 0):
+            raise InputError(
+                f"{type(self).__name__}.loss must return the mean loss, a tensor of no axes, and the number of "
+                f"targets that it is the mean of, not {found!r:.80}."
+            )
+        return found[0], check_range("the number of targets that loss returns", float(found[1]), 0)
+
+    def _logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
+        with self.autocast():
+            return self._forward(ids)
+
+    def autocast(self):
+        "Mixed precision, if the configuration asks for it."
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def learning_rates(self) -> dict[str, float]:
+        "The rates of the last update: AdamW's as `lr`, every other optimizer's by its name, such as `muon_lr`."
+        names = {type(o).__name__.lower(): o.param_groups[0]["lr"] for o in self.optimizers}
+        lr = names.pop("adamw", schedule_factor(max(0, self.step - 1), self.config) * self.config.learning_rate)
+        return {"lr": lr, **{f"{name}_lr": rate for name, rate in names.items()}}
+
+    def _not_finite(self, what: str) -> str:
+        return f"Training stopped at step {self.step + 1}: {what}. Lower the learning rate or lengthen the warm-up."
+
+# %% ../nbs/07_training.ipynb #e488b067
+def as_token_data(data) -> Any:
+    "A pair of token sequences as `TokenData`; anything else as it is."
+    is_tokens = lambda part: part is None or getattr(part, "ndim", 0) == 1 or (
+        isinstance(part, list | tuple) and all(isinstance(i, int) for i in part)
+    )
+    pair = isinstance(data, tuple | list) and len(data) in (1, 2) and all(map(is_tokens, data))
+    return TokenData.from_tokens(*data) if pair else data
+
+
+class TextTraining(TrainingStep):
+    "Updates on random windows of a text, and the loss on another part of it."
+
     def __init__(
         self,
         model: GPT,
-        data,  # `TokenData`, or a pair (training tokens, validation tokens or None)
+        data,  # `TokenData`, or a pair (training tokens, validation tokens or None); anything for your own `next_batch`
         config: TrainingConfig,
-        *,
-        run_directory: str | Path | None = None,  # For the history and the checkpoints; None: neither is written
-        tokenizer=None,  # Saved with each checkpoint
-        progress: bool = True,  # Show a progress bar
-        on_step: Callable | None = None,  # Called as on_step(trainer, record) after each record
     ):
-        self.data = TokenData.from_tokens(*data) if isinstance(data, tuple | list) else data
-        self.config, self.tokenizer, self.progress, self.on_step = config, tokenizer, progress, on_step
-        self.run_directory = Path(run_directory).expanduser() if run_directory is not None else None
+        self.data = as_token_data(data)
+        check_model(model)
         self.context_length = config.context_length or model.config.context_length
         check_range("context_length", self.context_length, 1, model.config.context_length, integer=True)
-        self._check_tokens(model)
-        self.device = pick_device(config.device)
-        self.model = model.to(self.device)
-        self._forward = torch.compile(self.model) if config.compile else self.model
-        self.optimizers = make_optimizers(self.model, config)
-        self.generator = set_seed(config.seed)
-        self.metrics = Metrics(self.run_directory, config.tensorboard)
-        self.step, self.seconds, self._resumed = 0, 0.0, False
-        self._loss_sum, self._loss_count = 0.0, 0
-
-    @property
-    def history(self) -> list[dict]:
-        """One record every `log_every` steps and at every evaluation: step, loss, val_loss, lr, grad_norm,
-        tokens_per_second, seconds.
-        """
-        return self.metrics.records
+        if isinstance(self.data, TokenData):
+            self._check_tokens(model)
+        super().__init__(model, config)
 
     def _check_tokens(self, model: GPT) -> None:
         for name, tokens in (("training", self.data.train), ("validation", self.data.val)):
@@ -537,46 +864,28 @@ class Trainer:
             raise InputError(f"The training text has {len(self.data.train)} tokens, which is less than one window of "
                              f"{self.context_length} and its target; use a longer text or a smaller context_length.")
 
-    def autocast(self):
-        "Mixed precision, if the configuration asks for it."
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16")
-
-    def next_batch(self) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    def next_batch(self) -> Any:
         """Random windows of the training text: inputs, and the same one token later.
 
         Override it to train on something else.
         """
         return random_batch(self.data.train, self.config.batch_size, self.context_length, generator=self.generator)
 
-    def _logits(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-        with self.autocast():
-            return self._forward(ids)
-
-    def train_step(self) -> tuple[float, float]:
-        """Make one update; returns the loss before it and the gradient's norm before clipping.
-
-        A loss that is no number raises `TrainingError`.
-        """
-        self.model.train()
-        set_learning_rate(self.optimizers, learning_rate(self.step, self.config))
-        batches = [self.next_batch() for _ in range(self.config.accumulation)]
-        batches = [(inputs.to(self.device), targets.to(self.device)) for inputs, targets in batches]
-        self.model.zero_grad(set_to_none=True)
-        loss = accumulate_gradients(self._logits, batches).item()
-        norm = clip_gradients(self.model.parameters(), self.config.grad_clip).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(self._not_finite(f"the loss is {loss:g} and the gradient's norm {norm:g}"))
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step += 1
-        return loss, norm
-
-    def _not_finite(self, what: str) -> str:
-        folders = checkpoint_folders(self.run_directory) if self.run_directory else []
-        kept = f"; the last good checkpoint is {folders[-1]}" if folders else ""
-        return (
-            f"Training stopped at step {self.step + 1}: {what}{kept}. Lower the learning rate or lengthen the warm-up."
-        )
+    def validation_batches(
+        self,
+        n_batches: int | None = None,  # As many, spread evenly over the text; None: all of it
+    ) -> Iterable | None:
+        "What `evaluate` measures on, in the form of `next_batch`; None: there is nothing to measure on."
+        if not isinstance(self.data, TokenData) or self.data.val is None or len(self.data.val) < 2:
+            return None
+        length = min(self.context_length, len(self.data.val) - 1)
+        windows, rest = divmod(len(self.data.val) - 1, length)
+        # a short window at the end is a batch of its own
+        n_all = math.ceil(windows / self.config.batch_size) + (rest > 0)
+        n_batches = min(n_batches or n_all, n_all)
+        chosen = {number * n_all // n_batches for number in range(n_batches)}
+        batches = enumerate(islice(sequential_batches(self.data.val, self.config.batch_size, length), max(chosen) + 1))
+        return (batch for number, batch in batches if number in chosen)
 
     @torch.no_grad()
     def evaluate(
@@ -587,200 +896,344 @@ class Trainer:
 
         Switches to evaluation mode and back, and draws nothing from any generator.
         """
-        if not self._has_validation():
+        batches = self.validation_batches(n_batches)
+        if batches is None:
             raise InputError("There is no validation text; prepare the data with a val_fraction above 0.")
-        length = min(self.context_length, len(self.data.val) - 1)
-        windows, rest = divmod(len(self.data.val) - 1, length)
-        # a short window at the end is a batch of its own
-        n_all = math.ceil(windows / self.config.batch_size) + (rest > 0)
-        n_batches = min(n_batches or n_all, n_all)
-        chosen = {number * n_all // n_batches for number in range(n_batches)}
-        batches = enumerate(islice(sequential_batches(self.data.val, self.config.batch_size, length), max(chosen) + 1))
-        was_training, total, count = self.model.training, 0.0, 0
+        was_training, total, count = self.model.training, 0.0, 0.0
         self.model.eval()
         try:
-            for inputs, targets in (batch for number, batch in batches if number in chosen):
-                targets = targets.to(self.device)
-                total += cross_entropy(self._logits(inputs.to(self.device)), targets, reduction="sum").item()
-                count += int((targets != -100).sum())
+            for batch in batches:
+                loss, n = self._loss_and_count(move_batch(batch, self.device))
+                total, count = total + loss.item() * n, count + n
         finally:
             self.model.train(was_training)
-        return total / count
+        return total / max(1.0, count)
+
+# %% ../nbs/07_training.ipynb #c36cabf6
+def option_names(kind: type) -> set[str]:
+    "The keyword arguments of a trainer's constructors, its own and those it inherits, that aren't settings."
+    found = set()
+    for cls in kind.__mro__:
+        if "__init__" in vars(cls) and cls is not object:
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            found |= {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    return found - {"self", "model", "data", "config", "tokenizer"} - {field.name for field in fields(TrainingConfig)}
+
+
+def freeze(model: nn.Module, names: Sequence[str], where: str | Path) -> None:
+    "Take parameters out of training, as they were when the run was saved."
+    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    for name in names:
+        if name not in parameters:
+            raise InputError(f"{where} names the frozen parameter {name!r}, which the model doesn't have.")
+        parameters[name].requires_grad_(False)
+
+
+def check_dtypes(wanted: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    "Raise `InputError` where a weight and what an optimizer remembers of it are of different types."
+    for key, tensor in checkpoint.tensors.items():
+        name = key.split(".", 2)[-1]
+        if name in checkpoint.weights and key in wanted and wanted[key].shape == tensor.shape:
+            if wanted[key].dtype != tensor.dtype:
+                raise InputError(
+                    f"In {checkpoint.path / 'model.safetensors'}, {name} is {checkpoint.weights[name].dtype}, and "
+                    f"what the optimizer keeps of it, in training_state.safetensors, {tensor.dtype}; one is damaged."
+                )
+
+
+def state_number(checkpoint: Checkpoint, name: str) -> float:
+    "A number of `training_state.json`."
+    value = checkpoint.state.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        path = checkpoint.path / "training_state.json"
+        raise InputError(f"In {path}, {name} must be a number, not {value!r:.60}; it is damaged.")
+    return value
+
+
+def tell_new_schedule(step: int, before: TrainingConfig, now: TrainingConfig) -> None:
+    "Say what another `max_steps` does to a run that goes on at `step`."
+    if now.max_steps == before.max_steps:
+        return
+    if now.max_steps <= step:
+        text = f"The run is at step {step:,} already, so max_steps {now.max_steps:,} leaves nothing to train."
+    else:
+        rates = [schedule_factor(step, config) * config.learning_rate for config in (before, now)]
+        if rates[0] == rates[1]:
+            return
+        text = (
+            f"max_steps {now.max_steps:,} instead of {before.max_steps:,} stretches the schedule: the learning rate "
+            f"goes on at {rates[1]:.2e} instead of {rates[0]:.2e}."
+        )
+    warnings.warn(text, Note, stacklevel=3)
+
+# %% ../nbs/07_training.ipynb #ee86d4de
+class Trainer(TextTraining):
+    """Trains a model: batches, updates, evaluation, history, checkpoints.
+
+    Seeds PyTorch's global generator with `config.seed`.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        data,  # `TokenData`, or a pair (training tokens, validation tokens or None); anything for your own `next_batch`
+        config: TrainingConfig,
+        *,
+        run_directory: str | Path | None = None,  # For the history and the checkpoints; None: neither is written
+        tokenizer=None,  # Saved with each checkpoint
+        progress: bool = True,  # Show a progress bar
+        on_step: Callable | None = None,  # Called as on_step(trainer, record) after each step
+        on_record: Callable | None = None,  # Called as on_record(trainer, record) after each record of the history
+    ):
+        self.tokenizer, self.progress = tokenizer, progress
+        self.on_step, self.on_record = on_step, on_record
+        self.run_directory = Path(run_directory).expanduser() if run_directory is not None else None
+        check_model(model)
+        if self.run_directory is not None:
+            check_loadable(model, self.make_model)
+        super().__init__(model, data, config)
+        self.metrics = Metrics(self.run_directory, config.tensorboard)
+        self.seconds, self._tokens = 0.0, 0
+        self._loss_sum, self._loss_count = 0.0, 0
+        self._saved: int | None = None  # The last step that this trainer has written, or was read from
+        self._note: dict | None = None
+
+    @classmethod
+    def make_model(cls, config: GPTConfig) -> GPT:
+        "A model for the weights of a checkpoint; override it where yours has other parameters than a `GPT`."
+        return GPT(config)
+
+    @property
+    def history(self) -> list[dict]:
+        """One record every `log_every` steps and at every evaluation: step, loss (the mean since the last record),
+        val_loss, lr (and muon_lr), grad_norm, tokens_per_second, seconds.
+        """
+        return self.metrics.records
+
+    def after_step(self, record: dict) -> None:
+        """Called after each step, its evaluation and its record, before it is saved; does nothing.
+
+        `record` holds what the history does, with the loss of this one step.
+        """
 
     def train(self) -> list[dict]:
         """Train up to `max_steps` and return the history.
 
-        Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt.
+        Ctrl-C, SIGTERM and SIGHUP finish the step, save a checkpoint and raise `Interrupted`, a KeyboardInterrupt.
         """
-        from tqdm import tqdm
-
-        self._open_run()
-        started, steps_before = time.perf_counter() - self.seconds, self.step
-        tokens_a_step = self.config.batch_size * self.config.accumulation * self.context_length
-        bar = tqdm(
-            total=self.config.max_steps, initial=self.step, disable=not self.progress, unit="step", dynamic_ncols=True
-        )
-        seconds_before, val_loss = self.seconds, None
-        with bar, soft_interrupt() as interrupted:
-            while self.step < self.config.max_steps:
-                loss, norm = self.train_step()
-                self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
-                self.seconds = time.perf_counter() - started
-                speed = (self.step - steps_before) * tokens_a_step / max(1e-9, self.seconds - seconds_before)
-                last = self.step == self.config.max_steps
-                if self._is_due(self.config.eval_every, last) and self._has_validation():
-                    val_loss = self.evaluate(self.config.eval_batches)
-                bar.update(1)
-                if self.step % self.config.log_every == 0 or last or self._is_due(self.config.eval_every, last):
-                    fresh = val_loss if self._is_due(self.config.eval_every, last) else None
-                    self._log(norm, speed, fresh)
-                    note = {} if val_loss is None else {"val": f"{val_loss:.3f}"}
-                    bar.set_postfix(loss=f"{self.history[-1]['loss']:.3f}", **note, tokens_per_s=f"{speed:,.0f}")
-                if self.run_directory and (self._is_due(self.config.checkpoint_every, last) or interrupted.is_set()):
-                    self.save()
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
+        with self._open_run(), soft_interrupt() as asked, ProgressBar(self) as bar:
+            try:
+                clock = Stopwatch(self.seconds)
+                while self.step < self.config.max_steps:
+                    record = self._step_and_record(clock)
+                    last = self.step == self.config.max_steps
+                    if self.run_directory and (self._is_due(self.config.checkpoint_every, last) or asked.is_set()):
+                        self.save()
+                    if asked.is_set():
+                        raise KeyboardInterrupt
+                    bar.show(record)
+            except KeyboardInterrupt:
+                raise self._interrupted(asked.signal or signal.SIGINT) from None
         return self.history
+
+    def _step_and_record(self, clock: "Stopwatch") -> dict:
+        loss, norm = self.train_step()
+        self._loss_sum, self._loss_count = self._loss_sum + loss, self._loss_count + 1
+        self.seconds = clock.seconds()
+        last = self.step == self.config.max_steps
+        measure = self._is_due(self.config.eval_every, last)
+        record = {
+            "step": self.step,
+            "loss": loss,
+            "val_loss": None,
+            **self.learning_rates(),
+            "grad_norm": norm,
+            "tokens_per_second": round(clock.per_second(self._tokens), 1),
+            "seconds": round(self.seconds, 3),
+        }
+        if measure and self.validation_batches(1) is not None:
+            record["val_loss"] = self.evaluate(self.config.eval_batches)
+        if measure or last or self.step % self.config.log_every == 0:
+            self._keep({**record, "loss": self._loss_sum / self._loss_count})
+        self.after_step(record)
+        if self.on_step is not None:
+            self.on_step(self, record)
+        return record
+
+    def _draw(self) -> Any:
+        batch = super()._draw()
+        self._tokens += count_tokens(batch)
+        return batch
 
     def _is_due(self, every: int, last: bool) -> bool:
         return last or (every > 0 and self.step % every == 0)
 
-    def _has_validation(self) -> bool:
-        return self.data.val is not None and len(self.data.val) > 1
-
-    def _log(self, norm: float, speed: float, val_loss: float | None) -> None:
-        lr = learning_rate(self.step - 1, self.config) * self.config.learning_rate
-        record = {
-            "step": self.step,
-            "loss": self._loss_sum / self._loss_count,
-            "val_loss": val_loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": round(speed, 1),
-            "seconds": round(self.seconds, 3),
-        }
+    def _keep(self, record: dict) -> None:
         self._loss_sum, self._loss_count = 0.0, 0
         self.metrics.add(record)
-        if self.on_step is not None:
-            self.on_step(self, record)
+        if self.on_record is not None:
+            self.on_record(self, record)
 
-    def _open_run(self) -> None:
-        # A new run may not overwrite an old one; a resumed one forgets what came after its checkpoint.
+    def _not_finite(self, what: str) -> str:
+        saved = self.saved_step
+        kept = "" if saved is None else f"; the last good checkpoint is {self._folder(saved)}"
+        return super()._not_finite(what + kept)
+
+    def _folder(self, step: int) -> Path:
+        return self.run_directory / f"step-{step:07d}"
+
+    @property
+    def saved_step(self) -> int | None:
+        "The step of the newest checkpoint in the run directory; None: there is none."
+        folders = checkpoint_folders(self.run_directory) if self.run_directory else []
+        return step_of(folders[-1]) if folders else None
+
+    def _interrupted(self, number: int) -> "Interrupted":
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        stopped, saved = f"Training was stopped by {name} after step {self.step:,}", self.saved_step
         if self.run_directory is None:
+            way = "there is no run_directory, so nothing is saved"
+        elif saved is None:
+            way = "nothing was saved yet; start it again"
+        else:
+            way = f"it goes on from there with Trainer.resume({str(self.run_directory)!r})"
+            if saved == self.step:
+                way = f"which is saved; {way}"
+            else:
+                way = f"which is not saved; the newest checkpoint is of step {saved:,}, and {way}"
+        return Interrupted(f"{stopped}, {way}.", signal=int(number), step=self.step, saved=saved == self.step)
+
+    @contextmanager
+    def _open_run(self):
+        # A new run may not overwrite an old one; a resumed one keeps what came after its checkpoint, elsewhere.
+        self._tokens = 0
+        if self.run_directory is None:
+            yield
             return
-        try:
-            self.run_directory.mkdir(parents=True, exist_ok=True)
+        with lock_run(self.run_directory):
             folders = checkpoint_folders(self.run_directory)
-            if folders and self.step == 0 and not self._resumed:
+            if folders and self._saved is None:
                 raise InputError(
                     f"{self.run_directory} already holds a run ({folders[-1].name}); "
                     "resume it, or choose another run directory."
                 )
-            self._resumed = True
-            remove_leftovers(self.run_directory)
-            for folder in folders:
-                if int(folder.name.split("-")[1]) > self.step:
-                    _discard(folder)
-        except OSError as error:
-            raise InputError(os_error_sentence("write", self.run_directory, error)) from error
-        self.metrics.rewrite()
-        if self.step == 0:
-            self.save()
+            try:
+                remove_leftovers(self.run_directory)
+                set_aside_newer(self.run_directory, self.step)
+            except OSError as error:
+                raise InputError(os_error_sentence("write", self.run_directory, error)) from error
+            self.metrics.open(self.step)
+            if self._saved is None:
+                self.save()
+            yield
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        "What a run must remember besides the weights; extend it, and `restore_tensors`, with what yours has."
+        return {**optimizer_tensors(self.model, self.optimizers), **generator_states(self.generator, self.device)}
+
+    def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
+        "Put back what `state_tensors` gave."
+        restore_optimizers(self.model, self.optimizers, tensors)
+        restore_generators(self.generator, self.device, tensors)
 
     def save(self) -> Path:
         """Write a checkpoint of this step into the run directory and return its folder.
 
-        A step that is there already is not written again.
+        A step that this trainer has saved already is not written again.
         """
         if self.run_directory is None:
             raise InputError("This run has no run_directory; give the Trainer one to save checkpoints.")
-        folder = self.run_directory / f"step-{self.step:07d}"
-        if (folder / "checkpoint.json").exists():
-            return folder
+        if self._saved == self.step and (self._folder(self.step) / "checkpoint.json").exists():
+            return self._folder(self.step)
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise TrainingError(self._not_finite("a weight is no longer a finite number"))
-        self.metrics.sync()
-        tensors = {**optimizer_tensors(self.model, self.optimizers), **generator_states(self.generator, self.device)}
-        state = {"seconds": self.seconds, "loss_sum": self._loss_sum, "loss_count": self._loss_count}
-        return save_checkpoint(
-            self.run_directory,
-            self.step,
-            self.model,
-            tokenizer=self.tokenizer,
-            tensors=tensors,
-            state=state,
-            training={"training": self.config.to_dict(), "data": self._data_note()},
-            keep=self.config.keep_checkpoints,
-        )
+        moved = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        note = {"training": self.config.to_dict(), "data": self._data_note()}
+        note["frozen"] = [plain_name(name) for name, p in self.model.named_parameters() if id(p) not in moved]
+        with lock_run(self.run_directory):
+            self.metrics.sync()
+            folder = save_checkpoint(
+                self.run_directory,
+                self.step,
+                self.model,
+                tokenizer=self.tokenizer,
+                tensors=self.state_tensors(),
+                state={"seconds": self.seconds, "loss_sum": self._loss_sum, "loss_count": self._loss_count},
+                training=note,
+                keep=self.config.keep_checkpoints,
+                make_model=self.make_model,
+            )
+        self._saved = self.step
+        return folder
 
     def _data_note(self) -> dict:
-        directory = getattr(self.data, "directory", None)
-        return {
-            "directory": str(Path(directory).resolve()) if directory else None,
-            "train_tokens": len(self.data.train),
-            "val_tokens": 0 if self.data.val is None else len(self.data.val),
-            "fingerprint": self.data.meta.get("fingerprint"),
-        }
+        if self._note is None:  # the hash of all tokens is made once
+            self._note = data_note(self.data, self.run_directory)
+        return self._note
 
     @classmethod
     def resume(
         cls,
-        run_directory: str | Path,  # The run, or one of its checkpoints
-        data=None,  # As for the constructor; None: reopened from where it was
+        path: str | Path,  # The run, or one of its checkpoints
+        data=None,  # As for the constructor; None: reopened from where it was, or beside the run
         *,
+        run_directory: str | Path | None = None,  # Where to go on; None: in the run itself
         progress: bool = True,
         on_step: Callable | None = None,
-        **changes,  # Settings to change, such as `max_steps` or `device`
+        on_record: Callable | None = None,
+        **changes,  # Settings to change, such as `max_steps` or `device`; options of a subclass's constructor
     ) -> "Trainer":
         """A trainer that goes on where a checkpoint was written.
 
         On the CPU, with nothing changed, exactly (to the bit) as if never stopped. Draw no random numbers before
-        `train`.
+        `train`. From an older checkpoint, the newer ones are set aside when it goes on, unless it does so elsewhere.
         """
-        checkpoint = load_checkpoint(run_directory)
-        note = checkpoint.training
-        if not isinstance(note, dict) or set(note) != {"training", "data"}:
-            raise InputError(
-                f"{checkpoint.path / 'training.json'} says nothing of a training run; this checkpoint can't be resumed."
-            )
-        config = TrainingConfig.from_dict({**note["training"], **changes})
-        if data is None:
-            if not note["data"]["directory"]:
-                raise InputError(
-                    f"The data of {checkpoint.path} was only in memory; give the same data again to resume."
-                )
-            data = TokenData.open(note["data"]["directory"])
-        model = GPT(checkpoint.config)
-        load_weights(model, checkpoint.weights, checkpoint.path / "model.safetensors")
-        path = Path(run_directory).expanduser()
-        # a checkpoint may be given as "." or by a link
-        home = path.resolve().parent if checkpoint.path == path else path
-        trainer = cls(model, data, config, run_directory=home, tokenizer=load_tokenizer_of(checkpoint),
-                      progress=progress, on_step=on_step)
-        trainer._restore(checkpoint)
+        checkpoint = load_checkpoint(path)
+        note = training_note(checkpoint)
+        options = {name: changes.pop(name) for name in list(changes) if name in option_names(cls)}
+        before = TrainingConfig.from_dict(note["training"])
+        config = before.replace(**changes)
+        data = as_token_data(open_data(checkpoint) if data is None else data)
+        check_same_data(note["data"], data)
+        model = build_model(
+            checkpoint.config, checkpoint.weights, checkpoint.path / "model.safetensors", make_model=cls.make_model
+        )
+        freeze(model, note["frozen"], checkpoint.path / "training.json")
+        home = checkpoint.path.resolve().parent if is_checkpoint(path) else Path(path).expanduser()
+        trainer = cls(
+            model,
+            data,
+            config,
+            run_directory=home if run_directory is None else run_directory,
+            tokenizer=load_tokenizer_of(checkpoint),
+            progress=progress,
+            on_step=on_step,
+            on_record=on_record,
+            **options,
+        )
+        trainer._restore(checkpoint, home)
+        tell_new_schedule(checkpoint.step, before, config)
         return trainer
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        note, here = checkpoint.training["data"], self._data_note()
-        if any(note.get(name) != here[name] for name in ("train_tokens", "val_tokens", "fingerprint")):
-            raise InputError(
-                f"This run was trained on {note.get('train_tokens')} + "
-                f"{note.get('val_tokens')} tokens, and the data given "
-                f"({here['train_tokens']} + {here['val_tokens']} tokens) is another text; resume with the same data."
-            )
-        wanted = {**optimizer_tensors(self.model, self.optimizers), **generator_states(self.generator, self.device)}
-        found = checkpoint.tensors
+    def _restore(self, checkpoint: Checkpoint, home: Path) -> None:
+        wanted, found = self.state_tensors(), checkpoint.tensors
+        check_dtypes(wanted, checkpoint)
         gpu = {name for name in set(found) ^ set(wanted) if name in ("generator.cuda", "generator.mps")}
+        path = checkpoint.path / "training_state.safetensors"
         check_tensors(
-            {k: v for k, v in wanted.items() if k not in gpu},
-            {k: v for k, v in found.items() if k not in gpu},
-            checkpoint.path / "training_state.safetensors",
+            {name: tensor for name, tensor in wanted.items() if name not in gpu},
+            {name: tensor for name, tensor in found.items() if name not in gpu},
+            path,
         )
-        restore_optimizers(self.model, self.optimizers, found)
-        restore_generators(self.generator, self.device, found)
-        self.step, self.seconds, self._resumed = checkpoint.step, checkpoint.state["seconds"], True
-        self._loss_sum, self._loss_count = checkpoint.state["loss_sum"], checkpoint.state["loss_count"]
-        self.metrics.read(self.step)
+        try:
+            self.restore_tensors(found)
+        except (RuntimeError, ValueError, OverflowError) as error:
+            raise InputError(f"{path} holds states that nothing can go on from; it is damaged.") from error
+        numbers = [state_number(checkpoint, name) for name in ("seconds", "loss_sum", "loss_count")]
+        self.step, (self.seconds, self._loss_sum, self._loss_count) = checkpoint.step, numbers
+        if self.run_directory.resolve() == home.resolve():
+            self._saved = self.step
+        self.metrics.read(self.step, home / "metrics.jsonl")
 
 # %% ../nbs/07_training.ipynb #09aff943
 def plot_history(history: Sequence[dict], ax=None):

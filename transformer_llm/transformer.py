@@ -104,37 +104,64 @@ class GPTConfig:
     """The shape of a model. Every field is checked; `n_kv_heads`, `head_dim`, `d_ff` and `qkv_bias` follow from others
     when None.
 
+    - `vocab_size`: different tokens.
+    - `context_length`: the most tokens the model reads at once.
+    - `d_model`: width of the residual stream.
+    - `n_layers`: blocks.
+    - `n_heads`: query heads.
+    - `n_kv_heads`: key/value heads; None: as many as `n_heads`.
+    - `head_dim`: width of a head; None: d_model // n_heads.
+    - `d_ff`: hidden width of the feed-forward network; None: `default_d_ff`.
+    - `norm`: "layernorm" or "rmsnorm".
+    - `norm_placement`: "pre": x + f(norm(x)); "post": norm(x + f(x)); "output": x + norm(f(x)).
+    - `norm_eps`: what a norm adds before it divides, 0 to 1.
+    - `position`: "learned", "sinusoidal", "rotary", "alibi" or "none".
+    - `rope_base`: base of the rotary angles, 1 or more.
+    - `rope_interleaved`: rotate neighbours (True) or the two halves of a head (False).
+    - `rope_scaling`: how the model was stretched to longer texts, a `RopeScaling` or a dictionary of its fields; None:
+      it wasn't.
+    - `activation`: one of `ACTIVATIONS`.
+    - `bias`: in every linear layer and LayerNorm.
+    - `qkv_bias`: in the projections to queries, keys and values; None: as `bias`.
+    - `output_bias`: on the logits.
+    - `tied_embeddings`: the output matrix is the embedding matrix.
+    - `qk_norm`: an RMSNorm on each head's queries and keys.
+    - `qk_norm_whole`: that norm takes all heads' numbers as one vector.
+    - `window`: attention sees only this many most recent tokens, 1 or more; None: all.
+    - `dropout`: share of the numbers dropped while training, 0 to 1: of the embeddings, of the attention weights and of
+      what each sublayer adds.
+    - `init_std`: standard deviation of the initial weights, 0 or more.
+    - `zero_init_residual`: what each sublayer adds starts at zero.
+
     Raises `InputError` that names the field, the value and what is allowed.
     """
 
-    vocab_size: int = 8192  # Different tokens
-    context_length: int = 256  # The most tokens the model reads at once
-    d_model: int = 256  # Width of the residual stream
-    n_layers: int = 6  # Blocks
-    n_heads: int = 4  # Query heads
-    n_kv_heads: int | None = None  # Key/value heads; None: as many as n_heads
-    head_dim: int | None = None  # Width of a head; None: d_model // n_heads
-    d_ff: int | None = None  # Hidden width of the feed-forward network; None: `default_d_ff`
-    norm: str = "rmsnorm"  # "layernorm" or "rmsnorm"
-    norm_placement: str = "pre"  # "pre": x + f(norm(x)); "post": norm(x + f(x)); "output": x + norm(f(x))
+    vocab_size: int = 8192
+    context_length: int = 256
+    d_model: int = 256
+    n_layers: int = 6
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+    norm: str = "rmsnorm"
+    norm_placement: str = "pre"
     norm_eps: float = 1e-5
-    position: str = "rotary"  # "learned", "sinusoidal", "rotary", "alibi" or "none"
-    rope_base: float = 10000.0  # Base of the rotary angles
-    rope_interleaved: bool = False  # Rotate neighbours (True) or the two halves of a head (False)
-    rope_scaling: RopeScaling | dict | None = (
-        None  # How the model was stretched to longer texts; a dictionary of its fields becomes one
-    )
-    activation: str = "swiglu"  # One of `ACTIVATIONS`
-    bias: bool = False  # In every linear layer and LayerNorm
-    qkv_bias: bool | None = None  # In the projections to queries, keys and values; None: as `bias`
-    output_bias: bool = False  # On the logits
-    tied_embeddings: bool = True  # The output matrix is the embedding matrix
-    qk_norm: bool = False  # An RMSNorm on each head's queries and keys
-    qk_norm_whole: bool = False  # That norm takes all heads' numbers as one vector
-    window: int | None = None  # Attention sees only the so many most recent tokens
-    dropout: float = 0.0  # While training: embeddings, attention weights, what each sublayer adds
-    init_std: float = 0.02  # Standard deviation of the initial weights
-    zero_init_residual: bool = False  # What each sublayer adds starts at zero
+    position: str = "rotary"
+    rope_base: float = 10000.0
+    rope_interleaved: bool = False
+    rope_scaling: RopeScaling | dict | None = None
+    activation: str = "swiglu"
+    bias: bool = False
+    qkv_bias: bool | None = None
+    output_bias: bool = False
+    tied_embeddings: bool = True
+    qk_norm: bool = False
+    qk_norm_whole: bool = False
+    window: int | None = None
+    dropout: float = 0.0
+    init_std: float = 0.02
+    zero_init_residual: bool = False
 
     def __post_init__(self):
         "Check each field and fill in those that are None."
@@ -451,19 +478,16 @@ class GPT(nn.Module):
         ids: Int[Tensor, "batch seq"],
         targets: Int[Tensor, "batch seq"] | None = None,  # The next tokens; -100 is ignored
         *,
-        attention_mask: Bool[Tensor, "batch keys"]
-        | None = None,  # True for real tokens, False for padding; over cached and new ones
-        positions: Int[Tensor, "..."]
-        | None = None,  # None: continue from the cache, or count the real tokens; ALiBi has no use for them
+        attention_mask: Bool[Tensor, "batch keys"] | None = None,  # False for padding; over cached and new tokens
+        positions: Int[Tensor, "..."] | None = None,  # None: continue from the cache, or count the real tokens
         cache: list[KVCache] | None = None,  # From `new_cache`; `ids` are then only the new tokens
         last_only: bool = False,  # Only the last token's logits (and loss), as generation needs
     ) -> Float[Tensor, "batch predicted vocab"] | tuple[Float[Tensor, "batch predicted vocab"], Float[Tensor, ""]]:
         """Logits for the token after each one, and with `targets` also the mean cross-entropy in nats.
 
         No token attends to padding; the logits of padding itself are finite and mean nothing. The loss is NaN when
-        every
-        target is ignored. Raises `InputError` when cached and new tokens together exceed `context_length`, and for ids,
-        an attention_mask or a cache of the wrong shape.
+        every target is ignored. Raises `InputError` when cached and new tokens together exceed `context_length`, and
+        for ids, an attention_mask or a cache of the wrong shape.
         """
         hidden = self.hidden_states(ids, attention_mask=attention_mask, positions=positions, cache=cache)
         logits = self.unembed(hidden[:, -1:] if last_only else hidden)
@@ -565,6 +589,19 @@ def _first_oddity(model: nn.Module, gradients: bool) -> str:
     return ""
 
 
+def _odd_kind(kind: type, calls_start: bool) -> str:
+    "What a class computes in its own way; nothing for a `GPT` and a subclass that adds to it."
+    if not issubclass(kind, GPT):
+        return f"it is a {kind.__name__}, not a GPT"
+    computing = ["forward", "hidden_states", "unembed"]
+    if vars(kind).get("only_start_differs"):
+        computing = []
+    for name in computing if calls_start else ["_start", "_positions", *computing]:
+        if getattr(kind, name) is not getattr(GPT, name):
+            return f"it is a {kind.__name__}, which has a {name} of its own"
+    return ""
+
+
 def check_plain(
     model: nn.Module,
     what: str,  # Who asks: the sentence begins with it
@@ -578,12 +615,7 @@ def check_plain(
     configuration doesn't make raises `InputError`, which names the first such module.
     """
     model = unwrap(model)
-    kind = type(model)
-    if kind is GPT or (calls_start and vars(kind).get("only_start_differs")):
-        odd = _first_oddity(model, gradients)
-    else:
-        odd = f"it is a {kind.__name__}, not a GPT"
-    if odd:
+    if odd := _odd_kind(type(model), calls_start) or _first_oddity(model, gradients):
         raise InputError(
             f"{what} can't compute this model: {odd}; use the model itself (Trainer, generate), or put back what "
             "its configuration makes."
@@ -653,8 +685,7 @@ def flops_per_token(
     """Floating-point operations a token: two for each multiply-add of a matrix product (equation 4.6).
 
     Norms, activations and the embedding look-up are left out, and no discount is given for the masked half of attention
-    or
-    for a window.
+    or for a window.
     """
     c, seq = config, config.context_length if seq is None else seq
     projections = 2 * c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads)
