@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import regex
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -749,22 +751,21 @@ GGUF_NOT_NEUTRAL = {
 
 def test_gguf_settings_of_other_transformers_are_refused_by_name(tmp_path, llama_tied):
     write_gguf(tmp_path / "x.gguf", "llama", llama_tied)
-    good = (tmp_path / "x.gguf").read_bytes()
     for name, (value, kind) in GGUF_NOT_NEUTRAL.items():
         (tmp_path / "y.gguf").unlink(missing_ok=True)
         form = {"BOOL": (7, "?"), "FLOAT32": (6, "f"), "UINT32": (4, "I")}[kind]
         added = setting(f"llama.{name}", form[0], struct.pack("<" + form[1], value))
-        (tmp_path / "y.gguf").write_bytes(with_more_settings(good, added))
+        (tmp_path / "y.gguf").write_bytes(with_more_settings(tmp_path / "x.gguf", added))
         match = "values are 8 wide" if name.endswith("value_length") else f"sets .*{name.split('.')[-1]}"
         refused(tmp_path / "y.gguf", match)
 
 
-def with_more_settings(good: bytes, added: bytes, n: int = 1) -> bytes:
+def with_more_settings(path: Path, added: bytes, n: int = 1) -> bytes:
     "A GGUF file with settings put before its own; the tensors keep their places."
+    good, reader = path.read_bytes(), gguf.GGUFReader(path)
     n_tensors, n_settings = struct.unpack_from("<QQ", good, 8)
-    reader = GGUFHeader(good, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
-    header = good[:8] + struct.pack("<QQ", n_tensors, n_settings + n) + added + good[24 : reader.end]
-    return header + b"\0" * (-len(header) % 32) + good[reader.start :]
+    header = good[:8] + struct.pack("<QQ", n_tensors, n_settings + n) + added + good[24 : header_end(reader)]
+    return header + b"\0" * (-len(header) % 32) + good[reader.data_offset :]
 
 
 # --- positions stretched to longer texts
@@ -1927,10 +1928,10 @@ def test_gguf_files_cut_anywhere(tmp_path, ends_of):
 
 def moved(good: bytes, **offsets: int) -> bytes:
     "A GGUF file whose header says that tensors begin elsewhere; dots in their names are written __."
-    data, reader = bytearray(good), GGUFHeader(good, {int(k): sizes for k, sizes in gguf.GGML_QUANT_SIZES.items()})
+    data = bytearray(good)
     for name, offset in offsets.items():
         name = text(name.replace("__", "."))
-        at = data.index(name, 0, reader.end) + len(name)
+        at = data.index(name) + len(name)
         (n_axes,) = struct.unpack_from("<I", data, at)
         struct.pack_into("<Q", data, at + 4 + 8 * n_axes + 4, offset)
     return bytes(data)
@@ -2257,6 +2258,49 @@ def test_a_pre_tokenizer_that_is_not_named(tmp_path, family):
             load_pretrained_tokenizer(tmp_path / "x.gguf")
     tokens = torch.arange(20)[None]
     assert torch.allclose(GPT.from_pretrained(tmp_path / "x.gguf")(tokens), theirs(tokens).logits, atol=2e-4)
+
+
+def test_user_defined_tokens_are_cut_out_and_end_nothing_unless_their_name_says_so(tmp_path, llama_tied):
+    def spoil(writer):
+        values = writer.kv_data[0]
+        values["tokenizer.ggml.tokens"].value[WORDS.special_tokens["<|im_start|>"]] = "<think>"
+        kinds = values["tokenizer.ggml.token_type"].value
+        for name in ("<|im_start|>", "<|im_end|>"):
+            kinds[WORDS.special_tokens[name]] = 4
+    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=spoil)
+    tokenizer = load_pretrained_tokenizer(tmp_path / "x.gguf")
+    think = WORDS.special_tokens["<|im_start|>"]
+    assert set(tokenizer.special_tokens) == {"<|endoftext|>", "<|im_end|>"}
+    assert tokenizer.encode("a<think>b").count(think) == 1
+    assert tokenizer.decode([think]) == "<think>"
+
+
+def test_llama_cpp_s_default_cuts_four_times_in_turn(tmp_path, llama_tied):
+    "By its list of expressions, each applied to the pieces of the one before."
+    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=with_settings(tokenizer__ggml__pre=None))
+    write_gguf(
+        tmp_path / "y.gguf",
+        "llama",
+        llama_tied,
+        spoil=with_settings(tokenizer__ggml__pre=kept("default", KINDS.STRING)),
+    )
+    with pytest.warns(UserWarning, match="llama.cpp's default"):
+        absent = load_pretrained_tokenizer(tmp_path / "x.gguf")
+    default = load_pretrained_tokenizer(tmp_path / "y.gguf")
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+    cuts = r"[\p{P}$+<=>^~|]+", gpt2, r"\p{N}+", "[0-9][0-9][0-9]"
+
+    def pieces(words: list[str]) -> list[str]:
+        for cut in cuts:
+            words = [part for word in words for part in regex.split(f"({cut})", word) if part]
+        return words
+
+    draw = random.Random(0)
+    signs = ["a", "bc", "1", "23", "4567", "٣", " ", "  ", "\n", ".", "'s", "$", "☃", "é"]
+    for _ in range(300):
+        sample = "".join(draw.choices(signs, k=12))
+        wanted = [i for piece in pieces([sample]) for i in default.encode_word(piece)]
+        assert wanted == default.encode(sample) == absent.encode(sample), sample
 
 
 def spoil_tensors(**changes):

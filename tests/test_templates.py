@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer_llm import templates
 from transformer_llm.foundations import InputError
 from transformer_llm.templates import Text, encode_rendered, render, render_template
 from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
@@ -514,6 +513,223 @@ def test_random_templates_render_as_in_the_sandbox(template):
             render_template(template, messages, x="X y", y=2)
     elif "object at 0x" not in wanted and "dict_" not in wanted:
         assert got == wanted, template
+
+
+# What newer templates use: macros, with, keyword arguments, safe, title, rsplit, generation
+# ------------------------------------------------------------------------------------------
+
+CODER = """{% macro extra(spec, known) %}
+    {%- if spec is mapping %}
+        {%- for key in spec if key not in known %}
+            {%- if spec[key] is mapping or (spec[key] is sequence and spec[key] is not string) %}
+                {{- '\\n<' ~ key ~ '>' ~ (spec[key] | tojson | safe) ~ '</' ~ key ~ '>' }}
+            {%- else %}
+                {{- '\\n<' ~ key ~ '>' ~ (spec[key] | string) ~ '</' ~ key ~ '>' }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- for tool in tools or [] %}
+    {%- if tool.function is defined %}{%- set tool = tool.function %}{%- endif %}
+    {{- '<function>\\n<name>' ~ tool.name ~ '</name>' }}
+    {%- for name, spec in tool.parameters.properties|items %}
+        {{- '\\n<parameter>' ~ name }}{{ extra(spec, known=['name', 'type']) }}
+    {%- endfor %}
+    {{- extra(tool, ['type', 'name', 'parameters']) }}
+{%- endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' + (m.content if m.content is string else '') + '<|im_end|>\\n' }}
+{%- endfor %}"""
+
+VISIBLE = """{%- macro visible(content) -%}
+    {%- if content is string -%}
+        {{- content }}
+    {%- elif content is iterable and content is not mapping -%}
+        {%- for part in content -%}
+            {%- if part is mapping and part.type == 'text' -%}{{- part.text }}{%- elif part is string -%}{{- part }}{%- endif -%}
+        {%- endfor -%}
+    {%- elif content is none -%}
+    {%- else -%}
+        {{- content }}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 -%}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' -%}<|user|>
+{{ visible(m.content) }}{{ '' if visible(m.content).endswith("/quiet") else ' /loud' }}
+{%- elif m.role == 'assistant' -%}<|assistant|>
+{%- set thought = '' %}{%- set content = visible(m.content) %}
+{%- if '</think>' in content %}
+    {%- set thought = ((content.split('</think>', maxsplit=1)|first).rstrip('\\n').rsplit('<think>', 1)|last).lstrip('\\n') %}
+    {%- set content = content.rsplit('</think>', maxsplit=1)[-1].strip() %}
+{%- endif %}
+{%- if loop.index0 > ns.last and thought -%}{{ '\\n<think>' + thought.strip() + '</think>' }}{%- endif -%}
+{%- if content.strip() -%}{{ '\\n' + content.strip() }}{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
+
+HANDS = """{%- macro kind(spec) %}
+    {%- set names = {"string": "str", "integer": "int", "array": "list"} %}
+    {%- if names[spec.type] is defined and spec.type != "array" %}{{- names[spec.type] }}
+    {%- elif spec.type == "array" %}{{- "list[" + kind(spec['items'] | default({"type": "any"})) + "]" }}
+    {%- elif spec.type is iterable and spec.type is not string %}
+        {{- "Union[" }}{%- for t in spec.type %}{{- kind({"type": t}) }}{%- if not loop.last %}{{- "," }}{%- endif %}{%- endfor %}{{- "]" }}
+    {%- else %}{{- "Any" }}{%- endif %}
+{%- endmacro %}
+{%- macro call(function, between=", ", *, end=")") %}{%- endmacro %}
+{{- bos_token }}"""
+HANDS = HANDS.replace('{%- macro call(function, between=", ", *, end=")") %}{%- endmacro %}\n', "") + """
+{%- macro signature(f, between=", ", end=")") %}
+    {{- f.name + "(" }}{%- for name, spec in f.parameters.properties.items() %}
+        {{- name + ": " + kind(spec) }}{%- if not loop.last %}{{- between }}{%- endif %}
+    {%- endfor %}{{- end }}
+{%- endmacro %}
+{%- for tool in tools or [] %}{{ signature(tool.function, end=") -> " ~ tool.type) }}
+{{ signature(tool.function, "; ") | trim | title }}
+{% endfor %}
+{%- for m in messages %}
+    {%- with role = m.role | title, mark = '#' %}{{ mark ~ role ~ mark }}
+{{ [m.role, m.content] | map('upper') | join(d='/') }}{{ '|'.join(m.content.split()) }}{% endwith %}
+    {%- if mark is defined %}never{% endif %}
+    {%- if loop.changed is not defined %}{% endif %}
+{% endfor %}"""
+HANDS = HANDS.replace("    {%- if loop.changed is not defined %}{% endif %}\n", "")
+
+SMALL = [
+    "{{ 'a-b c(d e' | title }}{{ 'ß ǆx ab' | title }}{{ messages[0].content | title }}{{ 'it\\'s'.title() }}",
+    "{{ 'a,b,c'.rsplit(',', 1) }}{{ ' a  b '.rsplit(none, 1) }}{{ 'a,b'.rsplit(sep=',') }}{{ 'a b c'.split(maxsplit=1) }}",
+    "{{ ', '.join(['a', 'b']) }}{{ ''.join(messages | map(attribute='role')) }}",
+    "{{ ('<b>' | safe) ~ '<' }}{{ messages[0].content | safe }}{{ 'x' | safe | upper | length }}{{ '<' | safe == '<' }}",
+    "{{ [3, 1, 2] | sort }}{{ ['b', 'A', 'c'] | sort(reverse=true) }}{{ ['b', 'B', 'a'] | unique | list }}",
+    "{{ {'b': 1, 'a': 2} | dictsort }}{{ {'b': 1, 'a': 2} | dictsort(by='value', reverse=true) }}",
+    "{{ 'a\\nb\\n\\nc' | indent }}|{{ 'a\\n\\nb' | indent(2, true, true) }}|{{ 'a\\nb\\n' | indent(width='> ') }}",
+    "{{ messages | map(attribute='nothing', default='-') | join(',') }}{{ ['a'] | map('replace', 'a', 'b') | first }}",
+    "{{ 2.567 | round(1) }}{{ 2.5 | round }}{{ 2.1 | round(method='ceil') }}{{ -3 | abs }}{{ '1.5' | float }}{{ 'x' | float }}",
+    "{{ 'a\\r\\nb\\nc'.splitlines() }}{{ 'xay'.find('a') }}{{ 'aXa'.count('a') }}{{ 'abc'.removeprefix('a') }}{{ 'ab'.isalpha() }}",
+    "{% macro f(a, b='B', c=a) %}{{ a }}{{ b }}{{ c }}{{ a is defined }}{% endmacro %}{{ f(1) }}{{ f(b=2, a=3) }}{{ f() }}",
+    "{% macro f(n) %}{{ n }}{% if n > 0 %}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(3) }}{{ f(2) | length }}",
+    "{% set x = 1 %}{% macro f() %}{{ x }}{% set x = 5 %}{{ x }}{% endmacro %}{{ f() }}{{ x }}{% set x = 2 %}{{ f() }}",
+    "{% for x in [1, 2] %}{% macro f() %}{{ x }}{% endmacro %}{{ f() }}{% endfor %}{{ f is defined }}",
+    "{% macro f(x) %}{% set ns.n = ns.n + x %}{% endmacro %}{% set ns = namespace(n=0) %}{{ f(2) }}{{ f(3) }}{{ ns.n }}",
+    "{% with %}{% set x = 3 %}{{ x }}{% endwith %}{{ x }}{% with x = 4, y = 5 %}{{ x + y }}{% endwith %}{{ x }}",
+    "{% with a, b = [1, 2] %}{{ a }}{{ b }}{% endwith %}{% for q in [1, 2] %}{% with z = q %}{{ z }}{% break %}{% endwith %}{% endfor %}",
+    "{% for q in [1, 2, 3] %}{{ loop.cycle('a', 'b') }}{{ loop.depth }}{{ loop.depth0 }}{% endfor %}",
+    "{% for q in [1, 2] %}{% set z %}a{% if q == 2 %}{% break %}{% endif %}{% endset %}{{ z }}{% endfor %}{{ dict(a=1).a }}",
+    "{{ {'a': [1, {'b': none}]} | tojson(indent=2, sort_keys=true) }}{{ 'é' | tojson(true) }}{{ [1] | tojson(separators=(',', ':')) }}",
+    "{{ missing in {} }}{{ missing not in {'a': 1} }}{{ {}.get('a', 'b') }}{{ {}.get(missing, 'b') }}",
+    "{% set l = [] %}{% for m in messages %}{% set l = l + [m.role] %}{% endfor %}{{ l }}{{ 'a' 'b' ~ 1 }}",
+    "{{ messages | selectattr('role', 'in', ['user']) | map(attribute='content') | list }}{{ [1, 2] | select('odd') | list }}",
+]
+MODERN = {"coder": CODER, "visible": VISIBLE, "hands": HANDS} | {f"small {i}": text for i, text in enumerate(SMALL)}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "find_it",
+            "description": "Looks <for> it.",
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "what": {"type": "string", "description": "A \"word\"", "enum": ["a", "b"]},
+                    "where": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+                    "how": {"type": ["string", "null"], "default": None},
+                },
+            },
+        },
+    }
+]
+TALKS = [
+    [{"role": "user", "content": " Hi, all-of you "}],
+    [{"role": "system", "content": "Be <b>."}, {"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "<think>\nx\n</think>\n\ny"}],
+    [{"role": "user", "content": "x/quiet"}, {"role": "assistant", "content": "<think>a</think>b</think> c "}, {"role": "user", "content": ""}],
+]
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_what_newer_templates_use_renders_as_in_the_sandbox(name):
+    for messages in TALKS:
+        for extra in ({}, {"tools": TOOLS}):
+            wanted = reference(MODERN[name], messages, **extra)
+            assert ours(MODERN[name], messages, **extra) == wanted is not None
+
+
+PARTS = st.lists(
+    st.sampled_from([
+        "{% generation %}{{ m.content }}{% endgeneration %}",
+        "{% generation %}{% if loop.first %}a{% else %}{{ m.role }}{% endif %}{% endgeneration %}",
+        "{%- generation -%}\n  {{ m.content + '<|im_end|>' }}\n{%- endgeneration %}",
+        "{% generation %}{% for c in [1, 2] %}{{ c }}{% endfor %}{% set y = 3 %}{{ y }}{% endgeneration %}{{ y }}",
+        "{% generation %}{% endgeneration %}",
+        "{% if m.role == 'assistant' %}{% generation %}é😀{{ x }}{% endgeneration %}{% endif %}",
+        "{% set y %}{{ m.role }}{% endset %}{{ y }}",
+        "{{ m.role }}",
+        " text\n",
+        "{% set x = m.content %}",
+    ]),
+    max_size=6,
+).map("".join)
+
+
+@settings(max_examples=60)
+@given(body=PARTS, before=PARTS, messages=st.lists(MESSAGE, max_size=4))
+def test_generation_marks_what_transformers_says(body, before, messages):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = (
+        "{% set x = 'q' %}{% set m = {'role': 'user', 'content': 'c'} %}"
+        + before.replace("loop.first", "m.role == 'user'")
+        + "{% for m in messages %}" + body + "{% endfor %}end"
+    )
+    texts, spans = render_jinja_template(
+        [messages], chat_template=template, return_assistant_tokens_mask=True, add_generation_prompt=False
+    )
+    found = render(template, messages, add_generation_prompt=False)
+    assert (str(found.text), found.spans) == (texts[0], [tuple(span) for span in spans[0]])
+
+
+def test_generation_changes_no_text_and_is_refused_where_its_place_is_unknown():
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Paris."}]
+    template = SMOL.replace("m['content']", "'' }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ ''")
+    found = render(template, messages)
+    assert found.text == render_template(SMOL, messages) == render_template(template, messages)
+    assert [str(found.text[start:end]) for start, end in found.spans] == ["Hi", "Paris."]
+    for inside in (
+        "{% macro f() %}G{% endmacro %}{{ f() }}",
+        "{% set x %}G{% endset %}",
+        "{% generation %}G{% endgeneration %}",
+        "{% for x in [1] %}{% generation %}{% break %}{% endgeneration %}{% endfor %}",
+    ):
+        with pytest.raises(InputError, match="'generation'|'break' to leave"):
+            render(inside.replace("G", "{% generation %}a{% endgeneration %}"), messages)
+
+
+@pytest.mark.parametrize("template, word", [
+    ("{% for x in [1] %}{{ loop.changed(x) }}{% endfor %}", "'changed'"),
+    ("{% for x in [1] %}{{ loop.idx }}{% endfor %}", "the entry 'idx' of a loop"),
+    ("{% for x in [1] %}{{ loop['parent'] }}{% endfor %}", "the entry 'parent' of a loop"),
+    ("{% macro f() %}{{ varargs }}{% endmacro %}{{ f(1) }}", "f"),
+    ("{% macro f() %}{{ kwargs }}{% endmacro %}{{ f() }}", "the name 'kwargs'"),
+    ("{% macro f(a) %}{% endmacro %}{{ f(b=1) }}", "the macro 'f' does not take 'b'"),
+    ("{% macro f(a) %}{% endmacro %}{{ f(1, a=1) }}", "the macro 'f' does not take 'a'"),
+    ("{{ ('a' | safe) + '<' }}", "'safe'"),
+    ("{{ ('a' | safe).replace('a', '<') }}", "the method 'replace'"),
+    ("{{ {'items': 1}.items }}", "the Python name 'items'"),
+    ("{{ messages[0].content.title }}", "the Python name 'title'"),
+    ("{{ messages.append(1) }}", "the method 'append'"),
+    ("{% break %}", "'break' outside of a loop"),
+    ("{% macro f() %}{% continue %}{% endmacro %}{% for x in [1] %}{{ f() }}{% endfor %}", "'continue' to leave"),
+    ("{% call f() %}{% endcall %}", "'call'"),
+    ("{{ joiner() }}", "'joiner'"),
+    ("{{ 1 | int(base=16) }}", "another base"),
+    ("{{ 'a' | upper(x=1) }}", "unexpected keyword argument"),
+])
+def test_what_is_not_known_is_refused_by_name(template, word):
+    with pytest.raises(InputError, match=re.escape(word)) as caught:
+        render_template(template, HI)
+    assert is_sentence(str(caught.value))
 
 
 # Templates from strangers

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'ROTARY', 'EPSILON', 'VARIANTS', 'GELUS', 'NEUTRAL', 'ROPE_KINDS', 'WINDOWED', 'LLAMA_NAMES', 'HF_NAMES',
            'GGUF_LLAMA', 'GGUF_NAMES', 'NOT_WEIGHTS', 'SMOLLM2_WHEEL', 'SMOLLM2_WHEEL_SHA256', 'SMOLLM2_FILE',
-           'SMOLLM2_SHA256', 'HUB_FILES', 'GGUF_NUMBERS', 'GGUF_STRING', 'GGUF_ARRAY', 'GGUF_MOST', 'GGUF_FIELDS',
-           'GGUF_NEUTRAL', 'TURN_ENDS', 'shard_files', 'SafetensorsFiles', 'check_family', 'needed', 'flag',
-           'refuse_settings', 'config_from_hf', 'gpt2_config', 'rotary_config', 'layer_biases', 'rope_settings',
+           'SMOLLM2_SHA256', 'HUB_FILES', 'GGUF_NUMBERS', 'GGUF_STRING', 'GGUF_ARRAY', 'NO_TOKEN', 'GGUF_MOST',
+           'GGUF_FIELDS', 'GGUF_NEUTRAL', 'TURN_ENDS', 'shard_files', 'SafetensorsFiles', 'check_family', 'needed',
+           'flag', 'refuse_settings', 'config_from_hf', 'gpt2_config', 'rotary_config', 'layer_biases', 'rope_settings',
            'rope_description', 'rope_scaling', 'yarn_fields', 'sliding_window', 'attention_kind', 'Stored',
            'split_name', 'stored_tensors', 'parameter_shapes', 'hf_tensors', 'gguf_tensors', 'fetch_smollm2',
            'fetch_from_hub', 'find_pretrained', 'GGUFPlace', 'GGUFHeader', 'GGUFTensor', 'GGUFFile', 'read_gguf',
@@ -644,6 +644,7 @@ def find_pretrained(
 # numbers in `struct`'s notation, by the type that stands before them
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
+NO_TOKEN = (-1, 2**32 - 1)  # llama.cpp's mark for an id that there is not, with and without a sign
 GGUF_MOST = {  # what no model has more of
     "settings": 10_000,
     "tensors": 100_000,
@@ -1181,8 +1182,11 @@ def gguf_tokenizer(file: GGUFFile) -> BPETokenizer:
             f"{shortened(model)}, and only byte-level BPE ('gpt2') can be read."
         )
     tokens, merges = file.words("tokenizer.ggml.tokens"), file.words("tokenizer.ggml.merges")
-    # control tokens, and those that the maker added
-    special = [i for i, kind in enumerate(get("token_type", [], list)) if kind in (3, 4)]
+    kinds = get("token_type", [], list)
+    ends = {i for i, token in enumerate(tokens) if token in TURN_ENDS}
+    # the maker's own, such as <think>, end no text, unless their name says so (as in llama.cpp)
+    own = [i for i, kind in enumerate(kinds) if kind == 4 and i not in ends]
+    special = [i for i, kind in enumerate(kinds) if kind == 3 or (kind == 4 and i in ends)]
     pre = get("pre", "gpt-2" if file.value("general.architecture") == "gpt2" else None, str)
     if pre is None:  # as llama.cpp does it, which warns too
         warnings.warn(
@@ -1193,8 +1197,9 @@ def gguf_tokenizer(file: GGUFFile) -> BPETokenizer:
         pre = "default"
     # llama.cpp's rule where a file does not say
     bos, begins = get("bos_token_id", None, int), get("add_bos_token", pre in ("llama-bpe", "llama3"), bool)
-    prefix = (bos,) if begins and bos is not None else ()
-    return named(Path(file.label), lambda: bpe_from_lists(tokens, merges, special, pattern=pre, prefix=prefix))
+    prefix = (bos,) if begins and bos not in (None, *NO_TOKEN) else ()
+    options = dict(added=own, pattern=pre, prefix=prefix)
+    return named(Path(file.label), lambda: bpe_from_lists(tokens, merges, special, **options))
 
 # %% ../nbs/09_pretrained.ipynb #61899465
 @dataclass(frozen=True)
@@ -1249,8 +1254,7 @@ def gguf_chat(file: GGUFFile) -> ChatSettings:
     def token_id(role: str) -> int | None:
         name = f"tokenizer.ggml.{role}_token_id"
         value = file.value(name, None, int)
-        # llama.cpp's mark for none is -1, also where the type has no sign
-        return None if value in (None, -1, 2**32 - 1) else check_token_id(f"Its setting {name}", value, len(tokens))
+        return None if value in (None, *NO_TOKEN) else check_token_id(f"Its setting {name}", value, len(tokens))
 
     ids = {role: token_id(role) for role in ("bos", "eos", "eot", "eom")}
     word = lambda i: "" if i is None else tokens[i]
