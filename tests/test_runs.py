@@ -194,7 +194,7 @@ def test_start_continue_and_load(tmp_path, text):
     start_run(tmp_path / "whole", settings(text, 6)).train()
     start_run(tmp_path / "run", settings(text, 6)).train()
     trainer = start_run(tmp_path / "run", settings(text, 6), overwrite=True)
-    assert trainer.step == 0 and not list((tmp_path / "run").glob("step-*"))
+    assert trainer.step == 0 and [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-0000000"]
     trainer.train()
     weights = [find_checkpoint(tmp_path / name) / "model.safetensors" for name in ("whole", "run")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -281,7 +281,8 @@ def test_a_file_that_a_new_run_would_replace_is_kept(tmp_path, text, name):
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path, text):
     start_run(tmp_path / "run", settings(text))
-    (tmp_path / "run" / "metrics.jsonl").touch()
+    shutil.rmtree(tmp_path / "run" / "step-0000000")
+    (tmp_path / "run" / "metrics.jsonl").write_text("", encoding="utf-8")
     start_run(tmp_path / "run", settings(text)).train()
 
 
@@ -364,3 +365,23 @@ def test_what_a_path_means(tmp_path, monkeypatch, finished):
             load_any(path)
     weights = [load_any(path)[0].state_dict() for path in (str(finished), finished / "step-0000003")]
     assert all((weights[0][name] == weight).all() for name, weight in weights[1].items())
+
+
+def test_tokens_that_somebody_else_prepared_stay(tmp_path, text):
+    "In a run's folder, under the name that the run would take, whether it was given them or not."
+    run, mine = tmp_path / "run", tmp_path / "run" / "tokens"
+    prepare(text, mine, tokenizer="char", val_fraction=0.5)
+    before = snapshot(mine)
+    start_run(run, settings(text))
+    assert snapshot(mine) == before and runs.holds_tokens(run / "tokens-2")
+    start_run(run, settings(mine), overwrite=True)
+    assert [path.name for path in sorted(run.glob("tokens*"))] == ["tokens"]
+    start_run(run, settings(text), overwrite=True)
+    assert snapshot(mine) == before
+
+
+def test_a_corrected_start_uses_the_same_folder_of_tokens(tmp_path, text):
+    with pytest.raises(InputError, match="context_length"):
+        start_run(tmp_path / "run", settings(text).replace(context_length=10**5))
+    start_run(tmp_path / "run", settings(text))
+    assert [path.name for path in (tmp_path / "run").glob("tokens*")] == ["tokens"]

@@ -487,7 +487,8 @@ def command_prepare(args: argparse.Namespace) -> None:
     if not args.overwrite:
         check_no_tokens(out)
     data, tokenizer = prepare(source, out, tokenizer=args.tokenizer, vocab_size=args.vocab_size,
-                              val_fraction=args.val_fraction, workers=args.workers, progress=at_terminal())
+                              val_fraction=args.val_fraction, workers=args.workers, overwrite=args.overwrite,
+                              progress=at_terminal())
     print_rows([("vocabulary", f"{tokenizer.vocab_size:,} tokens"), ("tokens", token_counts(data))])
     print(f"Next: transformer-llm train {typed('text_file', out)}")
 
@@ -670,7 +671,7 @@ def train_and_tell(trainer, out: Path) -> int:
     save_curve(history, out / "loss.png")
     return 0
 
-
+# %% ../nbs/92_command_line.ipynb #4024ebde
 def where_it_stands(trainer, out: Path) -> str:
     "What an interrupted run has saved, and how to continue it."
     saved = trainer.saved_step
@@ -770,7 +771,7 @@ def command_generate(args: argparse.Namespace) -> None:
             print(f"--- {index + 1} of {args.num_samples} ---")
         write_sample(model, tokenizer, args, chosen, seed + index)
 
-
+# %% ../nbs/92_command_line.ipynb #5bdb74f2
 def write_sample(model, tokenizer, args: argparse.Namespace, chosen: dict, seed: int) -> None:
     "Print one sample, all at once or piece by piece."
     from transformer_llm.generation import Sampling, stream_text
@@ -877,7 +878,7 @@ def talk(conversation, settings: dict) -> None:
                 raise
             note(f"transformer-llm: {error}")
 
-
+# %% ../nbs/92_command_line.ipynb #55e66ea3
 def next_line(at_keyboard: bool) -> str | None:
     "The next line, without its end; None when there is no more."
     if not at_keyboard:
@@ -1047,7 +1048,7 @@ def cache_row() -> str:
     except InputError as error:  # no home folder
         return str(error)
 
-
+# %% ../nbs/92_command_line.ipynb #2a2183af
 def config_rows(config) -> list[tuple[str, str]]:
     "What a configuration says."
     return [(name, str(value)) for name, value in config.to_dict().items()]
@@ -1091,7 +1092,7 @@ def model_rows(name: str) -> list[tuple[str, str]]:
             ("tokenizer", f"{load_pretrained_tokenizer(path).vocab_size:,} tokens"), ("answers", talks)]
     return [*rows, *config_rows(config)]
 
-
+# %% ../nbs/92_command_line.ipynb #41d96587
 def checkpoint_rows(path: Path) -> list[tuple[str, str]]:
     "A verified checkpoint's place, step, parameters and settings."
     from transformer_llm.checkpoints import find_checkpoint, load_model

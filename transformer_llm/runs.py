@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TRAINING_FIELDS', 'RUN_FILES', 'TOKEN_FILES', 'SMALL_MODELS', 'FREE_ON_RESUME', 'RunConfig', 'find_text',
            'default_vocab_size', 'training_chunks', 'make_tokenizer', 'holds_tokens', 'prepare', 'count_steps',
-           'training_config', 'model_config', 'holds_run', 'check_free', 'began_run', 'run_note', 'own_tokens',
-           'token_directory', 'remove_run', 'remove_files', 'hold', 'check_memory', 'trainer_kind', 'start_run',
-           'make_trainer', 'prepare_run', 'continue_run', 'check_same_run', 'sizes_of', 'same_tokenizer',
-           'is_pretrained', 'load_any']
+           'training_config', 'model_config', 'holds_run', 'check_free', 'began_run', 'run_note', 'given_tokens',
+           'own_tokens', 'token_directory', 'remove_run', 'remove_files', 'hold', 'check_memory', 'trainer_kind',
+           'start_run', 'make_trainer', 'prepare_run', 'continue_run', 'tokens_of', 'check_same_run', 'sizes_of',
+           'same_tokenizer', 'is_pretrained', 'load_any']
 
 # %% ../nbs/84_runs.ipynb #4c4dd8ab
 import os
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as replace_fields
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 from transformer_llm.checkpoints import (
@@ -101,7 +101,7 @@ class RunConfig:
         return own | dict(self.training)
 
     @classmethod
-    def from_dict(cls, values: Mapping) -> "RunConfig":
+    def from_dict(cls, values: object) -> "RunConfig":
         "The configuration with these fields, own ones and `TrainingConfig`'s; an unknown name raises `InputError`."
         own = [f.name for f in fields(cls) if f.name != "training"]
         if not isinstance(values, Mapping) or (unknown := sorted(set(map(str, values)) - {*own, *TRAINING_FIELDS})):
@@ -180,6 +180,7 @@ def prepare(
     val_fraction: float | None = None,  # Share of each text that is kept for validation; None: 0.1
     workers: int = 1,  # Processes that tokenize
     progress: bool = False,  # Show bars
+    overwrite: bool = False,  # Replace other tokens that are there
 ) -> tuple[TokenData, Tokenizer]:
     "Turn text into tokens on disk; returns them and their tokenizer, which is saved beside them."
     source = find_text(text, progress=progress)
@@ -273,23 +274,34 @@ def run_note(path: Path) -> RunConfig:
         raise InputError(f"{path} is not what a run notes ({why}); delete it to go on without it.") from None
 
 # %% ../nbs/84_runs.ipynb #7e879573
+def given_tokens(run_directory: str | Path) -> Path | None:
+    "The prepared tokens that a run was given, as its `command.json` says; None: it made its own."
+    try:
+        text = run_note(Path(run_directory) / "command.json").text_file
+    except InputError:
+        return None
+    return Path(text) if text is not None and holds_tokens(text) else None
+
+
 def own_tokens(run_directory: str | Path) -> list[Path]:
     "The folders in which the run in this folder made its tokens; not those that it was given."
-    out, found = Path(run_directory), set()
+    out, names = Path(run_directory), set()
     for checkpoint in checkpoint_folders(out):
         with suppress(InputError, KeyError, TypeError):  # a damaged run may be replaced too
             note = read_json(checkpoint / "training.json")["data"]
-            found.add(str(note.get("relative") or Path(note["directory"] or "").name))
-    with suppress(InputError):
-        given = run_note(out / "command.json").text_file
-        found = {name for name in found if given is None or Path(given).resolve() != (out / name).resolve()}
-    return [out / name for name in sorted(found) if re.fullmatch(r"tokens(-\d+)?", name)]
+            names.add(str(note.get("relative") or Path(note["directory"] or "").name))
+    given = given_tokens(out)
+    found = [out / name for name in sorted(names) if re.fullmatch(r"tokens(-\d+)?", name)]
+    return [folder for folder in found if given is None or folder.resolve() != given.resolve()]
 
 
 def token_directory(run_directory: str | Path) -> Path:
-    "Where a new run puts its tokens: beside those of a run that is there, which stay until all is accepted."
-    out = Path(run_directory)
-    return out / ("tokens-2" if out / "tokens" in own_tokens(out) else "tokens")
+    "Where a new run puts its tokens: a folder without any, or with those of an earlier start that came to nothing."
+    out, given = Path(run_directory), given_tokens(run_directory)
+    used = [folder.resolve() for folder in (*own_tokens(out), *([given] if given else []))]
+    left = holds_run(out) or (out / "command.json").exists()
+    folders = (out / ("tokens" if number == 1 else f"tokens-{number}") for number in count(1))
+    return next(f for f in folders if not holds_tokens(f) or left and f.resolve() not in used)
 
 
 def remove_run(
@@ -319,7 +331,7 @@ def remove_files(folder: Path, names: tuple[str, ...] | list[str], folder_too: b
     if folder_too and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
-
+# %% ../nbs/84_runs.ipynb #b06313f3
 @contextmanager
 def hold(run_directory: str | Path) -> Iterator[None]:
     "Inside, no other process may use this folder; one that was made for that and stays empty is removed again."
@@ -377,6 +389,10 @@ def start_run(
     pick_device(config.training.get("device", "auto"))
     with hold(out):
         check_free(out, overwrite)  # once more: nobody else can begin here from now on
+        if data is None:
+            data, tokenizer = prepare_run(out, config, tokenizer=tokenizer, progress=progress)
+        if not holds_run(out):
+            write_json(out / "command.json", config.to_dict())  # the tokens that are there are this start's
         trainer = make_trainer(out, config, model, data, tokenizer, trainer_class, progress)
         trainer.on_step, trainer.on_record = on_step, on_record
         if overwrite:
@@ -385,20 +401,18 @@ def start_run(
         trainer.save()
     return trainer
 
-
+# %% ../nbs/84_runs.ipynb #fd5bdb96
 def make_trainer(
     run_directory: Path,
     config: RunConfig,
     model: GPT | None,
-    data: TokenData | tuple | None,
+    data: TokenData | tuple,
     tokenizer: Tokenizer | None,
     trainer_class: type[Trainer] | None,
     progress: bool,
 ) -> Trainer:
-    "The `Trainer` of a new run, from what `start_run` was given; nothing is written but tokens."
-    if data is None:
-        data, tokenizer = prepare_run(run_directory, config, tokenizer=tokenizer, progress=progress)
-    elif isinstance(data, tuple):
+    "The `Trainer` of a new run; writes nothing."
+    if isinstance(data, tuple):
         data = TokenData.from_tokens(*data)
     shape = model.config if model is not None else model_config(config, tokenizer.vocab_size)
     settings = training_config(config, len(data.train), min(shape.context_length, config.context_length or 10**9))
@@ -422,7 +436,7 @@ def prepare_run(
     if kind is None and config.vocab_size is None and config.model_size in SMALL_MODELS and not ready:
         kind = "char"
     return prepare(config.text_file, token_directory(run_directory), tokenizer=kind, vocab_size=config.vocab_size,
-                   val_fraction=config.val_fraction, progress=progress)
+                   val_fraction=config.val_fraction, progress=progress, overwrite=True)
 
 # %% ../nbs/84_runs.ipynb #39bbd3bf
 FREE_ON_RESUME = frozenset({"device", "compile", "fast", "tensorboard", "epochs", "max_steps"})
@@ -445,7 +459,7 @@ def continue_run(
     note = run_note(home / "command.json") if (home / "command.json").exists() else None
     if data is None:
         named = changes.text_file is not None and holds_tokens(changes.text_file)
-        data = TokenData.open(changes.text_file) if named else open_data(checkpoint)
+        data = TokenData.open(changes.text_file) if named else tokens_of(checkpoint)
     before = check_same_run(home, checkpoint, changes, note, data)
     fast = changes.fast if changes.fast is not None or note is None else note.fast
     further = {name: changes.training[name] for name in FREE_ON_RESUME & set(changes.training)}
@@ -453,8 +467,19 @@ def continue_run(
         per_step = before.batch_size * before.accumulation * before.context_length
         further["max_steps"] = count_steps(changes.epochs, len(data.train), per_step)
     kind = trainer_class or trainer_kind(fast)
-    return kind.resume(checkpoint.path, data, run_directory=home, progress=progress, on_step=on_step,
-                       on_record=on_record, **further)
+    with hold(home):
+        return kind.resume(checkpoint.path, data, run_directory=home, progress=progress, on_step=on_step,
+                           on_record=on_record, **further)
+
+# %% ../nbs/84_runs.ipynb #9aa41789
+def tokens_of(checkpoint: Checkpoint) -> TokenData:
+    "The tokens of a run, where they were or where they moved with it."
+    try:
+        return open_data(checkpoint)
+    except InputError as error:
+        if checkpoint.training["data"].get("directory") is None:
+            raise
+        raise InputError(f"{str(error).rstrip('.')}: --text_file with the folder that holds them.") from error
 
 
 def check_same_run(

@@ -212,12 +212,18 @@ def check_mask(answer: object) -> str:
         answer,
         "b",
         {
-            "a": "Nobody can predict them from the past. But without the mask the digit to be predicted stands in the input, one position on, and nothing keeps the model from looking at it.",
-            "c": "Fresh digits are drawn at every step, so there is nothing to learn by heart: with the mask, ln 10 is the least that any model can reach.",
-            "d": "With the mask, the past of random digits says nothing about the next one, so this loss can't fall. And one of the many digits in sight without the mask is the answer.",
+            "a": "Nobody can predict them from the past. But without the mask the digit to be predicted stands in the "
+            "input, one position on, and nothing keeps the model from looking at it.",
+            "c": "Fresh digits are drawn at every step, so there is nothing to learn by heart: with the mask, ln 10 is "
+            "the least that any model can reach.",
+            "d": "With the mask, the past of random digits says nothing about the next one, so this loss can't fall. "
+            "And one of the many digits in sight without the mask is the answer.",
         },
     )
-    return f"The mask hides the answer: with it, no model beats ln 10 = {math.log(10):.3f} on random digits; without it, the answer can be copied."
+    return (
+        f"The mask hides the answer: with it, no model beats ln 10 = {math.log(10):.3f} on random digits; without it, "
+        "the answer can be copied."
+    )
 
 # %% ../../nbs/exercises/00_counting.ipynb #dcdba5e1
 @exercise("0.6", "Counting down")
@@ -251,7 +257,10 @@ def check_counting_down(answer: object) -> str:
     answer.train(training)
     right = written[:, 1:] == (written[:, :-1] - 1) % 10
     if right.all():
-        return f"Given any of the ten digits, it counts on to {TRAINING_LENGTH} digits, every one of them one less than the one before, and 9 after 0."
+        return (
+            f"Given any of the ten digits, it counts on to {TRAINING_LENGTH} digits, every one of them one less than "
+            "the one before, and 9 after 0."
+        )
     if p.amax(1).mean() < 0.2:
         raise Wrong(
             f"This model knows nothing yet: it gives its favourite digit a probability of {p.amax(1).mean():.2f} on "
@@ -261,12 +270,13 @@ def check_counting_down(answer: object) -> str:
     steps = (says - starts) % 10
     common = steps.mode().values.item()
     if common != 9 and (steps == common).sum() > 5:
-        raise Wrong(
-            {
-                0: "This model says the digit that it has just read. Its targets were its inputs; they have to be shifted by one position: read `batch[:, :-1]`, say `batch[:, 1:]`.",
-                1: "This model counts up: after 3 it says 4. Its training sequences count up; they have to count down.",
-            }.get(common, f"This model counts in other steps: after 5 it says {(5 + common) % 10}, and 4 is right.")
-        )
+        usual = {
+            0: "This model says the digit that it has just read. Its targets were its inputs; they have to be shifted "
+            "by one position: read `batch[:, :-1]`, say `batch[:, 1:]`.",
+            1: "This model counts up: after 3 it says 4. Its training sequences count up; they have to count down.",
+        }
+        other = f"This model counts in other steps: after 5 it says {(5 + common) % 10}, and 4 is right."
+        raise Wrong(usual.get(common, other))
     missed = starts[steps != 9].tolist()
     if not missed:
         place = int((~right).any(0).nonzero()[0]) + 1
