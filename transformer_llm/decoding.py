@@ -595,14 +595,14 @@ def sampler(
 
     The random numbers are the same. Greedy choice and a temperature alone have forms that allocate less.
     """
+    temperature = sampling.temperature
     if sampling == Sampling(temperature=0):
         return lambda logits, seen, out: torch.argmax(logits, -1, out=out)
-    temperature = sampling.temperature
     if sampling != Sampling(temperature=temperature):
         return lambda logits, seen, out: out.copy_(sampling.draw(logits, seen, generator))
     noise = torch.empty(batch_size, vocab_size, device=device if generator is None else generator.device)
 
-    def draw(logits: Float[Tensor, "batch vocab"], seen: None, out: Int[Tensor, "batch"]) -> None:
+    def draw(logits: Float[Tensor, "batch vocab"], seen: Tensor | None, out: Int[Tensor, "batch"]) -> None:
         noise.exponential_(generator=generator)
         logits = logits if temperature == 1 else logits / temperature
         torch.argmax(logits - noise.log().to(logits.device), -1, out=out)
