@@ -14,8 +14,8 @@ __all__ = ['MOST_STEPS', 'MORE_PER_MESSAGE', 'MOST_CHARACTERS', 'NODES', 'ENTRIE
            'arguments', 'follow', 'apply_filter', 'read_filter', 'read_test', 'replace', 'make_range',
            'raise_exception', 'strftime_now', 'call_method', 'call_macro', 'read_call', 'with_scope', 'capture', 'bind',
            'read_assign', 'read_assign_block', 'read_macro', 'read_with', 'read_generation', 'read_if', 'read_leave',
-           'read_for', 'Generation', 'parse_template', 'mark', 'mark_message', 'Rendered', 'render', 'render_template',
-           'encode_rendered']
+           'read_for', 'syntax_tree', 'Generation', 'parse_template', 'mark', 'mark_message', 'Rendered', 'render',
+           'render_template', 'encode_rendered']
 
 # %% ../nbs/83_templates.ipynb #0a98a717
 import json
@@ -435,7 +435,8 @@ def show_kind(value: object) -> str:
     "What a value is, for a sentence."
     if isinstance(value, Undefined):
         return f"{value.name[:40]!r}, which is undefined," if value.name else "what is undefined"
-    return f"a {type(value).__name__.lower()}"
+    kind = type(value).__name__.lower()
+    return "None" if value is None else f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 @reads(nodes.Neg, nodes.Pos)
@@ -1059,6 +1060,13 @@ def read_for(state: State, node: nodes.For) -> str | None:
 LONGEST_TEMPLATE = 100_000
 
 
+@lru_cache(maxsize=16)
+def syntax_tree(template: str) -> nodes.Template:
+    "What jinja2's parser makes of a template, kept for the next time."
+    extensions = ["jinja2.ext.loopcontrols", Generation]
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions).parse(template)
+
+
 class Generation(jinja2.ext.Extension):
     "The tags `generation` and `endgeneration`, as transformers has them, for jinja2's parser."
 
@@ -1071,7 +1079,6 @@ class Generation(jinja2.ext.Extension):
         return nodes.CallBlock(self.call_method("generation"), [], [], body).set_lineno(line)
 
 
-@lru_cache(maxsize=16)
 def parse_template(
     template: str,  # In jinja2's language
 ) -> nodes.Template:
@@ -1082,9 +1089,8 @@ def parse_template(
         raise InputError(
             f"The chat template has {len(template):,} characters; give one of at most {LONGEST_TEMPLATE:,}."
         )
-    extensions = ["jinja2.ext.loopcontrols", Generation]
     try:
-        return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions).parse(template)
+        return syntax_tree(template)
     except RecursionError:
         raise InputError("The chat template nests too deeply; give another template.") from None
     except (jinja2.TemplateError, ValueError) as error:
