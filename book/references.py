@@ -35,7 +35,10 @@ NUMBERED = re.compile(
 CHAPTER = re.compile(
     r"\b(?:[Cc]hapter|[Aa]ppendi)(?:s|x|ces)?\s+\d\d\b(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)\d\d\b)*"
 )
-CITATION = re.compile(r"\b((?:[A-Z][\w'’-]+)(?:\s+et\s+al\.|\s+and\s+[A-Z][\w'’-]+)?)\s+\(((?:19|20)\d\d[a-z]?)\b")
+CITATION = re.compile(
+    r"\b(?:[A-Z][\w'’-]+,\s+)?((?:[A-Z][\w'’-]+)(?:\s+et\s+al\.|\s+and\s+[A-Z][\w'’-]+)?)"
+    r"\s+\(((?:19|20)\d\d[a-z]?)\b"
+)
 
 
 @dataclass

@@ -314,6 +314,11 @@ def test_a_long_line_is_noticed(small):
     only(check.linted(small), "adding.py", "E501")
 
 
+def test_a_line_that_the_site_would_drop_is_noticed(small):
+    write(small, "01_adding.ipynb", [*SMALL["01_adding.ipynb"], "x = (\n    7\n    % 2\n)"])
+    only(check.cells_are_well_formed(small), "01_adding.ipynb", "begins with %")
+
+
 def test_an_unused_import_is_noticed(small):
     append(module(small, "adding"), "\nimport json\n")
     only(check.linted(small), "adding.py", "F401")

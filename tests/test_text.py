@@ -216,7 +216,7 @@ LOOSE = re.compile(rf"{NAME}(?: et al\.,? | and {NAME},? |,? )\d{{4}}\b")
 def bibliography() -> dict[str, str]:
     "Each entry's citation form, and the entry."
     return {
-        found.group(1): found.group(0)
+        found.group(1).split(", ")[-1]: found.group(0)
         for found in re.finditer(r"^- (.+? \(\d{4}\))\. .*$", markdown(BIBLIOGRAPHY), re.M)
     }
 
@@ -234,7 +234,7 @@ def test_bibliography_is_well_formed():
     entries = re.findall(r"^- .*$", markdown(BIBLIOGRAPHY), re.M)
     keys = list(bibliography())
     problems = [f"not an entry: {entry[:60]}" for entry in entries if not re.match(
-        rf"- {NAME}(?: et al\.| and {NAME})? \(\d{{4}}\)\. \*.+\*\. .*\[.+\]\(https://\S+\)\.$", entry)]
+        rf"- (?:{NAME}, )?{NAME}(?: et al\.| and {NAME})? \(\d{{4}}\)\. \*.+\*\. .*\[.+\]\(https://\S+\)\.$", entry)]
     problems += [
         f"{key} stands there twice"
         for key, times in Counter(
@@ -242,8 +242,9 @@ def test_bibliography_is_well_formed():
         ).items()
         if times > 1
     ]
-    in_order = sorted(keys, key=lambda key: (key.split()[0].lower(), key.split("(")[1]))
-    problems += [f"{key} stands at the wrong place" for key, right in zip(keys, in_order) if key != right][:1]
+    heads = [bibliography()[key].removeprefix("- ").split("). ")[0] for key in keys]
+    in_order = sorted(heads, key=lambda head: (head.split()[0].strip(",").lower(), head.split("(")[1]))
+    problems += [f"{head} stands at the wrong place" for head, right in zip(heads, in_order) if head != right][:1]
     addresses = Counter(re.findall(r"\((https://[^)]*)\)", markdown(BIBLIOGRAPHY)))
     problems += [f"{address} stands there twice" for address, times in addresses.items() if times > 1]
     problems += [
@@ -630,7 +631,7 @@ def test_no_page_names_an_address_that_is_not_there():
     if not settings["git_url"]:
         for page in DOCUMENTS:
             text = json.dumps([cell for *_, cell in cells(page)]) if page in PAGES else markdown(page)
-            for address in ("github.com/transformer-llm", "colab.research", "mybinder.org/v2", "github.io"):
+            for address in ("github.com/transformer-llm", "colab.research", "mybinder.org/v2"):
                 assert address not in text or page == "index.ipynb" and f"[on {address}" not in text, (page, address)
         assert "colab.research" not in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "example" not in settings["author_email"]

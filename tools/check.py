@@ -47,7 +47,7 @@ def code_cells(notebook: dict) -> list[dict]:
 
 def parse(code: str) -> ast.Module:
     "A cell's code as a tree; lines of magic count as nothing."
-    return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.M))
+    return ast.parse(re.sub(r"^[%!].*$", "pass", code, flags=re.M))
 
 
 def name_of(path: Path, root: Path) -> str:
@@ -291,6 +291,8 @@ def cells_are_well_formed(root: Path = ROOT) -> list[str]:
             for line in text.splitlines():
                 if len(line) > LONGEST_LINE and not line.startswith("#|"):
                     problems.append(f"{where}: a line of {len(line)} characters (of {LONGEST_LINE}): {line[:50]}…")
+            if re.search(r"^\s+[%!]", text, re.M):
+                problems.append(f"{where}: a line begins with % or !, which the site takes for a command and drops")
             try:
                 body = parse(text).body
             except SyntaxError as error:

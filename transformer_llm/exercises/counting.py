@@ -27,17 +27,11 @@ def check_digit(answer: object) -> str:
         (start + position) % 10,
         {
             "This is the digit before it: positions are counted from 0, so that "
-            "position 24 is 24 steps after the start, not 23.": (
-                start + position - 1
-            )
-            % 10,
-            "This is the digit after it: the start stands at position 0, and 24 steps after it is not 25 steps.": (
-                start + position + 1
-            )
-            % 10,
+            "position 24 is 24 steps after the start, not 23.": (start + position - 1) % 10,
+            "This is the digit after it: the start stands at position 0, "
+            "and 24 steps after it is not 25 steps.": (start + position + 1) % 10,
             "You have added right, but tokens are digits: after 9 the count "
-            "begins again at 0, so take all tens away (mod 10).": start
-            + position,
+            "begins again at 0, so take all tens away (mod 10).": start + position,
             "This is the sentence that starts with 0: the start counts too.": position % 10,
         },
     )
@@ -75,29 +69,20 @@ def check_sequences(answer: object) -> str:
             "batch seq",
             "the table of sentences",
             {
-                "Some tokens are no digits: after 9 the count has to begin again at 0. The modulo is missing.": column
-                + step * positions,
-                "Going down from 0, your sentences hold negative numbers: this modulo keeps the "
-                "sign (as `torch.fmod` does). Use `%`, which gives 9 for -1.": torch.fmod(
-                    column + step * positions, 10
-                ),
-                f"Your sentences count in steps of one whatever `step` is; here it was {step}.": (column + positions)
-                % 10,
-                f"Your sentences step the wrong way: with step {step} they go as with step {-step}.": (
-                    column - step * positions
-                )
-                % 10,
+                "Some tokens are no digits: after 9 the count has to begin again at 0. "
+                "The modulo is missing.": column + step * positions,
+                "Going down from 0, your sentences hold negative numbers: this modulo keeps the sign (as `torch.fmod` "
+                "does). Use `%`, which gives 9 for -1.": torch.fmod(column + step * positions, 10),
+                "Your sentences count in steps of one whatever `step` is; "
+                f"here it was {step}.": (column + positions) % 10,
+                f"Your sentences step the wrong way: with step {step} "
+                f"they go as with step {-step}.": (column - step * positions) % 10,
                 "The modulo takes in the position only: `%` binds more "
-                "tightly than `+`. Put the sum in brackets.": column
-                + step * positions % 10,
-                "The start is multiplied by the step too. Only the position is: x = start + position · step.": (
-                    step * (column + positions)
-                )
-                % 10,
-                "The first token should be the start itself: positions begin at 0, not at 1.": (
-                    column + step * (positions + 1)
-                )
-                % 10,
+                "tightly than `+`. Put the sum in brackets.": column + step * positions % 10,
+                "The start is multiplied by the step too. Only the position is: "
+                "x = start + position · step.": (step * (column + positions)) % 10,
+                "The first token should be the start itself: positions begin at 0, "
+                "not at 1.": (column + step * (positions + 1)) % 10,
                 "Every row is the sentence of the first start: each row should begin with its own.": (
                     (starts[0] + step * positions) % 10
                 ).expand(batch, length),
