@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser lab site serve shakespeare chat bench notebooks readme clean
+.PHONY: help demo test test-browser lint lab site serve shakespeare chat bench notebook notebooks readme zip clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */	/' | expand -t 16
@@ -43,6 +43,9 @@ chat: $(VENV)/.package  ## fetch SmolLM2, a real language model (93 MB), and tal
 bench: $(VENV)/.peers  ## measure the book's code against other people's, in about 25 minutes (QUICK=1: under five)
 	@$(BIN)/transformer-llm bench $(if $(QUICK),--quick) --output $(or $(OUTPUT),runs/benchmark.json)
 
+lint: $(VENV)/.development  ## read modules, tools, tests and cells for faults and long lines (ruff; also part of make test)
+	@$(BIN)/python tools/check.py linted cells_are_well_formed
+
 lab: $(VENV)/.development  ## open the book in JupyterLab
 	@$(BIN)/jupyter lab nbs/index.ipynb
 
@@ -58,11 +61,18 @@ site: $(VENV)/.development  ## build the site into _docs (DRAFT=1: even if pages
 serve: $(VENV)/.development  ## build the site and show it at 127.0.0.1:8000
 	@$(BIN)/python book/build.py --serve $(if $(DRAFT),--draft)
 
+notebook: $(VENV)/.development  ## export, execute and check one notebook while you work on it: make notebook NB=08
+	@test -n "$(NB)" || { echo "Which notebook? For example: make notebook NB=08"; exit 2; }
+	@$(BIN)/python tools/notebook.py $(NB)
+
+zip: $(VENV)/.development  ## write transformer_llm.zip, the book in one file, as Colab needs it while it has no address
+	@$(BIN)/python tools/colab.py --zip
+
 notebooks: $(VENV)/.development  ## export, execute and clean every notebook (what authors do before they commit)
-	@$(BIN)/nbdev_export && $(BIN)/python tools/execute.py && $(BIN)/python tools/readme.py
+	@$(BIN)/python tools/colab.py && $(BIN)/nbdev_export && $(BIN)/python tools/execute.py && $(BIN)/python tools/readme.py
 
 readme: $(VENV)/.development  ## derive README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) _docs _proc build *.egg-info demo
+	rm -rf $(VENV) _docs _proc build dist *.egg-info demo transformer_llm.zip .ruff_cache

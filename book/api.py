@@ -110,7 +110,8 @@ def table(item: Entry) -> str:
     if not rows:
         return ""
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr><th>Parameter</th><th>Shape or type</th><th>Default</th><th>Meaning</th></tr></thead><tbody>{body}</tbody></table>"
+    head = "".join(f"<th>{name}</th>" for name in ("Parameter", "Shape or type", "Default", "Meaning"))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def card(item: Entry, source: str) -> str:
@@ -120,11 +121,12 @@ def card(item: Entry, source: str) -> str:
     """
     text = "".join(f"<p>{inline(part)}</p>" for part in item.docstring.split("\n\n") if part)
     methods = "".join(
-        '<dt '
-        f'id="{m.anchor}"><code>{m.name.split(".")[-1]}({", ".join(p[0] for p in m.parameters)})</code></dt><dd>{inline(m.summary)}</dd>'
+        f'<dt id="{m.anchor}"><code>{m.name.split(".")[-1]}({", ".join(p[0] for p in m.parameters)})</code></dt>'
+        f"<dd>{inline(m.summary)}</dd>"
         for m in item.methods
     )
-    link = f'<a class="source" href="{source}{item.module}.html#L{item.line}">Source<span class="unseen"> of {item.name}</span></a>'
+    address = f"{source}{item.module}.html#L{item.line}"
+    link = f'<a class="source" href="{address}">Source<span class="unseen"> of {item.name}</span></a>'
     return (
         f'<details class="api" id="{item.anchor}"><summary><code>{item.name}</code> '
         f'<span>parameters and shapes</span></summary>{text}{table(item)}'

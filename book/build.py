@@ -13,17 +13,22 @@ import shutil
 import subprocess
 import sys
 import time
-from configparser import ConfigParser
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent / "tools")]
 
+import colab
+from contents import is_appendix, is_chapter, sections
+from contents import number as number_of
 from errors import BookError
 
-PROCESS = "from nbdev.config import get_config; get_config().d['skip_procs'] = 'exec_show_docs'; from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
+PROCESS = (
+    "from nbdev.config import get_config; get_config().d['skip_procs'] = 'exec_show_docs'; "
+    "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
+)
 NEEDED = [
     "nbdev",
     "bs4",
@@ -50,10 +55,10 @@ def check_tools() -> None:
 
 
 def settings(root: Path) -> dict[str, str]:
-    parsed = ConfigParser()
-    if not parsed.read(root / "settings.ini", encoding="utf-8"):
+    "settings.ini; its `git_url` is empty while the book has no public address."
+    if not (root / "settings.ini").exists():
         raise BookError(f"There is no settings.ini in {root}.")
-    return dict(parsed["DEFAULT"])
+    return colab.read_settings(root)
 
 
 def process(root: Path) -> Path:
@@ -114,22 +119,24 @@ def front(title: str, description: str) -> dict:
 
 
 def ways_to_open(name: str, info: dict[str, str], up: str, seconds: int | None) -> str:
-    "Where a notebook can be opened: here, on its host, and in two services that run it."
-    where = f"{info['user']}/{info['repo']}"
-    path = quote(f"nbs/{name}")
-    links = [
-        (f"{up}notebooks/{name}", "download", " download"),
-        (f"{info['git_url']}/blob/{info['branch']}/{path}", "GitHub", ""),
-        (f"https://colab.research.google.com/github/{where}/blob/{info['branch']}/{path}", "Colab", ""),
-        (f"https://mybinder.org/v2/gh/{where}/{info['branch']}?urlpath=lab/tree/{path}", "Binder", ""),
-    ]
+    "Where a notebook can be opened: here and, once the book has an address, on its host and where notebooks run."
+    links = [f'<a href="{up}notebooks/{name}" download>download</a>']
+    if info["git_url"]:
+        where = f"{info['user']}/{info['repo']}"
+        path = quote(f"nbs/{name}")
+        addresses = {
+            "GitHub": f"{info['git_url']}/blob/{info['branch']}/{path}",
+            "Colab": f"https://colab.research.google.com/github/{where}/blob/{info['branch']}/{path}",
+            "Binder": f"https://mybinder.org/v2/gh/{where}/{info['branch']}?urlpath=lab/tree/{path}",
+        }
+        links += [f'<a href="{address}">{title}</a>' for title, address in addresses.items()]
+        how = ""
+    else:
+        links.append(f'<a href="{up}notebooks/{colab.ZIP}" download>the whole book</a>')
+        how = (f' <span class="colab">In Colab: <em>File, Upload notebook</em>, put <code>{colab.ZIP}</code> into '
+               "the <em>Files</em> pane, run all.</span>")
     duration = "" if seconds is None else f' <span class="seconds">All cells run in about {max(seconds, 1)} s.</span>'
-    return (
-        '<p class="open" id="open">Open this notebook: '
-        + " · ".join(f'<a href="{h}"{more}>{t}</a>' for h, t, more in links)
-        + duration
-        + "</p>"
-    )
+    return f'<p class="open" id="open">Open this notebook: {" · ".join(links)}.{how}{duration}</p>'
 
 
 def source_pages(package: Path, folder: Path) -> None:
@@ -181,7 +188,10 @@ def index_page(entries: dict, addresses: dict[str, str], folder: Path) -> None:
             + "</tbody></table>"
         )
 
-    text = f"The package exports {len(entries)} functions and classes. The name leads to the place in the book where it is built, the module to its source."
+    text = (
+        f"The package exports {len(entries)} functions and classes. The name leads to the place in the book where it "
+        "is built, the module to its source."
+    )
     save(
         folder / "api.ipynb",
         [
@@ -241,11 +251,12 @@ def mend_links(text: str, name: str, addresses: dict[str, str], info: dict[str, 
         whole = posixpath.normpath(posixpath.join(here, path))
         if whole in addresses:
             return f"]({posixpath.relpath(addresses[whole], here or '.')}{anchor.lower()})"
-        return (
-            f"]({info['git_url']}/blob/{info['branch']}/{posixpath.normpath(whole[3:])})"
-            if whole.startswith("../")
-            else found.group()
-        )
+        if not whole.startswith("../"):
+            return found.group()
+        outside = posixpath.normpath(whole[3:])
+        if info["git_url"]:
+            return f"]({info['git_url']}/blob/{info['branch']}/{outside})"
+        return f"]({up}files/{outside})"
 
     return re.sub(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)", mend, text)
 
@@ -319,12 +330,9 @@ def write_pages(
 
 def eyebrow(name: str) -> str:
     "What stands above a page's title."
-    digits = number(name)
-    return (
-        ""
-        if not digits or "/" in name or int(digits) > 96
-        else f"{'Chapter' if int(digits) < 80 else 'Appendix'} {digits}"
-    )
+    if is_chapter(name):
+        return f"Chapter {number(name)}"
+    return f"Appendix {number(name)}" if is_appendix(name) and number_of(name) <= 96 else ""  # the rest are lists
 
 
 def short(title: str, name: str) -> str:
@@ -373,8 +381,8 @@ def empty(output: Path) -> None:
         raise BookError(f"{output} is there and is no site: choose another --output, or remove it.")
 
 
-def copy_files(root: Path, folder: Path, output: Path, names: list[str]) -> None:
-    "Pictures, and the notebooks for download."
+def copy_files(root: Path, folder: Path, output: Path, names: list[str], info: dict[str, str]) -> None:
+    "Pictures and the notebooks for download; without a public address also the whole book, and files that pages link."
     for name in ("figures", "images"):
         if (folder / name).exists():
             shutil.copytree(folder / name, output / name, dirs_exist_ok=True)
@@ -382,6 +390,16 @@ def copy_files(root: Path, folder: Path, output: Path, names: list[str]) -> None
         if (root / "nbs" / name).exists():
             (output / "notebooks" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / "nbs" / name, output / "notebooks" / name)
+    if info["git_url"]:
+        return
+    (output / "notebooks").mkdir(exist_ok=True)
+    colab.write_zip(output / "notebooks" / colab.ZIP, root)
+    linked = {name for page in output.rglob("*.html")
+              for name in re.findall(r'href="(?:\.\./)*files/([^"#]+)"', page.read_text(encoding="utf-8"))}
+    for name in linked:
+        if (root / name).is_file():
+            (output / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, output / "files" / name)
 
 
 def build(root: Path, output: Path) -> list[str]:
@@ -389,13 +407,12 @@ def build(root: Path, output: Path) -> list[str]:
     import references
     import yaml
     from assets import write_assets
-    from render import sidebar
     info = settings(root)
     config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
     folder = process(root)
     translate_all(root, folder, info)
     paths = {path.relative_to(folder).as_posix(): address for address, path in notebooks(folder).items()}
-    order = sidebar(config)
+    order = sections(config)
     problems = [
         f"_quarto.yml lists {name}, which is not there" for _, names in order for name in names if name not in paths
     ]
@@ -416,7 +433,7 @@ def build(root: Path, output: Path) -> list[str]:
             HERE.parent / "build" / "fonts",
             {text for soup in pages.values() for text in soup.held if text.startswith("<math")},
         )
-    copy_files(root, folder, output, list(paths))
+    copy_files(root, folder, output, list(paths), info)
     return problems + references.dead_links(output)
 
 

@@ -29,14 +29,16 @@ CLOSED = {
 }
 NUMBER = re.compile(r"\(\d+\.\d+\)|\d+\.\d+")
 NUMBERED = re.compile(
-    r"\b(Figure|Exercise|[Ee]quation)(s?)\s+(?:{0})(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)(?:{0}))*|\(\d+\.\d+\)".format(
-        NUMBER.pattern
-    )
+    rf"\b(Figure|Exercise|[Ee]quation)(s?)\s+(?:{NUMBER.pattern})"
+    rf"(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)(?:{NUMBER.pattern}))*|\(\d+\.\d+\)"
 )
 CHAPTER = re.compile(
     r"\b(?:[Cc]hapter|[Aa]ppendi)(?:s|x|ces)?\s+\d\d\b(?:(?:,\s+|,?\s+and\s+|\s+or\s+|\s+to\s+)\d\d\b)*"
 )
-CITATION = re.compile(r"\b((?:[A-Z][\w'’-]+)(?:\s+et\s+al\.|\s+and\s+[A-Z][\w'’-]+)?)\s+\(((?:19|20)\d\d[a-z]?)\b")
+CITATION = re.compile(
+    r"\b(?:[A-Z][\w'’-]+,\s+)?((?:[A-Z][\w'’-]+)(?:\s+et\s+al\.|\s+and\s+[A-Z][\w'’-]+)?)"
+    r"\s+\(((?:19|20)\d\d[a-z]?)\b"
+)
 
 
 @dataclass

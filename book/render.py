@@ -3,7 +3,6 @@
 import html
 import re
 from functools import cache
-from pathlib import Path
 
 import yaml
 from bs4 import BeautifulSoup
@@ -165,14 +164,3 @@ def sections(title: str, address: str, soup: BeautifulSoup) -> list[list[str]]:
         elif not node.find(["p", "li"]) and node.get("class") != ["open"]:
             found[-1][3] += " " + words(node.get_text())
     return found
-
-
-def sidebar(config: dict) -> list[tuple[str, list[str]]]:
-    "The sections of the book and the notebooks of each, as `_quarto.yml` lists them."
-    sections = [("", [])]
-    for item in config["website"]["sidebar"]["contents"]:
-        if isinstance(item, dict):
-            sections += [(item["section"], item["contents"]), ("", [])]
-        else:
-            sections[-1][1].append(item)
-    return [section for section in sections if section[1]]

@@ -1,16 +1,16 @@
-"""Make data/sprint.json, the runs that chapter 12 shows: python book/sprint_runs.py [PART ...], PART of: final ladder
-again leave_out without_table counts;
-final, ladder and again also with names, as in ladder=tuned,linear.
+"""Make data/sprint.json, the runs that chapter 12 shows.
 
-Each run is written as soon as it is there, and one that is there already is not made again (delete the file to begin
-anew). Let nothing
-else run on the machine meanwhile.
+    python book/sprint_runs.py [PART ...]
+
+PART is one of final, ladder, again, leave_out, without_table, counts; the first three also with names, as in
+ladder=tuned,linear. Each run is written as soon as it is there, and one that is there already is not made again (delete
+the file to begin anew). Let nothing else run on the machine meanwhile.
 """
-
 import os
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -145,7 +145,7 @@ def final(path: Path, names=None) -> None:
     for seed in range(3):
         for name in names or RECIPES:
             if seed < SEEDS[name]:
-                once("final", name, lambda: run_recipe(RECIPES[name], path, seed, threads=THREADS), seed=seed)
+                once("final", name, partial(run_recipe, RECIPES[name], path, seed, threads=THREADS), seed=seed)
 
 
 def target() -> float:
@@ -196,19 +196,19 @@ def leave_out(path: Path) -> None:
     for seed in range(3):
         for name, changes in LEFT_OUT:
             recipe = PLAIN.change(name, name, **changes)
-            once("leave_out", name, lambda: run_recipe(recipe, path, seed, threads=THREADS), seed=seed)
+            once("leave_out", name, partial(run_recipe, recipe, path, seed, threads=THREADS), seed=seed)
 
 
 def without_table(path: Path) -> None:
     "The recipes with n-grams, as they are but for the table: what it gives at equal steps."
     for name in ("ngrams", "under-1.60"):
         recipe = RECIPES[name].change(name, "without its table", ngrams=())
-        once("without_table", name, lambda: run_recipe(recipe, path, 0, threads=THREADS), seed=0)
+        once("without_table", name, partial(run_recipe, recipe, path, 0, threads=THREADS), seed=0)
 
 
 def counts(path: Path) -> None:
     for order in range(1, 7):
-        once("counts", f"{order}-grams", lambda: count_loss(path, order), order=order)
+        once("counts", f"{order}-grams", partial(count_loss, path, order), order=order)
 
 
 if __name__ == "__main__":

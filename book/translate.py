@@ -72,7 +72,8 @@ def exercises(text: str) -> tuple[str, str]:
         body = re.sub(r"^> ?", "", quote.strip(), flags=re.M)
         label = f' <span class="kind">{html.escape(kind)}</span>' if kind else ""
         end = "" if last and found.start() == last.start() else "\n\n</div>"
-        return f'\n<div class="exercise" id="exercise-{number}">\n<p class="title">Exercise {number}{label}</p>\n\n{body}\n\n{hints.strip()}{end}\n\n'
+        head = f'<div class="exercise" id="exercise-{number}">\n<p class="title">Exercise {number}{label}</p>'
+        return f"\n{head}\n\n{body}\n\n{hints.strip()}{end}\n\n"
 
     return EXERCISE.sub(box, text), last.group(1) if last else ""
 
@@ -100,7 +101,8 @@ def figures(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
     tags = []
     for number, (kind, output) in enumerate(images):
         data = base64.b64decode("".join(output["data"][kind]))
-        name = f"{page.removesuffix('.html').replace('/', '-')}-{count}{'abcdefghij'[number] if len(images) > 1 else ''}.{IMAGES[kind]}"
+        letter = "abcdefghij"[number] if len(images) > 1 else ""
+        name = f"{page.removesuffix('.html').replace('/', '-')}-{count}{letter}.{IMAGES[kind]}"
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
         tags.append(

@@ -2,18 +2,13 @@
 
 No speed is asserted anywhere.
 """
-import copy
 import json
-import os
-import signal
-import subprocess
-import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from transformer_llm import benchmark
@@ -22,7 +17,6 @@ from transformer_llm.benchmark import (
     SECTIONS,
     Plan,
     Section,
-    begin,
     best,
     choose_sections,
     describe_machine,
@@ -490,7 +484,6 @@ def test_what_is_missing_is_noticed(tmp_path, path):
 
 
 def test_the_machine_is_described_and_nobody_is_named():
-    import getpass
     import platform
 
     machine = describe_machine()

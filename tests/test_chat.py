@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,22 +21,29 @@ from jaxtyping import config as shape_checks
 from transformer_llm.chat import Conversation
 from transformer_llm.cli import main
 from transformer_llm.foundations import InputError, largest_difference
+from transformer_llm.generation import Sampling
 from transformer_llm.templates import encode_rendered
 from transformer_llm.tokenizer import BPETokenizer
 from transformer_llm.transformer import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 
-SMOL = """{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}\
-{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+SMOL = (
+    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 def is_sentence(text: str) -> bool:
     return text.endswith(".") and "\n" not in text and len(text) < 400 and "Traceback" not in text
 
 
-WORDS = "the cat sat on a mat and saw one red hat by the old oak tree near our small house user assistant system You answer questions. ".split(
-    " "
-)
+WORDS = (
+    "the cat sat on a mat and saw one red hat by the old oak tree near our small house "
+    "user assistant system You answer questions. "
+).split(" ")
 NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 
 
@@ -157,7 +165,7 @@ def test_an_interruption_anywhere(tokenizer, monkeypatch):
         conversation, calls = start(tokenizer), [0]
         "".join(conversation.say("the cat", 4, temperature=0))
 
-        def interrupted(self, *args, **options):
+        def interrupted(self, *args, calls=calls, moment=moment, **options):
             calls[0] += 1
             if calls[0] == moment + 1:
                 raise KeyboardInterrupt
@@ -285,6 +293,92 @@ def test_settings_that_can_not_be(tokenizer, bad):
     finally:
         shape_checks.update("jaxtyping_disable", False)
     assert conversation.messages == []
+
+
+@pytest.mark.parametrize("options", [
+    dict(temperature=0),
+    dict(temperature=1.3, top_k=9, min_p=0.01, repetition_penalty=1.2),
+    dict(sampling=Sampling(temperature=0.8, top_p=0.5)),
+], ids=str)
+def test_a_decoder_answers_as_its_model_does(tokenizer, options):
+    from transformer_llm.decoding import Decoder
+
+    model = make_model(tokenizer)
+    plain, fast = start(tokenizer, model), start(tokenizer, Decoder(model))
+    for text in ("the cat", "and a red hat", "saw"):
+        answers = ["".join(conversation.say(text, 12, **options)) for conversation in (plain, fast)]
+        assert answers[0] == answers[1] and plain.turn == fast.turn
+
+
+def test_settings_of_an_answer_are_one_object_or_keywords(tokenizer):
+    model = make_model(tokenizer)
+    sampling = Sampling(temperature=1.5, top_k=20, top_p=0.8, min_p=0.02, repetition_penalty=1.3)
+
+    def answer(**options) -> str:
+        return "".join(start(tokenizer, model).say("the cat", 20, **options))
+
+    assert answer(sampling=sampling) == answer(**sampling.to_dict())
+    assert answer(sampling=sampling, temperature=0) == answer(**sampling.to_dict() | {"temperature": 0})
+    assert answer() == answer(temperature=0.2, top_p=0.9)
+    for name in (field.name for field in fields(Sampling)):
+        with pytest.raises(InputError, match=name):
+            answer(**{name: -1})
+    with pytest.raises(TypeError, match="temprature"):
+        answer(temprature=1)
+
+
+def test_special_tokens_end_an_answer_unless_told_otherwise(tokenizer):
+    assert start(tokenizer, stop_tokens=None).stop_tokens == tuple(sorted(tokenizer.special_tokens.values()))
+    assert start(tokenizer, stop_tokens=()).stop_tokens == ()
+
+
+def test_a_template_of_ones_own_ends_answers_with_its_own_token(folder):
+    end = Conversation.from_pretrained(folder).tokenizer.special_tokens["</s>"]
+    own = Conversation.from_pretrained(folder, template=SMOL.replace("<|im_end|>", "</s>"))
+    assert end in own.stop_tokens and end not in Conversation.from_pretrained(folder).stop_tokens
+
+
+@pytest.fixture
+def unchecked():
+    "As for a user: the notebooks' and tests' checks of shapes and types are off."
+    shape_checks.update("jaxtyping_disable", True)
+    yield
+    shape_checks.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(model=None), "model must be a GPT"),
+    (dict(model=torch.nn.Linear(2, 2)), "model must be a GPT"),
+    (dict(tokenizer=None), "tokenizer must be"),
+    (dict(template=None), "template must be a text"),
+    (dict(template=5), "template must be a text"),
+    (dict(template=["a"]), "template must be a text"),
+    (dict(system=5), "system must be a text"),
+    (dict(stop_tokens=[10**9]), "stop_tokens"),
+    (dict(seed=-1), "seed"),
+], ids=str)
+def test_what_is_no_conversation(tokenizer, unchecked, changes, says):
+    parts = dict(model=make_model(tokenizer), tokenizer=tokenizer, template=SMOL) | changes
+    with pytest.raises(InputError, match=says) as caught:
+        Conversation(parts.pop("model"), parts.pop("tokenizer"), **parts)
+    assert is_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("messages, says", [
+    ([{"role": "user"}], "'content', which is undefined"),
+    ([{"role": "user", "content": None}], "None"),
+    ([{"content": "a"}], "with a role such as"),
+    ([{"role": "two words", "content": "a"}], "with a role such as"),
+    (["a"], "with a role such as"),
+    ("a", "must be a list"),
+    (None, "must be a list"),
+], ids=str)
+def test_messages_that_are_none(tokenizer, unchecked, messages, says):
+    conversation = start(tokenizer)
+    conversation.messages = messages
+    with pytest.raises(InputError, match=says) as caught:
+        conversation.say("the cat")
+    assert is_sentence(str(caught.value)) and conversation.messages == messages
 
 
 def test_an_empty_system_message_is_one(tokenizer):

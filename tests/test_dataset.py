@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer_llm import dataset
+from transformer_llm import tokenizer as tokenizer_module
 from transformer_llm.dataset import (
     HELD_OUT_PLAYS,
     PATTERNS,
     PLAYS_WHEEL,
     TokenData,
+    check_token_ids,
+    check_tokens,
     cut_shards,
+    data_folder,
+    holds_tokens,
     load_shakespeare,
     pattern_lines,
     play_text,
@@ -146,21 +152,86 @@ def test_split_fraction_out_of_range(fraction):
 
 # --- shards ----------------------------------------------------------------------------------------------------------
 
-@settings(max_examples=300)
-@given(texts, st.integers(1, 12), st.integers(1, 9))
-def test_shards_give_the_tokens_of_the_whole(text, size, chunk):
-    text = text.encode("utf-8", "ignore").decode("utf-8")
-    pieces = list(cut_shards((text[i : i + chunk] for i in range(0, len(text), chunk)), BPE.special_tokens, size))
+# what the patterns differ in: newlines, digits, signs, capitals, apostrophes, accents, characters that NFC changes
+PIECES = [
+    *WORDS, "a", "x ", "Ab", "ABC", "語D", "1", "12 ", "\n\n1001. ", ". \n", ".\n", "\r\n", "/",
+    "'", "'l", "'re", "!", " !", "e\u0301", "\u0301", "\u0338", "=", "\u212b ", "\u0958", "\u0958!",
+    "\u1fef", "\u037e", "²", "½ ", "🦊", "\u3000", "，",
+]  # fmt: skip
+JOINED = st.lists(st.sampled_from(PIECES), min_size=10, max_size=80).map("".join)
+TRAINED = {
+    pattern: BPETokenizer.train(
+        "Kings, ABC's 12 and 1001.\n\nThe don't 語, é!\n  x = 1;\r\n" * 9, 280, pattern=pattern
+    )
+    for pattern in (*tokenizer_module.PATTERNS, r"\w+\s*|\W+?", ("gpt2", "[0-9]"), tokenizer_module.FOUR_CUTS)
+}
+TRAINED |= {
+    f"{name} composed": BPETokenizer(t.vocab, t.merges, t.special_tokens, pattern=name, normalization="NFC")
+    for name, t in TRAINED.items()
+    if name in tokenizer_module.PATTERNS
+}
+
+
+@pytest.mark.parametrize("name", TRAINED, ids=str)
+@settings(max_examples=30)
+@given(JOINED, st.integers(1, 40), st.integers(1, 9))
+def test_tokens_in_pieces_are_those_of_the_whole_for_every_pattern(name, text, size, chunk):
+    tokenizer, whole = TRAINED[name], TRAINED[name].encode(text)
+    chunks = [text[i : i + chunk] for i in range(0, len(text), chunk)]
+    pieces = list(cut_shards(chunks, tokenizer, size))
     assert "".join(pieces) == text
-    forced = any(len(piece) == 4 * size for piece in pieces[:-1])  # no white space far and wide
-    if not forced:
-        assert [i for piece in pieces for i in BPE.encode(piece)] == BPE.encode(text)
+    assert [i for piece in pieces for i in tokenizer.encode(piece)] == whole
+    assert list(tokenizer.encode_iterable(chunks)) == whole
+
+
+@pytest.mark.parametrize("name", tokenizer_module.PATTERNS)
+def test_every_safe_cut_of_short_texts(name):
+    "Each text of three signs that matter, cut at the first place that the tokenizer calls safe."
+    tokenizer, cuts = TRAINED[name], 0
+    for signs in itertools.product("aB1\n .'語/", repeat=3):
+        text = "".join(signs)
+        cut = tokenizer.first_cut(text + "x" * 20, 0)  # room for a name that isn't there
+        if cut is not None and cut < len(text):
+            cuts += 1
+            assert tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:]) == tokenizer.encode(text)
+    assert cuts > 100
+
+
+def test_no_sign_that_a_cut_precedes_melts_with_the_letter_before_it():
+    "And composing makes no apostrophe of one, nor a letter: what NFC does on one side of a cut stays there."
+    for character in map(chr, itertools.chain(range(0xD800), range(0xE000, 0x20000))):
+        if tokenizer_module.FIRST_CUT.fullmatch("a" + character):
+            assert tokenizer_module.begins_anew(character)
+            composed = unicodedata.normalize("NFC", character)
+            assert tokenizer_module.FIRST_CUT.match("a" + composed), hex(ord(character))
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "smollm", "o200k"])
+def test_prepared_plays_have_the_tokens_of_the_whole(tmp_path, small_shards, name):
+    "A newline joins the sign before it, and digits take all white space before them: where shards were once cut."
+    text = play_like(400).replace("king\n", "king.\n").replace("art\n", "art\n\n1001. \n")
+    tokenizer = BPETokenizer.train(text[:5000], 280, pattern=name)
+    (tmp_path / "a.txt").write_bytes(text.encode("utf-8"))
+    data = prepare_tokens(tmp_path / "a.txt", tokenizer, tmp_path / "out", progress=False)
+    train, val = split_text(text, 0.1)
+    assert data.train.tolist() == tokenizer.encode(train) and data.val.tolist() == tokenizer.encode(val)
+
+
+def test_text_without_a_safe_place_stays_whole_and_takes_no_quadratic_time():
+    class Counting:
+        looked = 0
+
+        def first_cut(self, text, start):
+            self.looked += len(text)
+
+    pieces = list(cut_shards(["!" * 100] * 2000, counting := Counting(), 50))
+    assert pieces == ["!" * 200_000] and counting.looked < 3 * 200_000
 
 
 def test_special_tokens_with_spaces_are_not_cut():
     tokenizer = BPETokenizer.train("a b c " * 30, 260, special_tokens=("<|end\nof text|>",))
     text = "aa bb" + "<|end\nof text|>" * 40 + " cc\ndd" * 5
-    pieces = list(cut_shards([text], tokenizer.special_tokens, 10))
+    pieces = list(cut_shards([text], tokenizer, 10))
     assert len(pieces) > 1 and [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
@@ -169,12 +240,9 @@ def test_white_space_before_a_special_token_stays_together():
     assert len(tokenizer.encode("\n\n<|endoftext|>")) == 2  # two line ends are one token
     text = "one two three.\n\n<|endoftext|>four one\n\n" * 30
     for size, chunk in itertools.product((5, 10, 40), (1, 7, 64, len(text))):
-        pieces = list(
-            cut_shards((text[i : i + chunk] for i in range(0, len(text), chunk)), tokenizer.special_tokens, size)
-        )
+        pieces = list(cut_shards((text[i : i + chunk] for i in range(0, len(text), chunk)), tokenizer, size))
         assert "".join(pieces) == text and len(pieces) > 1
-        if size > 10:  # room enough for a safe place
-            assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 # --- prepared tokens -------------------------------------------------------------------------------------------------
@@ -212,10 +280,106 @@ def test_change_of_text_tokenizer_or_split_prepares_anew(tmp_path):
     path.write_text(play_like(100))
     first = prepare_tokens(path, BPE, out, progress=False).meta["fingerprint"]
     assert prepare_tokens(path, BPE, out, progress=False).meta["fingerprint"] == first
-    assert prepare_tokens(path, BPE, out, val_fraction=0.2, progress=False).meta["fingerprint"] != first
-    assert prepare_tokens(path, CharTokenizer.train(read_text(path)), out, progress=False).meta["fingerprint"] != first
+    kept = (out / "train.bin").read_bytes()
+    characters, options = CharTokenizer.train(read_text(path)), {"progress": False, "overwrite": True}
+    for tokenizer, fraction in ((BPE, 0.2), (characters, 0.1)):
+        with pytest.raises(InputError, match="holds other tokens; give overwrite=True"):
+            prepare_tokens(path, tokenizer, out, val_fraction=fraction, progress=False)
+        assert (out / "train.bin").read_bytes() == kept and TokenData.open(out).meta["fingerprint"] == first
+    assert prepare_tokens(path, BPE, out, val_fraction=0.2, **options).meta["fingerprint"] != first
+    assert prepare_tokens(path, characters, out, **options).meta["fingerprint"] != first
     path.write_text(play_like(101))
-    assert prepare_tokens(path, BPE, out, progress=False).meta["fingerprint"] != first
+    assert prepare_tokens(path, BPE, out, **options).meta["fingerprint"] != first
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train.bin", "val.bin"])
+def test_files_of_another_program_are_not_replaced(tmp_path, name):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(play_like(100))
+    out.mkdir()
+    (out / name).write_text("[1, 2]")
+    with pytest.raises(InputError, match=f"{name}.*overwrite"):
+        prepare_tokens(path, BPE, out, progress=False)
+    assert (out / name).read_text() == "[1, 2]" and [p.name for p in out.iterdir()] == [name]
+    assert not holds_tokens(out)
+    prepare_tokens(path, BPE, out, progress=False, overwrite=True)
+    assert holds_tokens(out)
+
+
+def test_a_flipped_bit_is_found_and_old_notes_open(tmp_path):
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(play_like(100))
+    data = prepare_tokens(path, BPE, out, progress=False)
+    whole = (out / "val.bin").read_bytes()
+    assert data.verify() and data.meta["sha256"]["val.bin"] == sha256_of(out / "val.bin")
+    (out / "val.bin").write_bytes(whole[:5] + bytes([whole[5] ^ 1]) + whole[6:])
+    with pytest.raises(InputError, match="val.bin has changed since"):
+        TokenData.open(out).verify()
+    prepare_tokens(path, BPE, out, progress=False)  # the same tokens, damaged: made anew
+    assert (out / "val.bin").read_bytes() == whole and TokenData.open(out).verify()
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps({**meta, "sha256": {"val.bin": 5}}))
+    with pytest.raises(InputError, match="not a note"):
+        TokenData.open(out)
+    del meta["sha256"]
+    (out / "meta.json").write_text(json.dumps(meta))
+    assert TokenData.open(out).verify() is False and TokenData.from_tokens([1, 2]).verify() is False
+
+
+@pytest.mark.parametrize("files, expected", [
+    (["alpha one", "beta two"], "alpha one\n\nbeta two"),
+    (["alpha one\n", "beta two\n"], "alpha one\n\nbeta two\n"),
+    (["alpha one\n\n", "beta two"], "alpha one\n\nbeta two"),
+    (["a", "\nb", "c\n\n\n", "d"], "a\n\n\nb\n\nc\n\n\nd"),
+])  # fmt: skip
+def test_files_of_a_folder_stand_apart(tmp_path, files, expected):
+    for i, text in enumerate(files):
+        (tmp_path / f"{i}.txt").write_bytes(text.encode())
+    characters = CharTokenizer.train("\n" + "".join(files))
+    no_end = BPETokenizer.train("".join(files) * 9, 258, special_tokens=())
+    for name, tokenizer in (("characters", characters), ("bytes", no_end)):
+        data = prepare_tokens(tmp_path, tokenizer, tmp_path / name, val_fraction=0, progress=False)
+        assert tokenizer.decode(data.train) == expected
+
+
+def test_files_are_kept_apart_by_what_the_tokenizer_knows(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 3)
+    data = prepare_tokens(tmp_path, CharTokenizer("ab "), tmp_path / "one", val_fraction=0, progress=False)
+    assert CharTokenizer("ab ").decode(data.train) == "aaa bbb"
+    with pytest.raises(InputError, match="b.txt and the file before it would run together"):
+        prepare_tokens(tmp_path, CharTokenizer("ab"), tmp_path / "two", val_fraction=0, progress=False)
+
+
+def test_two_processes_prepare_one_folder(tmp_path, small_shards, monkeypatch):
+    "Another call finishes while this one joins its shards: it finds them gone, and the tokens there."
+    path, out = tmp_path / "a.txt", tmp_path / "out"
+    path.write_text(play_like(300))
+    stat_of, join, done = Path.stat, dataset.join_shards, []
+
+    def join_after_another(directory, plan, meta):
+        if not done:
+            done.append(True)
+            prepare_tokens(path, BPE, out, progress=False)
+        return join(directory, plan, meta)
+
+    monkeypatch.setattr(dataset, "join_shards", join_after_another)
+    data = prepare_tokens(path, BPE, out, progress=False)
+    assert data.verify() and Path.stat is stat_of
+    assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no FIFO there")
+def test_pipes_and_devices_are_no_texts(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    for call in (text_files, read_text, lambda path: prepare_tokens(path, BPE, tmp_path / "out", progress=False)):
+        with pytest.raises(InputError, match="a pipe, which can be read only once"):
+            call(tmp_path / "pipe.txt")
+        with pytest.raises(InputError, match="a device"):
+            call(tmp_path / "zero.txt")
+    with pytest.raises(InputError, match="no text file"):
+        text_files(tmp_path)
 
 
 def test_unknown_character_names_the_place(tmp_path):
@@ -253,7 +417,11 @@ def test_damaged_tokens_are_a_sentence_and_are_made_anew(tmp_path, damage):
     with pytest.raises(InputError) as caught:
         TokenData.open(out)
     assert "\n" not in str(caught.value)
-    assert prepare_tokens(path, BPE, out, progress=False).train.tolist() == before
+    unknown = damage in ("meta", "version", "missing")  # whose note doesn't say that they are these tokens
+    if unknown:
+        with pytest.raises(InputError, match="overwrite"):
+            prepare_tokens(path, BPE, out, progress=False)
+    assert prepare_tokens(path, BPE, out, progress=False, overwrite=unknown).train.tolist() == before
 
 
 KILLED = """
@@ -362,7 +530,76 @@ def test_token_data_in_memory():
     assert data.train.tolist() == [1, 2, 3] and len(data.val) == 0 and data.meta["train_tokens"] == 3
 
 
+@pytest.mark.parametrize("tokens, say", [
+    ([1.5, 2], "whole numbers"), ([True, False], "whole numbers"), (["a"], "whole numbers"),
+    ([[1], [2, 3]], "whole"),
+    (np.zeros(3), "whole numbers"), (torch.zeros(3), "whole numbers"), (torch.ones(3, dtype=torch.bool), "whole"),
+    ([3, -1], "one is -1"), (np.array([-5, 2]), "one is -5"), (torch.tensor([2, -7]), "one is -7"),
+    ([[1, 2]], "one row"), (torch.zeros(2, 2, dtype=torch.int64), "one row"), (np.array(5), "one row"),
+    ([2**70], "whole numbers"),
+])  # fmt: skip
+def test_what_is_no_row_of_token_ids_is_a_sentence(tokens, say):
+    for call in (check_tokens, TokenData.from_tokens, lambda given: TokenData.from_tokens([1], given)):
+        with pytest.raises(InputError, match=say):
+            call(tokens)
+
+
+def test_ids_outside_the_vocabulary_are_named():
+    for tokens in ([0, 9], np.array([9], np.uint16), torch.tensor([[9]]), torch.tensor([9], dtype=torch.uint32)):
+        with pytest.raises(InputError, match="the prompt must be ids from 0 to 8, the vocabulary's last; one is 9"):
+            check_token_ids(tokens, 9, name="the prompt")
+        assert check_token_ids(tokens, 10).max() == 9
+    assert len(check_tokens([])) == 0 and check_tokens(np.zeros(0)[:0].astype(int)).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", [
+    torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, np.uint16, np.uint32, list,
+])  # fmt: skip
+def test_every_kind_of_whole_number_gives_the_same_batches(kind):
+    ids = [(7 * i) % 250 for i in range(100)]
+    large = kind in (torch.uint16, torch.uint32, np.uint16, np.uint32)
+    ids[50] = {2: 65_000, 4: 4_000_000_000}[np.dtype(str(kind).split(".")[-1].strip("'>")).itemsize] if large else 3
+    if isinstance(kind, torch.dtype):
+        tokens = torch.tensor(ids, dtype=torch.int64).to(kind)
+    else:
+        tokens = ids if kind is list else np.array(ids, dtype=kind)
+    data, expected = TokenData.from_tokens(tokens), torch.tensor(ids)
+    seeded = lambda: torch.Generator().manual_seed(0)
+    for ours, theirs in zip(
+        random_batch(data.train, 4, 60, generator=seeded()), random_batch(expected, 4, 60, generator=seeded())
+    ):
+        assert torch.equal(ours, theirs) and ours.dtype == torch.int64
+    for ours, theirs in zip(sequential_batches(data.train, 2, 30), sequential_batches(expected, 2, 30)):
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_batches_refuse_fractions():
+    for call in (random_batch, sequential_batches):
+        with pytest.raises(InputError, match="whole numbers"):
+            call(np.zeros(50), 2, 4)
+
+
 # --- patterns and plays ----------------------------------------------------------------------------------------------
+
+def test_patterns_replace_nothing_unasked(tmp_path):
+    path = tmp_path / "patterns.txt"
+    assert write_simple_patterns(path) == path == write_simple_patterns(path)  # the same text: nothing to do
+    path.write_text("my own")
+    with pytest.raises(InputError, match="exists; give overwrite=True"):
+        write_simple_patterns(path)
+    assert path.read_text() == "my own"
+    write_simple_patterns(path, overwrite=True)
+    assert path.read_bytes() == (ROOT / "data" / "simple_patterns.txt").read_bytes()
+
+
+def test_a_notebooks_folder_makes_no_data_folder_of_its_own(tmp_path, monkeypatch):
+    for place, expected in (("nbs", ROOT / "data"), ("nbs/exercises", ROOT / "data"), (".", Path("data"))):
+        monkeypatch.chdir(ROOT / place)
+        assert data_folder() == expected
+    (tmp_path / "nbs").mkdir()
+    monkeypatch.chdir(tmp_path / "nbs")  # anybody's
+    assert data_folder() == Path("data")
+
 
 def test_patterns_are_true_and_the_committed_file_is_theirs(tmp_path):
     for line in pattern_lines("reversing", 50, 3):
@@ -461,7 +698,8 @@ import os, signal, sys, threading, time
 from pathlib import Path
 from transformer_llm import dataset
 
-threading.Timer(2, os.kill, [os.getpid(), signal.SIGINT]).start()  # this process alone, as a window's stop button may do
+# this process alone, as a window's stop button may do
+threading.Timer(2, os.kill, [os.getpid(), signal.SIGINT]).start()
 start = time.monotonic()
 try:
     dataset.run_pip(["download"], Path(sys.argv[1]), name="x", n_bytes=1000, seconds=100, progress=True)
@@ -474,7 +712,10 @@ def test_an_interruption_ends_pip(tmp_path):
     "And a talkative pip does not stop because nobody listens."
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__init__.py").touch()
-    alive = "import time\nprint('x' * 300_000, flush=True)\nwhile True:\n    open('beats', 'a').write('.')\n    time.sleep(0.1)"
+    alive = (
+        "import time\nprint('x' * 300_000, flush=True)\n"
+        "while True:\n    open('beats', 'a').write('.')\n    time.sleep(0.1)"
+    )
     (tmp_path / "pip" / "__main__.py").write_text(alive)
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(

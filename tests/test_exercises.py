@@ -2,18 +2,21 @@
 """
 import ast
 import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
 
+import contents
 import pytest
+from check import ROOT, code_cells, load, source
 
-from check import NOTEBOOKS, ROOT, code_cells, load, source
 from transformer_llm import exercises
-from transformer_llm.exercises import CHAPTERS, Verdict, exercises_of, find_exercise, judge
+from transformer_llm.exercises import Verdict, exercises_of, find_exercise, judge
 from transformer_llm.foundations import InputError
 
-STEMS = [
-    next(p.stem for p in NOTEBOOKS if p.parent.name == "nbs" and p.name.startswith(f"{n:02d}_"))
-    for n in range(len(CHAPTERS))
-]
+STEMS = {contents.number(name): Path(name).stem for name in contents.chapters()}
 NUMBER = r'"(\d+\.\d+)"'
 
 
@@ -28,7 +31,7 @@ def calls(notebook: dict, name: str) -> list[ast.Call]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name]
 
 
-@pytest.fixture(scope="module", params=range(len(CHAPTERS)), ids=STEMS)
+@pytest.fixture(scope="module", params=STEMS, ids=STEMS.values())
 def chapter(request):
     number = request.param
     return (
@@ -134,3 +137,103 @@ def test_numbers_that_lead_nowhere():
 
 def test_inputs_are_drawn_afresh():
     assert exercises.fresh("t").initial_seed() != exercises.fresh("t").initial_seed()
+
+
+# Answers that don't end
+# --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def quick(monkeypatch):
+    "An exercise whose check calls the answer, and half a second of time for it."
+    monkeypatch.setattr(exercises, "TIME_LIMIT", 0.5)
+    monkeypatch.setitem(exercises.EXERCISES, "99.1", exercises.Exercise(
+        "99.1", "The answer is called", lambda answer: f"It gave {exercises.call(answer)}."))
+
+
+def forever():
+    while True:
+        pass
+
+
+def stubborn():
+    while True:
+        try:
+            time.sleep(0.001)
+        except Exception:
+            pass
+
+
+def catches_all():
+    while True:
+        try:
+            sum(range(1000))
+        except BaseException:
+            sum(range(1000))
+
+
+def prints():
+    while True:
+        print(".", end="")
+        time.sleep(0.01)
+
+
+def sleeps():
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("answer", [forever, stubborn, catches_all, prints, sleeps], ids=lambda answer: answer.__name__)
+def test_an_answer_without_an_end_is_stopped(quick, answer):
+    start = time.perf_counter()
+    verdict = judge("99.1", answer)
+    assert time.perf_counter() - start < 20 and verdict.state == "wrong"
+    assert verdict.message.startswith("It was stopped after 0.5 s") and "\n" not in verdict.message
+    assert judge("99.1", lambda: 1) == Verdict("99.1", "right", "It gave 1.")
+
+
+@pytest.mark.parametrize("answer", [forever, stubborn, prints], ids=lambda answer: answer.__name__)
+def test_an_answer_without_an_end_is_stopped_in_a_thread(quick, answer):
+    "As on Windows, where there are no alarms."
+    found = []
+    thread = threading.Thread(target=lambda: found.append(judge("99.1", answer)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert [verdict.state for verdict in found] == ["wrong"] and "stopped after 0.5 s" in found[0].message
+
+
+def test_the_outer_limit_holds_for_an_answer_that_judges(quick):
+    verdict = judge("99.1", lambda: judge("99.1", forever))
+    assert "stopped after 0.5 s" in verdict.message and not exercises.LIMITED
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarms here")
+def test_an_alarm_of_somebody_else_is_left_alone(quick):
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 100)
+        assert "stopped after" in judge("99.1", forever).message
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_nothing_is_left_of_a_limit(quick):
+    handler = signal.getsignal(signal.SIGALRM) if hasattr(signal, "SIGALRM") else None
+    judge("99.1", forever)
+    judge("99.1", lambda: 1)
+    if handler is not None:
+        assert signal.getsignal(signal.SIGALRM) == handler and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    time.sleep(0.6)
+
+
+def test_an_interrupt_is_one_sentence(quick, capsys):
+    exercises.check("99.1", lambda: signal.raise_signal(signal.SIGINT))
+    assert capsys.readouterr().out == (
+        "Exercise 99.1: no answer yet. You interrupted the check while your answer was running.\n"
+    )
+    with pytest.raises(KeyboardInterrupt):  # a program that marks a class can be stopped
+        judge("99.1", lambda: signal.raise_signal(signal.SIGINT))
+
+
+def test_an_answer_that_exits_does_not_end_the_kernel(quick):
+    assert "ends the program" in judge("99.1", lambda: sys.exit()).message

@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,8 @@ BPE = BPETokenizer.train(TEXT, 300)
 SHAPE = dict(vocab_size=300, context_length=32, d_model=32, n_layers=2, n_heads=4)
 OLMO2 = dict(norm_placement="output", qk_norm=True, qk_norm_whole=True)
 LLAMA3 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=16)
+YARN = RopeScaling("yarn", factor=4.0, original_context_length=16)
+DYNAMIC = RopeScaling("dynamic", factor=2.0, original_context_length=32)
 MODELS = {  # family, and what the model has of it
     "gpt2": ("gpt2", GPT2_STYLE),
     "gpt2 with exact GELU, untied, narrow": (
@@ -65,6 +69,12 @@ MODELS = {  # family, and what the model has of it
     ),
     "llama untied": ("llama", dict(tied_embeddings=False)),
     "llama scaled linearly": ("llama", dict(rope_scaling=RopeScaling("linear", factor=4.0))),
+    "llama scaled by YaRN, interleaved": ("llama", dict(rope_scaling=YARN, rope_interleaved=True)),
+    "llama scaled by YaRN, all fields": (
+        "llama",
+        dict(rope_scaling=replace(YARN, beta_fast=8.0, beta_slow=2.0, truncate=False, attention_factor=1.3)),
+    ),
+    "qwen3 scaled by length": ("qwen3", dict(qk_norm=True, rope_scaling=DYNAMIC)),
     "llama 3's scaling, interleaved": ("llama", dict(rope_scaling=LLAMA3, rope_base=5e5, rope_interleaved=True)),
     "llama whose window is no window": ("llama", dict(window=32)),
     "mistral": ("mistral", dict(window=7, n_kv_heads=1)),
@@ -103,7 +113,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def sentence(error) -> str:
     "The one sentence of a refusal."
     message = str(error.value)
-    assert "\n" not in message and message.endswith(("." if "pip install" not in message else "onnxscript"))
+    assert "\n" not in message and message.endswith("." if "pip install" not in message else "onnxscript")
     return message
 
 
@@ -705,11 +715,12 @@ def test_without_onnx_a_sentence_says_what_to_install(tmp_path, monkeypatch, mis
 def test_nothing_else_is_needed_to_import_or_save(tmp_path):
     code = f"""
 import sys
-for name in ("transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "accelerate", "lm_eval", "gguf", "jinja2"):
+for name in "transformers tokenizers onnx onnxscript onnxruntime accelerate lm_eval gguf jinja2".split():
     sys.modules[name] = None  # importing it fails
 from transformer_llm import GPT, GPTConfig
 import transformer_llm.export
-GPT(GPTConfig(vocab_size=9, context_length=8, d_model=8, n_layers=1, n_heads=2)).save_pretrained({str(tmp_path / "m")!r})
+model = GPT(GPTConfig(vocab_size=9, context_length=8, d_model=8, n_layers=1, n_heads=2))
+model.save_pretrained({str(tmp_path / "m")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -752,3 +763,157 @@ def test_lm_eval_runs_the_task_of_the_page(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     print("\n" + done.stdout)
     assert re.search(rf"\|days\s*\|.*\|acc\s*\|.*\|\s*{right / 20:.4g}0*\|", done.stdout), done.stdout
+
+
+# a model that is more than its configuration says
+
+class LowRank(torch.nn.Linear):
+    "A linear layer with something added, as adapters have it."
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+def changed_model(how: str) -> GPT:
+    model = make_model()
+    block = model.blocks[1]
+    if how == "replaced":
+        block.attention.q_proj = LowRank(32, 32, bias=False)
+    elif how == "more weights":
+        block.extra = torch.nn.Linear(32, 32)
+    elif how == "hook":
+        block.feedforward.down.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif how == "parametrized":
+        torch.nn.utils.parametrize.register_parametrization(block.feedforward.up, "weight", torch.nn.Tanh())
+    elif how == "fewer blocks":
+        del model.blocks[1]
+    return model
+
+
+@pytest.mark.parametrize("write", ["save_pretrained", "export_onnx"])
+@pytest.mark.parametrize("how, match", [
+    ("replaced", "blocks.1.attention.q_proj is a LowRank"),
+    ("hook", "blocks.1.feedforward.down carries a hook"),
+    ("parametrized", "blocks.1.feedforward.up"),
+    ("fewer blocks", "1 blocks"),
+])
+def test_a_model_whose_modules_were_changed_is_refused(tmp_path, how, match, write):
+    with pytest.raises(InputError, match=match) as error:
+        getattr(export, write)(changed_model(how), tmp_path / "m")
+    assert sentence(error).startswith(write) and not (tmp_path / "m").exists()
+
+
+@contextmanager
+def shapes_unchecked():
+    "As for a user, who gets no check of types."
+    before = shape_checks.jaxtyping_disable
+    shape_checks.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        shape_checks.update("jaxtyping_disable", before)
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with shapes_unchecked():
+        for thing in (None, 5, torch.nn.Linear(2, 2)):
+            with pytest.raises(InputError, match="not a GPT"):
+                save_pretrained(thing, tmp_path / "m")
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SHAPE))
+    with pytest.raises(InputError, match="meta"):
+        save_pretrained(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_compiled_model_is_written_as_the_model_that_it_is(tmp_path):
+    model = make_model()
+    save_pretrained(model, tmp_path / "plain")
+    save_pretrained(torch.compile(model), tmp_path / "compiled")
+    assert contents(tmp_path / "plain") == contents(tmp_path / "compiled")
+    inside = make_model()
+    inside.blocks[0] = torch.compile(inside.blocks[0])
+    save_pretrained(inside, tmp_path / "inside")
+    assert contents(tmp_path / "plain") == contents(tmp_path / "inside")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_what_is_written_in_any_type_is_read_again_in_that_type(tmp_path, dtype):
+    model = make_model().to(dtype)
+    save_pretrained(model, tmp_path / "m", BPE)
+    ours = GPT.from_pretrained(tmp_path / "m", dtype=None)
+    assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(model.parameters(), ours.parameters()))
+    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").parameters()} == {dtype}
+    save_pretrained(ours, tmp_path / "again", BPE)
+    assert contents(tmp_path / "m") == contents(tmp_path / "again")
+
+
+def test_a_type_that_can_not_be_read_again_is_refused(tmp_path):
+    model = make_model()
+    model.blocks[0].attention.q_proj.weight.data = torch.zeros(32, 32).to(torch.float8_e4m3fn)
+    with pytest.raises(InputError, match="q_proj.weight has the type torch.float8_e4m3fn"):
+        save_pretrained(model, tmp_path / "m")
+
+
+def test_matrices_that_share_their_numbers_are_written_both(tmp_path):
+    model = make_model(tied_embeddings=False)
+    model.lm_head.weight = model.token_embedding.weight
+    save_pretrained(model, tmp_path / "m")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert largest_difference(read_back(tmp_path / "m")(ids).logits, model(ids)) < DIFFERENCE
+        assert torch.equal(GPT.from_pretrained(tmp_path / "m")(ids), model(ids))
+
+
+@pytest.mark.parametrize("options, match", [
+    (dict(tokenizer=5), "tokenizer must be .* not 5"),
+    (dict(tokenizer="tokenizer.json"), "tokenizer must be"),
+    (dict(tokenizer=BPE, chat_template=7), "chat_template must be a text, not 7"),
+    (dict(stop_tokens=["x"]), "stop_tokens must be ids from 0 to 299, not 'x'"),
+    (dict(stop_tokens=[True]), "stop_tokens .* not True"),
+    (dict(stop_tokens=[2**70]), r"stop_tokens .* not 1.18e\+21|stop_tokens .* not 1180591620717411303424"),
+])
+def test_wrong_types_are_named(tmp_path, options, match):
+    with shapes_unchecked(), pytest.raises(InputError, match=match) as error:
+        save_pretrained(make_model(), tmp_path / "m", **options)
+    sentence(error)
+    assert not (tmp_path / "m").exists()
+
+
+def test_every_end_of_an_answer_is_written(tmp_path):
+    words = BPETokenizer.train(TEXT, 300, special_tokens=("<|endoftext|>", "<|im_end|>"))
+    end, turn = words.special_tokens["<|endoftext|>"], words.special_tokens["<|im_end|>"]
+    for i, (options, wanted) in enumerate([
+        (dict(), (end,)),
+        (dict(stop_tokens=[turn]), (turn, end)),
+        (dict(stop_tokens=[end, turn]), (end, turn)),
+        (dict(eos_token="<|im_end|>"), (turn,)),
+    ]):
+        save_pretrained(make_model(), tmp_path / str(i), words, **options)
+        assert chat_settings(tmp_path / str(i)).stop_tokens == wanted
+        read = transformers.GenerationConfig.from_pretrained(tmp_path / str(i)).eos_token_id
+        assert read == (wanted[0] if len(wanted) == 1 else list(wanted))
+    save_pretrained(make_model(), tmp_path / "bare", stop_tokens=[7])
+    assert chat_settings(tmp_path / "bare").stop_tokens == (7,)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask there")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_what_is_written_has_the_rights_that_the_umask_leaves(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_pretrained(make_model(), tmp_path / "m", BPE)
+        save_pretrained(make_model(), tmp_path / "m", BPE, overwrite=True)
+        export_onnx(make_model(), tmp_path / "m.onnx")
+    finally:
+        os.umask(before)
+    rights = {path.name: path.stat().st_mode & 0o777 for path in [*(tmp_path / "m").iterdir(), tmp_path / "m.onnx"]}
+    assert set(rights.values()) == {0o666 & ~umask}, rights
+    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/m", "a\0b"])
+def test_paths_that_can_not_be_are_a_sentence(name):
+    for write in (save_pretrained, export_onnx):
+        with pytest.raises(InputError):
+            write(make_model(), name)

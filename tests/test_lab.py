@@ -28,8 +28,11 @@ SETTINGS = {  # all cells are in the page, also those far down; nothing is asked
     "notebook-extension/tracker": {"windowingMode": "none", "codeCellConfig": {"autoClosingBrackets": False}},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
 }
-PROMPTS = """[...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map(cell => (cell.querySelector('.jp-InputPrompt') || {textContent: ''}).textContent.trim())"""
-READY = """async () => { const session = window.jupyterapp.shell.currentWidget.sessionContext; await session.ready; await session.session.kernel.info; }"""
+PROMPTS = """[...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map(cell =>
+    (cell.querySelector('.jp-InputPrompt') || {textContent: ''}).textContent.trim())"""
+READY = """async () => {
+    const session = window.jupyterapp.shell.currentWidget.sessionContext;
+    await session.ready; await session.session.kernel.info; }"""
 PATIENCE = 240_000  # milliseconds for Run All, on a machine that is busy
 
 

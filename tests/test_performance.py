@@ -2,9 +2,12 @@
 that resume.
 """
 import copy
+import json
 import math
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +40,7 @@ from transformer_llm.performance import (
     peak_training_memory,
     utilisation,
 )
+from transformer_llm.sprint import SprintTrainer
 from transformer_llm.training import AdamW, Trainer, TrainingConfig, TrainingError, clip_gradients, cross_entropy
 from transformer_llm.transformer import GPT, GPTConfig, flops_per_token
 
@@ -274,11 +278,11 @@ def test_each_backward_pass_is_the_derivative_of_its_forward_pass():
     assert check(lambda x, g: _RMSNorm.apply(x, g, 1e-5, torch.double), (double(2, 3, 6), double(6)))
     assert check(_Gate.apply, (double(2, 3, 8),))
     for interleaved in (False, True):
-        assert check(lambda x: _Heads.apply(x, (2, 1, 4), angles, interleaved), (double(2, 5, 16),))
+        assert check(lambda x, pairs=interleaved: _Heads.apply(x, (2, 1, 4), angles, pairs), (double(2, 5, 16),))
     assert check(lambda x: _Heads.apply(x, (2, 1, 4), None, False), (double(2, 5, 16),))
     for block in (1, 2, 3, 5):
         assert check(
-            lambda q, k, v: _BatchedAttention.apply(q, k, v, None, block),
+            lambda q, k, v, block=block: _BatchedAttention.apply(q, k, v, None, block),
             (double(2, 4, 5, 3), double(2, 2, 5, 3), double(2, 2, 5, 3)),
         )
     targets = torch.tensor([1, -100, 0, 3, 2])
@@ -632,3 +636,48 @@ def test_nothing_of_the_peers_is_imported():
     import sys
 
     assert "transformers" not in vars(performance) and performance.__name__ in sys.modules
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_unequal_batches_weigh_as_their_targets_do(accumulation):
+    trainers = [trainer_of(kind, accumulation=accumulation) for kind in (Trainer, FastTrainer)]
+    for trainer in trainers:
+        next_batch, kept = trainer.next_batch, iter(range(5, 500, 40))
+        trainer.next_batch = lambda draw=next_batch, kept=kept: masked(draw(), next(kept))
+    for _ in range(3):
+        assert trainers[0].train_step() == pytest.approx(trainers[1].train_step(), rel=1e-4)
+
+
+def masked(batch, first):
+    inputs, targets = batch
+    targets = targets.clone()
+    targets.view(-1)[:first] = -100
+    return inputs, targets
+
+
+def test_a_step_is_written_once_and_its_seams_are_overridden():
+    "`FastTrainer` and `SprintTrainer` each wrote the whole step again."
+    import inspect
+
+    assert "optimizer.step" not in inspect.getsource(FastTrainer)
+    assert SprintTrainer.train_step is Trainer.train_step
+    for kind in (FastTrainer, SprintTrainer):
+        assert kind.next_batch is Trainer.next_batch or kind is SprintTrainer
+        assert kind.loss is not Trainer.loss and kind.clip is not Trainer.clip and kind.backward is Trainer.backward
+
+
+def test_a_compiled_run_needs_no_working_copy(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    trainer = trainer_of(compile=True)
+    assert trainer.copy is None and type(trainer.optimizers[0]) is FusedAdamW
+    assert trainer.train_step() == pytest.approx(trainer_of(Trainer).train_step(), rel=1e-4)
+    assert math.isfinite(trainer.evaluate())
+
+
+def test_pages_prepare_the_texts_that_they_read():
+    "Chapter 11 read Shakespeare's file, which only other chapters made."
+    folder = Path(__file__).parent.parent / "nbs"
+    for page in [*folder.glob("*.ipynb"), *folder.glob("exercises/*.ipynb")]:
+        for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+            found = re.search(r"(Path|open)\([^()]*shakespeare\.txt", "".join(cell["source"]))
+            assert cell["cell_type"] != "code" or found is None, f"{page.name}: {found[0]}"

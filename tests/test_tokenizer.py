@@ -1092,23 +1092,33 @@ def isolated(written) -> dict:
     return {"type": "Split", "pattern": {"Regex": written}, "behavior": "Isolated", "invert": False}
 
 
-@settings(max_examples=100)
-@given(text_with_specials)
-def test_splits_in_turn_are_read(bpe, text):
-    "A split before ByteLevel's own, several splits, a pattern of somebody's own, and a sequence of one normalizer."
-    text, nfc = known(text), {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+@pytest.fixture(scope="module")
+def splits(bpe) -> list:
+    "Ours, Hugging Face's and ours again for files with splits of several kinds."
+    nfc = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
     forms = [
         ([isolated(PATTERNS["llama3"]), level], None),
         ([isolated(r"\p{N}{1,3}"), isolated("[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"), joined], None),
         ([isolated(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}|\s+(?!\S)|\s+|[^\s\p{L}\p{N}]+"), joined], nfc),
     ]
+    triples = []
     for steps, normalizer in forms:
         ours, theirs = changed(
             bpe, pre_tokenizer={"type": "Sequence", "pretokenizers": steps}, normalizer=normalizer
         )
-        again = tokenizer_from_json(ours.to_json())
+        triples.append((ours, theirs, tokenizer_from_json(ours.to_json())))
+        assert triples[-1][2].to_json() == ours.to_json()
+    return triples
+
+
+@settings(max_examples=100)
+@given(text_with_specials)
+def test_splits_in_turn_are_read(splits, text):
+    "A split before ByteLevel's own, several splits, a pattern of somebody's own, and a sequence of one normalizer."
+    text = known(text)
+    for ours, theirs, again in splits:
         assert ours.encode(text) == ids_of(theirs, text) == again.encode(text)
-        assert again.to_json() == ours.to_json() and list(ours.encode_iterable(text)) == ours.encode(text)
+        assert list(ours.encode_iterable(text)) == ours.encode(text)
 
 
 def test_a_strangers_pattern_is_read_where_both_libraries_read_it_alike(bpe):
@@ -1117,28 +1127,37 @@ def test_a_strangers_pattern_is_read_where_both_libraries_read_it_alike(bpe):
             changed(bpe, pre_tokenizer={"type": "Sequence", "pretokenizers": [isolated(written), level]})
 
 
-@settings(max_examples=100)
-@given(text_with_specials, st.lists(st.integers(0, 80), max_size=8))
-def test_added_tokens_of_every_kind_are_cut_like_hugging_face(bpe, text, places):
-    "Of one character, that merges also reach, found before and behind normalization, overlapping, and hundreds."
-    text, n = known(text) + "<think>abx", bpe.vocab_size - len(SPECIALS)
-    base = json.loads(bpe.to_json())
-    model = base["model"] | {"vocab": {visible(token): i for token, i in bpe.vocab.items()}}
-    vocab = model["vocab"]
+@pytest.fixture(scope="module")
+def with_added(bpe) -> list:
+    "Ours, Hugging Face's and ours again for a file with added tokens of every kind, with and without NFC."
+    n, triples = bpe.vocab_size - len(SPECIALS), []
+    vocab = {visible(token): i for token, i in bpe.vocab.items()}
+    model = json.loads(bpe.to_json())["model"] | {"vocab": vocab}
     reached = next(token for token in vocab if len(token) > 2 and token.isascii() and token.isalpha())
     names = {"!": vocab["!"], "7": vocab["7"], reached: vocab[reached]}
     late = ["<think>", "bx", "e\u0301", "\u00c5\u0338"]
     for name in ["<|endoftext|>", *late, "語", "ab", "x|>", *(f"<{i}>" for i in range(320))]:
         names[name] = n + len(names) - 3
+    parts = {"added_tokens": added(names, special={"<|endoftext|>"}, normalized=set(late)), "model": model}
     for normalizer in (None, {"type": "NFC"}):
-        parts = {"added_tokens": added(names, special={"<|endoftext|>"}, normalized=set(late)), "model": model}
         ours, theirs = changed(bpe, normalizer=normalizer, **parts)
-        again = tokenizer_from_json(ours.to_json())
+        triples.append((ours, theirs, tokenizer_from_json(ours.to_json())))
+        assert triples[-1][2].to_json() == ours.to_json()
+        assert ours.special_tokens == {"<|endoftext|>": names["<|endoftext|>"]} and ours.added_tokens == names
+    return triples
+
+
+@settings(max_examples=100)
+@given(text_with_specials, st.lists(st.integers(0, 80), max_size=8))
+def test_added_tokens_of_every_kind_are_cut_like_hugging_face(with_added, text, places):
+    "Of one character, that merges also reach, found before and behind normalization, overlapping, and hundreds."
+    text = known(text) + "<think>abx"
+    for ours, theirs, again in with_added:
         assert ours.encode(text) == ids_of(theirs, text) == again.encode(text)
         assert list(ours.encode_iterable(cut(text, places))) == ours.encode(text)
         theirs.encode_special_tokens = True
         assert ours.encode(text, special=False) == ids_of(theirs, text)
-        assert again.to_json() == ours.to_json() and ours.special_tokens == {"<|endoftext|>": names["<|endoftext|>"]}
+        theirs.encode_special_tokens = False
 
 
 def test_a_name_finder_of_many_names_finds_what_one_of_few_does():
@@ -1243,15 +1262,24 @@ def test_tiktoken_files_that_cannot_be_used_are_sentences(tmp_path):
 
 # Patterns of one's own
 
+OWN = {
+    pattern: BPETokenizer.train(PROSE, 300, pattern=pattern)
+    for pattern in (r"\w+|\W", ("gpt2", r"\p{N}"), ours_module.FOUR_CUTS)
+}
+
+
+@pytest.mark.parametrize("pattern", OWN, ids=str)
 @settings(max_examples=60)
 @given(text_with_specials, st.lists(st.integers(0, 80), max_size=8))
-def test_any_expression_may_be_the_pattern(text, places):
-    for pattern in (r"\w+|\W", ("gpt2", r"\p{N}"), ours_module.FOUR_CUTS):
-        ours = BPETokenizer.train(PROSE, 300, pattern=pattern)
-        ids = ours.encode(text)
-        assert ours.decode(ids) == text and list(ours.encode_iterable(cut(text, places))) == ids
-        again = tokenizer_from_json(ours.to_json())
-        assert again.encode(text) == ids and again.pattern == ours.pattern
+def test_any_expression_may_be_the_pattern(pattern, text, places):
+    ids = OWN[pattern].encode(text)
+    assert OWN[pattern].decode(ids) == text and list(OWN[pattern].encode_iterable(cut(text, places))) == ids
+
+
+@pytest.mark.parametrize("pattern", OWN, ids=str)
+def test_a_pattern_of_ones_own_comes_back_from_a_file(pattern):
+    again = tokenizer_from_json(OWN[pattern].to_json())
+    assert again.encode(PROSE) == OWN[pattern].encode(PROSE) and again.pattern == pattern
 
 
 @pytest.mark.parametrize("pattern, say", [

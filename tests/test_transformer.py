@@ -182,7 +182,10 @@ CHANGES = {
     ),
     "fewer blocks": (lambda m: m.blocks.__delitem__(0), "has 1 blocks where the configuration says n_layers=2"),
     "another head": (lambda m: setattr(m, "lm_head", nn.Linear(16, 31, bias=False)), "lm_head=Linear"),
-    "another model": (lambda m: setattr(m, "__class__", other_class(GPT)), "it is a MyGPT, not a GPT"),
+    "another forward": (
+        lambda m: setattr(m, "__class__", type("Mine", (GPT,), {"forward": lambda self, ids: None})),
+        "it is a Mine, which has a forward of its own",
+    ),
 }
 
 
@@ -222,8 +225,17 @@ def test_a_sprint_model_is_right_or_refused():
             parameter.normal_(std=0.3) if parameter.ndim == 2 else None
     ids = torch.randint(31, (2, 16))
     assert largest_difference(WorkingCopy(model, torch.float32).logits(ids), model(ids)) < 1e-4
-    with pytest.raises(InputError, match="it is a SprintGPT, not a GPT"):
-        check_plain(model, "A test")
+    for use in (lambda: check_plain(model, "A test"), lambda: Decoder(model)):
+        with pytest.raises(InputError, match="it is a SprintGPT, which has a _start of its own"):
+            use()
+
+
+def test_a_subclass_that_only_adds_is_plain():
+    model = make()
+    model.__class__ = type("Mine", (GPT,), {"count": lambda self: 3})
+    assert check_plain(model, "A test") is model and model.count() == 3
+    with pytest.raises(InputError, match="it is a Linear, not a GPT"):
+        check_plain(nn.Linear(2, 2), "A test")
 
 
 # Fast paths on a changed model

@@ -4,8 +4,7 @@
     python tools/execute.py nbs/01_attention.ipynb
 
 The stamp holds a fingerprint of the code cells and one of what they gave: a notebook whose code changed, or whose
-outputs
-were cleared or edited, after it was executed fails `tools/check.py`.
+outputs were cleared or edited, after it was executed fails `tools/check.py`.
 """
 import hashlib
 import json
@@ -22,9 +21,9 @@ from nbdev.clean import nbdev_clean
 ROOT = Path(__file__).parent.parent
 
 
-def notebooks() -> list[Path]:
-    "Every notebook of the book, in order."
-    folder = ROOT / "nbs"
+def notebooks(root: Path = ROOT) -> list[Path]:
+    "Every notebook below nbs/, whether the table of contents lists it or not, in the order of their names."
+    folder = root / "nbs"
     return [
         p
         for p in sorted(folder.rglob("*.ipynb"))

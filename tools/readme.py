@@ -1,23 +1,21 @@
-"""Derive README.md from nbs/index.ipynb: its text, its cells with what they print, its pictures as files beside the
-notebooks.
-"""
+"""Derive README.md from nbs/index.ipynb: its text, what its cells print, its pictures as files beside the notebooks."""
 import base64
 import json
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-INDEX = ROOT / "nbs" / "index.ipynb"
 
 
 def text_of(value: str | list[str]) -> str:
     return "".join(value)
 
 
-def derive() -> dict[Path, bytes]:
+def derive(root: Path = ROOT) -> dict[Path, bytes]:
     "What each derived file must hold, by path."
     files, parts = {}, []
-    for cell in json.loads(INDEX.read_text(encoding="utf-8"))["cells"]:
+    index = root / "nbs" / "index.ipynb"
+    for cell in json.loads(index.read_text(encoding="utf-8"))["cells"]:
         text = text_of(cell["source"]).strip()
         if cell["cell_type"] == "markdown":
             parts.append(re.sub(r"\]\((?![a-z]+:|#)(?:\.\./)?([^)]+)\)", link, text))
@@ -29,7 +27,7 @@ def derive() -> dict[Path, bytes]:
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
                 if "image/png" in data:
-                    path = ROOT / "nbs" / "images" / f"index_{len(files) + 1}.png"
+                    path = root / "nbs" / "images" / f"index_{len(files) + 1}.png"
                     files[path] = base64.b64decode(text_of(data["image/png"]))
                     parts.append(f"![{alt.group(1) if alt else ''}](nbs/images/{path.name})")
                 elif "text/markdown" in data:
@@ -38,7 +36,7 @@ def derive() -> dict[Path, bytes]:
                     )
                 elif output.get("text") or "text/plain" in data:
                     parts.append(f"```text\n{text_of(output.get('text') or data['text/plain']).rstrip()}\n```")
-    files[ROOT / "README.md"] = ("\n\n".join(parts) + "\n").encode("utf-8")
+    files[root / "README.md"] = ("\n\n".join(parts) + "\n").encode("utf-8")
     return files
 
 

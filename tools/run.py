@@ -1,7 +1,6 @@
-"""Everything that must be green, in one command: the notebooks as `nbdev_test` runs them, then pytest. Counts at the
-end.
+"""Everything that must be green, in one command: the notebooks as `nbdev_test` runs them, then pytest.
 
-    python tools/run.py           # all; exits 1 if anything failed
+    python tools/run.py           # all; exits 1 if anything failed, or left a file that git does not know
 """
 import os
 import re
@@ -53,23 +52,9 @@ def run_pytest(environment: dict[str, str]) -> tuple[int, int, int]:
     section("tests (pytest)")
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        code = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "tests",
-                "-q",
-                "-n",
-                "2",
-                "--dist",
-                "loadfile",
-                "--durations=8",
-                f"--junitxml={report}",
-            ],
-            cwd=ROOT,
-            env=environment,
-        ).returncode
+        options = ["-q", "-n", "2", "--dist", "loadfile", "--durations=25", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "tests", *options]
+        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if not report.exists():
             return 0, 1, 0
         suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -78,14 +63,33 @@ def run_pytest(environment: dict[str, str]) -> tuple[int, int, int]:
         return total - failed - skipped, failed or int(code != 0), skipped
 
 
+def files_in_git(root: Path = ROOT) -> set[str]:
+    "What git does not know or finds changed, a line each; nothing where there is no git."
+    command = ["git", "status", "--porcelain", "--untracked-files=all"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    except OSError:
+        return set()
+    return set(done.stdout.splitlines()) if done.returncode == 0 else set()
+
+
+def left_behind(before: set[str], root: Path = ROOT) -> list[str]:
+    "The files that were made, changed or removed since `before`: the tests leave the project as it was."
+    return sorted(files_in_git(root) - before)
+
+
 def main() -> int:
     start = time.perf_counter()
+    before = files_in_git()
     environment = dict(
         os.environ, OMP_NUM_THREADS="1", PYTHONUTF8="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1"
     )
     notebooks, notebooks_failed = run_notebooks(environment)
     tests, tests_failed, skipped = run_pytest(environment)
-    passed, failed = notebooks + tests, notebooks_failed + tests_failed
+    left = left_behind(before)
+    for line in left:
+        print(f"left behind by the notebooks or the tests: {line}")
+    passed, failed = notebooks + tests, notebooks_failed + tests_failed + bool(left)
     section(f"{notebooks} notebooks and {tests} tests in {time.perf_counter() - start:.0f} s")
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""), flush=True)
     return 1 if failed else 0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from .foundations import InputError, check_range
-from .generation import Sampling, TextWindow, decode_pieces, resolve_sampling, write_tokens
+from .foundations import InputError, check_range, show_value
+from .generation import Sampling, TextWindow, decode_pieces, resolve_sampling, text_stops, write_tokens
 from .templates import Text, encode_rendered, parse_template, render_template
 from .transformer import GPT
 
@@ -71,9 +71,7 @@ class Turn:
     read: int = 0  # Tokens of the prompt that were read
     written: int = 0  # Tokens of the answer, the one that ends it included
     forgotten: int = 0  # Messages that had to be forgotten to make room
-    ended: str = (
-        "interrupted"  # "stop" (by itself), "length" (max_new_tokens), "context" (no room is left) or "interrupted"
-    )
+    ended: str = "interrupted"  # or "stop" (by itself), "length" (max_new_tokens), "context" (no room is left)
 
 
 class Conversation:
@@ -91,18 +89,22 @@ class Conversation:
         tokenizer,  # The model's own
         *,
         template: str,  # The model's chat template
-        system: str
-        | None = None,  # What the assistant is told before anything is said; None: what the template says by itself
-        stop_tokens: Iterable[int] = (),  # The tokens that end an answer
+        system: str | None = None,  # What the assistant is told first; None: what the template says by itself
+        stop_tokens: Iterable[int] | None = None,  # The tokens that end an answer; None: all special ones
         bos_token: str = "",
         eos_token: str = "",
         seed: int = 0,
     ):
+        self.stop_tokens = text_stops(model, tokenizer, stop_tokens)
+        if not hasattr(model, "new_cache"):
+            raise InputError(f"A conversation needs a GPT or a Decoder, which keep a cache, not {show_value(model)}.")
+        if not isinstance(system, str | None):
+            raise InputError(f"system must be a text or None, not {show_value(system)}.")
+        parse_template(template)
         self.model, self.tokenizer, self.template, self.system = model, tokenizer, template, system
-        self.stop_tokens, self.seed = tuple(stop_tokens), int(check_range("seed", seed, 0, 2**63 - 1, integer=True))
+        self.seed = int(check_range("seed", seed, 0, 2**63 - 1, integer=True))
         self.names = {"bos_token": bos_token, "eos_token": eos_token}
         self.memory, self.answering = TokenMemory(model), None
-        parse_template(template)
         self.reset()
 
     @classmethod
@@ -116,17 +118,21 @@ class Conversation:
         **options,  # As for the class: system, seed
     ) -> "Conversation":
         "A conversation with a model that others trained; `InputError` for one that was not trained to answer."
-        from transformer_llm.pretrained import chat_settings, load_pretrained_tokenizer
+        from transformer_llm.pretrained import chat_settings, end_tokens, load_pretrained_tokenizer
 
         settings = chat_settings(name)
+        own_template = template is not None
         template = settings.template if template is None else template
         if template is None:
             raise InputError(
                 f"{name} has no chat template: it continues texts and was not trained to "
                 f"answer; use transformer-llm generate --checkpoint {name}."
             )
-        ends = dict(stop_tokens=settings.stop_tokens, bos_token=settings.bos_token, eos_token=settings.eos_token)
         tokenizer = load_pretrained_tokenizer(name)
+        stop_tokens = settings.stop_tokens
+        if own_template:  # which may end its turns with another token than the file's
+            stop_tokens = end_tokens(stop_tokens, template, tokenizer.special_tokens)
+        ends = dict(stop_tokens=stop_tokens, bos_token=settings.bos_token, eos_token=settings.eos_token)
         model = GPT.from_pretrained(name, device=device)
         return cls(model if prepare is None else prepare(model), tokenizer, template=template, **ends, **options)
 
@@ -198,6 +204,8 @@ class Conversation:
                 if isinstance(text, str)
                 else f"A message must be text, not a {type(text).__name__}."
             )
+        if not isinstance(self.messages, list):
+            raise InputError(f"messages must be a list of dictionaries, not {show_value(self.messages)}.")
         self.stop()
         said = [*self.messages, {"role": "user", "content": text}]
         messages, ids = self.fit(said, max_new_tokens)

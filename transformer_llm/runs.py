@@ -4,24 +4,34 @@
 
 # %% auto #0
 __all__ = ['TRAINING_FIELDS', 'RUN_FILES', 'TOKEN_FILES', 'SMALL_MODELS', 'FREE_ON_RESUME', 'RunConfig', 'find_text',
-           'default_vocab_size', 'training_chunks', 'make_tokenizer', 'holds_tokens', 'prepare', 'count_steps',
-           'training_config', 'model_config', 'holds_run', 'check_free', 'began_run', 'run_note', 'token_directory',
-           'tokens_of', 'remove_run', 'written_files', 'remove_files', 'check_memory', 'trainer_kind', 'start_run',
-           'prepare_run', 'continue_run', 'tokens_to_continue', 'check_same_run', 'sizes_of', 'same_tokenizer',
-           'surprises', 'is_pretrained', 'load_any']
+           'default_vocab_size', 'training_chunks', 'make_tokenizer', 'prepare', 'count_steps', 'training_config',
+           'model_config', 'holds_run', 'check_free', 'began_run', 'run_note', 'given_tokens', 'own_tokens',
+           'token_directory', 'remove_run', 'remove_files', 'hold', 'check_memory', 'trainer_kind', 'start_run',
+           'make_trainer', 'prepare_run', 'continue_run', 'tokens_of', 'check_same_run', 'sizes_of', 'same_tokenizer',
+           'is_pretrained', 'load_any']
 
 # %% ../nbs/84_runs.ipynb #4c4dd8ab
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as replace_fields
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
-from .checkpoints import checkpoint_folders, find_checkpoint, load_model, verify_checkpoint
+from transformer_llm.checkpoints import (
+    Checkpoint,
+    checkpoint_folders,
+    discard_checkpoint,
+    is_checkpoint,
+    load_checkpoint,
+    load_model,
+    lock_run,
+)
 from transformer_llm.dataset import (
     TokenData,
+    holds_tokens,
     load_shakespeare,
     prepare_tokens,
     read_chunks,
@@ -41,7 +51,7 @@ from transformer_llm.foundations import (
     write_json,
 )
 from .tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
-from .training import Trainer, TrainingConfig, schedule_factor
+from .training import Trainer, TrainingConfig, open_data, training_note
 from .transformer import GPT, PRESETS, GPTConfig, training_memory_bytes
 
 # %% ../nbs/84_runs.ipynb #ed3c3a07
@@ -92,7 +102,7 @@ class RunConfig:
         return own | dict(self.training)
 
     @classmethod
-    def from_dict(cls, values: Mapping) -> "RunConfig":
+    def from_dict(cls, values: object) -> "RunConfig":
         "The configuration with these fields, own ones and `TrainingConfig`'s; an unknown name raises `InputError`."
         own = [f.name for f in fields(cls) if f.name != "training"]
         if not isinstance(values, Mapping) or (unknown := sorted(set(map(str, values)) - {*own, *TRAINING_FIELDS})):
@@ -145,21 +155,17 @@ def make_tokenizer(
     "Train or load a tokenizer; raises `InputError` where the vocabulary's size is not yours to choose."
     if kind != "bpe" and vocab_size is not None:
         raise InputError(f"--vocab_size {vocab_size} goes with --tokenizer bpe only; {kind} has a size of its own.")
+    files = text_files(text) if kind in ("char", "bpe") else []
     if kind == "char":
-        return CharTokenizer.train(chain.from_iterable(training_chunks(path, 0) for path in text_files(text)))
+        between = ["\n"] if len(files) > 1 else []  # what stands between two files of a folder
+        return CharTokenizer.train(chain(*(training_chunks(path, 0) for path in files), between))
     if kind == "bpe":
-        texts = (training_chunks(path, val_fraction) for path in text_files(text))
-        size = vocab_size or default_vocab_size(sum(path.stat().st_size for path in text_files(text)))
+        texts = (training_chunks(path, val_fraction) for path in files)
+        size = vocab_size or default_vocab_size(sum(path.stat().st_size for path in files))
         return BPETokenizer.train(texts, size, progress=progress)
     return load_tokenizer(kind)
 
 # %% ../nbs/84_runs.ipynb #c34789b6
-def holds_tokens(directory: str | Path) -> bool:
-    "Whether a folder holds tokens that `prepare` or `prepare_tokens` wrote, complete or damaged."
-    directory = Path(directory)
-    return (directory / "meta.json").is_file() and (directory / "train.bin").is_file()
-
-
 def prepare(
     text: str | Path | None,  # A UTF-8 text file, a folder of them, or prepared tokens; None: Shakespeare
     directory: str | Path,  # Where the tokens and the tokenizer go; not used for prepared tokens
@@ -169,6 +175,7 @@ def prepare(
     val_fraction: float | None = None,  # Share of each text that is kept for validation; None: 0.1
     workers: int = 1,  # Processes that tokenize
     progress: bool = False,  # Show bars
+    overwrite: bool = False,  # Replace other tokens that are there
 ) -> tuple[TokenData, Tokenizer]:
     "Turn text into tokens on disk; returns them and their tokenizer, which is saved beside them."
     source = find_text(text, progress=progress)
@@ -180,7 +187,8 @@ def prepare(
     share = 0.1 if val_fraction is None else val_fraction
     if isinstance(tokenizer, str | os.PathLike | None):
         tokenizer = make_tokenizer(tokenizer or "bpe", source, vocab_size, share, progress=progress)
-    data = prepare_tokens(source, tokenizer, directory, val_fraction=share, workers=workers, progress=progress)
+    data = prepare_tokens(source, tokenizer, directory, val_fraction=share, workers=workers, progress=progress,
+                          overwrite=overwrite)
     tokenizer.save(directory)
     return data, tokenizer
 
@@ -262,30 +270,34 @@ def run_note(path: Path) -> RunConfig:
         raise InputError(f"{path} is not what a run notes ({why}); delete it to go on without it.") from None
 
 # %% ../nbs/84_runs.ipynb #7e879573
+def given_tokens(run_directory: str | Path) -> Path | None:
+    "The prepared tokens that a run was given, as its `command.json` says; None: it made its own."
+    try:
+        text = run_note(Path(run_directory) / "command.json").text_file
+    except InputError:
+        return None
+    return Path(text) if text is not None and holds_tokens(text) else None
+
+
+def own_tokens(run_directory: str | Path) -> list[Path]:
+    "The folders in which the run in this folder made its tokens; not those that it was given."
+    out, names = Path(run_directory), set()
+    for checkpoint in checkpoint_folders(out):
+        with suppress(InputError, KeyError, TypeError):  # a damaged run may be replaced too
+            note = read_json(checkpoint / "training.json")["data"]
+            names.add(str(note.get("relative") or Path(note["directory"] or "").name))
+    given = given_tokens(out)
+    found = [out / name for name in sorted(names) if re.fullmatch(r"tokens(-\d+)?", name)]
+    return [folder for folder in found if given is None or folder.resolve() != given.resolve()]
+
+
 def token_directory(run_directory: str | Path) -> Path:
-    "Where a new run puts its tokens: beside those of a run that is there, which stay until all is accepted."
-    out = Path(run_directory)
-    if not holds_run(out):
-        return out / "tokens"
-    try:
-        used = tokens_of(out, find_checkpoint(out)).name
-    except InputError:  # a damaged run may be replaced too
-        used = "tokens"
-    return out / ("tokens-2" if used == "tokens" else "tokens")
-
-
-def tokens_of(
-    run_directory: str | Path,
-    checkpoint: Path,  # One of the run's checkpoints
-) -> Path:
-    "Where a run has its tokens, as a checkpoint says; a run's own folder may have moved."
-    try:
-        noted = Path(read_json(checkpoint / "training.json")["data"]["directory"] or "")
-    except (KeyError, TypeError):
-        raise InputError(f"{checkpoint / 'training.json'} says nothing of a training run; "
-                         "this checkpoint can't be resumed.") from None
-    moved = Path(run_directory) / noted.name
-    return moved if holds_tokens(moved) else noted
+    "Where a new run puts its tokens: a folder without any, or with those of an earlier start that came to nothing."
+    out, given = Path(run_directory), given_tokens(run_directory)
+    used = [folder.resolve() for folder in (*own_tokens(out), *([given] if given else []))]
+    left = holds_run(out) or (out / "command.json").exists()
+    folders = (out / ("tokens" if number == 1 else f"tokens-{number}") for number in count(1))
+    return next(f for f in folders if not holds_tokens(f) or left and f.resolve() not in used)
 
 
 def remove_run(
@@ -294,35 +306,41 @@ def remove_run(
 ) -> None:
     "Remove what the run in this folder wrote, and nothing else; a folder without a run stays as it is."
     out = Path(run_directory)
-    if not holds_run(out):
-        return
-    for folder in checkpoint_folders(out):
-        remove_files(folder, written_files(folder))
-    for folder in (out / "tokens", out / "tokens-2"):
-        if holds_tokens(folder) and (keep is None or folder.resolve() != keep.resolve()):
-            remove_files(folder, TOKEN_FILES)
-    remove_files(out, RUN_FILES, folder_too=False)
-
-
-def written_files(checkpoint: Path) -> list[str]:
-    "The names of a checkpoint's files: those that it lists, or, where its list is damaged, those that all have."
     try:
-        names = list(read_json(checkpoint / "checkpoint.json")["files"])
-    except (InputError, KeyError, TypeError):
-        names = ["config.json", "training.json", "training_state.json", "model.safetensors",
-                 "training_state.safetensors", "tokenizer.json"]
-    return ["checkpoint.json", *(name for name in names if isinstance(name, str) and Path(name).name == name)]
-
-
-def remove_files(folder: Path, names: list[str] | tuple[str, ...], folder_too: bool = True) -> None:
-    "Remove these files of a folder, and the folder if nothing else is in it."
-    try:
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
-        if folder_too and not any(folder.iterdir()):
-            folder.rmdir()
+        if not holds_run(out):
+            return
+        for folder in own_tokens(out):
+            if holds_tokens(folder) and (keep is None or folder.resolve() != keep.resolve()):
+                remove_files(folder, TOKEN_FILES)
+        for folder in checkpoint_folders(out):
+            discard_checkpoint(folder)
+        remove_files(out, RUN_FILES, folder_too=False)
+        remove_files(out / "tensorboard", [path.name for path in out.glob("tensorboard/events.out.tfevents.*")])
     except OSError as error:
-        raise InputError(os_error_sentence("remove", folder, error)) from error
+        raise InputError(os_error_sentence("remove", out, error)) from error
+
+
+def remove_files(folder: Path, names: tuple[str, ...] | list[str], folder_too: bool = True) -> None:
+    "Remove these files of a folder, and the folder if nothing else is in it."
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    if folder_too and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+# %% ../nbs/84_runs.ipynb #b06313f3
+@contextmanager
+def hold(run_directory: str | Path) -> Iterator[None]:
+    "Inside, no other process may use this folder; one that was made for that and stays empty is removed again."
+    out = user_path(run_directory)
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    lock = lock_run(out)
+    try:
+        yield
+    finally:
+        lock.release()
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 # %% ../nbs/84_runs.ipynb #c6ec6aaa
 SMALL_MODELS = ("demo", "nano")  # whose vocabulary is characters, where none is asked for
@@ -358,28 +376,47 @@ def start_run(
     trainer_class: type[Trainer] | None = None,  # None: `Trainer`, or `FastTrainer` for `config.fast`
     overwrite: bool = False,  # Remove the run that is there, once all is accepted
     progress: bool = False,  # Show bars
-    on_step: Callable | None = None,  # Called as on_step(trainer, record) after each record
+    on_step: Callable | None = None,  # Called as on_step(trainer, record) after each step
+    on_record: Callable | None = None,  # Called as on_record(trainer, record) after each record of the history
 ) -> Trainer:
     "A `Trainer` at step 0 of a new run; `train()` trains it. Nothing that was there is lost if anything is refused."
     out, config = user_path(run_directory), config or RunConfig()
     check_free(out, overwrite)
     pick_device(config.training.get("device", "auto"))
-    if data is None:
-        data, tokenizer = prepare_run(out, config, tokenizer=tokenizer, progress=progress)
-    elif isinstance(data, tuple):
+    with hold(out):
+        check_free(out, overwrite)  # once more: nobody else can begin here from now on
+        if data is None:
+            data, tokenizer = prepare_run(out, config, tokenizer=tokenizer, progress=progress)
+        if not holds_run(out):
+            write_json(out / "command.json", config.to_dict())  # the tokens that are there are this start's
+        trainer = make_trainer(out, config, model, data, tokenizer, trainer_class, progress)
+        trainer.on_step, trainer.on_record = on_step, on_record
+        if overwrite:
+            remove_run(out, keep=getattr(trainer.data, "directory", None))
+        write_json(out / "command.json", config.to_dict())
+        trainer.save()
+    return trainer
+
+# %% ../nbs/84_runs.ipynb #fd5bdb96
+def make_trainer(
+    run_directory: Path,
+    config: RunConfig,
+    model: GPT | None,
+    data: TokenData | tuple,
+    tokenizer: Tokenizer | None,
+    trainer_class: type[Trainer] | None,
+    progress: bool,
+) -> Trainer:
+    "The `Trainer` of a new run; writes nothing."
+    if isinstance(data, tuple):
         data = TokenData.from_tokens(*data)
     shape = model.config if model is not None else model_config(config, tokenizer.vocab_size)
     settings = training_config(config, len(data.train), min(shape.context_length, config.context_length or 10**9))
     check_memory(shape, settings)
     set_seed(settings.seed)
     model = GPT(shape) if model is None else model
-    trainer = (trainer_class or trainer_kind(config.fast))(
-        model, data, settings, run_directory=out, tokenizer=tokenizer, progress=progress, on_step=on_step
-    )
-    if overwrite:
-        remove_run(out, keep=data.directory)
-    write_json(out / "command.json", config.to_dict())
-    return trainer
+    kind = trainer_class or trainer_kind(config.fast)
+    return kind(model, data, settings, run_directory=run_directory, tokenizer=tokenizer, progress=progress)
 
 
 def prepare_run(
@@ -395,7 +432,7 @@ def prepare_run(
     if kind is None and config.vocab_size is None and config.model_size in SMALL_MODELS and not ready:
         kind = "char"
     return prepare(config.text_file, token_directory(run_directory), tokenizer=kind, vocab_size=config.vocab_size,
-                   val_fraction=config.val_fraction, progress=progress)
+                   val_fraction=config.val_fraction, progress=progress, overwrite=True)
 
 # %% ../nbs/84_runs.ipynb #39bbd3bf
 FREE_ON_RESUME = frozenset({"device", "compile", "fast", "tensorboard", "epochs", "max_steps"})
@@ -408,47 +445,49 @@ def continue_run(
     data: TokenData | tuple | None = None,  # Its tokens, where they are not on disk; None: reopened from where they are
     trainer_class: type[Trainer] | None = None,  # None: as the run was started, or as `changes.fast` says
     progress: bool = False,  # Show bars
-    on_step: Callable | None = None,  # Called as on_step(trainer, record) after each record
-    tell: Callable[[str], None] | None = None,  # Called with a sentence about what is not as you may expect
+    on_step: Callable | None = None,  # Called as on_step(trainer, record) after each step
+    on_record: Callable | None = None,  # Called as on_record(trainer, record) after each record of the history
 ) -> Trainer:
     "A `Trainer` that goes on from a run's newest checkpoint; `InputError` for settings that would make it another run."
     out, changes = user_path(run_directory), changes or RunConfig()
-    checkpoint = find_checkpoint(out)
-    verify_checkpoint(checkpoint)
-    home = out.resolve().parent if checkpoint == out else out
+    checkpoint = load_checkpoint(out, training_state=False)
+    home = checkpoint.path.resolve().parent if is_checkpoint(out) else out
     note = run_note(home / "command.json") if (home / "command.json").exists() else None
     if data is None:
-        data = tokens_to_continue(home, checkpoint, changes)
+        named = changes.text_file is not None and holds_tokens(changes.text_file)
+        data = TokenData.open(changes.text_file) if named else tokens_of(checkpoint)
     before = check_same_run(home, checkpoint, changes, note, data)
     fast = changes.fast if changes.fast is not None or note is None else note.fast
     further = {name: changes.training[name] for name in FREE_ON_RESUME & set(changes.training)}
     if changes.epochs is not None:
         per_step = before.batch_size * before.accumulation * before.context_length
         further["max_steps"] = count_steps(changes.epochs, len(data.train), per_step)
-    trainer = (trainer_class or trainer_kind(fast)).resume(out, data, progress=progress, on_step=on_step, **further)
-    for sentence in surprises(before, trainer) if tell else ():
-        tell(sentence)
-    return trainer
+    kind = trainer_class or trainer_kind(fast)
+    with hold(home):
+        return kind.resume(checkpoint.path, data, run_directory=home, progress=progress, on_step=on_step,
+                           on_record=on_record, **further)
+
+# %% ../nbs/84_runs.ipynb #9aa41789
+def tokens_of(checkpoint: Checkpoint) -> TokenData:
+    "The tokens of a run, where they were or where they moved with it."
+    try:
+        return open_data(checkpoint)
+    except InputError as error:
+        if checkpoint.training["data"].get("directory") is None:
+            raise
+        raise InputError(f"{str(error).rstrip('.')}: --text_file with the folder that holds them.") from error
 
 
-def tokens_to_continue(home: Path, checkpoint: Path, changes: RunConfig) -> TokenData:
-    "A run's tokens: those that were named, else those of the run's own folder, else where they were."
-    named = changes.text_file is not None and holds_tokens(changes.text_file)
-    directory = Path(changes.text_file) if named else tokens_of(home, checkpoint)
-    if not holds_tokens(directory):
-        raise InputError(f"The tokens of the run in {home} were in {directory} and are not there; "
-                         "put them back, or give --text_file with the folder that holds them.")
-    return TokenData.open(directory)
-
-
-def check_same_run(home: Path, checkpoint: Path, asked: RunConfig, note: RunConfig | None, data) -> TrainingConfig:
+def check_same_run(
+    home: Path,  # The run's folder
+    checkpoint: Checkpoint,
+    asked: RunConfig,
+    note: RunConfig | None,  # What `command.json` says; None: it is lost
+    data,
+) -> TrainingConfig:
     "The settings that a run has; `InputError` names the first one that was asked for and is another."
-    settings, model = read_json(checkpoint / "training.json"), read_json(checkpoint / "config.json")
-    if not isinstance(settings, dict) or not isinstance(settings.get("training"), dict):
-        raise InputError(f"{checkpoint / 'training.json'} says nothing of a training run; it can't be continued.")
-    shape, settings = GPTConfig.from_dict(model), TrainingConfig.from_dict(settings["training"])
-    noted = {} if note is None else note.to_dict()
-    meta = getattr(data, "meta", {})
+    settings, shape = TrainingConfig.from_dict(training_note(checkpoint)["training"]), checkpoint.config
+    noted, meta = {} if note is None else note.to_dict(), getattr(data, "meta", {})
     has = {**noted, "val_fraction": meta.get("val_fraction"), **shape.to_dict(), **settings.to_dict()}
     for name, value in asked.to_dict().items():
         if name in FREE_ON_RESUME or name == "text_file" and holds_tokens(value):
@@ -456,7 +495,7 @@ def check_same_run(home: Path, checkpoint: Path, asked: RunConfig, note: RunConf
         if name == "model_size":
             same = model_config(asked.replace(**sizes_of(shape)), shape.vocab_size) == shape
         elif name == "tokenizer":
-            same = same_tokenizer(value, checkpoint)
+            same = same_tokenizer(value, checkpoint.path)
         elif name == "text_file":
             if note is None:
                 raise InputError(f"{home / 'command.json'} is missing, so nothing says whether the run in {home} was "
@@ -485,18 +524,6 @@ def same_tokenizer(kind: str | Path, checkpoint: Path) -> bool:
         return isinstance(found, CharTokenizer) == (kind == "char")
     return load_tokenizer(kind).to_json() == found.to_json()
 
-
-def surprises(before: TrainingConfig, trainer: Trainer) -> Iterator[str]:
-    "What a person may not expect of a run that goes on."
-    steps, now = trainer.step, trainer.config
-    if steps >= now.max_steps:
-        yield f"Nothing is left to train: the run has made {steps:,} steps, and max_steps is {now.max_steps:,}."
-        return
-    old, new = schedule_factor(max(0, steps - 1), before), schedule_factor(steps, now)
-    if now.max_steps != before.max_steps and new > 1.01 * old:
-        yield (f"With {now.max_steps:,} steps in place of {before.max_steps:,} the learning rate rises again, "
-               f"from {old * now.learning_rate:.3g} to {new * now.learning_rate:.3g}.")
-
 # %% ../nbs/84_runs.ipynb #6b048e14
 def is_pretrained(
     path: str | Path,  # A path, or a name as `load_pretrained` takes it
@@ -516,14 +543,11 @@ def load_any(
     path: str | Path,  # A run, a checkpoint, a model's folder, a .gguf file, "smollm2", or a name on the hub
     *,
     device: str = "cpu",  # "auto", "cpu", "cuda" or "mps"
-    tell: Callable[[str], None] | None = None,  # Called with a sentence before what takes some seconds
 ) -> tuple[GPT, Tokenizer | None]:
     "The model, in evaluation mode, and its tokenizer, which is None where a checkpoint has none."
     path = user_path(path)
     if not is_pretrained(path):
         return load_model(path, device=device)
-    if tell:
-        tell(f"Loading {path} ...")
     from transformer_llm.pretrained import load_pretrained, load_pretrained_tokenizer
 
     return load_pretrained(path, device=device), load_pretrained_tokenizer(path)

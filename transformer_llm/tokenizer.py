@@ -43,7 +43,7 @@ from transformer_llm.foundations import (
     atomic_write,
     check_choice,
     check_range,
-    os_error_sentence,
+    open_regular,
     read_json,
 )
 
@@ -1459,12 +1459,10 @@ def load_tiktoken(
         raise InputError(f"Can't use {path}: {str(error).rstrip('.')}.") from None
 
 
-def read_lines(path: str | Path, limit: int = 2**28) -> list[bytes]:
-    "The lines of a regular file of at most `limit` bytes."
-    path = Path(path)
-    try:
-        if not path.is_file() or path.stat().st_size > limit:
-            raise InputError(f"{path} is no regular file of at most {limit:,} bytes; check the path.")
-        return path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(os_error_sentence("read", path, error)) from error
+def read_lines(path: str | Path, max_bytes: int = 2**28) -> list[bytes]:
+    "The lines of a file of at most `max_bytes`."
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise InputError(f"{path} is larger than the {max_bytes:,} bytes that such a file may have.")
+    return content.splitlines()

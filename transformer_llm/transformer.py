@@ -128,7 +128,7 @@ class GPTConfig:
     - `qk_norm`: an RMSNorm on each head's queries and keys.
     - `qk_norm_whole`: that norm takes all heads' numbers as one vector.
     - `window`: attention sees only this many most recent tokens, 1 or more; None: all.
-    - `dropout`: share of the numbers dropped while training, 0 to 1: of the embeddings, of the attention weights, and of
+    - `dropout`: share of the numbers dropped while training, 0 to 1: of the embeddings, of the attention weights and of
       what each sublayer adds.
     - `init_std`: standard deviation of the initial weights, 0 or more.
     - `zero_init_residual`: what each sublayer adds starts at zero.
@@ -485,9 +485,9 @@ class GPT(nn.Module):
     ) -> Float[Tensor, "batch predicted vocab"] | tuple[Float[Tensor, "batch predicted vocab"], Float[Tensor, ""]]:
         """Logits for the token after each one, and with `targets` also the mean cross-entropy in nats.
 
-        No token attends to padding; the logits of padding itself are finite and mean nothing. The loss is NaN when every
-        target is ignored. Raises `InputError` when cached and new tokens together exceed `context_length`, and for ids,
-        an attention_mask or a cache of the wrong shape.
+        No token attends to padding; the logits of padding itself are finite and mean nothing. The loss is NaN when
+        every target is ignored. Raises `InputError` when cached and new tokens together exceed `context_length`, and
+        for ids, an attention_mask or a cache of the wrong shape.
         """
         hidden = self.hidden_states(ids, attention_mask=attention_mask, positions=positions, cache=cache)
         logits = self.unembed(hidden[:, -1:] if last_only else hidden)
@@ -589,6 +589,19 @@ def _first_oddity(model: nn.Module, gradients: bool) -> str:
     return ""
 
 
+def _odd_kind(kind: type, calls_start: bool) -> str:
+    "What a class computes in its own way; nothing for a `GPT` and a subclass that adds to it."
+    if not issubclass(kind, GPT):
+        return f"it is a {kind.__name__}, not a GPT"
+    computing = ["forward", "hidden_states", "unembed"]
+    if vars(kind).get("only_start_differs"):
+        computing = []
+    for name in computing if calls_start else ["_start", "_positions", *computing]:
+        if getattr(kind, name) is not getattr(GPT, name):
+            return f"it is a {kind.__name__}, which has a {name} of its own"
+    return ""
+
+
 def check_plain(
     model: nn.Module,
     what: str,  # Who asks: the sentence begins with it
@@ -602,12 +615,7 @@ def check_plain(
     configuration doesn't make raises `InputError`, which names the first such module.
     """
     model = unwrap(model)
-    kind = type(model)
-    if kind is GPT or (calls_start and vars(kind).get("only_start_differs")):
-        odd = _first_oddity(model, gradients)
-    else:
-        odd = f"it is a {kind.__name__}, not a GPT"
-    if odd:
+    if odd := _odd_kind(type(model), calls_start) or _first_oddity(model, gradients):
         raise InputError(
             f"{what} can't compute this model: {odd}; use the model itself (Trainer, generate), or put back what "
             "its configuration makes."

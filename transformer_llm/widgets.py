@@ -35,12 +35,13 @@ def as_html(
     figure.savefig(file, format="png")
     plt.close(figure)
     data = base64.b64encode(file.getvalue()).decode("ascii")
-    return f'<img style="max-width: 100%" alt="{html.escape(picture_text(figure), quote=True)}" src="data:image/png;base64,{data}">'
+    alt = html.escape(picture_text(figure), quote=True)
+    return f'<img style="max-width: 100%" alt="{alt}" src="data:image/png;base64,{data}">'
 
 # %% ../nbs/94_widgets.ipynb #f643e120
 def explore(
     draw: Callable,  # Draws a figure, or returns a text, from named settings
-    **controls,  # A control for each setting: `(low, high[, step])`, a list, a truth value, a text or an ipywidgets control
+    **controls,  # One for each setting: `(low, high[, step])`, a list, a truth value, a text or an ipywidgets control
 ) -> object:
     """Show what `draw` gives under controls for its settings, and draw it again when one is moved.
 

@@ -27,17 +27,11 @@ def check_digit(answer: object) -> str:
         (start + position) % 10,
         {
             "This is the digit before it: positions are counted from 0, so that "
-            "position 24 is 24 steps after the start, not 23.": (
-                start + position - 1
-            )
-            % 10,
-            "This is the digit after it: the start stands at position 0, and 24 steps after it is not 25 steps.": (
-                start + position + 1
-            )
-            % 10,
+            "position 24 is 24 steps after the start, not 23.": (start + position - 1) % 10,
+            "This is the digit after it: the start stands at position 0, "
+            "and 24 steps after it is not 25 steps.": (start + position + 1) % 10,
             "You have added right, but tokens are digits: after 9 the count "
-            "begins again at 0, so take all tens away (mod 10).": start
-            + position,
+            "begins again at 0, so take all tens away (mod 10).": start + position,
             "This is the sentence that starts with 0: the start counts too.": position % 10,
         },
     )
@@ -75,29 +69,20 @@ def check_sequences(answer: object) -> str:
             "batch seq",
             "the table of sentences",
             {
-                "Some tokens are no digits: after 9 the count has to begin again at 0. The modulo is missing.": column
-                + step * positions,
-                "Going down from 0, your sentences hold negative numbers: this modulo keeps the "
-                "sign (as `torch.fmod` does). Use `%`, which gives 9 for -1.": torch.fmod(
-                    column + step * positions, 10
-                ),
-                f"Your sentences count in steps of one whatever `step` is; here it was {step}.": (column + positions)
-                % 10,
-                f"Your sentences step the wrong way: with step {step} they go as with step {-step}.": (
-                    column - step * positions
-                )
-                % 10,
+                "Some tokens are no digits: after 9 the count has to begin again at 0. "
+                "The modulo is missing.": column + step * positions,
+                "Going down from 0, your sentences hold negative numbers: this modulo keeps the sign (as `torch.fmod` "
+                "does). Use `%`, which gives 9 for -1.": torch.fmod(column + step * positions, 10),
+                "Your sentences count in steps of one whatever `step` is; "
+                f"here it was {step}.": (column + positions) % 10,
+                f"Your sentences step the wrong way: with step {step} "
+                f"they go as with step {-step}.": (column - step * positions) % 10,
                 "The modulo takes in the position only: `%` binds more "
-                "tightly than `+`. Put the sum in brackets.": column
-                + step * positions % 10,
-                "The start is multiplied by the step too. Only the position is: x = start + position · step.": (
-                    step * (column + positions)
-                )
-                % 10,
-                "The first token should be the start itself: positions begin at 0, not at 1.": (
-                    column + step * (positions + 1)
-                )
-                % 10,
+                "tightly than `+`. Put the sum in brackets.": column + step * positions % 10,
+                "The start is multiplied by the step too. Only the position is: "
+                "x = start + position · step.": (step * (column + positions)) % 10,
+                "The first token should be the start itself: positions begin at 0, "
+                "not at 1.": (column + step * (positions + 1)) % 10,
                 "Every row is the sentence of the first start: each row should begin with its own.": (
                     (starts[0] + step * positions) % 10
                 ).expand(batch, length),
@@ -227,12 +212,18 @@ def check_mask(answer: object) -> str:
         answer,
         "b",
         {
-            "a": "Nobody can predict them from the past. But without the mask the digit to be predicted stands in the input, one position on, and nothing keeps the model from looking at it.",
-            "c": "Fresh digits are drawn at every step, so there is nothing to learn by heart: with the mask, ln 10 is the least that any model can reach.",
-            "d": "With the mask, the past of random digits says nothing about the next one, so this loss can't fall. And one of the many digits in sight without the mask is the answer.",
+            "a": "Nobody can predict them from the past. But without the mask the digit to be predicted stands in the "
+            "input, one position on, and nothing keeps the model from looking at it.",
+            "c": "Fresh digits are drawn at every step, so there is nothing to learn by heart: with the mask, ln 10 is "
+            "the least that any model can reach.",
+            "d": "With the mask, the past of random digits says nothing about the next one, so this loss can't fall. "
+            "And one of the many digits in sight without the mask is the answer.",
         },
     )
-    return f"The mask hides the answer: with it, no model beats ln 10 = {math.log(10):.3f} on random digits; without it, the answer can be copied."
+    return (
+        f"The mask hides the answer: with it, no model beats ln 10 = {math.log(10):.3f} on random digits; without it, "
+        "the answer can be copied."
+    )
 
 # %% ../../nbs/exercises/00_counting.ipynb #dcdba5e1
 @exercise("0.6", "Counting down")
@@ -266,7 +257,10 @@ def check_counting_down(answer: object) -> str:
     answer.train(training)
     right = written[:, 1:] == (written[:, :-1] - 1) % 10
     if right.all():
-        return f"Given any of the ten digits, it counts on to {TRAINING_LENGTH} digits, every one of them one less than the one before, and 9 after 0."
+        return (
+            f"Given any of the ten digits, it counts on to {TRAINING_LENGTH} digits, every one of them one less than "
+            "the one before, and 9 after 0."
+        )
     if p.amax(1).mean() < 0.2:
         raise Wrong(
             f"This model knows nothing yet: it gives its favourite digit a probability of {p.amax(1).mean():.2f} on "
@@ -276,12 +270,13 @@ def check_counting_down(answer: object) -> str:
     steps = (says - starts) % 10
     common = steps.mode().values.item()
     if common != 9 and (steps == common).sum() > 5:
-        raise Wrong(
-            {
-                0: "This model says the digit that it has just read. Its targets were its inputs; they have to be shifted by one position: read `batch[:, :-1]`, say `batch[:, 1:]`.",
-                1: "This model counts up: after 3 it says 4. Its training sequences count up; they have to count down.",
-            }.get(common, f"This model counts in other steps: after 5 it says {(5 + common) % 10}, and 4 is right.")
-        )
+        usual = {
+            0: "This model says the digit that it has just read. Its targets were its inputs; they have to be shifted "
+            "by one position: read `batch[:, :-1]`, say `batch[:, 1:]`.",
+            1: "This model counts up: after 3 it says 4. Its training sequences count up; they have to count down.",
+        }
+        other = f"This model counts in other steps: after 5 it says {(5 + common) % 10}, and 4 is right."
+        raise Wrong(usual.get(common, other))
     missed = starts[steps != 9].tolist()
     if not missed:
         place = int((~right).any(0).nonzero()[0]) + 1
