@@ -59,7 +59,7 @@ from transformer_llm.checkpoints import (
     step_of,
     sync_file,
 )
-from .dataset import TokenData, random_batch, sequential_batches
+from .dataset import TokenData, check_token_ids, random_batch, sequential_batches
 from transformer_llm.foundations import (
     InputError,
     atomic_write,
@@ -635,7 +635,7 @@ def check_same_data(
             "resume with the same data."
         )
     if isinstance(data, TokenData):
-        data.verify() if hasattr(data, "verify") else None
+        data.verify()
     elif not (before and now and now["data"]):
         warnings.warn("This run's data can't be compared with what it began with; make sure it is the same.",
                       Note, stacklevel=3)
@@ -827,8 +827,8 @@ class TrainingStep:
 # %% ../nbs/07_training.ipynb #e488b067
 def as_token_data(data) -> Any:
     "A pair of token sequences as `TokenData`; anything else as it is."
-    is_tokens = lambda part: part is None or getattr(part, "ndim", 0) == 1 or (
-        isinstance(part, list | tuple) and all(isinstance(i, int) for i in part)
+    is_tokens = lambda part: part is None or hasattr(part, "ndim") or (
+        isinstance(part, list | tuple) and all(isinstance(i, int | float) for i in part[:1])
     )
     pair = isinstance(data, tuple | list) and len(data) in (1, 2) and all(map(is_tokens, data))
     return TokenData.from_tokens(*data) if pair else data
@@ -849,13 +849,16 @@ class TextTraining(TrainingStep):
         check_range("context_length", self.context_length, 1, model.config.context_length, integer=True)
         if isinstance(self.data, TokenData):
             self._check_tokens(model)
+        elif type(self).next_batch is TextTraining.next_batch:
+            raise InputError(f"data must be a TokenData or a pair of token sequences, not {type(data).__name__}; a "
+                             "trainer of something else has a next_batch of its own.")
         super().__init__(model, config)
 
     def _check_tokens(self, model: nn.Module) -> None:
         for name, tokens in (("training", self.data.train), ("validation", self.data.val)):
             if tokens is None or len(tokens) == 0:
                 continue
-            largest = int(tokens.max())
+            largest = int(check_token_ids(tokens, name=f"the {name} tokens").max())
             if largest >= model.config.vocab_size:
                 raise InputError(
                     f"The {name} text holds the token {largest}, but the model's "
