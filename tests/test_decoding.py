@@ -34,7 +34,7 @@ from transformer_llm.decoding import (
     verify,
 )
 from transformer_llm.foundations import InputError
-from transformer_llm.generation import beam_search, generate, left_pad, stream
+from transformer_llm.generation import beam_search, filter_logits, generate, left_pad, stream
 from transformer_llm.transformer import GPT, GPT2_STYLE, GPTConfig
 
 BASE = GPTConfig(vocab_size=50, context_length=32, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, init_std=0.2)
@@ -220,6 +220,85 @@ def test_other_refusals():
     decoder(prompts(1, 32), cache=cache)
     with pytest.raises(InputError, match="context_length is 32"):
         decoder(prompts(1, 1), cache=cache)
+
+
+class LoRA(torch.nn.Module):
+    "A linear layer with a product of two small matrices beside it."
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.in_features, self.out_features, self.weight, self.bias = (
+            linear.in_features, linear.out_features, linear.weight, linear.bias
+        )
+        self.a = torch.nn.Parameter(torch.randn(4, linear.in_features))
+        self.b = torch.nn.Parameter(torch.randn(linear.out_features, 4))
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("form", [PackedGPT, Decoder])
+def test_a_model_that_is_not_plain_is_refused_by_name(form):
+    "A replaced module would be ignored, or a hook: the decoder would compute another model without a word."
+    model = make()
+    attention = model.blocks[1].attention
+    attention.q_proj, attention.v_proj = LoRA(attention.q_proj), LoRA(attention.v_proj)
+    ids = prompts()
+    plain = generate(model, ids, 5, temperature=0)
+    with torch.no_grad():
+        wanted = torch.cat([ids, model(plain[:, :-1]).argmax(-1)[:, 5:]], 1)
+    assert torch.equal(plain, wanted)  # the model itself is right
+    with pytest.raises(InputError, match=f"A {form.__name__}.*blocks.1.attention.q_proj"):
+        form(model)
+    for add in (
+        lambda module: module.register_forward_hook(lambda module, args, out: out * 2),
+        lambda module: module.register_forward_pre_hook(lambda module, args: args),
+        lambda module: torch.nn.utils.parametrize.register_parametrization(module, "weight", torch.nn.Tanh()),
+    ):
+        model = make()
+        add(model.blocks[0].feedforward.down)
+        with pytest.raises(InputError, match="blocks.0.feedforward.down"):
+            form(model)
+    hooked = make()
+    handle = hooked.register_forward_hook(lambda module, args, out: out)
+    with pytest.raises(InputError, match="hook"):
+        form(hooked)
+    handle.remove()
+    assert form(hooked)(ids).shape == (2, 6, 50)
+    frozen = make().requires_grad_(False)
+    assert torch.equal(form(frozen)(ids), form(make())(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "int8"], ids=str)
+def test_logits_that_are_not_numbers_are_refused(dtype):
+    for name in ("blocks.1.feedforward.down.weight", "final_norm.weight", "token_embedding.weight"):
+        model = make()
+        with torch.no_grad():
+            model.get_parameter(name)[3 if "norm" in name else (3, 4)] = torch.nan
+        decoder, ids = Decoder(model, dtype=dtype), torch.tensor([[1, 3]])
+        for options in ({}, dict(temperature=0), dict(top_k=3, repetition_penalty=1.2), dict(stop_tokens=[1])):
+            with pytest.raises(InputError, match="logits are not numbers"):
+                decoder.generate(ids, 4, **options)
+        with pytest.raises(InputError, match="logits are not numbers"):
+            generate(decoder, ids, 4)
+        for pair in ((decoder, Decoder(make())), (Decoder(make()), decoder)):
+            for temperature in (0, 1.0):
+                with pytest.raises(InputError, match="logits are not numbers"):
+                    speculative(*pair, ids, 4, temperature=temperature)
+    large = make()
+    with torch.no_grad():
+        large.final_norm.weight.mul_(60_000)
+    if dtype == torch.float16:
+        with pytest.raises(InputError, match="float16 ends at 65,504: use bfloat16"):
+            Decoder(large, dtype=dtype).generate(prompts(), 4)
+    else:
+        assert Decoder(large, dtype=dtype).generate(prompts(), 4).shape == (2, 10)
+
+
+def test_float64_is_refused_with_its_name():
+    with pytest.raises(InputError, match="not torch.float64"):
+        Decoder(make().double())
 
 
 # Counts
@@ -562,7 +641,7 @@ def test_verify_gives_exactly_the_large_models_distribution():
         torch.tensor([0.2, 0.5, 0.1, 0.2], dtype=torch.double),
     )
     after = torch.full((4,), 0.25, dtype=torch.double)
-    kept, total = torch.zeros(4, dtype=torch.double), 20_000
+    total = 20_000
     generator = torch.Generator().manual_seed(0)
     counts, keeps = torch.zeros(4), 0
     for token, times in enumerate((q * total).round().long().tolist()):  # each token as often as the draft proposes it
@@ -626,6 +705,19 @@ def test_speculation_is_repeatable_and_refuses_what_can_not_be():
     ):
         with pytest.raises(InputError, match=words):
             speculative(**dict(model=model, draft=draft, ids=prompts(1), max_new_tokens=3) | arguments)
+
+
+@pytest.mark.parametrize("changes", [dict(top_k=2), dict(top_p=0.6), dict(min_p=0.4, temperature=1.5)], ids=str)
+def test_speculation_keeps_the_filtered_distribution(changes):
+    "Tokens that the filters remove never come, and the others come as often as the large model says."
+    large, draft = make(vocab_size=6), make(seed=3, vocab_size=6, n_layers=1)
+    prompt = torch.tensor([[1, 4]])
+    with torch.no_grad():
+        p = filter_logits(large(prompt)[:, -1], **changes).softmax(-1)[0]
+    generator, n = torch.Generator().manual_seed(5), 400
+    drawn = [int(speculative(large, draft, prompt, 2, generator=generator, **changes)[0][0, 2]) for _ in range(n)]
+    share = torch.bincount(torch.tensor(drawn), minlength=6) / n
+    assert (share[p == 0] == 0).all() and ((share - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt() + 1e-6).all()
 
 
 def test_a_real_model_is_written_token_by_token_alike():

@@ -1,4 +1,7 @@
 """Generation: what the filters promise, and that caches, batches, windows and beams change no token."""
+import copy
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -22,12 +25,13 @@ from transformer_llm.generation import (
     repetition_penalty,
     sample,
     stream,
+    stop_ids,
     stream_text,
     top_k_filter,
     top_p_filter,
 )
 from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
-from transformer_llm.transformer import GPT, GPTConfig
+from transformer_llm.transformer import GPT, GPT2_STYLE, GPTConfig
 
 POSITIONS = ["learned", "sinusoidal", "rotary", "alibi", "none"]
 
@@ -218,10 +222,10 @@ def test_cached_logits_equal_uncached_logits(position):
 def test_left_padded_batch_equals_one_by_one(position, use_cache, window):
     model = tiny(position=position, window=window)
     texts = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], list(range(12))]
-    ids, is_token = left_pad(texts, pad_token=12)
+    ids, attention_mask = left_pad(texts, pad_token=12)
     # 20 tokens: each row slides at its own time
     options = dict(temperature=0, repetition_penalty=1.2, use_cache=use_cache)
-    together = generate(model, ids, 20, attention_mask=is_token, **options)
+    together = generate(model, ids, 20, attention_mask=attention_mask, **options)
     for text, row in zip(texts, together):
         alone = generate(model, torch.tensor([text]), 20, **options)
         assert torch.equal(row[-20 - len(text):], alone[0])
@@ -426,6 +430,97 @@ def test_beams_of_a_batch_equal_beams_one_by_one():
         assert torch.equal(row, beam_search(model, prompt[None], 10, n_beams=4)[0])
 
 
+def beams_plainly(model, prompt, n, n_beams, length_penalty, stops):
+    "Beam search in loops: ended texts leave the race for a pool, and nothing that ended is forgotten."
+    live, ended = [((), 0.0)], []
+    for step in range(1, n + 1):
+        longer = []
+        for text, total in live:
+            with torch.no_grad():
+                logp = model(torch.tensor([[*prompt, *text]]))[0, -1].log_softmax(-1).tolist()
+            longer += [((*text, token), total + logp[token]) for token in range(len(logp))]
+        ended += [(text, total / step**length_penalty) for text, total in longer if text[-1] in stops]
+        live = sorted((pair for pair in longer if pair[0][-1] not in stops), key=lambda pair: -pair[1])[:n_beams]
+    ended += [(text, total / n**length_penalty) for text, total in live]
+    return sorted(ended, key=lambda pair: -pair[1])[:n_beams]
+
+
+@pytest.mark.parametrize("n_beams", [1, 2, 4])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5, -0.7])
+def test_beams_keep_every_ended_text_that_is_good_enough(n_beams, length_penalty):
+    torch.manual_seed(8)
+    for stops in ((1,), (0, 5)):
+        model = tiny(vocab_size=8, n_layers=1, init_std=0.7).eval()
+        ids = prompts(3, 3, vocab=8)
+        beams, scores = beam_candidates(
+            model, ids, 6, n_beams=n_beams, length_penalty=length_penalty, stop_tokens=stops
+        )
+        for row, prompt in enumerate(ids.tolist()):
+            wanted = beams_plainly(model, prompt, 6, n_beams, length_penalty, stops)
+            assert largest_difference(scores[row], torch.tensor([score for _, score in wanted])) < 1e-4
+            for text, (best, _) in zip(beams[row, :, 3:].tolist(), wanted):
+                assert tuple(text) == best + best[-1:] * (len(text) - len(best))
+
+
+def score_of(model, text, seq, stop, length_penalty):
+    "Equation (8.6) of one text behind a prompt of `seq` tokens."
+    new = text[seq:]
+    end = new.index(stop) + 1 if stop in new else len(new)
+    with torch.no_grad():
+        logp = model(torch.tensor([text[: seq + end]]))[0, seq - 1 : -1].log_softmax(-1)
+    return logp.gather(1, torch.tensor(new[:end])[:, None]).sum().item() / end**length_penalty
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_beams_are_never_worse_than_those_of_transformers(length_penalty):
+    "48 rows; with `early_stopping=\"never\"`, which searches as long as anything can be found."
+    from transformer_llm.peers import hf_gpt2
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        shape = dict(vocab_size=8, context_length=24, d_model=16, n_layers=1, n_heads=2, init_std=0.8)
+        model, ids = GPT(GPTConfig(**GPT2_STYLE | shape)).eval(), torch.randint(8, (4, 3))
+        theirs, mask = hf_gpt2(model).eval(), torch.ones_like(ids)
+        for n_beams in (2, 4):
+            ours = beam_search(model, ids, 8, n_beams=n_beams, length_penalty=length_penalty, stop_tokens=[1])
+            written = theirs.generate(
+                ids, attention_mask=mask, max_new_tokens=8, num_beams=n_beams, do_sample=False, eos_token_id=1,
+                pad_token_id=1, early_stopping="never", length_penalty=length_penalty,
+            )
+            for a, b in zip(ours.tolist(), written.tolist()):
+                assert score_of(model, a, 3, 1, length_penalty) > score_of(model, b, 3, 1, length_penalty) - 1e-5
+
+
+def test_an_ended_text_outlives_beginnings_that_look_better():
+    "The search goes on while a beginning could still win, and no row depends on how long the others take."
+    model = tiny(vocab_size=8, n_layers=1, init_std=0.7)
+    ids = prompts(6, 3, vocab=8)
+    options = dict(n_beams=4, length_penalty=1.0, stop_tokens=[1])
+    together = beam_candidates(model, ids, 12, **options)
+    for row, prompt in enumerate(ids):
+        alone = beam_candidates(model, prompt[None], 12, **options)
+        assert largest_difference(together[1][row], alone[1][0]) < 1e-4
+        width = alone[0].shape[2]
+        assert torch.equal(together[0][row, 0, :width], alone[0][0, 0])
+    # wherever the search ends, no ended text of less steps is better
+    for n in (1, 3, 6):
+        shorter = beam_candidates(model, ids, n, n_beams=4, length_penalty=0.0, stop_tokens=[1])[1][:, 0]
+        assert (beam_candidates(model, ids, 12, n_beams=4, length_penalty=0.0, stop_tokens=[1])[1][:, 0] <= 0).all()
+        ended = beam_search(model, ids, n, n_beams=4, length_penalty=0.0, stop_tokens=[1])[:, -1] == 1
+        longer = beam_candidates(model, ids, 12, n_beams=4, length_penalty=0.0, stop_tokens=[1])[1][:, 0]
+        assert (longer[ended] >= shorter[ended] - 1e-5).all()
+
+
+def test_when_every_token_ends_a_text_the_best_is_found():
+    model = tiny(vocab_size=5)
+    ids = prompts(2, 3, vocab=5)
+    beams, scores = beam_candidates(model, ids, 7, n_beams=8, stop_tokens=range(5))
+    with torch.no_grad():
+        logp = model.eval()(ids)[:, -1].log_softmax(-1).sort(descending=True)
+    assert beams.shape == (2, 8, 4) and torch.equal(beams[:, :5, 3], logp.indices)
+    assert largest_difference(scores[:, :5], logp.values) < 1e-5 and (scores[:, 5:] == -torch.inf).all()
+
+
 # Text ---------------------------------------------------------------------------------------------------------------
 
 def test_text_streamed_equals_text_generated():
@@ -471,11 +566,179 @@ def test_several_prompts_and_samples():
 
 
 def test_left_pad():
-    ids, is_token = left_pad([[1], [2, 3, 4]], pad_token=9)
-    assert ids.tolist() == [[9, 9, 1], [2, 3, 4]] and is_token.tolist() == [[False, False, True], [True] * 3]
+    ids, attention_mask = left_pad([[1], [2, 3, 4]], pad_token=9)
+    assert ids.tolist() == [[9, 9, 1], [2, 3, 4]] and attention_mask.tolist() == [[False, False, True], [True] * 3]
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
+
+WRITERS = {
+    "stream": lambda model, ids: list(stream(model, ids, 4)),
+    "generate": lambda model, ids: generate(model, ids, 4, temperature=0),
+    "generate, no cache": lambda model, ids: generate(model, ids, 4, top_k=3, use_cache=False),
+    "generate, stops": lambda model, ids: generate(model, ids, 4, stop_tokens=[1]),
+    "beam search": lambda model, ids: beam_search(model, ids, 4),
+    "beam search, stops": lambda model, ids: beam_search(model, ids, 4, stop_tokens=[1], use_cache=False),
+}
+
+
+@pytest.mark.parametrize("path", WRITERS)
+def test_logits_that_are_not_numbers_are_refused(path):
+    "A damaged weight; one that only some tokens meet; numbers that outgrow float16."
+    write = WRITERS[path]
+    for name, value in (("blocks.1.feedforward.down.weight", torch.nan), ("final_norm.weight", torch.inf)):
+        model = tiny()
+        with torch.no_grad():
+            model.get_parameter(name)[..., 3] = value
+        with pytest.raises(InputError, match=f"logits are not numbers.*{name} holds NaN or infinity; load the model"):
+            write(model, prompts())
+    model = tiny()
+    with torch.no_grad():
+        model.token_embedding.weight[7] = torch.nan  # in one row of the batch only, and in every row's logits
+    with pytest.raises(InputError, match="logits are not numbers"):
+        write(model, torch.tensor([[1, 2], [3, 7]]))
+    large = tiny()
+    with torch.no_grad():
+        for block in large.blocks:
+            block.feedforward.down.weight.mul_(3000)
+            block.feedforward.up.weight.mul_(30)
+    write(large, prompts())  # large numbers are numbers
+    with pytest.raises(InputError, match="float16 ends at 65,504: use bfloat16"):
+        write(copy.deepcopy(large).half(), prompts())
+    write(copy.deepcopy(large).bfloat16(), prompts())
+
+
+def test_a_model_may_forbid_tokens_but_not_all():
+    class Picky(GPT):
+        def unembed(self, x):
+            logits = super().unembed(x)
+            return logits.index_fill(-1, torch.tensor(self.closed), -torch.inf)
+
+    model = Picky(tiny().config)
+    model.closed = [0, 3]
+    assert not torch.isin(generate(model, prompts() % 3 + 4, 9)[:, 4:], torch.tensor([0, 3])).any()
+    model.closed = list(range(13))
+    with pytest.raises(InputError, match="logits are not numbers"):
+        generate(model, prompts(), 3)
+
+
+def test_special_tokens_alone_end_a_text():
+    "A token that was added without being special, as `<think>` often is, is a part of the text."
+    class Marked(CharTokenizer):
+        special_tokens = {"<end>": 3}
+        added_tokens = {"<end>": 3, "<think>": 5}
+
+    tokenizer = Marked.train("abcdefghijkl")
+    assert stop_ids(tokenizer, None) == (3,) and stop_ids(tokenizer, [5]) == (5,)
+    assert stop_ids(tokenizer, None, vocab_size=3) == ()  # the model can't write it
+    assert stop_ids(CharTokenizer.train("ab"), None) == ()
+
+
+SENTENCES = """
+import torch
+from transformer_llm import CharTokenizer, GPT, GPTConfig, generate, generate_text, stream_text
+from transformer_llm.decoding import Decoder, speculative
+from transformer_llm.foundations import InputError
+from transformer_llm.generation import beam_search, stream
+model = GPT(GPTConfig(vocab_size=4, context_length=8, d_model=8, n_layers=1, n_heads=2))
+tokenizer, ids, decoder = CharTokenizer.train("abcd"), torch.tensor([[1, 2]]), Decoder(model)
+for call in (
+    lambda: generate(model, "abc", 4),
+    lambda: decoder.generate("abc", 4),
+    lambda: beam_search(model, "abc", 4),
+    lambda: speculative(model, model, "abc", 4),
+    lambda: generate(model, [[1, 2]], 4),
+    lambda: generate(model, None, 4),
+    lambda: generate(ids, model, 4),
+    lambda: generate(model, torch.tensor([1, 2]), 4),
+    lambda: generate(model, ids + 2, 4),
+    lambda: generate(model, ids, "4"),
+    lambda: generate(model, ids, 4, attention_mask="left"),
+    lambda: generate(model, ids, 4, generator="seed"),
+    lambda: generate(model, ids, 4, sampling=dict(top_k=3)),
+    lambda: generate_text(model, None, "abc"),
+    lambda: generate_text(None, tokenizer, "abc"),
+    lambda: generate_text(model, tokenizer, None),
+    lambda: generate_text(model, tokenizer, ["a", 5]),
+    lambda: generate_text(model, "tokenizer.json", "abc"),
+    lambda: stream_text(model, None, "abc"),
+    lambda: stream_text(model, tokenizer, ["abc"]),
+    lambda: stream_text(tokenizer, model, "abc"),
+):
+    try:
+        print("NOTHING", call())
+    except InputError as error:
+        print(error)
+for call, name in (
+    (lambda: generate(model, ids, 4, temprature=1), "generate"),
+    (lambda: stream(model, ids, 4, temprature=1), "stream"),
+    (lambda: generate_text(model, tokenizer, "a", 4, temprature=1), "generate_text"),
+    (lambda: stream_text(model, tokenizer, "a", 4, temprature=1), "stream_text"),
+    (lambda: decoder.generate(ids, 4, temprature=1), "Decoder.generate"),
+    (lambda: beam_search(model, ids, 4, temprature=1), "beam_search"),
+    (lambda: speculative(model, model, ids, 4, temprature=1), "speculative"),
+):
+    try:
+        print("NOTHING", call())
+    except TypeError as error:
+        assert f"{name}()" in str(error) and "temprature" in str(error), (name, error)
+"""
+
+
+def test_what_can_not_be_is_said_in_one_sentence():
+    "In a process of its own, as a user's: here a check of types would speak first."
+    done = subprocess.run([sys.executable, "-c", SENTENCES], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    starts = [
+        *["ids must be a tensor"] * 6, "model must be a GPT", "Prompts, and attention_mask", "The prompt holds token 4",
+        "max_new_tokens", "attention_mask must be", "generator, if a seed", "sampling must be a Sampling",
+        "tokenizer must be", "model must be a GPT", "A prompt must be text, not None", "A prompt must be text, not 5",
+        "tokenizer must be", "tokenizer must be", "A prompt must be text", "model must be a GPT",
+    ]
+    assert len(lines) == len(starts) and all(line.startswith(start) for line, start in zip(lines, starts)), lines
+
+
+TYPES = """
+import torch
+from transformer_llm import GPT, GPTConfig, generate
+from transformer_llm.decoding import Decoder
+from transformer_llm.foundations import InputError
+from transformer_llm.generation import beam_search, stream
+torch.manual_seed(0)
+model = GPT(GPTConfig(vocab_size=13, context_length=8, d_model=8, n_layers=1, n_heads=2)).eval()
+ids = torch.tensor([[1, 2, 12]])
+
+def refuses(call, word):
+    try:
+        raise SystemExit(f"nothing refused, {word}: {call()}")
+    except InputError as error:
+        assert word in str(error), error
+
+for write in (
+    lambda ids, **o: generate(model, ids, 3, generator=1, **o).tolist(),
+    lambda ids, **o: Decoder(model).generate(ids, 3, generator=1, **o).tolist(),
+    lambda ids, **o: torch.stack(list(stream(model, ids, 3, generator=1, **o))).tolist(),
+    lambda ids, **o: beam_search(model, ids, 3, **o).tolist(),
+):
+    for dtype in (torch.int32, torch.int16, torch.uint8, torch.int8, torch.uint16, torch.uint32, torch.uint64):
+        assert write(ids.to(dtype)) == write(ids), dtype
+    for wrong in (ids.float(), ids.half(), ids > 1, ids.to(torch.complex64)):
+        refuses(lambda: write(wrong), "whole numbers")
+    for wrong, word in ((ids - 2, "-1"), (ids + 1, "13"), (torch.full((1, 2), 2**63, dtype=torch.uint64), "token")):
+        refuses(lambda: write(wrong), word)
+    for stops in (3, "3", [1.5], [-1], [13], ["a"], [None], [2**70]):
+        refuses(lambda: write(ids, stop_tokens=stops), "stop_tokens")
+    wanted = write(ids, stop_tokens=[3, 4])
+    for stops in (torch.tensor([3, 4]), {3, 4}, iter([3, 4, 3]), dict(a=3, b=4).values(), (3, 4)):
+        assert write(ids, stop_tokens=stops) == wanted, stops
+"""
+
+
+def test_prompts_and_stop_tokens_of_every_type():
+    "Whole numbers of any type are read alike; floats, truth values and ids that the model doesn't know are refused."
+    done = subprocess.run([sys.executable, "-c", TYPES], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
 
 @pytest.mark.parametrize(
     "options, word",

@@ -94,7 +94,7 @@ def plain_text(settings: dict) -> str:
     return plain_tokens(*settings.items())
 
 
-# The paths: each a function of keywords (fields, or `sampling`) that gives the new text --------------------------------
+# The paths: each a function of keywords (fields, or `sampling`) that gives the new text ------------------------------
 
 def decoded(ids: torch.Tensor) -> str:
     return TOKENIZER.decode(ids[0, len(PROMPT):].tolist())

@@ -26,8 +26,10 @@ ROOT = Path(__file__).parent.parent
 # Templates, each in the manner of a family: the same constructs, our own words
 # ------------------------------------------
 
-SMOL = """{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}\
-{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+SMOL = """{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe \
+brief.<|im_end|>\n' }}{% endif %}\
+{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt \
+%}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 LLAMA = """{{- bos_token }}
 {%- if custom_tools is defined %}
@@ -93,7 +95,8 @@ QWEN2 = """{%- if tools %}
     {%- endif %}
 {%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == \
+"assistant" and not message.tool_calls) %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- elif message.role == "tool" %}
         {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
@@ -115,13 +118,15 @@ QWEN3 = """{%- macro keys(d) %}{%- for k in d %}{{ k }}{%- endfor %}{%- endmacro
 {%- set ns = namespace(looking=true, last=messages|length - 1) %}
 {%- for message in messages[::-1] %}
     {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.looking and message.role == "user" and message.content is string and not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+    {%- if ns.looking and message.role == "user" and message.content is string and \
+not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
         {%- set ns.looking = false %}
         {%- set ns.last = index %}
     {%- endif %}
 {%- endfor %}
 {%- for message in messages %}
-    {%- if message.content is string %}{%- set content = message.content %}{%- else %}{%- set content = '' %}{%- endif %}
+    {%- if message.content is string %}{%- set content = message.content %}{%- else %}{%- set content = '' %}{%- \
+endif %}
     {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
         {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
     {%- elif message.role == "assistant" %}
@@ -136,7 +141,8 @@ QWEN3 = """{%- macro keys(d) %}{%- for k in d %}{{ k }}{%- endfor %}{%- endmacro
         {%- endif %}
         {%- if loop.index0 > ns.last %}
             {%- if loop.last or (not loop.last and thoughts) %}
-                {{- '<|im_start|>' + message.role + '\\n<think>\\n' + thoughts.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+                {{- '<|im_start|>' + message.role + '\\n<think>\\n' + thoughts.strip('\\n') + '\\n</think>\\n\\n' + \
+content.lstrip('\\n') }}
             {%- else %}
                 {{- '<|im_start|>' + message.role + '\\n' + content }}
             {%- endif %}
@@ -170,7 +176,8 @@ MISTRAL = """{%- if messages[0]["role"] == "system" %}
 {%- for message in rest if message.role != "tool" %}
     {%- if not (message.tool_calls is defined and message.tool_calls is not none) %}
         {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
-            {{- raise_exception("After the optional system message, roles must alternate user/assistant/user/assistant/...") }}
+            {{- raise_exception("After the optional system message, roles must alternate \
+user/assistant/user/assistant/...") }}
         {%- endif %}
         {%- set ns.index = ns.index + 1 %}
     {%- endif %}
@@ -190,7 +197,8 @@ MISTRAL = """{%- if messages[0]["role"] == "system" %}
     {%- elif message["role"] == "assistant" %}
         {{- " " + message["content"]|trim + eos_token}}
     {%- else %}
-        {{- raise_exception("Only user and assistant roles are known, with an exception of a first message: " + message.role) }}
+        {{- raise_exception("Only user and assistant roles are known, with an exception of a first message: " + \
+message.role) }}
     {%- endif %}
 {%- endfor %}
 """
@@ -220,19 +228,29 @@ OLMO = """{{ bos_token }}{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 
-OLD_LLAMA = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set first = messages[0]['content'] %}\
-{% elif false == true and not '<<SYS>>' in messages[0]['content'] %}{% set first = 'Help.' %}{% else %}{% set loop_messages = messages %}{% set first = false %}{% endif %}\
-{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Take turns!') }}{% endif %}\
-{% if loop.index0 == 0 and first != false %}{% set content = '<<SYS>>\\n' + first + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}\
-{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'system' %}{{ '<<SYS>>\\n' + content.strip() + '\\n<</SYS>>\\n\\n' }}\
+OLD_LLAMA = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set first = \
+messages[0]['content'] %}\
+{% elif false == true and not '<<SYS>>' in messages[0]['content'] %}{% set first = 'Help.' %}{% else %}{% set \
+loop_messages = messages %}{% set first = false %}{% endif %}\
+{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ \
+raise_exception('Take turns!') }}{% endif %}\
+{% if loop.index0 == 0 and first != false %}{% set content = '<<SYS>>\\n' + first + '\\n<</SYS>>\\n\\n' + \
+message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}\
+{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] \
+== 'system' %}{{ '<<SYS>>\\n' + content.strip() + '\\n<</SYS>>\\n\\n' }}\
 {% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
 
-ODDS = """{% set texts = [] %}{% for m in messages if m.content %}{{ loop.index ~ '/' ~ loop.length }}{% if loop.previtem is defined and loop.previtem.role == m.role %} again{% endif %}
-{{ m.role | upper }}: {{ (m.content | replace('a', '<b>')).split() | join('|') }} {{ m.content[:3] ~ m.content[-2:] }}{{ m.content[::-1] | trim }}
+ODDS = """{% set texts = [] %}{% for m in messages if m.content %}{{ loop.index ~ '/' ~ loop.length }}{% if \
+loop.previtem is defined and loop.previtem.role == m.role %} again{% endif %}
+{{ m.role | upper }}: {{ (m.content | replace('a', '<b>')).split() | join('|') }} {{ m.content[:3] ~ m.content[-2:] \
+}}{{ m.content[::-1] | trim }}
 {% if loop.index > 5 %}{% break %}{% elif m.role == 'system' %}{% continue %}{% endif %}
-{% set tail %}{{ m.content | length }}{{ ' long' if m.content | length > 10 else ' short' }}{% endset %}{{ tail }}{{ m }}{{ loop.nextitem.role if not loop.last }}
-{% else %}silence{% endfor %}{{ missing }}{{ missing is defined }}{{ messages | map(attribute='role') | list }}{{ messages | rejectattr('role', 'in', ['user']) | list | length }}
-{% set a, b = 1, 2.5 %}{{ a + b }}{{ 7 // 2 }}{{ -7 % 3 }}{{ 1 < a + 1 <= 2 }}{{ none }}{{ not a or b }}{{ {'x': [1, 'z', none]}.x }}{{ messages[0]['nothing'] | default('-') }}{{ messages | tojson }}"""
+{% set tail %}{{ m.content | length }}{{ ' long' if m.content | length > 10 else ' short' }}{% endset %}{{ tail \
+}}{{ m }}{{ loop.nextitem.role if not loop.last }}
+{% else %}silence{% endfor %}{{ missing }}{{ missing is defined }}{{ messages | map(attribute='role') | list }}{{ \
+messages | rejectattr('role', 'in', ['user']) | list | length }}
+{% set a, b = 1, 2.5 %}{{ a + b }}{{ 7 // 2 }}{{ -7 % 3 }}{{ 1 < a + 1 <= 2 }}{{ none }}{{ not a or b }}{{ {'x': \
+[1, 'z', none]}.x }}{{ messages[0]['nothing'] | default('-') }}{{ messages | tojson }}"""
 
 FAMILIES = {
     "smol": SMOL,
@@ -546,7 +564,8 @@ VISIBLE = """{%- macro visible(content) -%}
         {{- content }}
     {%- elif content is iterable and content is not mapping -%}
         {%- for part in content -%}
-            {%- if part is mapping and part.type == 'text' -%}{{- part.text }}{%- elif part is string -%}{{- part }}{%- endif -%}
+            {%- if part is mapping and part.type == 'text' -%}{{- part.text }}{%- elif part is string -%}{{- part \
+}}{%- endif -%}
         {%- endfor -%}
     {%- elif content is none -%}
     {%- else -%}
@@ -561,7 +580,8 @@ VISIBLE = """{%- macro visible(content) -%}
 {%- elif m.role == 'assistant' -%}<|assistant|>
 {%- set thought = '' %}{%- set content = visible(m.content) %}
 {%- if '</think>' in content %}
-    {%- set thought = ((content.split('</think>', maxsplit=1)|first).rstrip('\\n').rsplit('<think>', 1)|last).lstrip('\\n') %}
+    {%- set thought = ((content.split('</think>', maxsplit=1)|first).rstrip('\\n').rsplit('<think>', \
+1)|last).lstrip('\\n') %}
     {%- set content = content.rsplit('</think>', maxsplit=1)[-1].strip() %}
 {%- endif %}
 {%- if loop.index0 > ns.last and thought -%}{{ '\\n<think>' + thought.strip() + '</think>' }}{%- endif -%}
@@ -575,7 +595,8 @@ HANDS = """{%- macro kind(spec) %}
     {%- if names[spec.type] is defined and spec.type != "array" %}{{- names[spec.type] }}
     {%- elif spec.type == "array" %}{{- "list[" + kind(spec['items'] | default({"type": "any"})) + "]" }}
     {%- elif spec.type is iterable and spec.type is not string %}
-        {{- "Union[" }}{%- for t in spec.type %}{{- kind({"type": t}) }}{%- if not loop.last %}{{- "," }}{%- endif %}{%- endfor %}{{- "]" }}
+        {{- "Union[" }}{%- for t in spec.type %}{{- kind({"type": t}) }}{%- if not loop.last %}{{- "," }}{%- endif \
+%}{%- endfor %}{{- "]" }}
     {%- else %}{{- "Any" }}{%- endif %}
 {%- endmacro %}
 {%- macro call(function, between=", ", *, end=")") %}{%- endmacro %}
@@ -599,28 +620,38 @@ HANDS = HANDS.replace("    {%- if loop.changed is not defined %}{% endif %}\n", 
 
 SMALL = [
     "{{ 'a-b c(d e' | title }}{{ 'ß ǆx ab' | title }}{{ messages[0].content | title }}{{ 'it\\'s'.title() }}",
-    "{{ 'a,b,c'.rsplit(',', 1) }}{{ ' a  b '.rsplit(none, 1) }}{{ 'a,b'.rsplit(sep=',') }}{{ 'a b c'.split(maxsplit=1) }}",
+    "{{ 'a,b,c'.rsplit(',', 1) }}{{ ' a  b '.rsplit(none, 1) }}{{ 'a,b'.rsplit(sep=',') }}{{ 'a b "
+    "c'.split(maxsplit=1) }}",
     "{{ ', '.join(['a', 'b']) }}{{ ''.join(messages | map(attribute='role')) }}",
-    "{{ ('<b>' | safe) ~ '<' }}{{ messages[0].content | safe }}{{ 'x' | safe | upper | length }}{{ '<' | safe == '<' }}",
+    "{{ ('<b>' | safe) ~ '<' }}{{ messages[0].content | safe }}{{ 'x' | safe | upper | length }}{{ '<' | "
+    "safe == '<' }}",
     "{{ [3, 1, 2] | sort }}{{ ['b', 'A', 'c'] | sort(reverse=true) }}{{ ['b', 'B', 'a'] | unique | list }}",
     "{{ {'b': 1, 'a': 2} | dictsort }}{{ {'b': 1, 'a': 2} | dictsort(by='value', reverse=true) }}",
     "{{ 'a\\nb\\n\\nc' | indent }}|{{ 'a\\n\\nb' | indent(2, true, true) }}|{{ 'a\\nb\\n' | indent(width='> ') }}",
     "{{ messages | map(attribute='nothing', default='-') | join(',') }}{{ ['a'] | map('replace', 'a', 'b') | first }}",
-    "{{ 2.567 | round(1) }}{{ 2.5 | round }}{{ 2.1 | round(method='ceil') }}{{ -3 | abs }}{{ '1.5' | float }}{{ 'x' | float }}",
-    "{{ 'a\\r\\nb\\nc'.splitlines() }}{{ 'xay'.find('a') }}{{ 'aXa'.count('a') }}{{ 'abc'.removeprefix('a') }}{{ 'ab'.isalpha() }}",
-    "{% macro f(a, b='B', c=a) %}{{ a }}{{ b }}{{ c }}{{ a is defined }}{% endmacro %}{{ f(1) }}{{ f(b=2, a=3) }}{{ f() }}",
+    "{{ 2.567 | round(1) }}{{ 2.5 | round }}{{ 2.1 | round(method='ceil') }}{{ -3 | abs }}{{ '1.5' | float "
+    "}}{{ 'x' | float }}",
+    "{{ 'a\\r\\nb\\nc'.splitlines() }}{{ 'xay'.find('a') }}{{ 'aXa'.count('a') }}{{ 'abc'.removeprefix('a') "
+    "}}{{ 'ab'.isalpha() }}",
+    "{% macro f(a, b='B', c=a) %}{{ a }}{{ b }}{{ c }}{{ a is defined }}{% endmacro %}{{ f(1) }}{{ f(b=2, "
+    "a=3) }}{{ f() }}",
     "{% macro f(n) %}{{ n }}{% if n > 0 %}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(3) }}{{ f(2) | length }}",
     "{% set x = 1 %}{% macro f() %}{{ x }}{% set x = 5 %}{{ x }}{% endmacro %}{{ f() }}{{ x }}{% set x = 2 %}{{ f() }}",
     "{% for x in [1, 2] %}{% macro f() %}{{ x }}{% endmacro %}{{ f() }}{% endfor %}{{ f is defined }}",
-    "{% macro f(x) %}{% set ns.n = ns.n + x %}{% endmacro %}{% set ns = namespace(n=0) %}{{ f(2) }}{{ f(3) }}{{ ns.n }}",
+    "{% macro f(x) %}{% set ns.n = ns.n + x %}{% endmacro %}{% set ns = namespace(n=0) %}{{ f(2) }}{{ f(3) "
+    "}}{{ ns.n }}",
     "{% with %}{% set x = 3 %}{{ x }}{% endwith %}{{ x }}{% with x = 4, y = 5 %}{{ x + y }}{% endwith %}{{ x }}",
-    "{% with a, b = [1, 2] %}{{ a }}{{ b }}{% endwith %}{% for q in [1, 2] %}{% with z = q %}{{ z }}{% break %}{% endwith %}{% endfor %}",
+    "{% with a, b = [1, 2] %}{{ a }}{{ b }}{% endwith %}{% for q in [1, 2] %}{% with z = q %}{{ z }}{% break "
+    "%}{% endwith %}{% endfor %}",
     "{% for q in [1, 2, 3] %}{{ loop.cycle('a', 'b') }}{{ loop.depth }}{{ loop.depth0 }}{% endfor %}",
-    "{% for q in [1, 2] %}{% set z %}a{% if q == 2 %}{% break %}{% endif %}{% endset %}{{ z }}{% endfor %}{{ dict(a=1).a }}",
-    "{{ {'a': [1, {'b': none}]} | tojson(indent=2, sort_keys=true) }}{{ 'é' | tojson(true) }}{{ [1] | tojson(separators=(',', ':')) }}",
+    "{% for q in [1, 2] %}{% set z %}a{% if q == 2 %}{% break %}{% endif %}{% endset %}{{ z }}{% endfor %}{{ "
+    "dict(a=1).a }}",
+    "{{ {'a': [1, {'b': none}]} | tojson(indent=2, sort_keys=true) }}{{ 'é' | tojson(true) }}{{ [1] | "
+    "tojson(separators=(',', ':')) }}",
     "{{ missing in {} }}{{ missing not in {'a': 1} }}{{ {}.get('a', 'b') }}{{ {}.get(missing, 'b') }}",
     "{% set l = [] %}{% for m in messages %}{% set l = l + [m.role] %}{% endfor %}{{ l }}{{ 'a' 'b' ~ 1 }}",
-    "{{ messages | selectattr('role', 'in', ['user']) | map(attribute='content') | list }}{{ [1, 2] | select('odd') | list }}",
+    "{{ messages | selectattr('role', 'in', ['user']) | map(attribute='content') | list }}{{ [1, 2] | "
+    "select('odd') | list }}",
 ]
 MODERN = {"coder": CODER, "visible": VISIBLE, "hands": HANDS} | {f"small {i}": text for i, text in enumerate(SMALL)}
 TOOLS = [
@@ -643,8 +674,16 @@ TOOLS = [
 ]
 TALKS = [
     [{"role": "user", "content": " Hi, all-of you "}],
-    [{"role": "system", "content": "Be <b>."}, {"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "<think>\nx\n</think>\n\ny"}],
-    [{"role": "user", "content": "x/quiet"}, {"role": "assistant", "content": "<think>a</think>b</think> c "}, {"role": "user", "content": ""}],
+    [
+        {"role": "system", "content": "Be <b>."},
+        {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": "<think>\nx\n</think>\n\ny"},
+    ],
+    [
+        {"role": "user", "content": "x/quiet"},
+        {"role": "assistant", "content": "<think>a</think>b</think> c "},
+        {"role": "user", "content": ""},
+    ],
 ]
 
 
@@ -738,8 +777,13 @@ def test_what_is_not_known_is_refused_by_name(template, word):
 DOUBLING = (
     "{% set ns = namespace(x='ab', l=[1], t=(1, 2)) %}{% for i in range(200) %}{% set ns.BODY %}{% endfor %}{{ ns.x }}"
 )
-TREES = "{% set ns = namespace(l=[1], t=(1, 2)) %}{% for i in range(200) %}{% set ns.l = [ns.l, ns.l] %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}"
+TREES = (
+    "{% set ns = namespace(l=[1], t=(1, 2)) %}{% for i in range(200) %}{% set ns.l = [ns.l, ns.l] %}{% set ns.t = "
+    "(ns.t, ns.t) %}{% endfor %}"
+)
 LONG_TEXT = "{% set ns = namespace(x='a') %}{% for i in range(21) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+SHARED = "{% set x=[1,1] %}" + "{% set x=[x,x] %}" * 60
+DOUBLED_TEXT = "{% set ns = namespace(x='a') %}{% for i in range(N) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
 HOSTILE = {
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "class by key": "{{ ''['__class__'] }}",
@@ -767,7 +811,9 @@ HOSTILE = {
     "star": "{{ range(*[1, 2]) }}",
     "long range": "{% for i in range(10**9) %}{% endfor %}",
     "range": "{% for i in range(1000000000) %}{% endfor %}",
-    "loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{{ a }}{% endfor %}{% endfor %}{% endfor %}",
+    "loops":
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{{ a }}{% endfor %}{% endfor "
+    "%}{% endfor %}",
     "silent loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
     "doubling a text": DOUBLING.replace("BODY", "x = ns.x + ns.x"),
     "doubling with a tilde": DOUBLING.replace("BODY", "x = ns.x ~ ns.x"),
@@ -781,14 +827,23 @@ HOSTILE = {
     "a circle": "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
     "a circle in a list": "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns.x }}",
     "comparing "
-    "circles": "{% set a = namespace() %}{% set b = namespace() %}{% set a.x = [b] %}{% set b.x = [a] %}{{ [a] == [b] }}",
+    "circles":
+    "{% set a = namespace() %}{% set b = namespace() %}{% set a.x = [b] %}{% set b.x = [a] %}{{ [a] == [b] }}",
     "a large indent": "{{ messages|tojson(indent=1000000000) }}",
     "hoarding "
-    "slices": "{% set ns = namespace(x='ab', l=[]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% for i in range(9999) %}{% set ns.l = [ns.l, ns.x[1:]] %}{% endfor %}",
+    "slices":
+    "{% set ns = namespace(x='ab', l=[]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% "
+    "for i in range(9999) %}{% set ns.l = [ns.l, ns.x[1:]] %}{% endfor %}",
     "hoarding "
-    "splits": "{% set ns = namespace(x='ab', l=[]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% for i in range(9999) %}{% set ns.l = [ns.l, ns.x.split('q')] %}{% endfor %}",
-    "searching": "{% set ns = namespace(x='a') %}{% for i in range(22) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% for i in range(99999) %}{% if 'b' in ns.x %}{% endif %}{% endfor %}",
-    "comparing": "{% set ns = namespace(x='a', y='a') %}{% for i in range(21) %}{% set ns.x = ns.x + ns.x %}{% set ns.y = ns.y + ns.y %}{% endfor %}{% for i in range(99999) %}{% if ns.x == ns.y %}{% endif %}{% endfor %}",
+    "splits":
+    "{% set ns = namespace(x='ab', l=[]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% "
+    "for i in range(9999) %}{% set ns.l = [ns.l, ns.x.split('q')] %}{% endfor %}",
+    "searching":
+    "{% set ns = namespace(x='a') %}{% for i in range(22) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{% for i in "
+    "range(99999) %}{% if 'b' in ns.x %}{% endif %}{% endfor %}",
+    "comparing":
+    "{% set ns = namespace(x='a', y='a') %}{% for i in range(21) %}{% set ns.x = ns.x + ns.x %}{% set ns.y = "
+    "ns.y + ns.y %}{% endfor %}{% for i in range(99999) %}{% if ns.x == ns.y %}{% endif %}{% endfor %}",
     "power": "{{ 10 ** 10 ** 10 }}",
     "a long product": "{{ " + " * ".join(["999999999"] * 500) + " }}",
     "a long number": "{{ " + "9" * 5000 + " }}",
@@ -803,11 +858,15 @@ HOSTILE = {
     "long chain": "{{ messages" + "[0]" * 20_000 + " }}",
     "long not": "{{ " + "not " * 20_000 + "1 }}",
     "nesting by "
-    "namespace": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+    "namespace":
+    "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
     "nesting as "
-    "JSON": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x|tojson }}",
+    "JSON":
+    "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x|tojson }}",
     "comparing "
-    "nests": "{% set ns = namespace(x=[], y=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% set ns.y = [ns.y] %}{% endfor %}{{ ns.x == ns.y }}",
+    "nests":
+    "{% set ns = namespace(x=[], y=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% set ns.y = [ns.y] "
+    "%}{% endfor %}{{ ns.x == ns.y }}",
     "unclosed": "{{ 'a",
     "no statement": "{% frobnicate %}",
     "no end": "{% for i in messages %}",
@@ -826,7 +885,8 @@ HOSTILE = {
     "a tree looked up by get": TREES + "{{ {}.get(ns.t) }}",
     "a tree as a name in a namespace": TREES + "{{ namespace([(ns.t, 1)]) }}",
     "a deep "
-    "key": "{% set ns = namespace(t=()) %}{% for i in range(20000) %}{% set ns.t = (ns.t,) %}{% endfor %}{{ {ns.t: 1} }}",
+    "key":
+    "{% set ns = namespace(t=()) %}{% for i in range(20000) %}{% set ns.t = (ns.t,) %}{% endfor %}{{ {ns.t: 1} }}",
     "a tree as a test": TREES + "{{ [1]|select(ns.l) }}",
     "a tree as a path": TREES + "{{ [1]|selectattr(ns.l)|list }}",
     "a tree as another path": TREES + "{{ [1]|map(attribute=ns.l)|list }}",
@@ -849,11 +909,70 @@ HOSTILE = {
     "replacing everywhere": LONG_TEXT + "{{ ns.x.replace('a', '') }}",
     "splitting at blanks": LONG_TEXT.replace("'a'", "'a '").replace("21", "20") + "{{ ns.x.split() }}",
     "stripping much": LONG_TEXT.replace("21", "19")
-    + "{% set ns.y = 'b' %}{% for i in range(19) %}{% set ns.y = ns.y + ns.y %}{% endfor %}{{ ns.x.strip(ns.y ~ 'a') }}",
+    + "{% set ns.y = 'b' %}{% for i in range(19) %}{% set ns.y = ns.y + ns.y %}{% endfor %}{{ "
+      "ns.x.strip(ns.y ~ 'a') }}",
     "trimming much": LONG_TEXT.replace("21", "19")
     + "{% set ns.y = 'b' %}{% for i in range(19) %}{% set ns.y = ns.y + ns.y %}{% endfor %}{{ ns.x|trim(ns.y ~ 'a') }}",
     "long separators": LONG_TEXT + "{{ range(9999)|tojson(separators=(ns.x, ns.x)) }}",
     "strange separators": "{{ [1]|tojson(separators=5) }}",
+    "a doubled list, first": SHARED + "{{ x|first }}{{ x|last|first }}",
+    "a doubled list among names": "{% set ns = namespace(a=1) %}" + SHARED + "{{ (ns|list + x)|first }}{{ ns.b.c }}",
+    "a doubled list compared": SHARED + SHARED.replace("x", "y") + "{{ x == y }}",
+    "a doubled list, order": SHARED + SHARED.replace("x", "y") + "{{ x < y }}",
+    "a doubled list sought": SHARED + SHARED.replace("x", "y") + "{{ x in [y, y] }}",
+    "a doubled list as a default": SHARED + "{{ {}.get('a', x) }}",
+    "a doubled list mapped": SHARED + "{{ [{}]|map(attribute='a', default=x)|list }}",
+    "a doubled list selected": SHARED + SHARED.replace("x", "y") + "{{ [x]|select('eq', y)|list }}",
+    "a doubled list sorted": SHARED + "{{ [x, x]|sort }}",
+    "a doubled list, unique": SHARED + "{{ [x, x]|unique|list }}",
+    "a doubled list in a dictionary": SHARED + "{{ {'a': x, 'b': x}|dictsort(by='value') }}",
+    "a doubled list joined": SHARED + "{{ x|join }}",
+    "a doubled list between": SHARED + "{{ [1, 2]|join(x) }}",
+    "a doubled list in a method": SHARED + "{{ ','.join(x) }}",
+    "a doubled list split by": SHARED + "{{ 'a'.split(x) }}",
+    "a doubled list begun with": SHARED + "{{ 'a'.startswith(x) }}",
+    "a doubled list replaced": SHARED + "{{ 'a'|replace('a', x) }}",
+    "a doubled list indented": SHARED + "{{ 'a'|indent(x) }}{{ x|indent }}",
+    "a doubled list, title": SHARED + "{{ x|title }}",
+    "a doubled list, safe": SHARED + "{{ x|safe }}",
+    "a doubled list in a macro": SHARED + "{% macro f(a) %}{{ a }}{% endmacro %}{{ f(x) }}",
+    "a doubled list with a name": SHARED + "{% with y = x %}{{ y }}{% endwith %}",
+    "a doubled list generated": SHARED + "{% generation %}{{ x }}{% endgeneration %}",
+    "many heads of texts": DOUBLED_TEXT.replace("N", "11") + "{% set t = [ns.x, ns.x] %}"
+    "{% for i in range(9999) %}{% set t = t + t %}{{ 'a'.startswith(t) }}{% endfor %}",
+    "macros that fan out": "".join(
+        f"{{% macro f{i}() %}}{{{{ f{i + 1}() }}}}{{{{ f{i + 1}() }}}}{{% endmacro %}}" for i in range(40)
+    ) + "{% macro f40() %}a{% endmacro %}{{ f0() }}",
+    "a macro that calls itself": "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "a macro in its namespace": "{% macro f() %}{{ ns.f() }}{% endmacro %}{% set ns = namespace(f=f) %}{{ ns.f() }}",
+    "a macro as its own default": "{% macro f(a=f()) %}{% endmacro %}{{ f() }}",
+    "a macro that doubles": "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='ab') %}"
+    "{% for i in range(99) %}{% set ns.x = f(ns.x) %}{% endfor %}",
+    "a long keyword of a filter": "{{ 1|upper(" + "a" * 90_000 + "=1) }}",
+    "a long keyword of a function": "{{ range(" + "a" * 90_000 + "=1) }}",
+    "a long keyword of a method": "{{ 'a'.strip(" + "a" * 90_000 + "=1) }}",
+    "a long undefined name": "{{ " + "a" * 90_000 + ".b }}",
+    "a long undefined name in a sum": "{{ " + "a" * 90_000 + " + 1 }}",
+    "a long undefined entry": "{{ messages[0]." + "a" * 90_000 + ".b }}",
+    "a needle that nearly fits": DOUBLED_TEXT.replace("N", "11") + "{% set p = ns.x[:600] + 'b' + ns.x[:599] %}"
+    "{% for i in range(99999) %}{{ p in ns.x }}{{ ns.x.find(p) }}{{ ns.x.count(p) }}{% endfor %}",
+    "many lines": DOUBLED_TEXT.replace("N", "21").replace("'a'", "'\\n'") + "{{ ns.x.splitlines() }}",
+    "many pieces from behind": DOUBLED_TEXT.replace("N", "21") + "{{ ns.x.rsplit('a') }}",
+    "many lines indented": DOUBLED_TEXT.replace("N", "18").replace("'a'", "'a\\n'") + "{{ ns.x|indent(100) }}",
+    "a rounding with many places": "{{ 5|round(-999999999) }}",
+    "a text in a wide field": "{{ 'a'.ljust(999999999) }}",
+    "a number in a wide field": "{{ 'a'.zfill(999999999) }}",
+    "a form": "{{ '{:999999999}'.format(1) }}",
+    "another form": "{{ '%999999999d'|format(1) }}",
+    "a wide centre": "{{ 'a'|center(999999999) }}",
+    "a number in base 36": "{{ 'zz'|int(0, 36) }}",
+    "a huge float": "{{ '1e999'|float }}",
+    "a break outside of a loop": "{% break %}",
+    "scopes in scopes": "{% for a in range(9) %}" * 40 + "{{ missing ~ b }}" + "{% endfor %}" * 40,
+    "JSON of signs": DOUBLED_TEXT.replace("N", "21").replace("'a'", "'😀'") + "{{ ns.x|tojson(ensure_ascii=true) }}",
+    "many sorts": "{% for i in range(99) %}{% set y = range(9999)|sort %}{% endfor %}",
+    "a comment without end": "{#" * 40_000,
+    "a minus before a minus": "{{ " + "-" * 90_000 + "1 }}",
 }
 
 
@@ -887,7 +1006,8 @@ for name, (template, messages) in json.load(open(sys.argv[1])).items():
         error = str(caught)
     except Exception as caught:
         error = repr(caught)[:500]
-    print(json.dumps([name, dict(error=error, length=length, seconds=time.process_time() - start, same=messages == before)]), flush=True)
+    print(json.dumps([name, dict(error=error, length=length, seconds=time.process_time() - start, same=messages == \
+before)]), flush=True)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, encoding="utf-8", cwd=ROOT, timeout=600
@@ -900,7 +1020,7 @@ for name, (template, messages) in json.load(open(sys.argv[1])).items():
 def test_a_hostile_template_ends_in_one_sentence(rendered, name):
     result = rendered[name]
     assert is_sentence(result["error"]) and result["error"].startswith("The chat template"), result
-    assert result["seconds"] < 3 and result["same"], result
+    assert result["seconds"] < 2 and result["same"], result
 
 
 def test_what_is_refused_is_named():
@@ -953,7 +1073,10 @@ def test_messages_of_other_kinds():
     What a stranger says is said, names of entries too.
     """
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-    newer = "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    newer = (
+        "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% "
+        "endfor %}{% endfor %}"
+    )
     assert ours(newer, parts) == reference(newer, parts) == "Hi"
     for family in FAMILIES:
         assert ours(FAMILIES[family], parts) == reference(FAMILIES[family], parts), family
@@ -967,7 +1090,10 @@ def test_messages_of_other_kinds():
         deep = [deep]
     circle = []
     circle.append(circle)
-    for content in (deep, circle, {(1, 2): 3}):
+    shared = [1]
+    for _ in range(60):
+        shared = [shared, shared]
+    for content in (deep, circle, shared, {(1, 2): 3}):
         with pytest.raises(InputError) as caught:
             render_template("{{ messages }}", [{"role": "user", "content": content}])
         assert is_sentence(str(caught.value))
@@ -977,7 +1103,10 @@ def test_messages_of_other_kinds():
 # Who wrote what
 # ---------------------------------------------------------------------------------------------------------
 
-WORDS = "the cat sat on a mat and saw one red hat by the old oak tree near our small house user assistant system You answer questions. ".split(
+WORDS = (
+    "the cat sat on a mat and saw one red hat by the old oak tree near our small house user assistant system You "
+    "answer questions. "
+).split(
     " "
 )
 NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|user|>", "<|assistant|>"]

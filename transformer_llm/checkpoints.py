@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'CHECKPOINT_NAME', 'LEFTOVERS', 'FILES', 'LOCK_NAME', 'Note', 'canonical', 'sync_file',
            'check_regular', 'step_of', 'is_checkpoint', 'step_folders', 'checkpoint_folders', 'find_checkpoint',
-           'remove_leftovers', 'strangers', 'discard_checkpoint', 'prune_checkpoints', 'free_name', 'set_aside_newer',
-           'run_files', 'plain_name', 'plain_model', 'check_model', 'empty_model', 'check_loadable', 'save_checkpoint',
-           'RunLock', 'lock_run', 'verify_checkpoint', 'find_whole_checkpoint', 'Checkpoint', 'load_checkpoint',
-           'check_tensors', 'load_weights', 'build_model', 'load_model', 'load_tokenizer_of', 'optimizer_tensors',
-           'restore_optimizers', 'generator_states', 'restore_generators']
+           'leftovers', 'remove_leftovers', 'strangers', 'discard_checkpoint', 'prune_checkpoints', 'free_name',
+           'set_aside_newer', 'run_files', 'plain_name', 'plain_model', 'check_model', 'empty_model', 'check_loadable',
+           'save_checkpoint', 'RunLock', 'lock_run', 'verify_checkpoint', 'find_whole_checkpoint', 'Checkpoint',
+           'load_checkpoint', 'check_tensors', 'load_weights', 'build_model', 'load_model', 'load_tokenizer_of',
+           'optimizer_tensors', 'restore_optimizers', 'generator_states', 'restore_generators']
 
 # %% ../nbs/85_checkpoints.ipynb #104ee171
 import errno
@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,12 +113,17 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 # %% ../nbs/85_checkpoints.ipynb #b8ccacae
-LEFTOVERS = (".step-*.part", ".metrics.jsonl.*.part", ".command.json.*.part", ".loss.png.*.part")
+LEFTOVERS = re.compile(r"\.step-\d{7,}\.\w+\.part|\.(metrics\.jsonl|command\.json|loss\.png)\.\w+\.part")
+
+
+def leftovers(run_directory: str | Path) -> list[Path]:
+    "What a killed process left half-written or half-deleted in a run directory."
+    return [path for path in Path(run_directory).glob(".*.part") if LEFTOVERS.fullmatch(path.name)]
 
 
 def remove_leftovers(run_directory: str | Path) -> None:
     "Delete what a killed process left half-written or half-deleted in a run directory."
-    for path in (path for pattern in LEFTOVERS for path in Path(run_directory).glob(pattern)):
+    for path in leftovers(run_directory):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -186,7 +191,7 @@ def run_files(run_directory: str | Path) -> list[Path]:
     "What training wrote into a run directory: checkpoints, records, what a killed process left; nothing else."
     run_directory = Path(run_directory)
     found = checkpoint_folders(run_directory)
-    found += [path for pattern in LEFTOVERS for path in run_directory.glob(pattern)]
+    found += leftovers(run_directory)
     found += [path for path in [run_directory / "metrics.jsonl"] if path.is_file()]
     return found + sorted((run_directory / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -254,7 +259,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def save_checkpoint(
     run_directory: str | Path,  # The folder `step-…` appears in it
     step: int,  # Updates made so far
-    model: GPT,
+    model: nn.Module,  # A `GPT`, compiled or not
     *,
     tokenizer=None,  # Anything with `save(path)`
     training: dict | None = None,  # How the model is trained: goes to `training.json`
@@ -473,7 +478,7 @@ def verify_checkpoint(folder: str | Path) -> dict:
     return manifest
 
 
-def _verify_file(file: Path, entry: dict) -> None:
+def _verify_file(file: Path, entry: Any) -> None:
     other = _other_checkpoint(file.parent)
     check_regular(file)
     size, noted = file.stat().st_size, entry.get("bytes") if isinstance(entry, dict) else None
@@ -515,7 +520,7 @@ class Checkpoint:
     step: int
     config: GPTConfig
     weights: dict[str, Tensor]
-    training: dict
+    training: Any  # What `training.json` holds
     tensors: dict[str, Tensor]
     state: dict
 
@@ -556,8 +561,8 @@ def load_checkpoint(
         state = read_json(folder / "training_state.json")
         if (
             not isinstance(state, dict)
-            or state.get("format_version") != FORMAT_VERSION
-            or state.get("step") != manifest["step"]
+            or canonical({key: state.get(key) for key in ("format_version", "step")})
+            != canonical({key: manifest[key] for key in ("format_version", "step")})
         ):
             raise InputError(
                 f"{folder / 'training_state.json'} does not belong to this checkpoint; {_other_checkpoint(folder)}."

@@ -473,7 +473,7 @@ def command_patterns(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if not args.overwrite:
         check_out(out)
-    write_simple_patterns(out)
+    write_simple_patterns(out, overwrite=args.overwrite)
     print(f"{out}: {human_bytes(out.stat().st_size)} of counting, copying, reversing, repeating and arithmetic.")
 
 

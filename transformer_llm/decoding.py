@@ -30,6 +30,7 @@ from transformer_llm.generation import (
     NumberCheck,
     Sampling,
     check_prompt,
+    check_stops,
     generate,
     make_generator,
     resolve_sampling,
@@ -791,7 +792,7 @@ class Decoder(PackedGPT):
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        stops = tuple(stop_tokens)
+        stops = check_stops(stop_tokens, self).tolist()
         options = dict(sampling=sampling, stop_tokens=stops, generator=generator, attention_mask=attention_mask)
         stream(self, ids, max_new_tokens, use_cache=False, **options)  # refuses what can't be, and does nothing else
         if not self.steps or (attention_mask is not None and not bool(attention_mask.all())):
@@ -799,7 +800,7 @@ class Decoder(PackedGPT):
         ids, generator = ids.long().to(self.place), make_generator(generator, self.place)
         draw = sampler(len(ids), self.config.vocab_size, self.place, sampling, generator)
         seen = sampling.mark(ids, self.config.vocab_size)
-        return self.write(ids, int(max_new_tokens), draw, seen, sorted(stops)).clone()
+        return self.write(ids, int(max_new_tokens), draw, seen, stops).clone()
 
     @torch.inference_mode()
     def write(

@@ -310,6 +310,10 @@ def check_prompt(
             f"ids must be a tensor of token ids, shape (batch, seq), not {ids!r:.40}; "
             "encode text with the model's tokenizer, or use generate_text."
         )
+    if not isinstance(attention_mask, Tensor | None):
+        raise InputError(f"attention_mask must be a tensor, True for tokens, not {attention_mask!r:.40}.")
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise InputError(f"ids must be whole numbers, token ids, not {ids.dtype}.")
     if ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
         shapes = tuple(ids.shape) if attention_mask is None else (tuple(ids.shape), tuple(attention_mask.shape))
         raise InputError(
@@ -327,7 +331,7 @@ def check_prompt(
         )
     if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
         raise InputError("attention_mask has padding after a token; pad prompts on the left, as left_pad does.")
-    low, high = ids.aminmax()
+    low, high = ids.long().aminmax()
     if low < 0 or high >= vocab_size:
         raise InputError(
             f"The prompt holds token {int(low if low < 0 else high)}, but the model "
@@ -412,9 +416,14 @@ class NumberCheck:
 
     def add(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
         "Look at the best logit of each row, now or later; the logits come back as they are."
-        self.sum = self.sum * 0 + logits.amax(-1).sum()  # once NaN or infinite, it never becomes a number again
-        self.steps += 1
-        if self.at_once or self.steps % 32 == 0:
+        best = logits.amax(-1)
+        best = best if len(best) == 1 else best.sum()
+        if self.at_once:
+            self.sum = best
+        else:
+            self.sum = self.sum * 0 + best  # once NaN or infinite, it never becomes a number again
+            self.steps += 1
+        if self.steps % 32 == 0:
             self.ask()
         return logits
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TRAINING_FIELDS', 'RUN_FILES', 'TOKEN_FILES', 'SMALL_MODELS', 'FREE_ON_RESUME', 'RunConfig', 'find_text',
-           'default_vocab_size', 'training_chunks', 'make_tokenizer', 'holds_tokens', 'prepare', 'count_steps',
-           'training_config', 'model_config', 'holds_run', 'check_free', 'began_run', 'run_note', 'given_tokens',
-           'own_tokens', 'token_directory', 'remove_run', 'remove_files', 'hold', 'check_memory', 'trainer_kind',
-           'start_run', 'make_trainer', 'prepare_run', 'continue_run', 'tokens_of', 'check_same_run', 'sizes_of',
-           'same_tokenizer', 'is_pretrained', 'load_any']
+           'default_vocab_size', 'training_chunks', 'make_tokenizer', 'prepare', 'count_steps', 'training_config',
+           'model_config', 'holds_run', 'check_free', 'began_run', 'run_note', 'given_tokens', 'own_tokens',
+           'token_directory', 'remove_run', 'remove_files', 'hold', 'check_memory', 'trainer_kind', 'start_run',
+           'make_trainer', 'prepare_run', 'continue_run', 'tokens_of', 'check_same_run', 'sizes_of', 'same_tokenizer',
+           'is_pretrained', 'load_any']
 
 # %% ../nbs/84_runs.ipynb #4c4dd8ab
 import os
@@ -31,6 +31,7 @@ from transformer_llm.checkpoints import (
 )
 from transformer_llm.dataset import (
     TokenData,
+    holds_tokens,
     load_shakespeare,
     prepare_tokens,
     read_chunks,
@@ -165,12 +166,6 @@ def make_tokenizer(
     return load_tokenizer(kind)
 
 # %% ../nbs/84_runs.ipynb #c34789b6
-def holds_tokens(directory: str | Path) -> bool:
-    "Whether a folder holds tokens that `prepare` or `prepare_tokens` wrote, complete or damaged."
-    directory = Path(directory)
-    return (directory / "meta.json").is_file() and (directory / "train.bin").is_file()
-
-
 def prepare(
     text: str | Path | None,  # A UTF-8 text file, a folder of them, or prepared tokens; None: Shakespeare
     directory: str | Path,  # Where the tokens and the tokenizer go; not used for prepared tokens
@@ -192,7 +187,8 @@ def prepare(
     share = 0.1 if val_fraction is None else val_fraction
     if isinstance(tokenizer, str | os.PathLike | None):
         tokenizer = make_tokenizer(tokenizer or "bpe", source, vocab_size, share, progress=progress)
-    data = prepare_tokens(source, tokenizer, directory, val_fraction=share, workers=workers, progress=progress)
+    data = prepare_tokens(source, tokenizer, directory, val_fraction=share, workers=workers, progress=progress,
+                          overwrite=overwrite)
     tokenizer.save(directory)
     return data, tokenizer
 

@@ -616,9 +616,10 @@ def to_int(state: State, value: object, default: int = 0, base: int = 10) -> int
         raise TypeError(f"{value.name!r} is undefined")
     try:
         whole = not isinstance(value, str) or re.fullmatch(r"\s*[+-]?\d{1,20}\s*", value)
-        return small(int(value if whole else float(value)))
+        number = int(value if whole else float(value))
     except (TypeError, ValueError, OverflowError):
         return default
+    return small(number)
 
 
 def to_float(state: State, value: object, default: float = 0.0) -> float:
@@ -626,9 +627,10 @@ def to_float(state: State, value: object, default: float = 0.0) -> float:
     if isinstance(value, Undefined):
         raise TypeError(f"{value.name!r} is undefined")
     try:
-        return small(float(value))
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return default
+    return small(number)
 
 
 def as_number(value: object) -> float:

@@ -273,7 +273,7 @@ class TrainingConfig:
             check_range(name, getattr(self, name), 0)
         for name in ("min_lr_fraction", "decay_fraction"):
             check_range(name, getattr(self, name), 0, 1)
-        if len(self.betas) != 2:
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
             raise InputError(f"betas must be two numbers, not {self.betas!r}.")
         for beta in self.betas:
             check_range("betas", beta, 0, 0.999999)
@@ -297,7 +297,9 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "TrainingConfig":
         "The configuration with these fields; an unknown name raises `InputError`."
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if not isinstance(values, dict):
+            raise InputError(f"The training settings must be a dictionary, not {values!r:.60}.")
+        unknown = sorted(str(name) for name in set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise InputError(
                 f"Unknown training setting {', '.join(unknown)}; the settings "
@@ -726,7 +728,7 @@ class TrainingStep:
     Seeds PyTorch's global generator with `config.seed`.
     """
 
-    def __init__(self, model: GPT, config: TrainingConfig):
+    def __init__(self, model: nn.Module, config: TrainingConfig):
         self.config = config
         self.device = pick_device(config.device)
         self.model = plain_model(model).to(self.device)
@@ -837,7 +839,7 @@ class TextTraining(TrainingStep):
 
     def __init__(
         self,
-        model: GPT,
+        model: nn.Module,  # A `GPT`, compiled or not
         data,  # `TokenData`, or a pair (training tokens, validation tokens or None); anything for your own `next_batch`
         config: TrainingConfig,
     ):
@@ -849,7 +851,7 @@ class TextTraining(TrainingStep):
             self._check_tokens(model)
         super().__init__(model, config)
 
-    def _check_tokens(self, model: GPT) -> None:
+    def _check_tokens(self, model: nn.Module) -> None:
         for name, tokens in (("training", self.data.train), ("validation", self.data.val)):
             if tokens is None or len(tokens) == 0:
                 continue
@@ -875,7 +877,10 @@ class TextTraining(TrainingStep):
         self,
         n_batches: int | None = None,  # As many, spread evenly over the text; None: all of it
     ) -> Iterable | None:
-        "What `evaluate` measures on, in the form of `next_batch`; None: there is nothing to measure on."
+        """What `evaluate` measures on; None: there is nothing to measure on.
+
+        Override it beside `next_batch` where your batches have another form, and your data a part to measure on.
+        """
         if not isinstance(self.data, TokenData) or self.data.val is None or len(self.data.val) < 2:
             return None
         length = min(self.context_length, len(self.data.val) - 1)
@@ -975,7 +980,7 @@ class Trainer(TextTraining):
 
     def __init__(
         self,
-        model: GPT,
+        model: nn.Module,  # A `GPT`, compiled or not
         data,  # `TokenData`, or a pair (training tokens, validation tokens or None); anything for your own `next_batch`
         config: TrainingConfig,
         *,
@@ -1254,13 +1259,17 @@ def find_learning_rate(
 ) -> tuple[list[float], list[float]]:
     """Train a copy while the learning rate grows exponentially.
 
-    Returns rates and smoothed losses, up to where the loss explodes; after Smith (2017, section 3.3).
+    Returns rates and smoothed losses, up to where the loss explodes; after Smith (2017, section 3.3). A model whose
+    loss is no number at the first step raises `InputError`.
     """
     check_range("low", low, 1e-12)
     check_range("high", high, low)
     check_range("steps", steps, 1, integer=True)
     trainer = Trainer(
-        copy.deepcopy(model), data, config.replace(max_steps=steps, warmup_steps=0, schedule="constant"), progress=False
+        copy.deepcopy(plain_model(model)),
+        data,
+        config.replace(max_steps=steps, warmup_steps=0, schedule="constant"),
+        progress=False,
     )
     rates, losses, smooth = [], [], 0.0
     for step in range(steps):
@@ -1270,7 +1279,9 @@ def find_learning_rate(
                 group["top_lr"] = rate
         try:
             loss, _ = trainer.train_step()
-        except TrainingError:
+        except TrainingError as error:
+            if not losses:
+                raise InputError(f"No learning rate can be found: {error}") from error
             break
         smooth = 0.8 * smooth + 0.2 * loss
         rates.append(rate)
@@ -1282,7 +1293,10 @@ def find_learning_rate(
 
 def suggest_learning_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
     "A tenth of the rate at which the loss was lowest: the minimum itself is already near the edge."
-    return rates[min(range(len(losses)), key=lambda i: losses[i])] / 10
+    finite = [i for i in range(min(len(rates), len(losses))) if math.isfinite(losses[i])]
+    if not finite:
+        raise InputError("No learning rate can be suggested: there is no loss that is a number.")
+    return rates[min(finite, key=lambda i: losses[i])] / 10
 
 # %% ../nbs/07_training.ipynb #5232dd5e
 SHAKESPEARE_CONFIG = TrainingConfig(
