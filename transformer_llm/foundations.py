@@ -97,7 +97,7 @@ def os_error_sentence(action: str, path: str | Path, error: OSError | ValueError
         errno.ELOOP: "its links lead in a circle; choose another path",
         errno.ENAMETOOLONG: "that name is too long for the file system; choose a shorter one",
     }
-    reason = getattr(error, "strerror", None) or str(error)  # a ValueError: the path holds a zero byte
+    reason = getattr(error, "strerror", None) or str(error)  # without a number: the path holds a zero byte
     return f"Can't {action} {path}: {hints.get(getattr(error, 'errno', None), reason)}."
 
 # %% ../nbs/90_foundations.ipynb #1c3bf12a
