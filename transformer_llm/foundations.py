@@ -229,7 +229,8 @@ def read_json(
     path = Path(path)
     try:
         with open_regular(path) as file:
-            content = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size  # `read` takes as much memory as it is asked for
+            content = file.read(min(max_bytes, size) + 1)
         if len(content) > max_bytes:
             raise InputError(f"{path} is larger than the {max_bytes:,} bytes that such a JSON file may have.")
         return json.loads(content.decode("utf-8"))
