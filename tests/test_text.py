@@ -82,7 +82,7 @@ def docstrings(text: str) -> list[str]:
     except SyntaxError:
         return []
     found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    comments = re.findall(r"  # (.*)$", text, re.M) if re.match(r"#\|\s*exports?\b", text) else []
+    comments = re.findall(r"  # (?!noqa)(.*)$", text, re.M) if re.match(r"#\|\s*exports?\b", text) else []
     return [note for note in found if note] + comments
 
 

@@ -1491,12 +1491,12 @@ TOKENIZER_SIZE = 8192
 TEXTBOOK_CHARACTERS, TEXTBOOK_MERGES = 100_000, 100
 
 
-def rust_ids(rust, text: str) -> list[int]:
+def rust_ids(rust: object, text: str) -> list[int]:
     "The ids of a whole text, by Hugging Face's tokenizers."
     return rust.encode(text).ids
 
 
-def rust_piece_ids(rust, pieces: list[str]) -> list[int]:
+def rust_piece_ids(rust: object, pieces: list[str]) -> list[int]:
     "The ids of a text in pieces, which Hugging Face's tokenizers spread over all cores."
     return [token for one in rust.encode_batch_fast(pieces) for token in one.ids]
 

@@ -97,13 +97,15 @@ def os_error_sentence(action: str, path: str | Path, error: OSError | ValueError
         errno.ELOOP: "its links lead in a circle; choose another path",
         errno.ENAMETOOLONG: "that name is too long for the file system; choose a shorter one",
     }
-    reason = getattr(error, "strerror", None) or str(error)  # a ValueError: the path holds a zero byte
+    reason = getattr(error, "strerror", None) or str(error)  # without a number: the path holds a zero byte
     return f"Can't {action} {path}: {hints.get(getattr(error, 'errno', None), reason)}."
 
 # %% ../nbs/90_foundations.ipynb #1c3bf12a
 def user_path(path: str | Path) -> Path:
     "A path that a person gave, with its `~` replaced by the home folder; `InputError` for one that can't be used."
-    text = os.fspath(path)
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"A path must be text, not {show_value(path)}.")
+    text = os.fsdecode(path)
     if "\0" in text:
         raise InputError(f"The path {show_value(text)} holds a zero byte, which no file name may; check the path.")
     try:
@@ -227,7 +229,8 @@ def read_json(
     path = Path(path)
     try:
         with open_regular(path) as file:
-            content = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size  # `read` takes as much memory as it is asked for
+            content = file.read(min(max_bytes, size) + 1)
         if len(content) > max_bytes:
             raise InputError(f"{path} is larger than the {max_bytes:,} bytes that such a JSON file may have.")
         return json.loads(content.decode("utf-8"))

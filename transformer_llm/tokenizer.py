@@ -25,6 +25,7 @@ import base64
 import codecs
 import heapq
 import json
+import os
 import re
 import unicodedata
 from bisect import bisect_right
@@ -1462,7 +1463,7 @@ def load_tiktoken(
 def read_lines(path: str | Path, max_bytes: int = 2**28) -> list[bytes]:
     "The lines of a file of at most `max_bytes`."
     with open_regular(path) as file:
-        content = file.read(max_bytes + 1)
+        content = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)  # `read` takes as much memory as asked
     if len(content) > max_bytes:
         raise InputError(f"{path} is larger than the {max_bytes:,} bytes that such a file may have.")
     return content.splitlines()
