@@ -711,7 +711,7 @@ def is_note(meta) -> bool:
     )
 
 
-def is_seal(seals) -> bool:
+def is_seal(seals: object) -> bool:
     "Whether these are hashes of token files: one of each, or none, in a note of old."
     return isinstance(seals, dict) and (
         not seals or (set(seals) == {"train.bin", "val.bin"} and all(isinstance(seal, str) for seal in seals.values()))
