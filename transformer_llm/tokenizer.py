@@ -944,7 +944,7 @@ class BPETokenizer(BPETables):
         progress: bool = False,  # Show a bar
         fewer: bool = False,  # Take what the text gives where that is less than `vocab_size`
     ) -> "BPETokenizer":
-        """Learn a vocabulary from text; `InputError` if it holds too few pairs for `vocab_size`, unless `fewer` will do.
+        """Learn a vocabulary from text; `InputError` if it holds too few pairs for `vocab_size`, unless `fewer`.
 
         A word of more than 256 characters (`LONGEST_WORD`) is learned from in parts of that length.
         """
