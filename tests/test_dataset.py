@@ -30,6 +30,7 @@ from transformer_llm.dataset import (
     check_tokens,
     cut_shards,
     data_folder,
+    fingerprint_of,
     holds_tokens,
     load_shakespeare,
     pattern_lines,
@@ -279,6 +280,7 @@ def test_change_of_text_tokenizer_or_split_prepares_anew(tmp_path):
     path, out = tmp_path / "a.txt", tmp_path / "out"
     path.write_text(play_like(100))
     first = prepare_tokens(path, BPE, out, progress=False).meta["fingerprint"]
+    assert first == fingerprint_of(path, BPE) != fingerprint_of(path, BPE, 0.2)
     assert prepare_tokens(path, BPE, out, progress=False).meta["fingerprint"] == first
     kept = (out / "train.bin").read_bytes()
     characters, options = CharTokenizer.train(read_text(path)), {"progress": False, "overwrite": True}

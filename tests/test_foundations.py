@@ -151,6 +151,9 @@ def test_paths_that_people_give(tmp_path, monkeypatch):
     assert cache_dir() == tmp_path / "cache"
     with pytest.raises(InputError, match="zero byte"):
         foundations.user_path("a\0b")
+    for wrong in (5, None, b"a"):
+        with pytest.raises(InputError, match="A path must be text, not "):
+            foundations.user_path(wrong)
 
 
 @posix

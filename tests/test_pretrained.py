@@ -641,7 +641,7 @@ def test_no_tensor_that_could_count_is_left_in_the_file(good_folders, tmp_path, 
 
 def test_weights_that_are_no_numbers_are_loaded_with_a_warning(good_folders, tmp_path, llama_tied):
     for i, bad in enumerate((math.nan, math.inf, -math.inf)):
-        folder = change_tensors(good_folders["llama"], tmp_path / str(i), lambda t: t[QUERY].view(-1)[77:78].fill_(bad))  # noqa: B023
+        folder = change_tensors(good_folders["llama"], tmp_path / str(i), lambda t: t[QUERY].view(-1)[77:78].fill_(bad))
         with pytest.warns(UserWarning, match="1 of .* tensors of .*infinite or none at all, blocks.1.attention.q_proj"):
             load_pretrained(folder)
         with pytest.warns(UserWarning, match="infinite or none"):

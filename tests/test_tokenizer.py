@@ -501,6 +501,10 @@ def test_training_refuses_a_pattern_it_does_not_know():
         BPETokenizer.train(PROSE, 300, pattern=r"\p{L}")
 
 
+def test_training_takes_fewer_tokens_where_they_will_do():
+    assert BPETokenizer.train("abc", 300, special_tokens=(), fewer=True).vocab_size == 258
+
+
 def test_training_cuts_special_tokens_out():
     tokenizer = BPETokenizer.train(["one<|endoftext|>two " * 50], 262)
     assert not any(b"<" in token or b"|" in token for token in tokenizer.vocab if len(token) > 1)

@@ -654,8 +654,6 @@ def test_prepared_tokens_that_changed_are_noticed(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdefghijkl" * 60, encoding="utf-8")
     data = prepare_tokens(text, CharTokenizer.train("abcdefghijkl"), tmp_path / "tokens", progress=False)
-    if "sha256" not in data.meta:
-        pytest.skip("prepared tokens have no seal")
     make_trainer(tmp_path / "run", CONFIG.replace(max_steps=1), data=data).train()
     content = bytearray((tmp_path / "tokens" / "train.bin").read_bytes())
     content[10] ^= 1
@@ -663,6 +661,20 @@ def test_prepared_tokens_that_changed_are_noticed(tmp_path):
     (tmp_path / "tokens" / "train.bin").write_bytes(content)
     with pytest.raises(InputError, match="train.bin"):
         Trainer.resume(tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+def test_tokens_of_any_whole_type_train(dtype):
+    assert make_trainer(None, data=(TOKENS[:300].to(dtype), TOKENS[300:].to(dtype))).train()[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("data, words", [
+    ((TOKENS.float(), None), "training tokens"), ((TOKENS - 1, None), "training tokens"), (TOKENS, "pair of token"),
+    ((TOKENS, TOKENS + 1), "vocab_size"), ((TOKENS[None], None), "row"), (["a", "b"], "TokenData"),
+])
+def test_data_that_are_no_tokens_are_refused(data, words):
+    with pytest.raises(InputError, match=words):
+        make_trainer(None, data=data)
 
 
 def test_a_subclasses_own_data_are_compared_too(tmp_path):

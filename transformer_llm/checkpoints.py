@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -358,7 +358,7 @@ class RunLock:
         file.flush()
         return file
 
-    def _refusal(self, file) -> str:
+    def _refusal(self, file: TextIO) -> str:
         try:
             file.seek(0)
             number = file.read(20).strip()
@@ -388,7 +388,7 @@ class RunLock:
         self.release()
 
 
-def _lock_file(file) -> None:
+def _lock_file(file: TextIO) -> None:
     if os.name == "nt":
         import msvcrt
 
@@ -559,11 +559,9 @@ def load_checkpoint(
     folder, manifest = find_whole_checkpoint(path)
     try:
         state = read_json(folder / "training_state.json")
-        if (
-            not isinstance(state, dict)
-            or canonical({key: state.get(key) for key in ("format_version", "step")})
-            != canonical({key: manifest[key] for key in ("format_version", "step")})
-        ):
+        named = ("format_version", "step")
+        wanted = canonical({key: manifest[key] for key in named})
+        if not isinstance(state, dict) or canonical({key: state.get(key) for key in named}) != wanted:
             raise InputError(
                 f"{folder / 'training_state.json'} does not belong to this checkpoint; {_other_checkpoint(folder)}."
             )

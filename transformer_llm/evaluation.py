@@ -637,7 +637,9 @@ def measure(
     predicted = scores.context > 0
     bits = scores.nats / math.log(2)
 
-    def error(above: Tensor | np.ndarray, below: Tensor | np.ndarray) -> float | None:
+    def error(
+        above: Shaped[Tensor, "tokens"] | np.ndarray, below: Shaped[Tensor, "tokens"] | np.ndarray
+    ) -> float | None:
         "Of a ratio of two sums over the text's pieces."
         if not n_pieces:
             return None

@@ -103,7 +103,9 @@ def os_error_sentence(action: str, path: str | Path, error: OSError | ValueError
 # %% ../nbs/90_foundations.ipynb #1c3bf12a
 def user_path(path: str | Path) -> Path:
     "A path that a person gave, with its `~` replaced by the home folder; `InputError` for one that can't be used."
-    text = os.fspath(path)
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"A path must be text, not {show_value(path)}.")
+    text = os.fsdecode(path)
     if "\0" in text:
         raise InputError(f"The path {show_value(text)} holds a zero byte, which no file name may; check the path.")
     try:

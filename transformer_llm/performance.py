@@ -782,7 +782,9 @@ class FastTrainer(Trainer):
         self.refresh()
         return super().train_step()
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Float[Tensor, ""], int]:
+    def loss(
+        self, batch: tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]
+    ) -> tuple[Float[Tensor, ""], int]:
         "As `Trainer.loss`, a chunk of the targets at a time."
         if self.copy is None:
             return super().loss(batch)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .feedforward import n_matrices
 from .foundations import InputError, check_range
 
 # %% ../nbs/91_plots.ipynb #d314b3d1
@@ -563,7 +564,7 @@ def model_boxes(
     """
     c, n = config, config.n_layers
     bias, queries, keys = int(c.bias), c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    gates = 2 if c.activation == "swiglu" else 1
+    gates = n_matrices(c.activation) - 1
     norm = (
         {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[c.norm],
         f"d_model {c.d_model:,}",

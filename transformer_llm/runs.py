@@ -60,18 +60,32 @@ TRAINING_FIELDS = tuple(f.name for f in fields(TrainingConfig) if f.name != "con
 
 @dataclass(frozen=True)
 class RunConfig:
-    "What a new run is made of. A field that is None was not chosen; a value out of its range raises `InputError`."
+    """What a new run is made of.
 
-    text_file: str | Path | None = None  # A UTF-8 text file, a folder of them, or prepared tokens; None: Shakespeare
-    tokenizer: str | Path | None = None  # "char", "bpe", or the path of one; None: bpe, char for the smallest models
-    vocab_size: int | None = None  # Tokens that a bpe tokenizer learns; None: as many as the text can fill
-    val_fraction: float | None = None  # Share of the text that is kept for validation; None: 0.1
-    model_size: str | None = None  # A preset of chapter 04; None: tiny
-    context_length: int | None = None  # Tokens that the model sees at once; None: the preset's
-    dropout: float | None = None  # Share of activations dropped in training; None: the preset's
-    epochs: float | None = None  # Times to read the training text, in place of max_steps; None: 1
-    fast: bool | None = None  # Chapter 11's faster steps
-    training: Mapping = field(default_factory=dict)  # The fields of `TrainingConfig` that were chosen
+    - `text_file`: a UTF-8 text file, a folder of them, or prepared tokens; None: Shakespeare.
+    - `tokenizer`: "char", "bpe", or the path of one; None: bpe, char for the smallest models.
+    - `vocab_size`: tokens that a bpe tokenizer learns; None: as many as the text can fill.
+    - `val_fraction`: share of the text that is kept for validation; None: 0.1.
+    - `model_size`: a preset of chapter 04; None: tiny.
+    - `context_length`: tokens that the model sees at once; None: the preset's.
+    - `dropout`: share of activations dropped in training; None: the preset's.
+    - `epochs`: times to read the training text, in place of max_steps; None: 1.
+    - `fast`: chapter 11's faster steps.
+    - `training`: the fields of `TrainingConfig` that were chosen.
+
+    A field that is None was not chosen; a value out of its range raises `InputError`.
+    """
+
+    text_file: str | Path | None = None
+    tokenizer: str | Path | None = None
+    vocab_size: int | None = None
+    val_fraction: float | None = None
+    model_size: str | None = None
+    context_length: int | None = None
+    dropout: float | None = None
+    epochs: float | None = None
+    fast: bool | None = None
+    training: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("text_file", "tokenizer"):

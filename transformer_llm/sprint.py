@@ -411,7 +411,9 @@ class SprintTrainer(Trainer):
         windows = self.data.train[self.starts[self.step] + self.offsets]
         return windows[:, :-1], windows[:, 1:]
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Float[Tensor, ""], int]:
+    def loss(
+        self, batch: tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]
+    ) -> tuple[Float[Tensor, ""], int]:
         "The mean loss, and the number of targets: every token is one."
         inputs, targets = batch
         hidden = self.model.hidden_states(inputs).flatten(0, 1)

@@ -849,6 +849,7 @@ def train_bpe(
     *,
     pattern: str | Sequence[str],
     progress: bool,
+    fewer: bool,
 ) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]], dict[str, int]]:
     "The vocabulary, merges and special tokens that `BPETokenizer.train` learns."
     names = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
@@ -860,7 +861,7 @@ def train_bpe(
         raise InputError("The text to train a tokenizer on is empty; give it some text.")
     n_merges = vocab_size - 256 - len(names)
     pairs = learn_merges(word_counts, n_merges, progress=progress)
-    if len(pairs) < n_merges:
+    if len(pairs) < n_merges and not fewer:
         raise InputError(
             f"This text gives at most {vocab_size - n_merges + len(pairs)} "
             f"tokens, not the vocab_size of {vocab_size}; "
@@ -941,12 +942,15 @@ class BPETokenizer(BPETables):
         special_tokens: Sequence[str] = ("<|endoftext|>",),  # Each one token, never merged with its neighbours
         pattern: str | Sequence[str] = "gpt2",  # One of `PATTERNS`, or your own: see `word_splitter`
         progress: bool = False,  # Show a bar
+        fewer: bool = False,  # Take what the text gives where that is less than `vocab_size`
     ) -> "BPETokenizer":
-        """Learn a vocabulary from text; `InputError` if it holds too few pairs for `vocab_size`.
+        """Learn a vocabulary from text; `InputError` if it holds too few pairs for `vocab_size`, unless `fewer`.
 
         A word of more than 256 characters (`LONGEST_WORD`) is learned from in parts of that length.
         """
-        vocab, merges, specials = train_bpe(texts, vocab_size, special_tokens, pattern=pattern, progress=progress)
+        vocab, merges, specials = train_bpe(
+            texts, vocab_size, special_tokens, pattern=pattern, progress=progress, fewer=fewer
+        )
         return cls(vocab, merges, specials, pattern=pattern)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:

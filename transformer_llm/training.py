@@ -59,7 +59,7 @@ from transformer_llm.checkpoints import (
     step_of,
     sync_file,
 )
-from .dataset import TokenData, random_batch, sequential_batches
+from .dataset import TokenData, check_token_ids, random_batch, sequential_batches
 from transformer_llm.foundations import (
     InputError,
     atomic_write,
@@ -231,35 +231,58 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 class TrainingConfig:
     """Everything that decides how a model is trained, apart from the model and the data.
 
+    - `max_steps`: updates of the weights.
+    - `batch_size`: sequences per forward pass.
+    - `context_length`: tokens per sequence; None: the model's.
+    - `accumulation`: forward passes whose gradients make one update.
+    - `optimizer`: "adamw", or "muon" (Muon for the hidden matrices, AdamW for the rest).
+    - `learning_rate`: AdamW's, at the top of the schedule.
+    - `muon_learning_rate`: Muon's, at the top of the schedule.
+    - `schedule`: "cosine", "linear", "wsd" (warm-up, stable, decay) or "constant".
+    - `warmup_steps`: steps in which the rate grows from zero.
+    - `min_lr_fraction`: where the schedule ends, as a share of its top.
+    - `decay_fraction`: for "wsd", the share of all steps that decay.
+    - `weight_decay`: for matrices; norms and biases are never decayed.
+    - `betas`: AdamW's memories.
+    - `grad_clip`: largest norm of the gradient; 0: no limit.
+    - `eval_every`: steps between evaluations; 0: only at the end.
+    - `eval_batches`: batches per evaluation while training, spread evenly over the validation text; None: all of it.
+    - `checkpoint_every`: steps between checkpoints; 0: only at the start and the end.
+    - `keep_checkpoints`: newest checkpoints that are kept.
+    - `log_every`: steps between records in the history.
+    - `seed`: of the batches and of dropout.
+    - `device`: "auto", "cpu", "cuda" or "mps".
+    - `dtype`: "float32", or "bfloat16": mixed precision (weights stay float32).
+    - `compile`: use torch.compile: slow to start, then faster.
+    - `tensorboard`: also write the history for TensorBoard.
+
     Raises `InputError` for a value out of its range.
     """
 
-    max_steps: int = 1000  # Updates of the weights
-    batch_size: int = 32  # Sequences a forward pass
-    context_length: int | None = None  # Tokens a sequence; None: the model's
-    accumulation: int = 1  # Forward passes whose gradients make one update
-    optimizer: str = "adamw"  # "adamw", or "muon" (Muon for the hidden matrices, AdamW for the rest)
-    learning_rate: float = 1e-3  # AdamW's, at the top of the schedule
-    muon_learning_rate: float = 0.02  # Muon's, at the top of the schedule
-    schedule: str = "cosine"  # "cosine", "linear", "wsd" (warm-up, stable, decay) or "constant"
-    warmup_steps: int = 50  # Steps in which the rate grows from zero
-    min_lr_fraction: float = 0.1  # Where the schedule ends, as a share of its top
-    decay_fraction: float = 0.2  # "wsd": the share of all steps that decay
-    weight_decay: float = 0.1  # For matrices; norms and biases are never decayed
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's memories
-    grad_clip: float = 1.0  # Largest norm of the gradient; 0: no limit
-    eval_every: int = 100  # Steps between evaluations; 0: only at the end
-    eval_batches: int | None = (
-        None  # Batches an evaluation while training, spread evenly over the validation text; None: all of it
-    )
-    checkpoint_every: int = 500  # Steps between checkpoints; 0: only at the start and the end
-    keep_checkpoints: int = 2  # Newest checkpoints that are kept
-    log_every: int = 10  # Steps between records in the history
-    seed: int = 0  # Of the batches and of dropout
-    device: str = "auto"  # "auto", "cpu", "cuda" or "mps"
-    dtype: str = "float32"  # "bfloat16": mixed precision (weights stay float32)
-    compile: bool = False  # torch.compile: slow to start, then faster
-    tensorboard: bool = False  # Also write the history for TensorBoard
+    max_steps: int = 1000
+    batch_size: int = 32
+    context_length: int | None = None
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.02
+    schedule: str = "cosine"
+    warmup_steps: int = 50
+    min_lr_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    eval_every: int = 100
+    eval_batches: int | None = None
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    compile: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "accumulation", "keep_checkpoints", "log_every"):
@@ -635,7 +658,7 @@ def check_same_data(
             "resume with the same data."
         )
     if isinstance(data, TokenData):
-        data.verify() if hasattr(data, "verify") else None
+        data.verify()
     elif not (before and now and now["data"]):
         warnings.warn("This run's data can't be compared with what it began with; make sure it is the same.",
                       Note, stacklevel=3)
@@ -827,8 +850,8 @@ class TrainingStep:
 # %% ../nbs/07_training.ipynb #e488b067
 def as_token_data(data) -> Any:
     "A pair of token sequences as `TokenData`; anything else as it is."
-    is_tokens = lambda part: part is None or getattr(part, "ndim", 0) == 1 or (
-        isinstance(part, list | tuple) and all(isinstance(i, int) for i in part)
+    is_tokens = lambda part: part is None or hasattr(part, "ndim") or (
+        isinstance(part, list | tuple) and all(isinstance(i, int | float) for i in part[:1])
     )
     pair = isinstance(data, tuple | list) and len(data) in (1, 2) and all(map(is_tokens, data))
     return TokenData.from_tokens(*data) if pair else data
@@ -849,13 +872,16 @@ class TextTraining(TrainingStep):
         check_range("context_length", self.context_length, 1, model.config.context_length, integer=True)
         if isinstance(self.data, TokenData):
             self._check_tokens(model)
+        elif type(self).next_batch is TextTraining.next_batch:
+            raise InputError(f"data must be a TokenData or a pair of token sequences, not {type(data).__name__}; a "
+                             "trainer of something else has a next_batch of its own.")
         super().__init__(model, config)
 
     def _check_tokens(self, model: nn.Module) -> None:
         for name, tokens in (("training", self.data.train), ("validation", self.data.val)):
             if tokens is None or len(tokens) == 0:
                 continue
-            largest = int(tokens.max())
+            largest = int(check_token_ids(tokens, name=f"the {name} tokens").max())
             if largest >= model.config.vocab_size:
                 raise InputError(
                     f"The {name} text holds the token {largest}, but the model's "

@@ -336,7 +336,10 @@ def check_one_head(answer) -> str:
                 "zeros over a NaN don't keep it from flowing back. Don't let it arise: write 0 into "
                 "the scores of such a row, and 0 over its weights after the softmax."
             )
-    return "Scale, mask and softmax stand in the right order, a query with nowhere to look gets zeros, and no NaN flows back."
+    return (
+        "Scale, mask and softmax stand in the right order, a query with "
+        "nowhere to look gets zeros, and no NaN flows back."
+    )
 
 # %% ../../nbs/exercises/01_attention.ipynb #157ec083
 @exercise("1.5", "Split the heads")

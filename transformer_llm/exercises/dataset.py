@@ -354,4 +354,7 @@ def check_sliding_windows(answer: object) -> str:
         (9, 4, 4),
     ):
         compare_sliding(answer, torch.randperm(100, generator=generator)[:n], length, stride)
-    return "Every token but the first is asked for exactly once, and after the first window with more than T − stride tokens of context."
+    return (
+        "Every token but the first is asked for exactly once, and after the "
+        "first window with more than T − stride tokens of context."
+    )

@@ -36,7 +36,10 @@ def check_tokens_from_memory(answer: object) -> str:
         },
         tolerance=0.005,
     )
-    return "A step reads 7 GB and takes an eighth of a second, whatever the batch; each of the three texts gets a token in it."
+    return (
+        "A step reads 7 GB and takes an eighth of a second, whatever the "
+        "batch; each of the three texts gets a token in it."
+    )
 
 # %% ../../nbs/exercises/13_decoding.ipynb #6f3d823b
 def one_query_mistakes(

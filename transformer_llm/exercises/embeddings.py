@@ -50,7 +50,10 @@ def check_gradient(answer) -> str:
             "This is the number of tokens. Only those with id 1 look row 1 up.": len(ids),
         },
     )
-    return "Row 1 is looked up twice, so the loss changes by twice what its number changes by; row 3 is not used and gets zero."
+    return (
+        "Row 1 is looked up twice, so the loss changes by twice what its "
+        "number changes by; row 3 is not used and gets zero."
+    )
 
 # %% ../../nbs/exercises/03_embeddings.ipynb #a3403dbe
 def clocks(
@@ -141,7 +144,10 @@ def check_match(answer) -> str:
         },
         tolerance=0.01,
     )
-    return "The two arrows stand four times 30 = 120 degrees apart, and cos 120° = -1/2, wherever the pair stands in the text."
+    return (
+        "The two arrows stand four times 30 = 120 degrees apart, and cos "
+        "120° = -1/2, wherever the pair stands in the text."
+    )
 
 # %% ../../nbs/exercises/03_embeddings.ipynb #628c3d57
 def turned(

@@ -163,7 +163,10 @@ def check_witten_bell(answer: object) -> str:
             ),
         },
     )
-    return "Tried on three sizes of vocabulary, on histories with many followers and with few, and on one that was never seen."
+    return (
+        "Tried on three sizes of vocabulary, on histories with many "
+        "followers and with few, and on one that was never seen."
+    )
 
 # %% ../../nbs/exercises/10_evaluation.ipynb #8443ff91
 @exercise("10.4", "How many windows?")

@@ -32,7 +32,10 @@ def check_on_paper(answer: object) -> str:
         raise Wrong("A list of two numbers is asked for, like `[3, 3]`.") from None
     right = down @ bent
     if close(got, right):
-        return f"The hidden numbers are {', '.join(f'{number:g}' for number in bent)}; only the second unit speaks, and adds its column."
+        return (
+            f"The hidden numbers are {', '.join(f'{number:g}' for number in bent)}; "
+            "only the second unit speaks, and adds its column."
+        )
     for sentence, value in {
         "The curve is missing: between the matrices every negative "
         "number becomes zero and the others are squared.": down
@@ -98,7 +101,10 @@ def check_largest_error(answer: object) -> str:
         },
         tolerance=0.03,
     )
-    return f"Measured: {right:.4f}. That is many times the error of the tanh form, {(gelu_tanh(line) - gelu(line)).abs().max():.4f}, for one `exp` and no cube."
+    return (
+        f"Measured: {right:.4f}. That is many times the error of the tanh form, "
+        f"{(gelu_tanh(line) - gelu(line)).abs().max():.4f}, for one `exp` and no cube."
+    )
 
 # %% ../../nbs/exercises/02_feedforward.ipynb #5a55b22d
 @exercise("2.3", "Write a feed-forward network")
@@ -263,7 +269,10 @@ def check_size(answer: object) -> str:
             "These are the operations for a token, two for each parameter.": 2 * 3 * d_model * width,
         },
     )
-    return f"8/3 · {d_model} is rounded up to {width} = 16 · {width // 16}, and 3 · {d_model} · {width} = {3 * d_model * width:,}."
+    return (
+        f"8/3 · {d_model} is rounded up to {width} = 16 · {width // 16}, and 3 "
+        f"· {d_model} · {width} = {3 * d_model * width:,}."
+    )
 
 # %% ../../nbs/exercises/02_feedforward.ipynb #34f5149d
 def square_network(
@@ -390,4 +399,7 @@ def check_collapse(answer: object) -> str:
             }
         same_values(result[0], down @ up, "d_out d_model", "the weight", weights)
         same_values(result[1], down @ up_bias + down_bias, "d_out", "the bias", biases)
-    return "However wide the middle is, two linear maps are one: the product of the matrices, and the first bias seen through the second."
+    return (
+        "However wide the middle is, two linear maps are one: the product of the "
+        "matrices, and the first bias seen through the second."
+    )

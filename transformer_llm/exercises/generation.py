@@ -94,7 +94,10 @@ def check_twice_as_warm(answer: object) -> str:
         },
         tolerance=0.005,
     )
-    return f"The ratio {ratio:.0f} to 1 becomes its square root, {math.sqrt(ratio):.0f} to 1, so the probability is {at(2.0):.2f}."
+    return (
+        f"The ratio {ratio:.0f} to 1 becomes its square root, "
+        f"{math.sqrt(ratio):.0f} to 1, so the probability is {at(2.0):.2f}."
+    )
 
 # %% ../../nbs/exercises/08_generation.ipynb #b943b5e5
 def temperature_mistakes(
@@ -192,12 +195,17 @@ def check_filters(answer: object) -> str:
         answer,
         right,
         {
-            "a": f"Top-k counts tokens, whatever their probabilities: it keeps {kept['a'][0]} of the flat distribution and {kept['a'][1]} of the sure one.",
-            "b": f"Top-p counts probability: on the flat distribution it stops as soon as 0.9 is reached, after {kept['b'][0]} of the 20 tokens.",
+            "a": f"Top-k counts tokens, whatever their probabilities: it keeps {kept['a'][0]} of "
+                 f"the flat distribution and {kept['a'][1]} of the sure one.",
+            "b": "Top-p counts probability: on the flat distribution it stops as soon as "
+                 f"0.9 is reached, after {kept['b'][0]} of the 20 tokens.",
             "d": "One of the three does: ask of each what it compares a token's probability with.",
         },
     )
-    return f"Min-p compares each token with the best one: it keeps {kept['c'][0]} of the flat distribution, where all are nearly as good, and {kept['c'][1]} of the sure one."
+    return (
+        f"Min-p compares each token with the best one: it keeps {kept['c'][0]} of the flat "
+        f"distribution, where all are nearly as good, and {kept['c'][1]} of the sure one."
+    )
 
 # %% ../../nbs/exercises/08_generation.ipynb #3d7750d2
 def top_p_mistakes(
@@ -214,7 +222,10 @@ def top_p_mistakes(
     best = torch.arange(logits.shape[1]) == 0  # the first of the sorted tokens
     sums_of_logits = logits.gather(1, index).cumsum(-1) - logits.gather(1, index)
     right = back(enough, index)
-    dropped = "The token that crosses the line is dropped, and keeping the most probable one does not mend it: what you keep has less probability than p. Ask whether what stands *before* a token is still less than p."
+    dropped = (
+        "The token that crosses the line is dropped, and keeping the most probable one does not mend it: what you keep "
+        "has less probability than p. Ask whether what stands *before* a token is still less than p."
+    )
     return {
         dropped: back((ordered.cumsum(-1) < p) | best, index),
         "One token too many stays: the sum that you shifted leaves out the token itself already. "
@@ -637,7 +648,10 @@ def check_loop(answer: object) -> str:
             last if cases == 2 else next(token for token in written[2:] if token not in written[:2]),
         )
     same_values(call(answer, model, ids, 0, never), ids, "batch seq", "the result for no new token at all")
-    return "Each token is the best after the newest tokens that fit, the whole text comes back, and it ends with the stop token."
+    return (
+        "Each token is the best after the newest tokens that fit, the whole "
+        "text comes back, and it ends with the stop token."
+    )
 
 
 def judge_loop(
@@ -732,4 +746,7 @@ def check_window(answer: object) -> str:
         },
         tolerance=0.004,
     )
-    return f"A cycle reads {context} tokens and writes {context - kept + 1}: {right:.2f} read for each one, against {half:.2f} when half is kept. Remembering more costs more."
+    return (
+        f"A cycle reads {context} tokens and writes {context - kept + 1}: {right:.2f} read for each "
+        f"one, against {half:.2f} when half is kept. Remembering more costs more."
+    )

@@ -313,7 +313,10 @@ def check_cache(answer: object) -> str:
         },
         tolerance=3e-3,
     )
-    return f"{right:,} bytes: 2 · {layers} layers · {kv_heads} heads · {head_dim} numbers · {context:,} tokens · {size} bytes."
+    return (
+        f"{right:,} bytes: 2 · {layers} layers · {kv_heads} heads · "
+        f"{head_dim} numbers · {context:,} tokens · {size} bytes."
+    )
 
 # %% ../../nbs/exercises/09_pretrained.ipynb #f87b9e96
 @exercise("9.6", "Rows in another order")
@@ -358,4 +361,7 @@ def check_rows(answer: object) -> str:
             mistakes,
             tolerance=0,
         )
-    return "In every head the first numbers of all pairs come first, then the second ones; a bias is reordered like a weight."
+    return (
+        "In every head the first numbers of all pairs come first, then the "
+        "second ones; a bias is reordered like a weight."
+    )

@@ -47,7 +47,10 @@ def check_byte_count(answer) -> str:
             * len(text),
         },
     )
-    return f"{len(text)} characters, {len(data)} bytes: two for ï, three for 語, four for the fox, one for each of the others."
+    return (
+        f"{len(text)} characters, {len(data)} bytes: two for ï, three for "
+        "語, four for the fox, one for each of the others."
+    )
 
 # %% ../../nbs/exercises/05_tokenizer.ipynb #b9727da2
 def same_pairs(
@@ -513,7 +516,10 @@ def check_stream(answer) -> str:
                 "texts are asked for, one a piece and one for the end."
             )
         judge_stream(list(got), pieces, streamed(pieces), kind)
-    return "Text comes as soon as its bytes are complete, nothing is lost or invented, and bytes that never become a character come out as �."
+    return (
+        "Text comes as soon as its bytes are complete, nothing is lost or invented, "
+        "and bytes that never become a character come out as �."
+    )
 
 
 def judge_stream(
@@ -608,4 +614,7 @@ def check_prompt(answer) -> str:
                     "not change. Encoded with special=False the name is harmless."
                 )
             raise Wrong(f"{trusted + typed!r} comes back as {text!r}.")
-    return "The special token that you wrote is one token, those that the stranger wrote are letters, and every text comes back whole."
+    return (
+        "The special token that you wrote is one token, those that the stranger "
+        "wrote are letters, and every text comes back whole."
+    )

@@ -145,7 +145,10 @@ def check_first_step(answer: object) -> str:
         },
         tolerance=0.001,
     )
-    return f"m̂ is the gradient and the root of v̂ its size, so the quotient is 1 and the step is the learning rate, {lr}. A gradient of 3 would have given the same."
+    return (
+        "m̂ is the gradient and the root of v̂ its size, so the quotient is 1 and the step is "
+        f"the learning rate, {lr}. A gradient of 3 would have given the same."
+    )
 
 # %% ../../nbs/exercises/07_training.ipynb #09cd4e32
 @exercise("7.4", "The fastest descent")
@@ -167,7 +170,10 @@ def check_edge(answer: object) -> str:
         },
         tolerance=0.02,
     )
-    return f"The steep weight is multiplied by 1 − {steep:g} η at each step, and beyond η = 2/{steep:g} = {2 / steep:g} that is below −1: every jump is longer than the one before."
+    return (
+        f"The steep weight is multiplied by 1 − {steep:g} η at each step, and beyond η = 2/{steep:g} = "
+        f"{2 / steep:g} that is below −1: every jump is longer than the one before."
+    )
 
 # %% ../../nbs/exercises/07_training.ipynb #a8ff4ea0
 def adamw_formula(
@@ -189,7 +195,8 @@ def adamw_formula(
 
 
 ADAMW_MISTAKES = {
-    "plain": "The bias correction is missing: m and v start at zero and are too small in the first steps. Divide them by 1 − β₁ᵗ and 1 − β₂ᵗ.",
+    "plain": "The bias correction is missing: m and v start at zero and are too small "
+             "in the first steps. Divide them by 1 − β₁ᵗ and 1 − β₂ᵗ.",
     "plain m": "The bias correction of m is missing: it starts at zero too. Divide it by 1 − β₁ᵗ.",
     "plain v": "The bias correction of v is missing: it starts at zero too. Divide it by 1 − β₂ᵗ.",
     "inside": "ε stands inside the root. (7.5) adds it after the root: √v̂ + ε.",
@@ -198,7 +205,8 @@ ADAMW_MISTAKES = {
     "rate": "The decay lacks the learning rate: the weight shrinks by the factor 1 − λ at each step. (7.5) has 1 − ηλ.",
     "none": "There is no weight decay: the factor 1 − ηλ on the old weight is missing.",
     "grow": "The weight grows by the decay: the factor is 1 − ηλ, not 1 + ηλ.",
-    "later": "The new weight is shrunk, the update included. (7.5) shrinks the old weight, and subtracts the update after that.",
+    "later": "The new weight is shrunk, the update included. (7.5) shrinks the "
+             "old weight, and subtracts the update after that.",
     "uphill": "The step goes uphill: the update is subtracted, against the gradient.",
 }
 
@@ -258,7 +266,10 @@ def check_adamw_step(answer: object) -> str:
             same_values(got[0], new_w, "weights", f"the weight after step {t} (ε = {eps:g}, λ = {decay:g})",
                         {sentence: give(change)[0] for change, sentence in ADAMW_MISTAKES.items()}, tolerance=1e-5)
             w, m, v = new_w, new_m, new_v
-    return "Both memories and the weight are those of (7.4) and (7.5) over several steps, with a large ε and a large decay."
+    return (
+        "Both memories and the weight are those of (7.4) and (7.5) over "
+        "several steps, with a large ε and a large decay."
+    )
 
 # %% ../../nbs/exercises/07_training.ipynb #52e2d2f1
 def cosine_curve(warmup: int, total: int, minimum: float, change: str = "") -> Float[Tensor, "_"]:
@@ -292,19 +303,25 @@ def cosine_curve(warmup: int, total: int, minimum: float, change: str = "") -> F
 
 
 SCHEDULE_MISTAKES = {
-    "late": "The warm-up is one off: at step 0 your share is 0, so the first update does nothing, and the top comes one step late. (7.7) has (s + 1)/W.",
+    "late": "The warm-up is one off: at step 0 your share is 0, so the first update does "
+            "nothing, and the top comes one step late. (7.7) has (s + 1)/W.",
     "no "
-    "warm-up": "There is no warm-up: the schedule begins at the top, where Adam's first divisions rest on a few batches.",
+    "warm-up": "There is no warm-up: the schedule begins at the top, where "
+               "Adam's first divisions rest on a few batches.",
     "from "
-    "zero": "The progress is counted from step 0 instead of from the end of the warm-up: the curve jumps down where the two parts meet. q = (s − W)/(T − W).",
+    "zero": "The progress is counted from step 0 instead of from the end of the warm-up: the "
+            "curve jumps down where the two parts meet. q = (s − W)/(T − W).",
     "to zero": "The curve ends at 0, not at the minimum r: it should fall from 1 to r, r + (1 − r) · ½(1 + cos πq).",
-    "added": "The minimum is added on top: at the end of the warm-up your share is 1 + r. Between r and 1 lies 1 − r, so the cosine's part is scaled by that.",
-    "half": "That is a quarter of a cosine wave, from cos 0 to cos π/2. (7.7) takes half a wave, which is flat at both ends: ½(1 + cos πq).",
+    "added": "The minimum is added on top: at the end of the warm-up your share is 1 + r. "
+             "Between r and 1 lies 1 − r, so the cosine's part is scaled by that.",
+    "half": "That is a quarter of a cosine wave, from cos 0 to cos π/2. (7.7) takes "
+            "half a wave, which is flat at both ends: ½(1 + cos πq).",
     "linear": "That is the linear schedule. Take the cosine's line of (7.7).",
     "rise": "The curve rises after the warm-up: cos πq falls from 1 to −1, so ½(1 + cos πq) is the part that falls.",
     "no half": "The half is missing: 1 + cos πq begins at 2.",
     "from the "
-    "minimum": "The warm-up begins at the minimum r. In (7.7) it begins at 1/W: r is the end of the schedule, not its beginning.",
+    "minimum": "The warm-up begins at the minimum r. In (7.7) it begins at 1/W: r "
+               "is the end of the schedule, not its beginning.",
 }
 
 
@@ -337,7 +354,10 @@ def check_schedule(answer: object) -> str:
             {sentence: cosine_curve(warmup, total, minimum, change) for change, sentence in SCHEDULE_MISTAKES.items()},
             tolerance=1e-5,
         )
-    return "It rises from 1/W to 1, falls along half a cosine wave, and reaches the minimum at the last step; without a warm-up it begins at 1."
+    return (
+        "It rises from 1/W to 1, falls along half a cosine wave, and reaches the "
+        "minimum at the last step; without a warm-up it begins at 1."
+    )
 
 # %% ../../nbs/exercises/07_training.ipynb #c56f102b
 def global_norm(gradients: list[Float[Tensor, "..."]]) -> float:
@@ -366,15 +386,18 @@ def clip_formula(gradients: list[Float[Tensor, "..."]], limit: float, change: st
 
 
 CLIP_MISTAKES = {
-    "each": "Each tensor is clipped by its own norm. That bends the direction: small tensors keep their size while large ones shrink. Measure one norm over all of them.",
-    "value": "Every entry is clipped to ±max_norm by itself. That bends the direction; scale all entries by one factor instead.",
+    "each": "Each tensor is clipped by its own norm. That bends the direction: small tensors keep "
+            "their size while large ones shrink. Measure one norm over all of them.",
+    "value": "Every entry is clipped to ±max_norm by itself. That bends the "
+             "direction; scale all entries by one factor instead.",
     "always": "Small gradients are scaled up to the limit. Clipping only shortens: the factor is never above 1.",
     "sum of norms": "You added up the tensors' norms. The joint norm is the root of the sum of their squares.",
     "square": "The root is missing: that is the norm's square.",
     "largest": "That scales by the largest entry. The norm is the root of the sum of all squares.",
     "absolute": "That scales by the sum of absolute values. The norm is the root of the sum of all squares.",
     "to "
-    "one": "The gradients are scaled to norm 1, and the limit was another number: the factor is max_norm divided by the norm.",
+    "one": "The gradients are scaled to norm 1, and the limit was another "
+           "number: the factor is max_norm divided by the norm.",
 }
 
 
@@ -407,7 +430,10 @@ def check_clip(answer: object) -> str:
                 f"gradient {number} ({case[0].lower()}{case[1:]})",
                 tolerance=2e-5,
             )
-    return "All gradients are scaled by one factor where their joint norm is above the limit, and left alone where it isn't."
+    return (
+        "All gradients are scaled by one factor where their joint norm is "
+        "above the limit, and left alone where it isn't."
+    )
 
 
 def matches(got: list, wanted: list[Float[Tensor, "..."]]) -> bool:
@@ -445,14 +471,20 @@ def part_gradients(
 
 ACCUMULATION_MISTAKES = {
     "of "
-    "parts": "That is the mean of the parts' means. The parts hold different numbers of targets, so those in a small part count for more. Divide every part's sum by the targets of all parts.",
-    "means": "The parts' means were added and nothing was divided: with more parts the gradient, and so the step, would grow.",
-    "sums": "The sums were added and nothing was divided: the gradient would grow with the size of the batch. Divide by the number of targets of all parts.",
+    "parts": "That is the mean of the parts' means. The parts hold different numbers of targets, so those in a "
+             "small part count for more. Divide every part's sum by the targets of all parts.",
+    "means": "The parts' means were added and nothing was divided: with more "
+             "parts the gradient, and so the step, would grow.",
+    "sums": "The sums were added and nothing was divided: the gradient would grow with the "
+            "size of the batch. Divide by the number of targets of all parts.",
     "by "
-    "rows": "The parts' means were weighted by their sequences. Sequences hold different numbers of targets, because of those marked −100: weight by the targets that count.",
+    "rows": "The parts' means were weighted by their sequences. Sequences hold different numbers of "
+            "targets, because of those marked −100: weight by the targets that count.",
     "padding "
-    "too": "The number of targets includes those marked −100. They have no loss, so they must not count in the divisor either.",
-    "cleared": "Only the last part is left: the gradients are cleared inside the loop. Clear them once, before it; `backward()` adds.",
+    "too": "The number of targets includes those marked −100. They have no "
+           "loss, so they must not count in the divisor either.",
+    "cleared": "Only the last part is left: the gradients are cleared inside the "
+               "loop. Clear them once, before it; `backward()` adds.",
 }
 
 
@@ -531,13 +563,17 @@ def run_loop(model: nn.Module, batches: list, held_out: tuple, lr: float, change
 
 LOOP_MISTAKES = {
     "not "
-    "cleared": "The gradients are never cleared: `backward()` adds, so each step still contains the gradients of all batches before it. Call `optimizer.zero_grad()` before each `backward()`.",
+    "cleared": "The gradients are never cleared: `backward()` adds, so each step still contains the gradients of "
+               "all batches before it. Call `optimizer.zero_grad()` before each `backward()`.",
     "no "
-    "eval": "The held-out loss was measured in training mode, where dropout is at work. Call `model.eval()` before you measure.",
+    "eval": "The held-out loss was measured in training mode, where dropout is "
+            "at work. Call `model.eval()` before you measure.",
     "never "
-    "trains": "The model came in evaluation mode and was trained in it, without dropout. Call `model.train()` before the loop.",
+    "trains": "The model came in evaluation mode and was trained in it, without "
+              "dropout. Call `model.train()` before the loop.",
     "cleared "
-    "late": "That is the loss of weights that have not moved: either the gradients are cleared between `backward()` and `step()`, or you measure before the loop.",
+    "late": "That is the loss of weights that have not moved: either the gradients are cleared "
+            "between `backward()` and `step()`, or you measure before the loop.",
     "wrong text": "That is the loss on the last training batch. Measure on the held-out one.",
 }
 
@@ -601,4 +637,7 @@ def check_passes(answer: object) -> str:
         "That is the other way round: how many such runs one pass would take.": tokens / (steps * batch * length),
         "Those are the targets asked for. Divide them by the tokens of the training part.": steps * batch * length,
         "That is one step. There are 300.": batch * length / tokens}, tolerance=0.02)
-    return f"{steps} × {batch} × {length} targets over {tokens:,} tokens are {steps * batch * length / tokens:.2f} passes: most of the text is never asked for, so there is nothing to learn by heart."
+    return (
+        f"{steps} × {batch} × {length} targets over {tokens:,} tokens are {steps * batch * length / tokens:.2f} "
+        "passes: most of the text is never asked for, so there is nothing to learn by heart."
+    )

@@ -141,7 +141,10 @@ def check_layer_norm(answer) -> str:
         got, torch.zeros(1, 2, 4), "batch seq d_model", what="the result for a vector whose numbers are all equal"
     )
     gradient_reaches(lambda x: answer(x, weight, bias, 1e-5), x)
-    return "Each vector is centred and scaled by itself, with ε under the root, and then weighted and shifted; a constant vector gives zeros and no NaN."
+    return (
+        "Each vector is centred and scaled by itself, with ε under the root, and then "
+        "weighted and shifted; a constant vector gives zeros and no NaN."
+    )
 
 # %% ../../nbs/exercises/04_transformer.ipynb #08758e9d
 def rms_norm_mistakes(
@@ -217,7 +220,10 @@ def check_rms_norm(answer) -> str:
             "again. Go to float32 first, and back to the dtype of x once, at the end."
         )
     gradient_reaches(lambda x: answer(x, weight.float(), 1e-5), x.float())
-    return "Each vector is divided by its own root mean square, zeros stay zeros, and bfloat16 is rounded once, at the end."
+    return (
+        "Each vector is divided by its own root mean square, zeros stay "
+        "zeros, and bfloat16 is rounded once, at the end."
+    )
 
 # %% ../../nbs/exercises/04_transformer.ipynb #06734566
 @exercise("4.4", "A pre-norm block")
@@ -295,7 +301,10 @@ def check_block(answer) -> str:
             tolerance=1e-3,
         )
     gradient_reaches(lambda x: answer(x, norm1, attention, norm2, feedforward), x)
-    return "Each half reads the stream through a norm of its own and adds to it; the stream itself is never normed or replaced."
+    return (
+        "Each half reads the stream through a norm of its own and adds to "
+        "it; the stream itself is never normed or replaced."
+    )
 
 # %% ../../nbs/exercises/04_transformer.ipynb #58daa36c
 @exercise("4.5", "Positions under left padding")
@@ -426,7 +435,8 @@ def check_llama_count(answer) -> str:
         dict(n_kv_heads=1, head_dim=22, tied_embeddings=False),
     ]
     sentences = {
-        "tied": "its output is {tied}. Tied, the embedding matrix counts once; untied, lm_head has vocab · d_model numbers of its own",
+        "tied": "its output is {tied}. Tied, the embedding matrix counts once; "
+                "untied, lm_head has vocab · d_model numbers of its own",
         "grouped": "keys and values have n_kv_heads heads, not n_heads: that is what grouping saves",
         "head_dim": "a head is head_dim wide, which need not be d_model // n_heads",
         "gate": "SwiGLU has three matrices of d_model · d_ff (gate, up and down), not two",
@@ -449,7 +459,10 @@ def check_llama_count(answer) -> str:
                 "You count a table of positions. Rotary positions are computed, not learned, and have no parameter."
             )
         same_number(got, right)
-    return "Embeddings, grouped attention, three feed-forward matrices and the norms, tied or not: all as `num_parameters` counts them."
+    return (
+        "Embeddings, grouped attention, three feed-forward matrices and the "
+        "norms, tied or not: all as `num_parameters` counts them."
+    )
 
 # %% ../../nbs/exercises/04_transformer.ipynb #7b4e56b7
 @torch.no_grad()
@@ -495,7 +508,10 @@ def check_growth(answer) -> str:
             * exponent,
         },
     )
-    return f"On fresh weights it is {exponent:.2f}: the squares of independent additions add up, so the size grows like the root of the depth."
+    return (
+        f"On fresh weights it is {exponent:.2f}: the squares of independent "
+        "additions add up, so the size grows like the root of the depth."
+    )
 
 # %% ../../nbs/exercises/04_transformer.ipynb #77805c20
 @exercise("4.9", "Tie the weights")
@@ -570,4 +586,7 @@ def check_tied(answer) -> str:
         raise Wrong(
             "The shared matrix learns as an output matrix only: the gradient of the embedding's job does not arrive."
         )
-    return f"One matrix of {vocab_size} × {d_model} numbers with two jobs; its gradient is the sum of both, and a step moves both."
+    return (
+        f"One matrix of {vocab_size} × {d_model} numbers with two jobs; its "
+        "gradient is the sum of both, and a step moves both."
+    )
