@@ -1,5 +1,6 @@
 """Generation: what the filters promise, and that caches, batches, windows and beams change no token."""
 import copy
+import json
 import subprocess
 import sys
 from itertools import product
@@ -30,7 +31,7 @@ from transformer_llm.generation import (
     top_k_filter,
     top_p_filter,
 )
-from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
+from transformer_llm.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from transformer_llm.transformer import GPT, GPT2_STYLE, GPTConfig
 
 POSITIONS = ["learned", "sinusoidal", "rotary", "alibi", "none"]
@@ -632,6 +633,23 @@ def test_special_tokens_alone_end_a_text():
     assert stop_ids(tokenizer, None) == (3,) and stop_ids(tokenizer, [5]) == (5,)
     assert stop_ids(tokenizer, None, vocab_size=3) == ()  # the model can't write it
     assert stop_ids(CharTokenizer.train("ab"), None) == ()
+
+
+def test_a_thought_is_written_on_and_an_end_ends(tmp_path):
+    "The same with a tokenizer from a file, where `<think>` is added with `special: false`."
+    plain = BPETokenizer.train("plain text", 258, special_tokens=("<|endoftext|>", "<think>"))
+    parts = json.loads(plain.to_json())
+    for token in parts["added_tokens"]:
+        token["special"] = token["content"] != "<think>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    thought, end = tokenizer.encode("<think>")[0], tokenizer.special_tokens["<|endoftext|>"]
+    assert stop_ids(tokenizer, None) == (end,)
+    model = tiny(vocab_size=tokenizer.vocab_size)
+    rows = generate(model, torch.tensor([tokenizer.encode("a")] * 40), 40, generator=0, temperature=3.0).tolist()
+    texts = generate_text(model, tokenizer, "a", 40, num_samples=40, generator=0, temperature=3.0)
+    assert texts == [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in rows]
+    assert any("<think>" in text.removesuffix("<think>") for text in texts) and any(thought in row for row in rows)
 
 
 SENTENCES = """
