@@ -253,7 +253,7 @@ class RopeScaling:
         return frequencies if self.kind == "dynamic" else self._slow_yarn(frequencies, base)
 
     def _slow_yarn(self, frequencies: Float[Tensor, "half"], base: float | None) -> Float[Tensor, "half"]:
-        "Equation (3.8): Peng, Quesnelle et al. (2023), section 3.2."
+        "Equation (3.8): section 3.2 of Peng, Quesnelle et al. (2023), counted by pairs as in their code."
         if base is None:
             raise InputError("rope_scaling kind='yarn' needs the base that the frequencies were made of.")
         half = len(frequencies)

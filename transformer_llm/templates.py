@@ -641,7 +641,7 @@ def as_number(value: object) -> float:
 
 
 def to_round(state: State, value: object, precision: int = 0, method: str = "common") -> float:
-    "A number with so many places behind the point."
+    "A number rounded to `precision` decimal places."
     if not (isinstance(precision, int) and 0 <= precision <= 15) or method not in ("common", "ceil", "floor"):
         refuse("a rounding to other than 0 to 15 places by 'common', 'ceil' or 'floor'")
     value, power = as_number(value), 10**precision
