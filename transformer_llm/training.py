@@ -491,8 +491,8 @@ class Interrupted(KeyboardInterrupt):
 
 # %% ../nbs/07_training.ipynb #c1975c9e
 class Metrics:
-    """The history of a run: kept in memory, and, in a run directory, as one JSON object a line (and for TensorBoard on
-    request). Nothing is written before `open`.
+    """The history of a run: kept in memory, and, in a run directory, as one JSON object per line (and for TensorBoard
+    on request). Nothing is written before `open`.
     """
 
     def __init__(self, run_directory: Path | None = None, tensorboard: bool = False):
@@ -692,7 +692,7 @@ class Stopwatch:
         return self.before + time.perf_counter() - self.start
 
     def per_second(self, count: int) -> float:
-        "How many a second, counted since this stopwatch was started."
+        "How many per second, counted since this stopwatch was started."
         return count / max(1e-9, time.perf_counter() - self.start)
 
 
