@@ -681,3 +681,10 @@ def test_pages_prepare_the_texts_that_they_read():
         for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
             found = re.search(r"(Path|open)\([^()]*shakespeare\.txt", "".join(cell["source"]))
             assert cell["cell_type"] != "code" or found is None, f"{page.name}: {found[0]}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_fast_trainer_keeps_float32_weights(dtype):
+    model = GPT(GPTConfig(vocab_size=20, context_length=8, d_model=16, n_layers=1, n_heads=2)).to(dtype)
+    with pytest.raises(InputError, match=f"float32 weights, and token_embedding.weight is {dtype}"):
+        FastTrainer(model, (torch.arange(100) % 20, None), TrainingConfig(max_steps=1, device="cpu"), progress=False)

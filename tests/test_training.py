@@ -861,3 +861,40 @@ def test_no_learning_rate_is_found_for_a_model_that_is_no_number():
         assert "no loss that is a number" in one_sentence(suggest)
     assert suggest_learning_rate([1e-3, 1e-2, 1e-1], [2.0, math.nan, 1.0]) == pytest.approx(1e-2)
     assert training.schedule_factor(5, CONFIG) <= 1
+
+
+class OnPairs(Trainer):
+    "Trains on a table of inputs and one of targets, as fine-tuning does."
+
+    def next_batch(self):
+        rows = torch.randint(len(self.data[0]), (2,), generator=self.generator)
+        return self.data[0][rows], self.data[1][rows]
+
+
+def test_a_trainer_with_batches_of_its_own_may_have_a_pair_of_tables(tmp_path):
+    table = torch.randint(12, (20, 9), generator=torch.Generator().manual_seed(2))
+    pair = table[:, :-1], table[:, 1:]
+    trainer = make_trainer(tmp_path, kind=OnPairs, data=pair, config=CONFIG.replace(max_steps=2, eval_every=0))
+    trainer.train()
+    resumed = OnPairs.resume(tmp_path, pair, progress=False, max_steps=3)
+    resumed.train()
+    assert resumed.step == 3 and resumed.data is pair
+    assert "one row of token ids" in one_sentence(lambda: make_trainer(data=pair))
+
+
+def test_tokens_prepared_anew_are_known_by_their_bytes(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join("abcdefghijkl"[i] for i in TOKENS.tolist()))
+    tokenizer = CharTokenizer.train([text.read_text()])
+    prepare_tokens(text, tokenizer, tmp_path / "tokens")
+    meta = tmp_path / "tokens" / "meta.json"
+    older = {name: value for name, value in json.loads(meta.read_text()).items() if name != "sha256"}
+    older["fingerprint"] = "0" * len(older["fingerprint"])  # an older version's: no seal, and another fingerprint
+    now = meta.read_text()
+    meta.write_text(json.dumps(older))
+    make_trainer(tmp_path / "run", data=TokenData.open(tmp_path / "tokens")).train()
+    meta.write_text(now)
+    assert Trainer.resume(tmp_path / "run", progress=False, max_steps=7).train()[-1]["step"] == 7
+    (tmp_path / "other.txt").write_text(text.read_text()[::-1])
+    prepare_tokens(tmp_path / "other.txt", tokenizer, tmp_path / "tokens", overwrite=True)
+    assert "holds other tokens" in one_sentence(lambda: Trainer.resume(tmp_path / "run", progress=False))

@@ -763,6 +763,12 @@ class FastTrainer(Trainer):
 
     def __init__(self, model: GPT, data, config: TrainingConfig, *, checkpointing: bool = False, **options):
         super().__init__(model, data, config, **options)
+        for name, weight in self.model.named_parameters():
+            if weight.dtype != torch.float32 and not config.compile:
+                raise InputError(
+                    f"FastTrainer keeps float32 weights, and {name} is {weight.dtype}; call model.float() first and "
+                    "choose the dtype in the configuration, or train the model as it is with Trainer."
+                )
         dtype = getattr(torch, config.dtype)
         self.copy = None if config.compile else WorkingCopy(self.model, dtype, checkpointing=checkpointing)
         self.divisor = 1.0  # of all gradients; above one where they are clipped

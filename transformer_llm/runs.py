@@ -346,6 +346,8 @@ def remove_files(folder: Path, names: tuple[str, ...] | list[str], folder_too: b
 def hold(run_directory: str | Path) -> Iterator[None]:
     "Inside, no other process may use this folder; one that was made for that and stays empty is removed again."
     out = user_path(run_directory)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give the name of a folder.")
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     lock = lock_run(out)
     try:

@@ -6,7 +6,7 @@
 __all__ = ['NEWTON_SCHULZ', 'OPTIMIZERS', 'SCHEDULES', 'SHAKESPEARE_CONFIG', 'cross_entropy', 'AdamW', 'orthogonalize',
            'fast_dtype', 'Muon', 'TrainingConfig', 'schedule_factor', 'clip_gradients', 'accumulate_gradients',
            'make_optimizers', 'set_learning_rate', 'overfit_one_batch', 'StopRequest', 'soft_interrupt',
-           'TrainingError', 'Interrupted', 'Metrics', 'hash_tokens', 'hash_values', 'data_note', 'open_data',
+           'TrainingError', 'Interrupted', 'Metrics', 'hash_tokens', 'hash_values', 'seal_of', 'data_note', 'open_data',
            'check_same_data', 'training_note', 'Stopwatch', 'ProgressBar', 'count_tokens', 'move_batch', 'TrainingStep',
            'as_token_data', 'TextTraining', 'option_names', 'freeze', 'check_dtypes', 'state_number',
            'tell_new_schedule', 'Trainer', 'plot_history', 'find_learning_rate', 'suggest_learning_rate']
@@ -68,6 +68,7 @@ from transformer_llm.foundations import (
     os_error_sentence,
     pick_device,
     set_seed,
+    sha256_of,
 )
 from .transformer import GPT, GPTConfig
 
@@ -596,6 +597,15 @@ def hash_values(data) -> str | None:
     return digest.hexdigest() if add(data) else None
 
 
+def seal_of(data: TokenData) -> dict[str, str]:
+    "The hashes of these tokens: those of their files, which folders of older versions don't note, or of each part."
+    if not data.directory:
+        parts = (("train", data.train), ("val", data.val))
+        return {name: hash_tokens(tokens) for name, tokens in parts if tokens is not None}
+    files = (Path(data.directory) / name for name in ("train.bin", "val.bin"))
+    return data.meta.get("sha256") or {path.name: sha256_of(path) for path in files if path.is_file()}
+
+
 def data_note(data, run_directory: Path | None) -> dict:
     "What a checkpoint says of the data: where they are, from the run too, how many, and the hashes of all of them."
     if not isinstance(data, TokenData):
@@ -605,14 +615,13 @@ def data_note(data, run_directory: Path | None) -> dict:
         relative = os.path.relpath(directory, run_directory.resolve()) if directory and run_directory else None
     except ValueError:  # another drive
         relative = None
-    kept = {name: tokens for name, tokens in (("train", data.train), ("val", data.val)) if tokens is not None}
     return {
         "directory": str(directory) if directory else None,
         "relative": Path(relative).as_posix() if relative else None,
         "train_tokens": len(data.train),
         "val_tokens": 0 if data.val is None else len(data.val),
         "fingerprint": data.meta.get("fingerprint"),
-        "seal": data.meta.get("sha256") if directory else {name: hash_tokens(part) for name, part in kept.items()},
+        "seal": seal_of(data),
     }
 
 
@@ -628,11 +637,18 @@ def open_data(checkpoint: Checkpoint) -> TokenData:
     for base in (home, home.parent):  # what was set aside lies one folder deeper
         places += [base / note["relative"]] if note.get("relative") else []
         places += [base / Path(note["directory"]).name, base / "tokens"]
+    others = []
     for place in dict.fromkeys(places):
         if (place / "meta.json").is_file():
             data = TokenData.open(place)
-            if data.meta.get("fingerprint") == note.get("fingerprint"):
+            if data.meta.get("fingerprint") == note.get("fingerprint") or (note.get("seal") == seal_of(data)):
                 return data
+            others.append(place)
+    if others:
+        raise InputError(
+            f"{others[0]} holds other tokens than those that {checkpoint.path} was trained on; "
+            "prepare the same text with the same tokenizer, or give the data to resume."
+        )
     raise InputError(
         f"The tokens of {checkpoint.path} are not where they were, {note['directory']}, nor beside the run; "
         "put them back, or give the data to resume."
@@ -645,7 +661,9 @@ def check_same_data(
 ) -> None:
     "Raise `InputError` unless these are the data that a run was trained on, down to each token."
     here = data_note(data, None)
-    if any(note.get(name) != here.get(name) for name in ("train_tokens", "val_tokens", "fingerprint")):
+    same_bytes = bool(note.get("seal")) and note["seal"] == here["seal"]  # then the way they were prepared is no matter
+    asked = ("train_tokens", "val_tokens") if same_bytes else ("train_tokens", "val_tokens", "fingerprint")
+    if any(note.get(name) != here.get(name) for name in asked):
         then, now = (f"{data.get('train_tokens')} + {data.get('val_tokens')} tokens" for data in (note, here))
         raise InputError(
             f"This run was trained on {then}, and the data given ({now}) is another text; resume with the same data."
@@ -848,12 +866,17 @@ class TrainingStep:
         return f"Training stopped at step {self.step + 1}: {what}. Lower the learning rate or lengthen the warm-up."
 
 # %% ../nbs/07_training.ipynb #e488b067
-def as_token_data(data) -> Any:
+def as_token_data(
+    data,
+    own_batches: bool = False,  # Whether the trainer has a `next_batch` of its own, which may want tables
+) -> Any:
     "A pair of token sequences as `TokenData`; anything else as it is."
     is_tokens = lambda part: part is None or hasattr(part, "ndim") or (
         isinstance(part, list | tuple) and all(isinstance(i, int | float) for i in part[:1])
     )
     pair = isinstance(data, tuple | list) and len(data) in (1, 2) and all(map(is_tokens, data))
+    if pair and own_batches and any(getattr(part, "ndim", 1) != 1 for part in data):
+        return data
     return TokenData.from_tokens(*data) if pair else data
 
 
@@ -866,13 +889,14 @@ class TextTraining(TrainingStep):
         data,  # `TokenData`, or a pair (training tokens, validation tokens or None); anything for your own `next_batch`
         config: TrainingConfig,
     ):
-        self.data = as_token_data(data)
+        own_batches = type(self).next_batch is not TextTraining.next_batch
+        self.data = as_token_data(data, own_batches)
         check_model(model)
         self.context_length = config.context_length or model.config.context_length
         check_range("context_length", self.context_length, 1, model.config.context_length, integer=True)
         if isinstance(self.data, TokenData):
             self._check_tokens(model)
-        elif type(self).next_batch is TextTraining.next_batch:
+        elif not own_batches:
             raise InputError(f"data must be a TokenData or a pair of token sequences, not {type(data).__name__}; a "
                              "trainer of something else has a next_batch of its own.")
         super().__init__(model, config)
@@ -1224,7 +1248,8 @@ class Trainer(TextTraining):
         options = {name: changes.pop(name) for name in list(changes) if name in option_names(cls)}
         before = TrainingConfig.from_dict(note["training"])
         config = before.replace(**changes)
-        data = as_token_data(open_data(checkpoint) if data is None else data)
+        own_batches = cls.next_batch is not TextTraining.next_batch
+        data = as_token_data(open_data(checkpoint) if data is None else data, own_batches)
         check_same_data(note["data"], data)
         model = build_model(
             checkpoint.config, checkpoint.weights, checkpoint.path / "model.safetensors", make_model=cls.make_model
