@@ -735,3 +735,11 @@ def test_a_real_model_is_written_token_by_token_alike():
     )
     assert torch.equal(speculative(decoder, Decoder(model, dtype="int8"), ids, 16, temperature=0)[0], plain)
     assert decoding.__all__
+
+
+def test_rows_of_16_bits_are_multiplied_in_float32_where_a_processor_has_no_instructions_for_them(monkeypatch):
+    monkeypatch.setattr(decoding, "lacks_16_bits", lambda x: True)
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(24, 16).bfloat16(), torch.randn(24).bfloat16(), torch.randn(5, 16).bfloat16()
+    wanted = F.linear(x.float(), weight.float(), bias.float()).bfloat16()
+    assert torch.equal(decoding.FloatMatrix(weight, bias)(x), wanted)
