@@ -1,7 +1,6 @@
 """Transformer LLM From Scratch: the code of the book. The names most users need; they load when first used."""
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
+TYPE_CHECKING = False  # type checkers read it as True by its name; importing it would load `typing` and much besides
 
 _HOME = {
     "InputError": "foundations",

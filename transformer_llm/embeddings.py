@@ -370,6 +370,12 @@ def alibi_slopes(n_heads: int) -> Float[Tensor, "heads"]:
     return torch.tensor((slopes + between)[:n_heads])
 
 
+def _check_lengths(n_queries: int, n_keys: int) -> None:
+    "Refuse what is no pair of lengths: the last query is the last key."
+    if check_range("n_queries", n_queries, 0, integer=True) > check_range("n_keys", n_keys, 0, integer=True):
+        raise InputError(f"n_queries must be at most n_keys={n_keys}, not {n_queries}: the last query is the last key.")
+
+
 def alibi_bias(
     n_heads: int,
     n_queries: int,
@@ -381,8 +387,8 @@ def alibi_bias(
     them).
     """
     n_keys = n_queries if n_keys is None else n_keys
-    if check_range("n_queries", n_queries, 0, integer=True) > check_range("n_keys", n_keys, 0, integer=True):
-        raise InputError(f"n_queries must be at most n_keys={n_keys}, not {n_queries}: the last query is the last key.")
+    if not any(isinstance(length, torch.SymInt) for length in (n_queries, n_keys)):  # open while torch.export traces
+        _check_lengths(n_queries, n_keys)
     query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
     distance = (query - torch.arange(n_keys, device=device)).clamp(min=0)
     return alibi_slopes(n_heads).to(distance.device)[:, None, None] * -distance
