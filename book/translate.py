@@ -17,6 +17,7 @@ EXERCISE = re.compile(
     r"^> \*\*Exercise (\d+\.\d+)(?: \(([^)]*)\))?\.\*\*([^\n]*(?:\n>[^\n]*)*)((?:\s*<details>.*?</details>)*)",
     re.M | re.S,
 )
+FOLDED = re.compile(r"\A# (.+)\n#\| code-fold: true$", re.M)  # what a closed cell shows in JupyterLab is its first line
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?[ \t]*(.*)$", re.M)
 IMAGES = {"image/png": "png", "image/jpeg": "jpg"}
 
@@ -178,12 +179,12 @@ def code_cell(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
             {**cell, "outputs": [o for o in cell.get("outputs", []) if o["output_type"] == "stream"]},
             markdown(note),
         ]
-    shown, *pictures = figures(
-        {**cell, "source": without_directives(text, "code-fold", "code-summary")}, page, folder, count
-    )
-    if said.get("code-fold") != "true":
+    folded = FOLDED.match(text)
+    open_text = without_directives(FOLDED.sub("", text), "code-fold", "code-summary")
+    shown, *pictures = figures({**cell, "source": open_text}, page, folder, count)
+    if not folded and said.get("code-fold") != "true":
         return [shown, *pictures]
-    summary = html.escape(said.get("code-summary") or "Code", quote=False)
+    summary = html.escape(folded.group(1) if folded else said.get("code-summary") or "Code", quote=False)
     if summary.startswith("Solution"):  # what it prints says that it is right: that stays in the fold
         return [
             markdown(f'<details class="solution"><summary>{summary}</summary>\n'),
@@ -212,7 +213,7 @@ def end_of_exercise(cells: list[dict], start: int, number: str) -> int:
     for i in range(start, len(cells)):
         if cells[i]["cell_type"] != "code":
             break
-        if f'"Solution {number}"' in source(cells[i]):
+        if (folded := FOLDED.match(source(cells[i]))) and folded.group(1) == f"Solution {number}":
             return i + 1
         if re.search(rf'\bcheck\(\s*"{re.escape(number)}"', source(cells[i])):
             end = i + 1

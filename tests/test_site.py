@@ -90,7 +90,7 @@ def test_exercises_become_boxes_with_hints_cell_and_solution():
         ),
         code("def helper(): ..."),
         code('check("1.1", ...)'),
-        code('#| code-fold: true\n#| code-summary: "Solution 1.1"\ncheck("1.1", 3)'),
+        code('# Solution 1.1\n#| code-fold: true\ncheck_solution("1.1", 3)'),
         translate.markdown("Outside."),
     )
     box = soup.find(id="exercise-1.1")
@@ -260,8 +260,8 @@ def test_other_names_of_a_term_count_as_mentions_and_two_meanings_do_not():
 def test_folds_hide_code_and_solutions_hide_all():
     printed = {"output_type": "stream", "name": "stdout", "text": "told"}
     soup, _ = page_of(
-        code('#| code-fold: true\n#| code-summary: "How"\nprint()', printed),
-        code('#| code-fold: true\n#| code-summary: "Solution 1.1"\nprint()', printed),
+        code('# How\n#| code-fold: true\nprint()', printed),
+        code('# Solution 1.1\n#| code-fold: true\nprint()', printed),
     )
     assert [(d["class"], len(d.find_all(attrs={"data-held": True}))) for d in soup.find_all("details")] == [
         (["fold"], 1),

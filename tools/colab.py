@@ -1,4 +1,4 @@
-"""The hidden first cell of each notebook, which sets Colab up as settings.ini wants it; and the book in one file.
+"""The hidden cell that sets up each notebook, Colab as settings.ini wants it; and the book in one file.
 
     python tools/colab.py            # write the cell into every notebook that has one
     python tools/colab.py --zip      # write transformer_llm.zip, which Colab unpacks while the book has no address
@@ -15,7 +15,11 @@ from pathlib import Path
 
 from execute import ROOT, notebooks
 
-START = re.compile(r'^#\| hide\nif "google\.colab" in str\(get_ipython\(\)\):')
+START = re.compile(r'^((?:#\| default_exp .*\n)?)#\| hide\nif "google\.colab" in str\(get_ipython\(\)\):')
+CHECKED = """
+from transformer_llm.foundations import check_shapes
+
+check_shapes()"""  # what the set-up cell of a notebook with shapes ends with
 ZIP = "transformer_llm.zip"
 IN_ZIP = """
 settings.ini setup.py _quarto.yml constraints.txt ruff.toml Makefile LICENSE MANIFEST.in *.md CITATION.cff
@@ -54,11 +58,15 @@ if "google.colab" in str(get_ipython()):  # Colab lacks the package; it has torc
 
 def write_cells(root: Path = ROOT) -> list[Path]:
     "Put the cell that the settings ask for into every notebook that has one; returns those that changed."
-    wanted, changed = cell(read_settings(root)), []
+    plain, changed = cell(read_settings(root)), []
     for path in notebooks(root):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for one in notebook["cells"]:
-            if START.match("".join(one["source"])) and "".join(one["source"]) != wanted:
+            text = "".join(one["source"])
+            if not (found := START.match(text)):
+                continue
+            wanted = found.group(1) + plain + (CHECKED if text.endswith(CHECKED) else "")
+            if text != wanted:
                 one["source"] = wanted.splitlines(True)
                 changed.append(path)
         if path in changed:

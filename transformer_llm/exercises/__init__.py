@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTEMPTS', 'EXERCISES', 'TIME_LIMIT', 'LIMITED', 'Wrong', 'Unanswered', 'Exercise', 'Verdict', 'exercise',
-           'modules_of_checks', 'exercises_of', 'find_exercise', 'TooLong', 'time_limit', 'judge', 'check', 'accepts',
-           'refuses', 'brief', 'describe', 'cloned', 'unchanged', 'call', 'named_shape', 'verb', 'same_shape',
-           'swapped', 'close', 'kind_of', 'same_values', 'place', 'as_python', 'same_number', 'same_choice', 'no_leak',
-           'gradient_reaches', 'fresh']
+           'modules_of_checks', 'exercises_of', 'find_exercise', 'TooLong', 'time_limit', 'judge', 'check',
+           'check_solution', 'accepts', 'refuses', 'brief', 'describe', 'cloned', 'unchanged', 'call', 'named_shape',
+           'verb', 'same_shape', 'swapped', 'close', 'kind_of', 'same_values', 'place', 'as_python', 'same_number',
+           'same_choice', 'no_leak', 'gradient_reaches', 'fresh']
 
 # %% ../../nbs/95_exercises.ipynb #3cb323a3
 import copy
@@ -216,6 +216,22 @@ def check(
         print(judge(number, answer))
     except KeyboardInterrupt:
         print(Verdict(number, "unanswered", "You interrupted the check while your answer was running."))
+
+
+def check_solution(
+    number: str,  # "1.3"
+    answer: object,  # The book's answer
+    *,
+    show: bool = False,  # Print the verdict too
+) -> None:
+    """Hold the book's own answer against the check, as its folded cell does: in silence, so that running a whole
+    notebook gives nothing away. `AssertionError` if it isn't right.
+    """
+    ATTEMPTS[number] = 0  # the same draws whenever it runs
+    verdict = judge(number, answer)
+    assert verdict.state == "right", f"the book's answer was refused: {verdict}"
+    if show:
+        print(verdict)
 
 
 def accepts(
