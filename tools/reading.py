@@ -4,7 +4,7 @@
     python tools/reading.py --write    # and write them below the chapters' titles
 
 Minutes are words of prose / 200 + lines of code shown / 20. Hidden and folded cells, directives, blank lines,
-equations, outputs, hints and solutions don't count. `make test` computes them again and fails where a lesson is too long.
+equations, outputs, hints and solutions don't count. `make test` counts again and fails where a lesson is too long.
 """
 import json
 import re
