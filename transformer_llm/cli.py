@@ -689,8 +689,8 @@ def resume_command(out: Path) -> str:
 def print_result(history: list[dict], out: Path) -> None:
     "Print the last losses and what to do next."
     last = {name: row[name] for row in history for name in ("loss", "val_loss") if row.get(name) is not None}
-    rows = [("loss", f"{last['loss']:.4f} nats a token")] if "loss" in last else []
-    rows += [("validation", f"{last['val_loss']:.4f} nats a token")] if "val_loss" in last else []
+    rows = [("loss", f"{last['loss']:.4f} nats per token")] if "loss" in last else []
+    rows += [("validation", f"{last['val_loss']:.4f} nats per token")] if "val_loss" in last else []
     print_rows(rows)
     print(f"Next: transformer-llm generate {typed('checkpoint', out)} --prompt \"...\"")
 
@@ -999,7 +999,7 @@ def command_play(args: argparse.Namespace) -> int:
     if trainer.step < trainer.config.max_steps and (code := train_and_tell(trainer, out)):
         return code
     loss, characters = trainer.evaluate(), len(trainer.data.val)
-    said = f"{loss:.4f} nats a character on all {characters:,} characters of the held-out plays"
+    said = f"{loss:.4f} nats per character on all {characters:,} characters of the held-out plays"
     print_rows([("validation", said)])
     print(f"The curve is in {out / 'loss.png'}. The model writes:\n")
     sample = ["--prompt", "ROMEO:", "--temperature", "0.8", "--max_new_tokens", "400", "--stream"]
