@@ -24,7 +24,7 @@ from execute import ROOT, fingerprints, notebooks
 
 PACKAGE = "transformer_llm"
 # What readers and authors run; a chapter or a module that chapters use must work without them.
-TOOLS = {"cli", "__main__", "benchmark", "peers", "exercises", "widgets"}
+TOOLS = {"cli", "__main__", "benchmark", "peers", "exercises", "widgets", "classroom"}
 # Chapters whose lesson and library aren't apart yet; the list only gets shorter.
 STILL_ONE_PIECE = {f"{number:02d}" for number in range(14)}
 # A method that only hands over to a later module, which it imports when it is called.
