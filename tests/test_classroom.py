@@ -42,7 +42,8 @@ def test_students_get_no_solution_and_the_key_has_them_all(path):
     solutions = [SOLUTION.match(source(cell)).group(1) for cell in notebook["cells"] if is_solution(cell)]
     given, key = for_students(notebook), key_of(notebook)
     assert not any(is_solution(cell) for cell in given["cells"])
-    asked = [number for cell in given["cells"] if cell["cell_type"] == "code" for number in ANSWER.findall(source(cell))]
+    code = [source(cell) for cell in given["cells"] if cell["cell_type"] == "code"]
+    asked = [number for text in code for number in ANSWER.findall(text)]
     assert sorted(asked) == sorted(solutions) and len(given["cells"]) == len(notebook["cells"]) - len(solutions)
     answered = [SOLUTION.match(source(cell)).group(1) for cell in key["cells"] if is_solution(cell)]
     questions = [source(cell) for cell in key["cells"][1::2]]
