@@ -7,7 +7,7 @@ __all__ = ['SOLUTION', 'ANSWER', 'QUESTION', 'STATES', 'source', 'read_notebook'
            'find_chapters', 'write_handout', 'parsed', 'defined_names', 'used_names', 'needed_cells', 'Mark',
            'run_cells', 'start_cells', 'run_apart', 'end_all', 'mark_notebook', 'grade_class', 'write_table']
 
-# %% ../nbs/79_classroom.ipynb #0abf5ef8
+# %% ../nbs/79_classroom.ipynb #edcc3133
 import ast
 import csv
 import json
@@ -25,7 +25,7 @@ from pathlib import Path
 from . import exercises
 from .foundations import InputError, check_range, os_error_sentence
 
-# %% ../nbs/79_classroom.ipynb #e776b445
+# %% ../nbs/79_classroom.ipynb #2adf3910
 SOLUTION = re.compile(r"\A# Solution (\d+\.\d+)\s*$", re.M)
 ANSWER = re.compile(r"^check\(\s*[\"'](\d+\.\d+)[\"']", re.M)
 QUESTION = re.compile(r"^> \*\*Exercise (\d+\.\d+).*(?:\n>.*)*", re.M)
@@ -57,7 +57,7 @@ def is_solution(cell: Mapping) -> bool:
     "Whether a cell holds the book's own answer."
     return cell["cell_type"] == "code" and bool(SOLUTION.match(source(cell)))
 
-# %% ../nbs/79_classroom.ipynb #1bad11ce
+# %% ../nbs/79_classroom.ipynb #4f730725
 def for_students(
     notebook: Mapping,
 ) -> dict:
@@ -116,7 +116,7 @@ def write_handout(
         path.write_text(text + "\n", encoding="utf-8")
     return list(made)
 
-# %% ../nbs/79_classroom.ipynb #8b28678d
+# %% ../nbs/79_classroom.ipynb #f3703e38
 def parsed(text: str) -> ast.Module:
     "A cell's code without notebook commands; empty where it isn't Python."
     try:
@@ -163,7 +163,7 @@ def needed_cells(
             left += [max(before)] if (before := [i for i in range(here) if name in defined[i]]) else []
     return sorted(found)
 
-# %% ../nbs/79_classroom.ipynb #54b6d286
+# %% ../nbs/79_classroom.ipynb #ee376cb4
 STATES = ("right", "wrong", "unanswered", "failed", "stopped")
 
 
@@ -194,7 +194,7 @@ def run_cells(
         for text in cells:
             try:
                 exec(compile(parsed(text), "<cell>", "exec"), space)
-            except BaseException as error:  # SystemExit and KeyboardInterrupt end an answer, not the marking
+            except BaseException as error:  # an exit ends an answer, not the marking
                 note(numbers=ANSWER.findall(text), message=f"{type(error).__name__}: {error}"[:300])
 
 
@@ -202,7 +202,7 @@ def start_cells() -> None:
     "What the process executes: cells from standard input, the report's path as its argument."
     run_cells(json.load(sys.stdin), sys.argv[1])
 
-# %% ../nbs/79_classroom.ipynb #6b914bcb
+# %% ../nbs/79_classroom.ipynb #1bf5d8f8
 def run_apart(
     cells: Sequence[str],
     seconds: float,  # Time limit for all cells together
@@ -259,7 +259,7 @@ def mark_notebook(
                       if marks[number] == missing}
     return marks
 
-# %% ../nbs/79_classroom.ipynb #9607a148
+# %% ../nbs/79_classroom.ipynb #ae87a92a
 def grade_class(
     directory: str | Path,  # Notebooks of students, in folders or side by side
     output: str | Path,  # A CSV file: a line per notebook, a column per exercise
