@@ -45,7 +45,7 @@ def memory_bandwidth(
     n_bytes: int = 2**28,  # Read at once; far more than the caches hold, or it is them that you measure
     repeats: int = 7,
 ) -> float:
-    """Bytes a second that the processor reads from memory: the best of several sums over a large matrix and products of
+    """Bytes per second that the processor reads from memory: the best of several sums over a large matrix and products of
     it with a vector.
     """
     columns = 2**13
@@ -96,7 +96,7 @@ class FloatMatrix:
             residual.add_(self.bias)
 
 # %% ../nbs/13_decoding.ipynb #b630ad6d
-HALVES = 256  # A float32 matrix of at least so many rows and columns is multiplied in two halves on a CPU
+HALVES = 256  # A float32 matrix of at least this many rows and columns is multiplied in two halves on a CPU
 
 
 def rows_product(
@@ -206,7 +206,7 @@ def quantise_rows(
     return torch.div(x, scale).round_().to(torch.int8, memory_format=torch.contiguous_format), scale
 
 # %% ../nbs/13_decoding.ipynb #c866ff67
-COLD = 2**19  # An eight-bit matrix of at least so many numbers is fetched by a sum before it is multiplied with one row
+COLD = 2**19  # An eight-bit matrix of at least this many numbers is fetched by a sum before it is multiplied with one row
 PIECE = 2**22  # Bytes that are fetched together
 
 
@@ -370,7 +370,7 @@ class PackedBlock(Block):
         )
 
 # %% ../nbs/13_decoding.ipynb #8ff7323e
-# A bfloat16 model of at most so many numbers is computed in float32 on a CPU: it stays in the caches anyway
+# A bfloat16 model of at most this many numbers is computed in float32 on a CPU: it stays in the caches anyway
 WIDE = 2**23
 
 
@@ -511,7 +511,7 @@ class WideCache(KVCache):
 class TokenStore(list):
     """A `KVCache` for each layer, all in one storage.
 
-    What depends on the position is a slice of it, taken once a token for all layers together.
+    What depends on the position is a slice of it, taken once per token for all layers together.
     """
 
     def __init__(
@@ -598,7 +598,7 @@ class TokenBuffers(TokenStore):
 class DecoderCache(TokenBuffers):
     """A `KVCache` for each layer, all in one storage, with every buffer and view that a step of one token needs.
 
-    What depends on the position is a slice of that storage, taken once a token for all layers together.
+    What depends on the position is a slice of that storage, taken once per token for all layers together.
     """
 
     def turn(self, t: int) -> None:
@@ -763,7 +763,7 @@ class StepReader(TokenReader):
         tokens: Int[Tensor, "batch"],  # The newest token of each row
         cache: DecoderCache,  # From `new_cache`, with room for one more
     ) -> Float[Tensor, "batch d_model"]:
-        "Read one token a row: the pre-norm block of chapter 04, each product into a buffer that is there already."
+        "Read one token per row: the pre-norm block of chapter 04, each product into a buffer that is there already."
         t, x = cache[0].length, self.embed_one(tokens, cache)
         turns, qkv, up, (gate, gated_up) = cache.cos is not None, cache.qkv, cache.up, cache.gate_up
         for new_kv, keys, values, layer in zip(*cache.slots(t), self.layers):
@@ -818,7 +818,7 @@ class TextWriter(StepReader):
         seen: Bool[Tensor, "batch vocab"] | None,  # From `Sampling.mark`
         stop_tokens: list[int],
     ) -> Int[Tensor, "batch total"]:
-        "The loop behind `generate`: the tokens stand in one tensor, a row a position."
+        "The loop behind `generate`: the tokens are in one tensor, one row per position."
         (batch, seq), limit = ids.shape, self.config.context_length
         end, first = seq + max_new_tokens, 0  # `first`: where the window begins
         cache = self.room_for(batch, min(limit, end))
@@ -906,9 +906,9 @@ def bytes_per_token(
 def speed_bound(
     decoder: PackedGPT,
     length: int,  # Tokens in the cache
-    bandwidth: float,  # Bytes a second, from `memory_bandwidth`
+    bandwidth: float,  # Bytes per second, from `memory_bandwidth`
 ) -> float:
-    "Tokens a second that no batch of one can pass while its weights come from memory, equation (13.1)."
+    "Tokens per second that no batch of one can pass while its weights come from memory, equation (13.1)."
     return bandwidth / bytes_per_token(decoder, length)
 
 # %% ../nbs/13_decoding.ipynb #b2a02c11

@@ -120,7 +120,7 @@ def draw(
     logits: Float[Tensor, "batch vocab"],
     generator: torch.Generator | None = None,  # None: torch's global one
 ) -> Int[Tensor, "batch"]:
-    """Draw one token a row with the softmax's probabilities, equation (8.6).
+    """Draw one token per row with the softmax's probabilities, equation (8.6).
 
     No sums, no sort, and nothing that a GPU has to wait for.
     """
@@ -223,7 +223,7 @@ class Sampling:
         seen: Bool[Tensor, "batch vocab"] | None = None,  # Tokens that have occurred, from `mark`
         generator: torch.Generator | None = None,  # None: torch's global one
     ) -> Int[Tensor, "batch"]:
-        "One token a row: the best one at temperature 0, else drawn from what the filters leave."
+        "One token per row: the best one at temperature 0, else drawn from what the filters leave."
         logits = self.filter(logits.float(), seen)
         return logits.argmax(-1) if self.temperature == 0 else draw(logits, generator)
 
@@ -237,7 +237,7 @@ def sample(
     min_p: float | None = None,
     generator: torch.Generator | None = None,  # None: torch's global one
 ) -> Int[Tensor, "batch"]:
-    "Draw one token a row from the filtered distribution: `Sampling.draw` with its fields as keywords."
+    "Draw one token per row from the filtered distribution: `Sampling.draw` with its fields as keywords."
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     return sampling.draw(logits, generator=generator)
 
@@ -616,7 +616,7 @@ def generate_text(
 ) -> list[str]:
     """Continue the prompts; each text begins with its prompt and ends before its stop token.
 
-    A prompt's samples stand together.
+    A prompt's samples are next to each other.
     """
     sampling = resolve_sampling(
         sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
