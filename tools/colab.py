@@ -57,8 +57,8 @@ if "google.colab" in str(get_ipython()):  # Colab lacks the package; it has torc
 
 
 def set_up(text: str, plain: str) -> str:
-    "What a set-up cell should hold: its module's name, the plain cell, and the switch that checks shapes if it had one."
-    return START.match(text).group(1) + plain + (CHECKED if text.endswith(CHECKED) else "")
+    "What a set-up cell should hold: its module's name, the plain cell, and the switch for shapes if it had one."
+    return START.match(text)[1] + plain + (CHECKED if text.endswith(CHECKED) else "")
 
 
 def write_cells(root: Path = ROOT) -> list[Path]:
