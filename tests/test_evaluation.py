@@ -26,6 +26,8 @@ from transformer_llm.evaluation import (
     score_options,
     score_text,
     score_tokens,
+    sign_test,
+    wilson_interval,
     window_spans,
 )
 from transformer_llm.foundations import InputError, set_seed
@@ -567,3 +569,30 @@ def test_smollm2_prefers_what_is_right():
         for text in ("The cat sat on the mat.", "Mat the on sat cat the.")
     )
     assert sense < nonsense - 0.5
+
+
+# --- few questions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k, n", [(18, 24), (24, 24), (0, 7), (1, 3), (500, 1000)])
+def test_each_end_of_wilsons_interval_is_z_of_its_own_errors_away(k, n):
+    low, high = wilson_interval(k, n)
+    assert 0 <= low <= k / n <= high <= 1
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            assert abs(k / n - end) == pytest.approx(1.96 * binomial_error(end, n))
+
+
+def test_the_sign_test_counts_coin_tosses():
+    assert sign_test(5, 0) == sign_test(0, 5) == 2 / 2**5
+    assert sign_test(0, 0) == sign_test(4, 4) == 1
+    assert sign_test(18, 7) == pytest.approx(2 * sum(math.comb(25, k) for k in range(8)) / 2**25)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: wilson_interval(5, 4), lambda: wilson_interval(0, 0), lambda: sign_test(-1, 2)]
+)
+def test_counts_that_can_not_be_are_refused(call):
+    with pytest.raises(InputError):
+        call()

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['check_sure_half_of_the_time', 'check_bits_per_byte', 'witten_bell_mistakes', 'check_witten_bell',
            'check_how_many_windows', 'check_spans', 'check_counted_once', 'check_how_many_questions', 'option_sums',
-           'check_option_sums', 'paired_error', 'unpaired_error', 'related_answers', 'check_paired_error']
+           'check_option_sums', 'paired_error', 'unpaired_error', 'related_answers', 'check_paired_error',
+           'interval_mistakes', 'check_wilson']
 
 # %% ../../nbs/exercises/10_evaluation.ipynb #1b1e35f8
 import math
@@ -288,7 +289,7 @@ def option_sums(
     n_tokens: Int[Tensor, "batch"],
     shift: int = 1,  # 0: each place judged by its own logits, which have seen it
 ) -> Float[Tensor, "batch"]:
-    "Equation (10.7) for each row, written as a loop."
+    "Equation (10.8) for each row, written as a loop."
     log_p = logits.log_softmax(-1)
     seq = ids.shape[1]
     return torch.stack(
@@ -428,3 +429,58 @@ def check_paired_error(answer: object) -> str:
             tolerance=0.15,
         )
     return "Tried on three sets of questions; drawing each model's questions apart would have given a larger error."
+
+# %% ../../nbs/exercises/10_evaluation.ipynb #b109c0e2
+def interval_mistakes(k: int, n: int) -> dict[str, tuple[float, float]]:
+    "What people write, and what it gives."
+    z, a = 1.96, k / n
+    half = z * math.sqrt(a * (1 - a) / n + z**2 / (4 * n**2))
+    middle, below = a + z**2 / (2 * n), 1 + z**2 / n
+    ends = lambda middle, half, below: ((middle - half) / below, (middle + half) / below)
+    return {
+        "These are 1.96 standard errors (10.6) down and up. With all answers right they claim to be certain; "
+        "Wilson's interval takes the spread of the share that might be true.": ends(
+            a, z * math.sqrt(a * (1 - a) / n), 1
+        ),
+        "Under the root the square of n is missing: z² / (4 n²).": ends(
+            middle, z * math.sqrt(a * (1 - a) / n + z**2 / (4 * n)), below
+        ),
+        "Under the root the square of z is missing: z² / (4 n²).": ends(
+            middle, z * math.sqrt(a * (1 - a) / n + z / (4 * n**2)), below
+        ),
+        "Nothing is divided by 1 + z² / n.": ends(middle, half, 1),
+        "Only the middle is divided by 1 + z² / n. The half width is, too.": ends(middle / below, half, 1),
+        "The middle is still the share itself; z² / (2 n) has to be added to it.": ends(a, half, below),
+        "The factor z in front of the root is missing.": ends(middle, half / z, below),
+        "You took z = 1. For 95 % it is 1.96.": ends(
+            a + 1 / (2 * n), math.sqrt(a * (1 - a) / n + 1 / (4 * n**2)), 1 + 1 / n
+        ),
+    }
+
+
+@exercise("10.9", "An interval that holds at the ends")
+def check_wilson(answer: object) -> str:
+    "The reader's function gives both ends of Wilson's interval."
+    for k, n in ((18, 24), (45, 60), (24, 24), (0, 10)):
+        z, a = 1.96, k / n
+        half = z * math.sqrt(a * (1 - a) / n + z**2 / (4 * n**2))
+        right = [(a + z**2 / (2 * n) + side * half) / (1 + z**2 / n) for side in (-1, 1)]
+        result = call(answer, k, n)
+        if not isinstance(result, tuple | list | Tensor) or len(result) != 2:
+            raise Wrong(f"Return two numbers, the lower and the upper end; this is {describe(result)}.")
+        ends = [as_python(end) for end in result]
+        if not all(isinstance(end, int | float) for end in ends):
+            raise Wrong(f"Both ends should be numbers; this is {describe(result)}.")
+        same = lambda other: all(abs(x - y) < 1e-3 for x, y in zip(ends, other))
+        if same(right) or same([max(0.0, right[0]), min(1.0, right[1])]):
+            continue
+        if same(right[::-1]):
+            raise Wrong("The ends are right, and the upper one comes first.")
+        for message, wrong in interval_mistakes(k, n).items():
+            if same(wrong):
+                raise Wrong(message)
+        raise Wrong(
+            f"For {k} right of {n} your interval is [{ends[0]:.3f}, {ends[1]:.3f}], "
+            f"and [{right[0]:.3f}, {right[1]:.3f}] is right."
+        )
+    return "Right at the ends too: 24 of 24 leave room for a true share of 0.86."
