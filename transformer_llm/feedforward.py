@@ -9,6 +9,8 @@ __all__ = ['ACTIVATIONS', 'GATED', 'gelu', 'gelu_tanh', 'relu_squared', 'silu', 
 # %% ../nbs/02_feedforward.ipynb #353018ad
 from jaxtyping import Float
 from torch import Tensor, nn
+
+# %% ../nbs/02_feedforward.ipynb #dcfc6758
 from torch.nn import functional as F
 
 from .foundations import InputError, check_choice, check_range
@@ -30,7 +32,7 @@ def relu_squared(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def silu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    "x · sigmoid(x), also called swish: the gate of SwiGLU; Ramachandran et al. (2017, section 4)."
+    "x · sigmoid(x), also called swish: the gate of SwiGLU; Hendrycks and Gimpel (2016)."
     return F.silu(x)
 
 # %% ../nbs/02_feedforward.ipynb #7a27ff2f
@@ -96,7 +98,7 @@ class SwiGLU(nn.Module):
         "Transform every token alone; the result has the shape of `x`."
         return F.dropout(self.down(silu(self.gate(x)) * self.up(x)), self.dropout, self.training)
 
-
+# %% ../nbs/02_feedforward.ipynb #1b6629e0
 def make_feedforward(
     d_model: int,
     d_ff: int,

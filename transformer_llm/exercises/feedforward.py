@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_on_paper', 'check_largest_error', 'check_feedforward', 'check_swiglu', 'check_size', 'square_network',
-           'check_memory', 'check_collapse']
+           'check_memory', 'check_collapse', 'check_reading']
 
 # %% ../../nbs/exercises/02_feedforward.ipynb #fcd5c9b8
 import torch
@@ -403,3 +403,62 @@ def check_collapse(answer: object) -> str:
         "However wide the middle is, two linear maps are one: the product of the "
         "matrices, and the first bias seen through the second."
     )
+
+# %% ../../nbs/exercises/02_feedforward.ipynb #60c6bb57
+@exercise("2.8", "Read one unit")
+def check_reading(answer: object) -> str:
+    "`answer(hidden, down_weight, unit, n)`: the windows that wake a unit most, and the characters that it raises most."
+    generator = fresh("2.8")
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    for windows, units, characters, unit, n in ((40, 12, 20, 3, 4), (30, 9, 25, 8, 1), (25, 16, 16, 5, 6)):
+        hidden, down = randn(windows, units).relu() ** 2, randn(characters, units) + 2 * randn(characters, 1)
+        result = call(answer, hidden, down, unit, n)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise Wrong("Two tensors are asked for, windows and characters: `return windows, characters`.")
+        if any(part is None or part is ... for part in result):
+            raise Unanswered("One of the two is still missing: give back the windows and the characters.")
+        raised = down[:, unit] - down.mean(1)
+        same_values(
+            result[0],
+            hidden[:, unit].topk(n).indices,
+            "n",
+            "the list of windows",
+            {
+                "These windows wake the unit least. The largest hidden numbers are asked for.": hidden[:, unit]
+                .topk(n, largest=False)
+                .indices,
+                "These are the hidden numbers; their places are asked for, which `topk(n).indices` gives.": hidden[
+                    :, unit
+                ]
+                .topk(n)
+                .values,
+                "The right windows, but the weakest comes first.": hidden[:, unit].topk(n).indices.flip(0),
+            },
+        )
+        same_values(
+            result[1],
+            raised.topk(n).indices,
+            "n",
+            "the list of characters",
+            {
+                "You left out the comparison with the other units. Some characters are raised by all units: subtract "
+                "the mean over the units, `down_weight.mean(1)`, first; the mean over characters changes no "
+                "order.": down[:, unit].topk(n).indices,
+                "These characters are lowered most. The ones that are raised are asked for.": raised.topk(
+                    n, largest=False
+                ).indices,
+                "The right characters, but the weakest comes first.": raised.topk(n).indices.flip(0),
+            }
+            | (
+                {
+                    "You took a row of `down_weight`. A unit's value is a column: one number for each character.": (
+                        down[unit] - down.mean(0)
+                    )
+                    .topk(n)
+                    .indices
+                }
+                if characters == units
+                else {}
+            ),
+        )
+    return "Its loudest windows, and what its value raises above the other units'."
