@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINING_STARTS', 'HELD_OUT_STARTS', 'TRAINING_LENGTH', 'HELD_OUT_LENGTHS', 'PICTURES', 'PICTURE_TITLE',
-           'counting_sequences', 'count_from', 'Counter', 'train_counter', 'counting_accuracy', 'attention_of',
-           'run_demo', 'check_pictures', 'save_demo_pictures']
+           'counting_sequences', 'Counter', 'train_counter', 'count_from', 'counting_accuracy', 'attention_of',
+           'check_pictures', 'save_demo_pictures', 'run_demo']
 
 # %% ../nbs/00_counting.ipynb #ce0312ef
 import os
@@ -39,30 +39,20 @@ HELD_OUT_STARTS = (7, 8, 9)  # No training sequence does
 TRAINING_LENGTH = 24  # Digits of the longest training sequence
 HELD_OUT_LENGTHS = tuple(range(25, 33))  # Lengths that only the test has; 32 is the model's window
 
-# %% ../nbs/00_counting.ipynb #c2cef462
-def count_from(
-    model: GPT,  # A model over the ten digits
-    start: int,  # First digit
-    length: int = 32,  # Digits in all
-) -> str:
-    "What the model writes after `start`, as text: `7 → 8 → 9 → 0`."
-    digits = generate(model, torch.tensor([[start]]), length - 1, temperature=0.0)[0]
-    return " → ".join(str(digit) for digit in digits.tolist())
-
 # %% ../nbs/00_counting.ipynb #7a0658d9
 @dataclass
 class Counter:
     "A model that was trained to count, and how its training went."
     model: GPT  # The trained model
-    losses: list[float]  # Training loss at each step, in nats a digit
+    losses: list[float]  # Training loss at each step, in nats per digit
     seconds: float  # Wall time of the training loop
 
-
+# %% ../nbs/00_counting.ipynb #14ff07c6
 def train_counter(
     steps: int = 200,  # Optimizer steps
     seed: int = 0,  # Of the weights and of the order of the data
     *,
-    batch_size: int = 16,  # Sequences a step
+    batch_size: int = 16,  # Sequences per step
     learning_rate: float = 1e-2,  # At the start; it falls to zero in a straight line
     starts: tuple[int, ...] = TRAINING_STARTS,  # First digits to train on
     length: int = TRAINING_LENGTH,  # Digits of a training sequence
@@ -101,6 +91,16 @@ def train_counter(
         watch(steps, model)
     return Counter(model.eval(), losses, time.perf_counter() - began)
 
+# %% ../nbs/00_counting.ipynb #c2cef462
+def count_from(
+    model: GPT,  # A model over the ten digits
+    start: int,  # First digit
+    length: int = 32,  # Digits in all
+) -> str:
+    "What the model writes after `start`, as text: `7 → 8 → 9 → 0`."
+    digits = generate(model, torch.tensor([[start]]), length - 1, temperature=0.0)[0]
+    return " → ".join(str(digit) for digit in digits.tolist())
+
 # %% ../nbs/00_counting.ipynb #3659fe3c
 def counting_accuracy(
     model: GPT,  # Any model over the ten digits
@@ -127,6 +127,48 @@ def attention_of(
     with torch.no_grad():
         return model.attention_maps(ids)[layer][0, head]
 
+# %% ../nbs/00_counting.ipynb #447c868e
+PICTURES = ("loss.png", "attention.png")
+PICTURE_TITLE = "transformer-llm demo"  # noted inside a picture, which may then be replaced by the next one
+
+
+def check_pictures(out: Path) -> None:
+    "Make the folder for the pictures; `InputError` if they can't go there or would replace somebody else's."
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give the name of a folder for the pictures.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (out / name for name in PICTURES):
+            if path.exists() and PICTURE_TITLE.encode() not in path.read_bytes()[:1000]:
+                raise InputError(f"{path} exists and was not written by this version's demo; move it away, or give "
+                                 "another --out.")
+    except OSError as error:
+        raise InputError(os_error_sentence("write", out, error)) from error
+    if not os.access(out, os.W_OK):
+        raise InputError(f"Can't write into {out}: you have no permission; give another folder.")
+
+# %% ../nbs/00_counting.ipynb #fc21174e
+def save_demo_pictures(counter: Counter, out: Path) -> list[Path]:
+    "Save the loss curve and both layers' attention on one sequence into folder `out`; returns the files."
+    import matplotlib
+
+    if "matplotlib.pyplot" not in sys.modules:
+        matplotlib.use("Agg")  # files only, no window; a notebook keeps its own way of showing pictures
+    use_style()
+    curve = plot_curves(range(1, len(counter.losses) + 1), {"training loss": counter.losses}, logy=True, xlabel="step",
+                        ylabel="loss (nats per digit)", title="Learning to count")
+    ids = counting_sequences(torch.tensor([7]), 10)
+    axes = new_axes(7, 3.4, columns=2)
+    for layer, ax in enumerate(axes):
+        weights, digits = attention_of(counter.model, ids, layer), [str(i) for i in ids[0].tolist()]
+        show_attention(weights, digits, title=f"Layer {layer}, head 0", ax=ax)
+    files = []
+    for name, figure in zip(PICTURES, (curve.figure, axes[0].figure)):
+        with atomic_write(out / name) as file:
+            figure.savefig(file, dpi=150, format="png", metadata={"Title": PICTURE_TITLE})
+        files.append(out / name)
+    return files
+
 # %% ../nbs/00_counting.ipynb #e9c22412
 def run_demo(
     out: str | Path = "demo",  # Folder for the pictures
@@ -150,52 +192,10 @@ def run_demo(
     torch.set_num_threads(threads)
     accuracy = counting_accuracy(counter.model)
     losses = f"{counter.losses[0]:.3f} → {counter.losses[-1]:.5f}"
-    print(f"\nTrained in {counter.seconds:.1f} s; loss {losses} nats a digit.")
+    print(f"\nTrained in {counter.seconds:.1f} s; loss {losses} nats per digit.")
     print(f"Accuracy on held-out starts and lengths: {accuracy:.1%} of the digits it writes on its own.\n")
     print(f"It was given the 7 and wrote:\n{count_from(counter.model, 7)}\n")
     for path in save_demo_pictures(counter, Path(out)):
         print(f"Saved {path}")
     print("\nNext: open nbs/00_counting.ipynb (make lab) to see how this was done, then nbs/01_attention.ipynb.")
     return accuracy
-
-# %% ../nbs/00_counting.ipynb #447c868e
-PICTURES = ("loss.png", "attention.png")
-PICTURE_TITLE = "transformer-llm demo"  # noted inside a picture, which may then be replaced by the next one
-
-
-def check_pictures(out: Path) -> None:
-    "Make the folder for the pictures; `InputError` if they can't go there or would replace somebody else's."
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give the name of a folder for the pictures.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in (out / name for name in PICTURES):
-            if path.exists() and PICTURE_TITLE.encode() not in path.read_bytes()[:1000]:
-                raise InputError(f"{path} exists and was not written by this version's demo; move it away, or give "
-                                 "another --out.")
-    except OSError as error:
-        raise InputError(os_error_sentence("write", out, error)) from error
-    if not os.access(out, os.W_OK):
-        raise InputError(f"Can't write into {out}: you have no permission; give another folder.")
-
-
-def save_demo_pictures(counter: Counter, out: Path) -> list[Path]:
-    "Save the loss curve and both layers' attention on one sequence into folder `out`; returns the files."
-    import matplotlib
-
-    if "matplotlib.pyplot" not in sys.modules:
-        matplotlib.use("Agg")  # files only, no window; a notebook keeps its own way of showing pictures
-    use_style()
-    curve = plot_curves(range(1, len(counter.losses) + 1), {"training loss": counter.losses}, logy=True, xlabel="step",
-                        ylabel="loss (nats a digit)", title="Learning to count")
-    ids = counting_sequences(torch.tensor([7]), 10)
-    axes = new_axes(7, 3.4, columns=2)
-    for layer, ax in enumerate(axes):
-        weights, digits = attention_of(counter.model, ids, layer), [str(i) for i in ids[0].tolist()]
-        show_attention(weights, digits, title=f"Layer {layer}, head 0", ax=ax)
-    files = []
-    for name, figure in zip(PICTURES, (curve.figure, axes[0].figure)):
-        with atomic_write(out / name) as file:
-            figure.savefig(file, dpi=150, format="png", metadata={"Title": PICTURE_TITLE})
-        files.append(out / name)
-    return files

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALINGS', 'TokenEmbedding', 'LearnedPositions', 'check_even', 'rotary_frequencies', 'rotary_angles',
-           'sinusoidal_table', 'SinusoidalPositions', 'yarn_attention_factor', 'RopeScaling', 'apply_rotary', 'Rotary',
-           'split_pairs', 'interleaved_to_half', 'half_to_interleaved', 'alibi_slopes', 'alibi_bias']
+           'sinusoidal_table', 'SinusoidalPositions', 'apply_rotary', 'Rotary', 'split_pairs', 'interleaved_to_half',
+           'half_to_interleaved', 'yarn_attention_factor', 'RopeSettings', 'slow_by_turns', 'slow_by_pairs',
+           'RopeScaling', 'alibi_slopes', 'alibi_bias']
 
 # %% ../nbs/03_embeddings.ipynb #da7aea7b
 import math
@@ -119,158 +120,6 @@ class SinusoidalPositions(nn.Module):
         "The vectors to add to the token embeddings at these positions."
         return F.embedding(positions, self.table)
 
-# %% ../nbs/03_embeddings.ipynb #da3ab41a
-SCALINGS = ("linear", "dynamic", "yarn", "llama3", "divisors")
-
-
-def yarn_attention_factor(
-    factor: float,  # How many times longer the texts are
-    mscale: float | None = None,  # Both given: the quotient of two such factors, as DeepSeek's models state it
-    mscale_all_dim: float | None = None,
-) -> float:
-    "What YaRN multiplies cosines and sines by: 0.1 · ln(factor) + 1; Peng, Quesnelle et al. (2023), section 3.4."
-    if factor <= 1:
-        return 1.0
-    if mscale and mscale_all_dim:
-        return (0.1 * mscale * math.log(factor) + 1) / (0.1 * mscale_all_dim * math.log(factor) + 1)
-    return 0.1 * math.log(factor) + 1
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How a rotary model reads longer texts than those it was first trained on: some pairs turn more slowly.
-
-    - `kind`: "linear": all pairs by `factor`; "dynamic": by a larger base, the longer the text is; "yarn" and "llama3":
-      the slow pairs only; "divisors": each pair by its own number.
-    - `factor`: how many times slower, at most; 1 or more.
-    - `low_freq_factor`: "llama3": a pair with fewer turns in the original context is slowed by `factor`.
-    - `high_freq_factor`: "llama3": a pair with more turns stays as it is.
-    - `original_context_length`: tokens that the model was first trained on; None: 8192 for "llama3"; "yarn" and
-      "dynamic" need it, the others don't look at it.
-    - `divisors`: "divisors": one number for each pair; kept as a tuple.
-    - `beta_fast`: "yarn": a pair with more turns in the original context stays as it is.
-    - `beta_slow`: "yarn": a pair with fewer turns is slowed by `factor`; those between in part.
-    - `truncate`: "yarn": the two pairs where this begins and ends are rounded outwards to whole ones.
-    - `attention_factor`: cosines and sines are multiplied by it; None: `yarn_attention_factor` for "yarn", else 1.
-
-    Raises `InputError` that names the field, the value and what is allowed.
-    """
-
-    kind: str
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context_length: int | None = None
-    divisors: Sequence[float] = ()
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float | None = None
-
-    def __post_init__(self):
-        "Check each field and fill in those that are None."
-        check_choice("rope_scaling kind", self.kind, SCALINGS)
-        if not isinstance(self.divisors, tuple | list):
-            raise InputError(f"rope_scaling divisors must be a list of numbers, not {self.divisors!r}.")
-        if not isinstance(self.truncate, bool):
-            raise InputError(f"rope_scaling truncate must be True or False, not {self.truncate!r}.")
-        self._set("divisors", tuple(float(check_range("rope_scaling divisors", d, 1e-6)) for d in self.divisors))
-        lowest = dict(factor=1, low_freq_factor=0, high_freq_factor=0, beta_fast=1e-6, beta_slow=1e-6)
-        for name, low in lowest.items():
-            self._set(name, float(check_range(f"rope_scaling {name}", getattr(self, name), low)))
-        self._fill()
-        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-            if getattr(self, low) >= getattr(self, high):
-                raise InputError(
-                    f"rope_scaling {low} must be below {high}={getattr(self, high)}, not {getattr(self, low)}."
-                )
-
-    def _set(self, name: str, value) -> None:
-        "Set a field of this frozen object; for `__post_init__` only."
-        object.__setattr__(self, name, value)
-
-    def _fill(self) -> None:
-        "Fill in the fields that are None, and check them."
-        original, multiplier = self.original_context_length, self.attention_factor
-        if original is None and self.kind in ("yarn", "dynamic"):
-            raise InputError(f"rope_scaling kind={self.kind!r} needs original_context_length, the length of training.")
-        original = 8192 if original is None else original
-        if multiplier is None:
-            multiplier = yarn_attention_factor(self.factor) if self.kind == "yarn" else 1.0
-        self._set(
-            "original_context_length",
-            int(check_range("rope_scaling original_context_length", original, 1, integer=True)),
-        )
-        self._set("attention_factor", float(check_range("rope_scaling attention_factor", multiplier, 1e-6)))
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "RopeScaling":
-        "From its fields as a dictionary; one that is missing or unknown raises `InputError`."
-        names = [field.name for field in fields(cls)]
-        if "kind" not in values or not set(values) <= set(names):
-            raise InputError(
-                f"rope_scaling needs a kind and has the fields {', '.join(names)}, not {', '.join(map(str, values))}."
-            )
-        return cls(**values)
-
-    def check_head(self, head_dim: int, base: float = 10000.0) -> None:
-        "Raise `InputError` if this scaling can't be had for heads of that width, or with that base."
-        if self.kind == "divisors" and len(self.divisors) != head_dim // 2:
-            raise InputError(
-                f"rope_scaling needs {head_dim // 2} divisors for "
-                f"head_dim={head_dim}, one for each pair, not {len(self.divisors)}."
-            )
-        if self.kind == "dynamic" and head_dim < 4:
-            raise InputError(f"rope_scaling kind='dynamic' needs a head_dim of at least 4, not {head_dim}.")
-        if self.kind == "yarn" and base <= 1:
-            raise InputError(f"rope_scaling kind='yarn' needs a rope_base above 1, not {base}.")
-
-    def stretch(self, base: float, head_dim: int, length: int) -> float | Float[Tensor, ""]:
-        "The base for a text of `length` tokens: larger past the original context for \"dynamic\", else unchanged."
-        if self.kind != "dynamic" or length <= self.original_context_length:
-            return base
-        longer = torch.tensor(length) * self.factor / self.original_context_length - (self.factor - 1)
-        return base * longer ** (head_dim / (head_dim - 2))
-
-    def slow(
-        self,
-        frequencies: Float[Tensor, "half"],  # Of all pairs
-        base: float | None = None,  # That they were made of; only "yarn" needs it
-    ) -> Float[Tensor, "half"]:
-        """The frequencies after scaling: equation (3.7) for "llama3", (3.8) for "yarn".
-
-        Chen et al. (2023) for "linear". What "dynamic" does, `stretch` does before.
-        """
-        if self.kind == "divisors":
-            return frequencies / frequencies.new_tensor(self.divisors)
-        if self.kind == "linear":
-            return frequencies / self.factor
-        if self.kind == "llama3":
-            turns = self.original_context_length / (2 * math.pi / frequencies)
-            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            kept = kept.clamp(0, 1)
-            return (1 - kept) * frequencies / self.factor + kept * frequencies
-        return frequencies if self.kind == "dynamic" else self._slow_yarn(frequencies, base)
-
-    def _slow_yarn(self, frequencies: Float[Tensor, "half"], base: float | None) -> Float[Tensor, "half"]:
-        "Equation (3.8): section 3.2 of Peng, Quesnelle et al. (2023), counted by pairs as in their code."
-        if base is None:
-            raise InputError("rope_scaling kind='yarn' needs the base that the frequencies were made of.")
-        half = len(frequencies)
-        turns = (self.beta_fast, self.beta_slow)
-        # the pair, in fractions, that makes n turns in the original context
-        first, last = (
-            half * math.log(self.original_context_length / (n * 2 * math.pi)) / math.log(base) for n in turns
-        )
-        if self.truncate:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, 2 * half - 1)
-        last = last + 0.001 if first == last else last
-        pairs = torch.arange(half, device=frequencies.device, dtype=torch.float32)
-        kept = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
-        slowed = 1.0 / (self.factor * base ** (pairs / half))
-        return slowed * (1 - kept) + frequencies * kept
-
 # %% ../nbs/03_embeddings.ipynb #e8aa5523
 def apply_rotary(
     x: Float[Tensor, "batch heads seq head_dim"],  # Queries or keys
@@ -293,7 +142,7 @@ def apply_rotary(
     turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
     return turned.type_as(x)
 
-
+# %% ../nbs/03_embeddings.ipynb #5bdd9181
 class Rotary(nn.Module):
     """Rotary position embedding: queries and keys turn with their position. No parameters, no largest position.
 
@@ -306,7 +155,7 @@ class Rotary(nn.Module):
         *,
         base: float = 10000.0,  # Larger: slower turning, for longer texts
         interleaved: bool = False,  # How pairs are laid out: GPT-J and the original Llama; else as Hugging Face
-        scaling: RopeScaling | None = None,  # For a model that was stretched to longer texts
+        scaling: "RopeScaling | None" = None,  # For a model that was stretched to longer texts
     ):
         super().__init__()
         self.head_dim = check_even("head_dim", head_dim)
@@ -357,6 +206,172 @@ def half_to_interleaved(
 ) -> Float[Tensor, "rows ..."]:
     "The inverse of `interleaved_to_half`."
     return split_pairs(weight, n_heads, pairs_last=False).transpose(1, 2).flatten(0, 2)
+
+# %% ../nbs/03_embeddings.ipynb #da3ab41a
+SCALINGS = ("linear", "dynamic", "yarn", "llama3", "divisors")
+
+
+def yarn_attention_factor(
+    factor: float,  # How many times longer the texts are
+    mscale: float | None = None,  # Both given: the quotient of two such factors, as DeepSeek's models state it
+    mscale_all_dim: float | None = None,
+) -> float:
+    "What YaRN multiplies cosines and sines by: 0.1 · ln(factor) + 1; Peng, Quesnelle et al. (2023), section 3.4."
+    if factor <= 1:
+        return 1.0
+    if mscale and mscale_all_dim:
+        return (0.1 * mscale * math.log(factor) + 1) / (0.1 * mscale_all_dim * math.log(factor) + 1)
+    return 0.1 * math.log(factor) + 1
+
+# %% ../nbs/03_embeddings.ipynb #c4cca0a3
+@dataclass(frozen=True)
+class RopeSettings:
+    "The fields of `RopeScaling`, checked and filled in. Raises `InputError` that names field, value and range."
+
+    kind: str
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context_length: int | None = None
+    divisors: Sequence[float] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+
+    def __post_init__(self):
+        "Check each field and fill in those that are None."
+        check_choice("rope_scaling kind", self.kind, SCALINGS)
+        if not isinstance(self.divisors, tuple | list):
+            raise InputError(f"rope_scaling divisors must be a list of numbers, not {self.divisors!r}.")
+        if not isinstance(self.truncate, bool):
+            raise InputError(f"rope_scaling truncate must be True or False, not {self.truncate!r}.")
+        self._set("divisors", tuple(float(check_range("rope_scaling divisors", d, 1e-6)) for d in self.divisors))
+        lowest = dict(factor=1, low_freq_factor=0, high_freq_factor=0, beta_fast=1e-6, beta_slow=1e-6)
+        for name, low in lowest.items():
+            self._set(name, float(check_range(f"rope_scaling {name}", getattr(self, name), low)))
+        self._fill()
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                limit = f"{high}={getattr(self, high)}"
+                raise InputError(f"rope_scaling {low} must be below {limit}, not {getattr(self, low)}.")
+
+    def _set(self, name: str, value) -> None:
+        "Set a field of this frozen object; for `__post_init__` only."
+        object.__setattr__(self, name, value)
+
+    def _fill(self) -> None:
+        "Fill in the fields that are None, and check them."
+        original, multiplier = self.original_context_length, self.attention_factor
+        if original is None and self.kind in ("yarn", "dynamic"):
+            raise InputError(f"rope_scaling kind={self.kind!r} needs original_context_length, the length of training.")
+        original = check_range(
+            "rope_scaling original_context_length", 8192 if original is None else original, 1, integer=True
+        )
+        if multiplier is None:
+            multiplier = yarn_attention_factor(self.factor) if self.kind == "yarn" else 1.0
+        self._set("original_context_length", int(original))
+        self._set("attention_factor", float(check_range("rope_scaling attention_factor", multiplier, 1e-6)))
+
+# %% ../nbs/03_embeddings.ipynb #df41c2c4
+def slow_by_turns(
+    frequencies: Float[Tensor, "half"],  # Of all pairs
+    scaling: RopeSettings,
+) -> Float[Tensor, "half"]:
+    "Equation (3.7): a pair with few turns in the original context is slowed, one with many is not."
+    turns = scaling.original_context_length / (2 * math.pi / frequencies)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def slow_by_pairs(
+    frequencies: Float[Tensor, "half"],  # Of all pairs
+    base: float | None,  # That they were made of
+    scaling: RopeSettings,
+) -> Float[Tensor, "half"]:
+    "Equation (3.8): section 3.2 of Peng, Quesnelle et al. (2023), counted by pairs as in their code."
+    if base is None:
+        raise InputError("rope_scaling kind='yarn' needs the base that the frequencies were made of.")
+    half, original = len(frequencies), scaling.original_context_length
+    turns = (scaling.beta_fast, scaling.beta_slow)
+    # the pair, in fractions, that makes n turns in the original context
+    first, last = (half * math.log(original / (n * 2 * math.pi)) / math.log(base) for n in turns)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * half - 1)
+    last = last + 0.001 if first == last else last
+    pairs = torch.arange(half, device=frequencies.device, dtype=torch.float32)
+    kept = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+    slowed = 1.0 / (scaling.factor * base ** (pairs / half))
+    return slowed * (1 - kept) + frequencies * kept
+
+# %% ../nbs/03_embeddings.ipynb #912a1e12
+@dataclass(frozen=True)
+class RopeScaling(RopeSettings):
+    """How a rotary model reads longer texts than those it was first trained on: some pairs turn more slowly.
+
+    - `kind`: "linear": all pairs by `factor`; "dynamic": by a larger base, the longer the text is; "yarn" and "llama3":
+      the slow pairs only; "divisors": each pair by its own number.
+    - `factor`: how many times slower, at most; 1 or more.
+    - `low_freq_factor`: "llama3": a pair with fewer turns in the original context is slowed by `factor`.
+    - `high_freq_factor`: "llama3": a pair with more turns stays as it is.
+    - `original_context_length`: tokens that the model was first trained on; None: 8192 for "llama3"; "yarn" and
+      "dynamic" need it, the others don't look at it.
+    - `divisors`: "divisors": one number for each pair; kept as a tuple.
+    - `beta_fast`: "yarn": a pair with more turns in the original context stays as it is.
+    - `beta_slow`: "yarn": a pair with fewer turns is slowed by `factor`; those between in part.
+    - `truncate`: "yarn": the two pairs where this begins and ends are rounded outwards to whole ones.
+    - `attention_factor`: cosines and sines are multiplied by it; None: `yarn_attention_factor` for "yarn", else 1.
+
+    Raises `InputError` that names the field, the value and what is allowed.
+    """
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RopeScaling":
+        "From its fields as a dictionary; one that is missing or unknown raises `InputError`."
+        names = [field.name for field in fields(cls)]
+        if "kind" not in values or not set(values) <= set(names):
+            raise InputError(
+                f"rope_scaling needs a kind and has the fields {', '.join(names)}, not {', '.join(map(str, values))}."
+            )
+        return cls(**values)
+
+    def check_head(self, head_dim: int, base: float = 10000.0) -> None:
+        "Raise `InputError` if this scaling can't be had for heads of that width, or with that base."
+        if self.kind == "divisors" and len(self.divisors) != head_dim // 2:
+            raise InputError(
+                f"rope_scaling needs {head_dim // 2} divisors for "
+                f"head_dim={head_dim}, one for each pair, not {len(self.divisors)}."
+            )
+        if self.kind == "dynamic" and head_dim < 4:
+            raise InputError(f"rope_scaling kind='dynamic' needs a head_dim of at least 4, not {head_dim}.")
+        if self.kind == "yarn" and base <= 1:
+            raise InputError(f"rope_scaling kind='yarn' needs a rope_base above 1, not {base}.")
+
+    def stretch(self, base: float, head_dim: int, length: int) -> float | Float[Tensor, ""]:
+        "The base for a text of `length` tokens: larger past the original context for \"dynamic\", else unchanged."
+        if self.kind != "dynamic" or length <= self.original_context_length:
+            return base
+        longer = torch.tensor(length) * self.factor / self.original_context_length - (self.factor - 1)
+        return base * longer ** (head_dim / (head_dim - 2))
+
+    def slow(
+        self,
+        frequencies: Float[Tensor, "half"],  # Of all pairs
+        base: float | None = None,  # That they were made of; only "yarn" needs it
+    ) -> Float[Tensor, "half"]:
+        """The frequencies after scaling: equation (3.7) for "llama3", (3.8) for "yarn".
+
+        Chen et al. (2023) for "linear". What "dynamic" does, `stretch` does before.
+        """
+        if self.kind == "divisors":
+            return frequencies / frequencies.new_tensor(self.divisors)
+        if self.kind == "linear":
+            return frequencies / self.factor
+        if self.kind == "llama3":
+            return slow_by_turns(frequencies, self)
+        return frequencies if self.kind == "dynamic" else slow_by_pairs(frequencies, base, self)
 
 # %% ../nbs/03_embeddings.ipynb #0e6fe384
 def alibi_slopes(n_heads: int) -> Float[Tensor, "heads"]:

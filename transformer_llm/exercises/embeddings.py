@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_gradient', 'clocks', 'check_table', 'check_match', 'turned', 'check_rotary', 'check_base', 'check_reorder',
-           'read_on', 'check_read_on']
+           'read_on', 'check_read_on', 'ranked', 'check_others']
 
 # %% ../../nbs/exercises/03_embeddings.ipynb #36b46611
 import itertools
@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..attention import attention_plain
 from ..embeddings import half_to_interleaved, interleaved_to_half
@@ -364,3 +365,54 @@ def check_read_on(answer) -> str:
             read_on((q, k, v, old_k[:, :, :0], old_v[:, :, :0]), before, before))
         same_values(call(answer, *inputs), read_on(inputs), axes, "the output", mistakes)
     return "New queries and keys turn to the positions behind the cache; values and cached keys stay as they are."
+
+# %% ../../nbs/exercises/03_embeddings.ipynb #b7d20e41
+def ranked(
+    rows: Tensor,  # vocab, d_model
+    first: Tensor,  # pairs: row numbers
+    second: Tensor,  # pairs
+    added: Tensor,  # pairs, d_model: what is added to the first word's row
+    itself: bool = False,  # Whether the first word counts among those that are nearer
+) -> Tensor:
+    "The rank of each second word among all rows, seen from the first word plus what is added."
+    match, places = (rows[first] + added) @ rows.T, torch.arange(len(first))
+    wanted = match[places, second].clone()
+    if not itself:
+        match[places, first] = -torch.inf
+    return 1 + (match > wanted[:, None]).sum(1)
+
+
+@exercise("3.8", "The mean step of the others")
+def check_others(answer) -> str:
+    "`answer(rows, first, second)`: the rank of each second word, seen from the first plus the other pairs' mean step."
+    generator = fresh("3.8")
+    for vocab, d_model, pairs in ((200, 6, 5), (300, 4, 2), (500, 8, 4)):
+        rows = F.normalize(torch.randn(vocab, d_model, generator=generator), dim=-1)
+        first, second = torch.randperm(vocab, generator=generator)[: 2 * pairs].view(2, pairs)
+        steps = rows[second] - rows[first]
+        others = (steps.sum(0) - steps) / (pairs - 1)
+        right = ranked(rows, first, second, others)
+        mistakes = {
+            "The pair's own step is still in the mean, and gives part of the answer "
+            "away. Take the mean over the other pairs only.": ranked(
+                rows, first, second, steps.mean(0).expand_as(steps)
+            ),
+            "You took the pair's own step out of the sum, and still divide by the number of all pairs. "
+            "Divide by one less.": ranked(rows, first, second, (steps.sum(0) - steps) / pairs),
+            "You add the sum of the other steps. Divide it by their number.": ranked(
+                rows, first, second, steps.sum(0) - steps
+            ),
+            "You add the pair's own step, which leads exactly to its second "
+            "word: every rank is 1, and nothing is tested.": ranked(rows, first, second, steps),
+            "No step is added. These are the ranks of the control.": ranked(
+                rows, first, second, torch.zeros_like(steps)
+            ),
+            "Your step goes backwards: it is the second word's row minus the first's.": ranked(
+                rows, first, second, -others
+            ),
+            "The first word itself is counted among the nearer ones. "
+            "Leave it out, as `broken` does.": ranked(rows, first, second, others, itself=True),
+            "Your ranks begin at 0. A hit has rank 1.": right - 1,
+        }
+        same_values(call(answer, rows, first, second), right, "pairs", "the ranks", mistakes)
+    return "Each pair is judged by the steps of the others, so its own answer can't leak into the test."
