@@ -27,8 +27,8 @@ PACKAGE = "transformer_llm"
 TOOLS = {"cli", "__main__", "benchmark", "peers", "exercises", "widgets"}
 # Chapters whose lesson and library aren't apart yet; the list only gets shorter.
 STILL_ONE_PIECE = {f"{number:02d}" for number in range(14)}
-# A method that only hands over to a later module, which it imports when it is called.
-DOORS = {("transformer", "pretrained"), ("transformer", "export")}
+# A function that hands over to a later module, which it imports when it is called.
+DOORS = {("transformer", "pretrained"), ("transformer", "export"), ("tokenizer", "tokenizer_files")}
 BY_HAND = {"__init__.py"}
 LONGEST_LINE = 120
 NOT_COVERED = """Not covered here: whether the cells run (nbdev_test), what the prose says about their numbers, whether
