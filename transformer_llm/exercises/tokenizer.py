@@ -619,7 +619,7 @@ def check_prompt(answer) -> str:
         "wrote are letters, and every text comes back whole."
     )
 
-# %% ../../nbs/exercises/05_tokenizer.ipynb #07f61464
+# %% ../../nbs/exercises/05_tokenizer.ipynb #b22a4bab
 @exercise("5.10", "The price of a vocabulary")
 def check_vocabulary_price(answer) -> str:
     "Compare with the new rows times the width: 56,000 rows of 512."
@@ -636,7 +636,7 @@ def check_vocabulary_price(answer) -> str:
             * (new - old)
             * width,
             "That is by how much the matrix is multiplied; the question is how many parameters are added.": new // old,
-            "That many if each row had one number for each other row. A row has as many numbers as the model is wide.": (
+            "You multiply rows by rows. A row has as many numbers as the model is wide.": (
                 new - old
             )
             ** 2,
