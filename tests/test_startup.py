@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "transformer_llm").glob("*.py") if not path.stem.startswith("_"))
-LIGHT = {"foundations", "widgets", "tokenizer", "cli"}  # which need no torch
+LIGHT = {"foundations", "widgets", "tokenizer", "tokenizer_files", "cli"}  # which need no torch
 # what the modules import besides torch: some hundredths of a second, where torch takes more than one
 EXTRAS = {"jaxtyping", "wadler_lindig", "regex", "jinja2", "markupsafe"}
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from transformer_llm import tokenizer as ours_module
+from transformer_llm import tokenizer_files as files_module
 from transformer_llm.foundations import InputError
 from transformer_llm.tokenizer import (
-    GGUF_PATTERNS,
     LONGEST_WORD,
     PATTERNS,
     SPLITTERS,
@@ -33,20 +33,23 @@ from transformer_llm.tokenizer import (
     NameFinder,
     WordCache,
     apply_merges,
-    begins_anew,
-    bpe_from_encoding,
-    bpe_from_lists,
     check_special_tokens,
     compose,
     count_words,
     learn_merges,
-    load_tiktoken,
     load_tokenizer,
-    last_cut,
     special_pattern,
+    visible,
+)
+from transformer_llm.tokenizer_files import (
+    GGUF_PATTERNS,
+    begins_anew,
+    bpe_from_encoding,
+    bpe_from_lists,
+    last_cut,
+    load_tiktoken,
     split_stream,
     tokenizer_from_json,
-    visible,
 )
 
 PROSE = (
@@ -1185,7 +1188,7 @@ def test_hostile_sizes_are_refused_at_once(bpe, change, say):
     parts, start = json.loads(bpe.to_json()), time.process_time()
     change(parts)
     with pytest.raises(InputError, match=say):
-        ours_module.tokenizer_from_parts(parts, "it")
+        files_module.tokenizer_from_parts(parts, "it")
     assert time.process_time() - start < 5  # a second at most
 
 
@@ -1196,7 +1199,7 @@ def test_many_added_tokens_of_both_kinds_take_no_pairwise_time(bpe):
     n, start = len(parts["model"]["vocab"]), time.process_time()
     for i, token in enumerate(parts["added_tokens"]):
         token["id"] = n + i
-    ours = ours_module.tokenizer_from_parts(parts, "it")
+    ours = files_module.tokenizer_from_parts(parts, "it")
     assert ours.encode("<7><9999>") == [n + 7, n + 9999]
     assert time.process_time() - start < 5  # a fifth of a second
 
@@ -1209,8 +1212,8 @@ def encodings() -> list:
     import tiktoken
 
     pairs, own = [], r"\p{L}+|\p{N}{1,2}|[^\S\r\n]+|\s|[^\s\p{L}\p{N}]"
-    for pattern in [*ours_module.TIKTOKEN_PATTERNS, own]:
-        name = ours_module.TIKTOKEN_PATTERNS.get(pattern, pattern)
+    for pattern in [*files_module.TIKTOKEN_PATTERNS, own]:
+        name = files_module.TIKTOKEN_PATTERNS.get(pattern, pattern)
         if name in ("smollm", "llama3", "qwen2"):
             continue
         base = BPETokenizer.train(PROSE, 420, special_tokens=(), pattern=name)

@@ -5,27 +5,17 @@
 # %% auto #0
 __all__ = ['BYTES', 'BYTE_IDS', 'SHOWN', 'BYTE_CHARACTERS', 'CHARACTER_BYTES', 'GPT2_PATTERN', 'WORDS', 'CONTRACTIONS', 'LINES',
            'CAPITALS', 'SMALL', 'PATTERNS', 'SPLITTERS', 'SIMPLE', 'FOUR_CUTS', 'LONGEST_PATTERN', 'PATIENCE',
-           'MOST_COPIES', 'PROBE', 'LONG_MARKS', 'SAFE_CUT', 'FIRST_CUT', 'LAST_CUT', 'LONGEST_WORD', 'MOST_ADDED',
-           'LONGEST_NAME', 'HIGHEST_ID', 'RARE_BYTES', 'BYTE_LEVEL', 'PRE_TOKENIZERS', 'MOST_TOKENS', 'COMMON',
-           'GGUF_PATTERNS', 'TIKTOKEN_PATTERNS', 'refuse_half_characters', 'whole_characters', 'StreamDecoder',
-           'tokenizer_file', 'Tokenizer', 'check_text', 'token_values', 'CharTokenizer', 'visible', 'token_bytes',
-           'shortened', 'merge_pair', 'learn_merges', 'special_pattern', 'compile_pattern', 'find_words',
-           'word_splitter', 'split_in_turn', 'NameFinder', 'cut_names', 'sort_marks', 'compose', 'joining_characters',
-           'begins_anew', 'normal_stream', 'can_cut', 'last_cut', 'gather', 'split_stream', 'count_words',
-           'bound_words', 'apply_merges', 'WordCache', 'check_names', 'check_special_tokens', 'check_fit', 'NameCutter',
-           'first_cut', 'merge_ranks', 'train_bpe', 'BPETables', 'BPETokenizer', 'split_with', 'pre_tokenizer_of',
-           'prefix_template', 'tokenizer_json', 'bpe_json', 'load_tokenizer', 'tokenizer_from_json',
-           'tokenizer_from_parts', 'bpe_from_texts', 'check_parts', 'check_ids', 'check_characters', 'check_settings',
-           'file_settings', 'normalization_name', 'foreign_pattern', 'pattern_name', 'template_prefix',
-           'bpe_from_lists', 'named_tokens', 'merges_of_ranks', 'bpe_from_ranks', 'bpe_from_encoding', 'load_tiktoken',
-           'read_lines']
+           'MOST_COPIES', 'PROBE', 'LONG_MARKS', 'LONGEST_WORD', 'MOST_ADDED', 'LONGEST_NAME', 'HIGHEST_ID',
+           'RARE_BYTES', 'visible', 'token_bytes', 'shortened', 'refuse_half_characters', 'StreamDecoder',
+           'tokenizer_file', 'Tokenizer', 'load_tokenizer', 'check_text', 'token_values', 'CharTokenizer', 'merge_pair',
+           'learn_merges', 'special_pattern', 'compile_pattern', 'find_words', 'word_splitter', 'split_in_turn',
+           'NameFinder', 'sort_marks', 'compose', 'NameCutter', 'count_words', 'bound_words', 'apply_merges',
+           'WordCache', 'check_names', 'check_special_tokens', 'check_fit', 'merge_ranks', 'train_bpe', 'BPETables',
+           'BPETokenizer']
 
 # %% ../nbs/05_tokenizer.ipynb #b12fc873
-import base64
 import codecs
 import heapq
-import json
-import os
 import re
 import unicodedata
 from bisect import bisect_right
@@ -44,9 +34,33 @@ from transformer_llm.foundations import (
     atomic_write,
     check_choice,
     check_range,
-    open_regular,
-    read_json,
 )
+
+# %% ../nbs/05_tokenizer.ipynb #a340bcab
+BYTES = sorted(range(256), key=lambda b: (not chr(b).isprintable() or chr(b) == " ", b))  # id -> byte, in GPT-2's order
+BYTE_IDS = {byte: i for i, byte in enumerate(BYTES)}
+SHOWN = BYTES.index(0)  # this many bytes are shown as the character of the same number, the others as U+0100 and up
+BYTE_CHARACTERS = {byte: chr(byte if i < SHOWN else 256 + i - SHOWN) for i, byte in enumerate(BYTES)}
+CHARACTER_BYTES = {character: byte for byte, character in BYTE_CHARACTERS.items()}
+
+
+def visible(token: bytes) -> str:
+    "Write a token's bytes as GPT-2's files do: one visible character for each byte, `Ġ` for the space."
+    return "".join(map(BYTE_CHARACTERS.__getitem__, token))
+
+
+def token_bytes(text: str) -> bytes:
+    "The bytes of a token that is written so; `InputError` for any other writing."
+    try:
+        return bytes(map(CHARACTER_BYTES.__getitem__, text))
+    except KeyError:
+        raise InputError(f"its token {shortened(text)} is not written in byte-level characters") from None
+
+
+def shortened(text: object) -> str:
+    "A value out of a file for a message: in ASCII, and 40 characters at most."
+    shown = ascii(text)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 # %% ../nbs/05_tokenizer.ipynb #eeeeaad8
 def refuse_half_characters(
@@ -62,15 +76,6 @@ def refuse_half_characters(
             f"U+{ord(text[error.start]):04X}) at position {start + error.start}; "
             "read the file as UTF-8, or replace it with text.encode('utf-8', 'replace').decode('utf-8')."
         ) from None
-
-
-def whole_characters(chunks: Iterable[str]) -> Iterator[str]:
-    "The same chunks; `InputError` at the first lone surrogate, with its position in the whole text."
-    seen = 0
-    for chunk in chunks:
-        refuse_half_characters(chunk, seen)
-        seen += len(chunk)
-        yield chunk
 
 # %% ../nbs/05_tokenizer.ipynb #dc708d8f
 class StreamDecoder:
@@ -143,10 +148,30 @@ class Tokenizer:
         return tokenizer
 
     def __reduce__(self):
+        from transformer_llm.tokenizer_files import tokenizer_from_json
+
         return tokenizer_from_json, (self.to_json(),)  # so a worker process can be given a tokenizer
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, special_tokens={list(self.special_tokens)})"
+
+# %% ../nbs/05_tokenizer.ipynb #5180886e
+def load_tokenizer(
+    path: str | Path,  # `tokenizer.json`, or the folder that holds it
+) -> Tokenizer:
+    "Read a tokenizer of either kind; a file that is missing, damaged or of another kind raises `InputError`."
+    from transformer_llm.tokenizer_files import read_tokenizer
+
+    return read_tokenizer(path)
+
+
+def __getattr__(name: str):
+    "What appendix 82 holds, such as `bpe_from_lists`, can be imported from here too."
+    from transformer_llm import tokenizer_files
+
+    if name.startswith("_") or not hasattr(tokenizer_files, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(tokenizer_files, name)
 
 # %% ../nbs/05_tokenizer.ipynb #704a40ef
 def check_text(text: object) -> None:
@@ -236,33 +261,9 @@ class CharTokenizer(Tokenizer):
 
     def to_json(self) -> str:
         "The `tokenizer.json` text: BPE without a merge, which Hugging Face `tokenizers` reads too."
+        from transformer_llm.tokenizer_files import tokenizer_json
+
         return tokenizer_json(self.ids, [], [], pre_tokenizer=None, decoder={"type": "Fuse"})
-
-# %% ../nbs/05_tokenizer.ipynb #a340bcab
-BYTES = sorted(range(256), key=lambda b: (not chr(b).isprintable() or chr(b) == " ", b))  # id -> byte, in GPT-2's order
-BYTE_IDS = {byte: i for i, byte in enumerate(BYTES)}
-SHOWN = BYTES.index(0)  # this many bytes are shown as the character of the same number, the others as U+0100 and up
-BYTE_CHARACTERS = {byte: chr(byte if i < SHOWN else 256 + i - SHOWN) for i, byte in enumerate(BYTES)}
-CHARACTER_BYTES = {character: byte for byte, character in BYTE_CHARACTERS.items()}
-
-
-def visible(token: bytes) -> str:
-    "Write a token's bytes as GPT-2's files do: one visible character for each byte, `Ġ` for the space."
-    return "".join(map(BYTE_CHARACTERS.__getitem__, token))
-
-
-def token_bytes(text: str) -> bytes:
-    "The bytes of a token that is written so; `InputError` for any other writing."
-    try:
-        return bytes(map(CHARACTER_BYTES.__getitem__, text))
-    except KeyError:
-        raise InputError(f"its token {shortened(text)} is not written in byte-level characters") from None
-
-
-def shortened(text: object) -> str:
-    "A value out of a file for a message: in ASCII, and 40 characters at most."
-    shown = ascii(text)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 # %% ../nbs/05_tokenizer.ipynb #cca8635a
 def merge_pair(
@@ -293,7 +294,7 @@ def merge_pair(
             i += 1
     return change, found
 
-
+# %% ../nbs/05_tokenizer.ipynb #8175daf4
 def learn_merges(
     word_counts: Mapping[str, int],  # How often each word occurs
     n_merges: int,  # How many to learn; fewer come back where the words have no more pairs
@@ -389,7 +390,7 @@ def compile_pattern(pattern: str) -> "regex.Pattern":
             f"The pattern {shortened(pattern)} is none of {', '.join(PATTERNS)} and no regular expression ({error})."
         ) from None
 
-
+# %% ../nbs/05_tokenizer.ipynb #00bf7371
 def find_words(
     expression: "regex.Pattern",  # What a word is
     text: str,  # What to cut
@@ -422,7 +423,7 @@ def find_words(
         )
     return words + ([text[done:]] if start > done else [])
 
-
+# %% ../nbs/05_tokenizer.ipynb #da586afc
 def word_splitter(
     pattern: str | Sequence[str],  # One of `PATTERNS`, an expression, or several that cut one after another
 ) -> Callable[[str], list[str]]:
@@ -494,26 +495,6 @@ class NameFinder:
                 return position
         return len(text)
 
-
-def cut_names(
-    pieces: Iterable[tuple[str, str | None]],  # Pieces of one text, cut anywhere; each with the name that follows
-    finder: NameFinder,
-) -> Iterator[tuple[str, str | None]]:
-    "Yield ordinary text as it becomes certain, each with the name that ends it, or None where the text goes on."
-    rest = ""
-    for chunk, name in pieces:
-        text, start = rest + chunk, 0
-        hold, found = len(text) if name is not None else finder.unfinished(text, 0), finder.search(text)
-        while found and found[0] < hold:
-            yield text[start : found[0]], text[found[0] : found[1]]
-            start = found[1]
-            hold = hold if start <= hold else finder.unfinished(text, start)
-            found = finder.search(text, start)
-        yield text[start:hold], name
-        rest = text[hold:]
-    parts = finder.split(rest)
-    yield from zip(parts[::2], parts[1::2] + [None])
-
 # %% ../nbs/05_tokenizer.ipynb #e4b3d606
 LONG_MARKS = regex.compile(r"\p{M}{32,}")
 
@@ -531,102 +512,48 @@ def compose(text: str) -> str:
     "The text in NFC."
     return unicodedata.normalize("NFC", LONG_MARKS.sub(lambda run: sort_marks(run.group()), text))
 
+# %% ../nbs/05_tokenizer.ipynb #825ba66d
+class NameCutter:
+    "Cuts a text at its added tokens, then composes what is between, as far as a tokenizer asks for either."
 
-@cache
-def joining_characters() -> frozenset:
-    """The characters that can melt into the one before them: the second of each pair that Unicode composes, and parts
-    of Hangul syllables.
-    """
-    parts = (unicodedata.decomposition(chr(code)).split() for code in range(0x110000))
-    return frozenset(
-        {chr(int(pair[1], 16)) for pair in parts if len(pair) == 2 and pair[0][0] != "<"}
-        | set(map(chr, range(0x1161, 0x11C3)))
-    )
+    def __init__(
+        self,
+        names: Iterable[str],  # Added tokens
+        normalized: Collection[str],  # Those of them that are looked for when the text is composed, behind the others
+        normalization: str | None,  # None or "NFC"
+    ):
+        names = list(names)
+        self.normalization = normalization
+        self.early = NameFinder(name for name in names if name not in normalized)
+        self.written = {compose(name) if normalization else name: name for name in names if name in normalized}
+        self.late = NameFinder(self.written)
+        if len(self.written) < sum(name in normalized for name in names):
+            raise InputError("two of its normalized added tokens are the same text when their accents are composed")
+        if self.early.names & self.written.keys():
+            raise InputError(f"its added token {shortened(min(self.early.names & self.written.keys()))} means two ids")
 
+    def split(self, text: str) -> list[str]:
+        "Text and names in turn; the first and the last piece are text."
+        pieces = self.early.split(text) if self.early else [text]
+        if self.normalization:
+            pieces[::2] = map(compose, pieces[::2])
+        if self.late:
+            parts = []
+            for piece, name in zip(pieces[::2], pieces[1::2] + [None]):
+                found = self.late.split(piece)
+                found[1::2] = map(self.written.__getitem__, found[1::2])
+                parts += [*found, name]
+            pieces = parts[:-1]
+        return pieces
 
-def begins_anew(character: str) -> bool:
-    "Does NFC treat what stands before this character and what begins with it apart?"
-    first = unicodedata.normalize("NFD", character)[0]
-    return unicodedata.combining(first) == 0 and first not in joining_characters()
-
-
-def normal_stream(
-    pieces: Iterable[tuple[str, str | None]],  # What `cut_names` gives
-) -> Iterator[tuple[str, str | None]]:
-    "The same pieces with their text in NFC; a letter waits until no accent can follow it."
-    parts = []
-    for text, name in pieces:
-        if name is not None:
-            cut = len(text)
-        else:
-            cut = next((i for i in reversed(range(len(text))) if begins_anew(text[i])), None)
-        parts.append(text[:cut])
-        if cut is not None:
-            yield compose("".join(parts)), name
-            parts = [text[cut:]]
-    yield compose("".join(parts)), None
-
-# %% ../nbs/05_tokenizer.ipynb #c98daccd
-SAFE_CUT = r"[\p{L}\p{N}](?!')[\s\p{P}\p{S}]"  # between these two characters no pattern of ours has a word
-FIRST_CUT, LAST_CUT = regex.compile(SAFE_CUT), regex.compile("(?r)" + SAFE_CUT)
-
-
-def can_cut(pattern: str | tuple[str, ...]) -> bool:
-    "Whether texts may be cut at `SAFE_CUT` under this pattern: all of `PATTERNS`, alone or in turn; no other is known."
-    parts = [pattern] if isinstance(pattern, str) else pattern
-    return all(part in PATTERNS or part in SIMPLE for part in parts) and pattern not in SIMPLE
-
-
-def last_cut(text: str, pattern: str | tuple[str, ...]) -> int:
-    "The last place at which `text` falls into parts with the same words as the whole, whatever follows; 0 if nowhere."
-    match = LAST_CUT.search(text) if can_cut(pattern) else None
-    return match.start() + 1 if match else 0
-
-
-def gather(
-    chunks: Iterable[str],  # Pieces of one text
-    size: int,  # Characters to collect before each is given out
-) -> Iterator[str]:
-    "The same text in pieces that are worth the work."
-    parts, length = [], 0
-    for chunk in chunks:
-        parts.append(chunk)
-        length += len(chunk)
-        if length >= size:
-            yield "".join(parts)
-            parts, length = [], 0
-    yield "".join(parts)
-
-
-def split_stream(
-    chunks: Iterable[str],  # Pieces of one text, cut anywhere
-    names: Iterable[str] | NameFinder = (),  # Added tokens
-    size: int = 8192,  # Characters to collect before each step
-    *,
-    pattern: str | Sequence[str] = "gpt2",  # As in `BPETokenizer`
-    normalization: str | None = None,  # "NFC" composes accents first
-    late: Iterable[str] | NameFinder = (),  # Added tokens that are looked for after that
-) -> Iterator[tuple[list[str], str | None]]:
-    "Split a text that arrives in chunks: yield lists of words, each with the added token that follows it or None."
-    early, late = (found if isinstance(found, NameFinder) else NameFinder(found) for found in (names, late))
-    split = word_splitter(pattern)
-    pieces = cut_names(((chunk, None) for chunk in gather(chunks, size)), early)
-    pieces = normal_stream(pieces) if normalization else pieces
-    parts, length, enough = [], 0, size
-    for text, name in cut_names(pieces, late) if late else pieces:
-        parts.append(text)
-        length += len(text)
-        if name is not None:
-            yield split("".join(parts)), name
-            parts, length, enough = [], 0, size
-        elif length >= enough:
-            text = "".join(parts)
-            cut = last_cut(text, pattern)
-            if cut:
-                yield split(text[:cut]), None
-            parts, length = [text[cut:]], len(text) - cut
-            enough = max(size, 2 * length)
-    yield split("".join(parts)), None
+    def holds_across(self, text: str, cut: int) -> bool:
+        "Whether the text holds a name that begins before the cut and ends behind it."
+        for finder in (self.early, self.late):
+            for start in range(max(0, cut - finder.longest + 1), cut):
+                for length in finder.lengths.get(text[start], ()):
+                    if start + length > cut and text[start : start + length] in finder.names:
+                        return True
+        return False
 
 # %% ../nbs/05_tokenizer.ipynb #febdf6eb
 LONGEST_WORD = 256  # characters; training looks at a longer word in parts of this length
@@ -648,13 +575,15 @@ def count_words(
     """
     from tqdm.auto import tqdm
 
-    counts, finder = Counter(), NameFinder(names)
+    from transformer_llm.tokenizer_files import split_stream, whole_characters
+
+    counts = Counter()
     with tqdm(desc="counting words", unit=" characters", unit_scale=True, disable=not progress) as bar:
         for text in texts:
             chunks = text
             if isinstance(text, str):
                 chunks = (text[i : i + slice_size] for i in range(0, len(text), slice_size))
-            for words, _ in split_stream(whole_characters(chunks), finder, pattern=pattern):
+            for words, _ in split_stream(whole_characters(chunks), names, pattern=pattern):
                 if len(counts) > limit:
                     counts = Counter(dict(counts.most_common()[: limit // 2]))
                 counts.update(words)
@@ -747,7 +676,7 @@ def check_special_tokens(names: Sequence[str]) -> None:
 RARE_BYTES = {*range(32), 127, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 256)} - set(b"\t\n\r")
 
 
-def check_fit(tokenizer: "BPETokenizer") -> None:
+def check_fit(tokenizer: "BPETables") -> None:
     "Raise `InputError` if a tokenizer's settings and vocabulary do not fit each other."
     check_choice("normalization", tokenizer.normalization, (None, "NFC"))
     if not set(tokenizer.missing) <= RARE_BYTES:
@@ -770,62 +699,6 @@ def check_fit(tokenizer: "BPETokenizer") -> None:
             )
     if not set(tokenizer.prefix) <= set(tokenizer.special_tokens.values()):
         raise InputError(f"its prefix {shortened(list(tokenizer.prefix))} holds an id that is no special token's")
-
-# %% ../nbs/05_tokenizer.ipynb #825ba66d
-class NameCutter:
-    "Cuts a text at its added tokens, then composes what is between, as far as a tokenizer asks for either."
-
-    def __init__(
-        self,
-        names: Iterable[str],  # Added tokens
-        normalized: Collection[str],  # Those of them that are looked for when the text is composed, behind the others
-        normalization: str | None,  # None or "NFC"
-    ):
-        names = list(names)
-        self.normalization = normalization
-        self.early = NameFinder(name for name in names if name not in normalized)
-        self.written = {compose(name) if normalization else name: name for name in names if name in normalized}
-        self.late = NameFinder(self.written)
-        if len(self.written) < sum(name in normalized for name in names):
-            raise InputError("two of its normalized added tokens are the same text when their accents are composed")
-        if self.early.names & self.written.keys():
-            raise InputError(f"its added token {shortened(min(self.early.names & self.written.keys()))} means two ids")
-
-    def split(self, text: str) -> list[str]:
-        "Text and names in turn; the first and the last piece are text."
-        pieces = self.early.split(text) if self.early else [text]
-        if self.normalization:
-            pieces[::2] = map(compose, pieces[::2])
-        if self.late:
-            parts = []
-            for piece, name in zip(pieces[::2], pieces[1::2] + [None]):
-                found = self.late.split(piece)
-                found[1::2] = map(self.written.__getitem__, found[1::2])
-                parts += [*found, name]
-            pieces = parts[:-1]
-        return pieces
-
-    def holds_across(self, text: str, cut: int) -> bool:
-        "Whether the text holds a name that begins before the cut and ends behind it."
-        for finder in (self.early, self.late):
-            for start in range(max(0, cut - finder.longest + 1), cut):
-                for length in finder.lengths.get(text[start], ()):
-                    if start + length > cut and text[start : start + length] in finder.names:
-                        return True
-        return False
-
-
-def first_cut(text: str, start: int, cutter: NameCutter) -> int | None:
-    "The first place after `start` at which no name and no word of one of `PATTERNS` is cut; None if there is none."
-    if cutter.late and cutter.normalization:  # a name that is composed first may be spelled in many ways
-        return None
-    limit = len(text) - max(cutter.early.longest, cutter.late.longest)  # a later name may not be whole yet
-    for match in FIRST_CUT.finditer(text, start, max(start, limit)):
-        cut = match.start() + 1
-        alone = not cutter.normalization or unicodedata.is_normalized("NFC", match.group()[0])
-        if alone and not cutter.holds_across(text, cut):
-            return cut
-    return None
 
 # %% ../nbs/05_tokenizer.ipynb #a26ace05
 def merge_ranks(
@@ -975,499 +848,20 @@ class BPETokenizer(BPETables):
         Holds a chunk and some thousand characters at a time, or the longest stretch without a safe place to cut; under
         a pattern of your own, for which no place is known to be safe, all of the text.
         """
-        cutter = self.cutters[bool(special)]
-        for words, name in split_stream(
-            whole_characters(chunks), cutter.early, pattern=self.pattern, normalization=self.normalization,
-            late=cutter.late,
-        ):
-            yield from chain.from_iterable(map(self.words.__getitem__, words))
-            if name is not None:
-                yield self.added_tokens[cutter.written.get(name, name)]
+        from transformer_llm.tokenizer_files import encode_stream
+
+        return encode_stream(self, chunks, special=special)
 
     def first_cut(self, text: str, start: int) -> int | None:
         """The first place after `start` at which `text` falls into parts whose ids, joined, are those of the whole,
         whatever follows it; None if there is none.
         """
+        from transformer_llm.tokenizer_files import can_cut, first_cut
+
         return first_cut(text, start, self.cutters[True]) if can_cut(self.pattern) else None
 
     def to_json(self) -> str:
         "The `tokenizer.json` text, in the form that Hugging Face `tokenizers` reads."
+        from transformer_llm.tokenizer_files import bpe_json
+
         return bpe_json(self)
-
-# %% ../nbs/05_tokenizer.ipynb #76066ab6
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-
-
-def split_with(*patterns: str) -> dict:
-    "The pre-tokenizer of a file whose patterns are written out."
-    split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    splits = [split | {"pattern": {"Regex": pattern}} for pattern in patterns]
-    return {"type": "Sequence", "pretokenizers": [*splits, BYTE_LEVEL | {"use_regex": False}]}
-
-
-PRE_TOKENIZERS = {
-    "gpt2": BYTE_LEVEL,
-    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
-} | {name: split_with(PATTERNS[name]) for name in ("llama3", "qwen2", "cl100k", "o200k")}
-
-
-def pre_tokenizer_of(pattern: str | tuple[str, ...]) -> dict:
-    "The pre-tokenizer that a file has for this pattern."
-    if isinstance(pattern, str) and pattern in PRE_TOKENIZERS:
-        return PRE_TOKENIZERS[pattern]
-    parts = split_with(*(PATTERNS.get(part, part) for part in ([pattern] if isinstance(pattern, str) else pattern)))
-    for step in parts["pretokenizers"][:-1]:  # a mark that only we read: written in the dialect of `regex`
-        step["dialect"] = "regex: all of the text" if isinstance(pattern, str) else "regex"
-    return parts
-
-
-def prefix_template(
-    prefix: Sequence[tuple[str, int]],  # Special tokens
-) -> dict:
-    "The post-processor that puts special tokens before each text."
-    def begin(text: str, number: int) -> list:
-        return [
-            *({"SpecialToken": {"id": name, "type_id": number}} for name, _ in prefix),
-            {"Sequence": {"id": text, "type_id": number}},
-        ]
-
-    tokens = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in prefix}
-    return {
-        "type": "TemplateProcessing",
-        "single": begin("A", 0),
-        "pair": begin("A", 0) + begin("B", 1),
-        "special_tokens": tokens,
-    }
-
-# %% ../nbs/05_tokenizer.ipynb #1591ebd3
-def tokenizer_json(
-    vocab: Mapping[str, int],  # Token as written in the file -> id
-    merges: list,  # Pairs of tokens as written in the file
-    added: list[dict],  # The added tokens: id, content, special, normalized
-    *,
-    pre_tokenizer: dict | None,  # What splits the text
-    decoder: dict,  # What joins the tokens
-    normalizer: dict | None = None,  # What changes the text before
-    post_processor: dict | None = None,  # What adds tokens after
-    ignore_merges: bool = False,  # A word that is a token needs no merges
-) -> str:
-    "The text of a `tokenizer.json` with a BPE model."
-    flags = {"single_word": False, "lstrip": False, "rstrip": False}
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": ignore_merges,
-        "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-        "merges": merges,
-    }
-    parts = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": token["id"], "content": token["content"], **flags, **token} for token in added],
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": post_processor,
-        "decoder": decoder,
-        "model": model,
-    }
-    return json.dumps(parts, ensure_ascii=False, indent=1) + "\n"
-
-
-def bpe_json(tokenizer: BPETokenizer) -> str:
-    "The `tokenizer.json` text of a BPE tokenizer."
-    vocab, names = {visible(token): i for token, i in tokenizer.vocab.items()}, tokenizer.added_tokens
-    ids = sorted(names.values())
-    # as a word, such a name is an ordinary one
-    if not (tokenizer.ignore_merges and ids == list(range(len(vocab), len(vocab) + len(ids)))):
-        vocab |= names
-    normalized, special = tokenizer.normalized, tokenizer.special_tokens
-    added = [
-        {"id": i, "content": name, "normalized": name in normalized, "special": name in special}
-        for name, i in sorted(names.items(), key=lambda item: item[1])
-    ]
-    by_id = {i: name for name, i in tokenizer.special_tokens.items()}
-    prefix = [(by_id[i], i) for i in tokenizer.prefix]
-    return tokenizer_json(
-        vocab,
-        [[visible(left), visible(right)] for left, right in tokenizer.merges],
-        added,
-        pre_tokenizer=pre_tokenizer_of(tokenizer.pattern),
-        decoder=BYTE_LEVEL,
-        ignore_merges=tokenizer.ignore_merges,
-        normalizer={"type": tokenizer.normalization} if tokenizer.normalization else None,
-        post_processor=prefix_template(prefix) if prefix else None,
-    )
-
-# %% ../nbs/05_tokenizer.ipynb #26b3a1be
-def load_tokenizer(
-    path: str | Path,  # `tokenizer.json`, or the folder that holds it
-) -> Tokenizer:
-    "Read a tokenizer of either kind; a file that is missing, damaged or of another kind raises `InputError`."
-    path = tokenizer_file(path)
-    return tokenizer_from_parts(read_json(path), str(path))
-
-
-def tokenizer_from_json(
-    text: str,  # What `to_json` gave
-) -> Tokenizer:
-    "The tokenizer that `to_json` wrote."
-    return tokenizer_from_parts(json.loads(text), "the tokenizer")
-
-
-def tokenizer_from_parts(
-    parts: object,  # A parsed `tokenizer.json`
-    name: str,  # What the person calls it
-) -> Tokenizer:
-    "Check a parsed `tokenizer.json` and build its tokenizer."
-    try:
-        vocab, merges, added = check_parts(parts)
-        if parts.get("pre_tokenizer") is None:
-            return CharTokenizer(sorted(vocab, key=vocab.__getitem__))
-        ids = {token["content"]: token["id"] for token in added}
-        special = {name: i for (name, i), token in zip(ids.items(), added) if token.get("special")}
-        return bpe_from_texts(
-            vocab,
-            merges,
-            special,
-            added_tokens={name: i for name, i in ids.items() if name not in special},
-            normalized=[token["content"] for token in added if token.get("normalized")],
-            **file_settings(parts),
-        )
-    except InputError as error:
-        raise InputError(f"Can't use {name}: {str(error).rstrip('.')}.") from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(
-            f"Can't use {name}: it is damaged ({type(error).__name__}: {ascii(str(error))[:60]})."
-        ) from None
-
-
-def bpe_from_texts(
-    vocab: Mapping[str, int],  # Token as written in the file -> id
-    merges: Iterable[tuple[str, str]],  # Pairs of tokens as written in the file
-    special_tokens: Mapping[str, int],  # Name -> id; `vocab` may hold them too
-    *,
-    added_tokens: Mapping[str, int] | None = None,  # The same for those that aren't special
-    **settings,  # Those of `BPETokenizer`
-) -> BPETokenizer:
-    "The tokenizer of a vocabulary that is written as in GPT-2's files."
-    added = special_tokens | dict(added_tokens or {})
-    made = {text for merge in merges for text in (*merge, "".join(merge))} & added.keys()  # which merges need as well
-    made |= CHARACTER_BYTES.keys() & added.keys()  # and words their bytes
-    tokens = {text: token_bytes(text) for text in vocab if text not in added or text in made}
-    pairs = [tuple(tokens[text] if text in tokens else token_bytes(text) for text in merge) for merge in merges]
-    return BPETokenizer(
-        {token: vocab[text] for text, token in tokens.items()},
-        pairs,
-        special_tokens,
-        added_tokens=added_tokens,
-        **settings,
-    )
-
-# %% ../nbs/05_tokenizer.ipynb #4800ed0d
-MOST_TOKENS = 2**23  # entries of a vocabulary, and merges: the largest real ones have 300,000
-
-
-def check_parts(parts: object) -> tuple[dict, list, list]:
-    "The vocabulary, merges and added tokens of a parsed `tokenizer.json`; `InputError` says why it can't be used."
-    model = parts.get("model") if isinstance(parts, dict) else None
-    if not isinstance(model, dict):
-        raise InputError("it is not a tokenizer.json, which has a 'model'")
-    kind = model.get("type", "BPE" if "merges" in model else "unknown")
-    if kind != "BPE":
-        raise InputError(f"its model is of type {shortened(kind)}, and only BPE can be read")
-    check_settings(parts, model)
-    vocab, merges = model.get("vocab"), model.get("merges")
-    if not isinstance(vocab, dict) or not vocab or not isinstance(merges, list):
-        raise InputError("its vocabulary or merges are missing")
-    if max(len(vocab), len(merges)) > MOST_TOKENS:
-        raise InputError(f"it has {len(vocab):,} tokens and {len(merges):,} merges, and {MOST_TOKENS:,} can be used")
-    added = parts.get("added_tokens") or []
-    check_ids(vocab, {token["content"]: token["id"] for token in added}, added)
-    if parts.get("pre_tokenizer") is None:
-        check_characters(parts, model, added)
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    return vocab, pairs, added
-
-
-def check_ids(vocab: Mapping, names: Mapping, added: list) -> None:
-    "Raise `InputError` for ids of a file that Hugging Face's library would read otherwise, or not at all."
-    ids = {**vocab, **names}.values()
-    if any(type(i) is not int or not 0 <= i <= HIGHEST_ID for i in ids):
-        wrong = next(i for i in ids if type(i) is not int or not 0 <= i <= HIGHEST_ID)
-        raise InputError(f"its token ids are not whole numbers from 0 to {HIGHEST_ID:,}: one is {shortened(wrong)}")
-    if (
-        len(set(ids)) < len(ids)
-        or len(names) < len(added)
-        or any(vocab.get(name, i) != i for name, i in names.items())
-    ):
-        raise InputError("its token ids are not whole numbers that differ from each other")
-    behind = [i for name, i in names.items() if name not in vocab]
-    # Hugging Face's library numbers them so, whatever the file says
-    if behind != list(range(len(vocab), len(vocab) + len(behind))):
-        raise InputError(f"the ids of its added tokens should follow its {len(vocab)} others without a gap")
-
-
-def check_characters(parts: dict, model: dict, added: list) -> None:
-    "Raise `InputError` for a file without a pre-tokenizer that is no character tokenizer's."
-    vocab = model["vocab"]
-    changed = parts.get("normalizer") or parts.get("post_processor") or model.get("ignore_merges")
-    one_each = all(len(text) == 1 for text in vocab) and set(vocab.values()) == set(range(len(vocab)))
-    if model["merges"] or added or changed or not one_each:
-        raise InputError("it has no pre-tokenizer, and only character vocabularies can be read without one")
-
-
-def check_settings(parts: dict, model: dict) -> None:
-    "Raise `InputError` for a setting that would make this file's tokens differ from ours."
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(name):
-            raise InputError(f"its model sets {name} to {shortened(model[name])}, which can't be read")
-    added = parts.get("added_tokens") or []
-    if len(added) > MOST_ADDED:
-        raise InputError(f"it has {len(added):,} added tokens, and at most {MOST_ADDED:,} can be used")
-    for token in added:
-        for flag in ("single_word", "lstrip", "rstrip"):
-            if token.get(flag):
-                raise InputError(f"its added token {shortened(token['content'])} sets {flag}, which can't be read")
-
-# %% ../nbs/05_tokenizer.ipynb #a24c2b89
-def file_settings(parts: dict) -> dict:
-    "The settings of `BPETokenizer` that a parsed `tokenizer.json` asks for."
-    return {
-        "pattern": pattern_name(parts["pre_tokenizer"]),
-        "ignore_merges": bool(parts["model"].get("ignore_merges")),
-        "normalization": normalization_name(parts.get("normalizer")),
-        "prefix": template_prefix(parts.get("post_processor")),
-    }
-
-
-def normalization_name(normalizer: dict | None) -> str | None:
-    'None or "NFC", from a file\'s normalizer, which may be a sequence of such; `InputError` for any other.'
-    steps = [normalizer] if normalizer else []
-    if steps and normalizer.get("type") == "Sequence":
-        steps = normalizer["normalizers"]
-    wrong = next((step.get("type") for step in steps if step.get("type") != "NFC"), None)
-    if wrong is not None:
-        raise InputError(f"its normalizer {shortened(wrong)} changes the text, and only NFC can be read")
-    return "NFC" if steps else None
-
-
-# What Oniguruma, which Hugging Face's library uses, and `regex` read alike: no anchor, no \w, no \b, no reference,
-# no possessive {1,3}+, and no case folding but of the English endings
-COMMON = regex.compile(
-    r"(?>\(\?i:'?(?:[sdmt]|\[sdmt\]|ll|ve|re)(?:\|'?(?:[sdmt]|\[sdmt\]|ll|ve|re))*\)"  # (?i:'s|'t|...)
-    r"|\\[pP]\{[A-Z][a-z]?\}|\\[srntfdSD]|\\[^\w\s]"  # classes and signs
-    r"|\[\^?(?:\\[pP]\{[A-Z][a-z]?\}|\\[srntfdSD]|\\[^\w\s]|[^\\\[\]&])+\]"  # sets without sets in them
-    r"|\(\?(?::|>|=|!)|\((?!\?)|[)|]|(?:[?*+]|\{\d+(?:,\d*)?\}(?!\+))[?]?|(?<=[?*+])\+"  # groups and repetitions
-    r"|[^\\\[\](){}?*+|.^$])*"  # the others stand for themselves
-)
-
-
-def foreign_pattern(step: dict) -> str:
-    """The expression of a file's step that cuts with one.
-
-    `InputError` if it may mean something else to Hugging Face's library than to us: only what both read alike is taken.
-    """
-    kind = step.get("pattern")
-    written = kind.get("Regex") if isinstance(kind, dict) and list(kind) == ["Regex"] else None
-    if not isinstance(written, str) or step.get("behavior") != "Isolated" or step.get("invert"):
-        raise InputError(f"its pre-tokenizer Split cuts with {shortened(kind)}, and only an isolated Regex can be read")
-    known = next((name for name, pattern in PATTERNS.items() if written == pattern), None)
-    if known is None and "dialect" not in step and (len(written) > LONGEST_PATTERN or not COMMON.fullmatch(written)):
-        raise InputError(
-            f"its pre-tokenizer cuts with the pattern {shortened(written)}, which is unknown here and which another "
-            f"library may read in another way; known are those of {', '.join(PATTERNS)}"
-        )
-    compile_pattern(written)
-    return known or written
-
-
-def pattern_name(pre_tokenizer: dict) -> str | tuple[str, ...]:
-    "The pattern that a file's pre-tokenizer means: one of `PATTERNS`, or expressions that cut one after another."
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
-    kinds = [step.get("type") for step in steps]
-    last = steps[-1] if steps else {}
-    if kinds[-1:] == ["ByteLevel"] and last.get("add_prefix_space"):
-        raise InputError("its pre-tokenizer puts a space before each text; train it with add_prefix_space=False")
-    own_pattern = last.get("use_regex", True)
-    if kinds == ["Digits", "ByteLevel"] and own_pattern and steps[0].get("individual_digits"):
-        return "smollm"
-    if kinds[-1:] != ["ByteLevel"] or set(kinds[:-1]) - {"Split"} or not (own_pattern or kinds[:-1]):
-        raise InputError(
-            f"its pre-tokenizer is {shortened(' + '.join(map(str, kinds)))} in a "
-            f"form whose pattern is none of {', '.join(PATTERNS)}"
-        )
-    patterns = tuple(map(foreign_pattern, steps[:-1])) + (("gpt2",) if own_pattern else ())
-    whole = steps[0].get("dialect") == "regex: all of the text"
-    return patterns[0] if len(patterns) == 1 and (patterns[0] in PATTERNS or whole) else patterns
-
-
-def template_prefix(post_processor: dict | None) -> tuple[int, ...]:
-    "The ids that a file's post-processor puts before each text; `InputError` if it does anything else."
-    post_processor = post_processor or BYTE_LEVEL
-    steps = post_processor["processors"] if post_processor.get("type") == "Sequence" else [post_processor]
-    steps = [step for step in steps if step.get("type") != "ByteLevel"]  # which changes no id
-    if not steps:
-        return ()
-    if len(steps) > 1 or steps[0].get("type") != "TemplateProcessing":
-        raise InputError(
-            f"its post-processor {shortened(steps[0].get('type'))} adds tokens in a way that can't be read"
-        )
-    *before, end = steps[0]["single"]
-    if "Sequence" not in end or any("SpecialToken" not in step for step in before):
-        raise InputError(
-            "its post-processor TemplateProcessing puts tokens behind the text, and only tokens before it can be read"
-        )
-    return tuple(i for step in before for i in steps[0]["special_tokens"][step["SpecialToken"]["id"]]["ids"])
-
-# %% ../nbs/05_tokenizer.ipynb #739a0eaa
-GGUF_PATTERNS = {  # llama.cpp's name for a file's pre-tokenizer -> our settings
-    "default": {"pattern": FOUR_CUTS},
-    "gpt-2": {"pattern": "gpt2"},
-    "smollm": {"pattern": "smollm"},
-    "llama-bpe": {"pattern": "llama3", "ignore_merges": True},
-    "llama3": {"pattern": "llama3", "ignore_merges": True},
-    "dbrx": {"pattern": "llama3"},
-    "qwen2": {"pattern": "qwen2", "normalization": "NFC"},
-    "deepseek-r1-qwen": {"pattern": "qwen2"},
-}
-
-
-def bpe_from_lists(
-    tokens: Sequence[str],  # Every token in the order of the ids, written as in GPT-2's files
-    merges: Sequence[str],  # Such as "Ġ t", in order
-    special: Iterable[int],  # Ids of the special tokens
-    *,
-    added: Iterable[int] = (),  # Ids of the other tokens that are cut out of a text whole
-    pattern: str,  # The file's `tokenizer.ggml.pre`, a key of `GGUF_PATTERNS`
-    prefix: Sequence[int] = (),  # Ids that begin every text
-) -> BPETokenizer:
-    "The tokenizer of a GGUF file, from its lists; `InputError` says why they can't be used."
-    try:
-        if pattern not in GGUF_PATTERNS:
-            raise InputError(
-                f"its pre-tokenizer {shortened(pattern)} is unknown here; known are {', '.join(GGUF_PATTERNS)}"
-            )
-        if max(len(tokens), len(merges)) > MOST_TOKENS:
-            raise InputError(f"it has {len(tokens):,} tokens, and at most {MOST_TOKENS:,} can be used")
-        vocab = {text: i for i, text in enumerate(tokens)}
-        twice = next((text for i, text in enumerate(tokens) if not isinstance(text, str) or vocab[text] != i), None)
-        if twice is not None:
-            raise InputError(f"its token {shortened(twice)} stands there twice")
-        names, others = named_tokens(tokens, special), named_tokens(tokens, added)
-        pairs = [tuple(merge.split(" ")) for merge in merges]
-        wrong = next((merge for merge, pair in zip(merges, pairs) if len(pair) != 2 or not all(pair)), None)
-        if wrong is not None or len(set(pairs)) < len(pairs):
-            raise InputError(
-                f"its merge {shortened(wrong)} is not two tokens with a space between"
-                if wrong is not None
-                else "one of its merges stands there twice"
-            )
-        others = {name: i for name, i in others.items() if name not in names}
-        return bpe_from_texts(vocab, pairs, names, added_tokens=others, prefix=prefix, **GGUF_PATTERNS[pattern])
-    except InputError as error:
-        raise InputError(f"Can't use the file's tokenizer: {str(error).rstrip('.')}.") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"Can't use the file's tokenizer: it is damaged ({type(error).__name__}: {ascii(str(error))[:60]})."
-        ) from None
-
-
-def named_tokens(tokens: Sequence[str], ids: Iterable[int]) -> dict[str, int]:
-    "Name -> id of these tokens; `InputError` for an id that is none of them."
-    found = {}
-    for i in ids:
-        if not 0 <= index(i) < len(tokens):
-            raise InputError(f"its special token {i} is none of its {len(tokens)} tokens")
-        found[tokens[i]] = index(i)
-    return found
-
-# %% ../nbs/05_tokenizer.ipynb #792fdc11
-TIKTOKEN_PATTERNS = {  # as tiktoken writes them -> ours, which cut alike
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": "gpt2",
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s": "cl100k",
-} | {pattern: name for name, pattern in PATTERNS.items()}
-
-
-def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that make a vocabulary, in order, from its tokens' ranks alone.
-
-    A token's own merge joins the two parts that the merges before it leave of its bytes.
-    """
-    single = {bytes([byte]) for byte in range(256)}
-    pairs, merges = {}, []  # pair of ranks -> (rank, rank), as `apply_merges` wants them
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if token in single:
-            continue
-        parts = apply_merges([ranks[bytes([byte])] for byte in token], pairs)
-        if len(parts) != 2:
-            raise InputError(f"its token {shortened(token)} of rank {rank} is not two tokens of lower rank joined")
-        pairs[parts] = (rank, rank)
-        merges.append(parts)
-    names = {rank: token for token, rank in ranks.items()}
-    return [(names[left], names[right]) for left, right in merges]
-
-
-def bpe_from_ranks(
-    ranks: Mapping[bytes, int],  # Token -> rank, which is its id and its place in the order of merging
-    special_tokens: Mapping[str, int],  # Name -> id
-    *,
-    pattern: str,  # One of `PATTERNS`, or an expression; as tiktoken writes it
-) -> BPETokenizer:
-    "The tokenizer of a tiktoken vocabulary; `InputError` says why it can't be used."
-    lacking = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
-    if lacking is not None or any(type(rank) is not int or rank < 0 for rank in ranks.values()):
-        raise InputError("A tiktoken vocabulary gives each of the 256 bytes and each other token a rank from 0 up.")
-    if len(ranks) > MOST_TOKENS or len(set(ranks.values())) < len(ranks):
-        raise InputError("Each token of a tiktoken vocabulary has a rank of its own, and it has at most 8 million.")
-    return BPETokenizer(
-        ranks,
-        merges_of_ranks(ranks),
-        special_tokens,
-        pattern=TIKTOKEN_PATTERNS.get(pattern, pattern),
-        ignore_merges=True,
-    )
-
-
-def bpe_from_encoding(encoding: object) -> BPETokenizer:
-    "The tokenizer with the ids of a `tiktoken.Encoding`, such as `tiktoken.get_encoding('cl100k_base')`."
-    parts = [getattr(encoding, f"_{name}", None) for name in ("mergeable_ranks", "special_tokens", "pat_str")]
-    if any(part is None for part in parts):
-        raise InputError(f"A tiktoken.Encoding has ranks, special tokens and a pattern; {shortened(encoding)} hasn't.")
-    return bpe_from_ranks(parts[0], parts[1], pattern=parts[2])
-
-
-def load_tiktoken(
-    path: str | Path,  # A rank file: a line for each token, its bytes in Base64 and its rank
-    *,
-    pattern: str,  # "cl100k", "o200k", another of `PATTERNS` or an expression: the file doesn't say it
-    special_tokens: Mapping[str, int] | None = None,  # Name -> id: the file doesn't hold them
-) -> BPETokenizer:
-    "Read a `.tiktoken` file; `InputError` for one that can't be used."
-    ranks = {}
-    for number, line in enumerate(read_lines(path), start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            raise InputError(f"{path} is no tiktoken file: line {number} is no token in Base64 and a rank.") from None
-    try:
-        return bpe_from_ranks(ranks, special_tokens or {}, pattern=pattern)
-    except InputError as error:
-        raise InputError(f"Can't use {path}: {str(error).rstrip('.')}.") from None
-
-
-def read_lines(path: str | Path, max_bytes: int = 2**28) -> list[bytes]:
-    "The lines of a file of at most `max_bytes`."
-    with open_regular(path) as file:
-        content = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)  # `read` takes as much memory as asked
-    if len(content) > max_bytes:
-        raise InputError(f"{path} is larger than the {max_bytes:,} bytes that such a file may have.")
-    return content.splitlines()

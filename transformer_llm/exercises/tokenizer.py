@@ -6,7 +6,7 @@
 __all__ = ['ON_PAPER', 'check_byte_count', 'same_pairs', 'check_pair_counts', 'merged', 'same_ids', 'check_merge', 'overlapping',
            'kept_second', 'check_tie', 'tokens_on_paper', 'check_token_count', 'encoded', 'leftmost', 'longest_first',
            'check_encode', 'reversed_pass', 'small_tokenizer', 'check_bytes_a_token', 'streamed', 'check_stream',
-           'judge_stream', 'check_prompt']
+           'judge_stream', 'check_prompt', 'check_vocabulary_price', 'check_unread']
 
 # %% ../../nbs/exercises/05_tokenizer.ipynb #c5ba092f
 import codecs
@@ -432,7 +432,7 @@ def small_tokenizer() -> BPETokenizer:
     return BPETokenizer.train("the cat sat on the mat, and that was that; naïve? " * 3, 256 + 21)
 
 
-@exercise("5.7", "Bytes a token")
+@exercise("5.7", "Bytes per token")
 def check_bytes_a_token(answer) -> str:
     "English, German, Chinese and an emoji, and a text that the tokenizer was trained on."
     tokenizer = small_tokenizer()
@@ -445,7 +445,7 @@ def check_bytes_a_token(answer) -> str:
                 text
             )
             / len(ids),
-            "That is tokens a byte: the fraction is upside down.": len(ids) / len(data),
+            "That is tokens per byte: the fraction is upside down.": len(ids) / len(data),
             "You count different tokens. Every token of the text is a step for the model, repeated or not.": len(data)
             / len(set(ids)),
             "You divide the bytes by the words. What the model reads are tokens.": len(data) / len(WORDS.findall(text)),
@@ -618,3 +618,68 @@ def check_prompt(answer) -> str:
         "The special token that you wrote is one token, those that the stranger "
         "wrote are letters, and every text comes back whole."
     )
+
+# %% ../../nbs/exercises/05_tokenizer.ipynb #b22a4bab
+@exercise("5.10", "The price of a vocabulary")
+def check_vocabulary_price(answer) -> str:
+    "Compare with the new rows times the width: 56,000 rows of 512."
+    old, new, width = 8_000, 64_000, 512
+    same_number(
+        answer,
+        (new - old) * width,
+        mistakes={
+            "Those are the new rows. Each of them has as many numbers as the model is wide.": new - old,
+            "That is the whole new matrix. The old one had 8,000 rows already; the question is how many are added.": new
+            * width,
+            "That is the old matrix. The question is how many parameters are added.": old * width,
+            "You count two matrices. The output is tied to the embedding: it is the same matrix.": 2
+            * (new - old)
+            * width,
+            "That is by how much the matrix is multiplied; the question is how many parameters are added.": new // old,
+            "You multiply rows by rows. A row has as many numbers as the model is wide.": (
+                new - old
+            )
+            ** 2,
+        },
+    )
+    return f"{new - old:,} new rows of {width} numbers are {(new - old) * width:,} parameters, in one matrix."
+
+# %% ../../nbs/exercises/05_tokenizer.ipynb #0619f869
+@exercise("5.11", "Tokens that nobody reads")
+def check_unread(answer) -> str:
+    "Texts of several kinds, with and without the special token; the empty text."
+    tokenizer = small_tokenizer()
+    everything = range(tokenizer.vocab_size)
+    special = set(tokenizer.special_tokens.values())
+    for text in ("the cat sat on that mat", "that was that<|endoftext|>", "", "naïve 語"):
+        used = set(tokenizer.encode(text))
+        right = [i for i in everything if i not in used]
+        in_the_text = {i for i in everything if tokenizer.decode_bytes([i]) in text.encode()}
+        got = call(answer, tokenizer, text)
+        if not isinstance(got, list | tuple):
+            raise Wrong(f"A list of ids is asked for; this is of type {type(got).__name__}.")
+        got = list(got)
+        if got == right:
+            continue
+        mistakes = {
+            "Those are the ids that the text does use. The others are asked for.": sorted(used),
+            "You leave the 256 single bytes out. They are tokens too, and a text leaves most of them unread.": [
+                i for i in right if i >= 256
+            ],
+            "You look at the single bytes only; merged tokens can be unread too.": [i for i in right if i < 256],
+            "The special token is missing from your list. It has an id like the others.": [
+                i for i in right if i not in special
+            ],
+            "You ask whether a token's text occurs in the text. *at* occurs in *cat* and is still not read if "
+            "*cat* is cut otherwise; look at the ids of `encode`.": [i for i in everything if i not in in_the_text],
+            "The last id is missing: `range(n)` ends before n, so give it `vocab_size` itself.": [
+                i for i in right if i < tokenizer.vocab_size - 1
+            ],
+        }
+        for sentence, wrong in mistakes.items():
+            if got == wrong:
+                raise Wrong(sentence)
+        if sorted(got, key=repr) == sorted(right, key=repr):
+            raise Wrong("The ids are right, but they are not sorted.")
+        raise Wrong(f"For {text!r} you give {len(got)} ids, and {len(right)} of {tokenizer.vocab_size} are unread.")
+    return "Every id that the text never uses, bytes and special tokens included, in order."
