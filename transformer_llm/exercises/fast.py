@@ -294,8 +294,8 @@ def check_speedup(answer: object) -> str:
             raise Wrong("You measure one side after the other, and this machine grows slower: take turns.")
         if min(order.count("plain"), order.count("fast")) == turns:
             raise Wrong(
-                "The first step of each side is among those that you time, and it is far longer. Make one of each before "
-                "you measure."
+                "The first step of each side is among those that you time, and it is far longer. Make one of each "
+                "before you measure."
             )
         raise Wrong(
             f"The fast step is {ratio} times as fast, and you find {got:.2f}. Is each time taken from before the step "
