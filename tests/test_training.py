@@ -863,6 +863,21 @@ def test_no_learning_rate_is_found_for_a_model_that_is_no_number():
     assert training.schedule_factor(5, CONFIG) <= 1
 
 
+def test_a_search_for_muons_rate_keeps_adamws_in_proportion(monkeypatch):
+    seen = []
+
+    def note(trainer):
+        seen.append([o.param_groups[0]["top_lr"] for o in trainer.optimizers])
+        return 1.0, 1.0
+
+    monkeypatch.setattr(Trainer, "train_step", note)
+    config = CONFIG.replace(optimizer="muon", muon_learning_rate=0.02, learning_rate=0.005)
+    rates, _ = find_learning_rate(fresh_model(), (torch.arange(40) % 5, None), config, low=0.001, high=1.0, steps=4)
+    assert len(rates) == 4 == len(seen)
+    for rate, (adamw, muon) in zip(rates, seen):
+        assert muon == pytest.approx(rate) and adamw == pytest.approx(rate / 4)
+
+
 class OnPairs(Trainer):
     "Trains on a table of inputs and one of targets, as fine-tuning does."
 

@@ -99,6 +99,18 @@ def test_one_place_knows_the_gated_activations():
         is_gated("swish")
 
 
+def test_the_names_of_the_weights_and_their_order_stay():
+    "Checkpoints hold the names, and the first weights are drawn in this order."
+    attention = [f"attention.{part}_proj.{kind}" for part in "qkvo" for kind in ("weight", "bias")]
+    attention += [f"attention.{part}_norm.weight" for part in "qk"]
+    feedforward = [f"feedforward.{part}.{kind}" for part in ("up", "down") for kind in ("weight", "bias")]
+    norms = [[f"{part}_norm.{kind}" for kind in ("weight", "bias")] for part in ("attention", "feedforward", "final")]
+    block = [f"blocks.0.{name}" for name in norms[0] + attention + norms[1] + feedforward]
+    tables = ["output_bias", "token_embedding.weight", "position_embedding.weight"]
+    config = GPTConfig.preset("demo", n_layers=1, tied_embeddings=False, qk_norm=True)
+    assert list(GPT(config).state_dict()) == [*tables, *block, *norms[2], "lm_head.weight"]
+
+
 # Is it still the book's model?
 # -----------------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,11 @@ if "google.colab" in str(get_ipython()):  # Colab lacks the package; it has torc
     get_ipython().run_line_magic("cd", "-q /content/book/nbs")'''
 
 
+def set_up(text: str, plain: str) -> str:
+    "What a set-up cell should hold: its module's name, the plain cell, and the switch that checks shapes if it had one."
+    return START.match(text).group(1) + plain + (CHECKED if text.endswith(CHECKED) else "")
+
+
 def write_cells(root: Path = ROOT) -> list[Path]:
     "Put the cell that the settings ask for into every notebook that has one; returns those that changed."
     plain, changed = cell(read_settings(root)), []
@@ -63,10 +68,7 @@ def write_cells(root: Path = ROOT) -> list[Path]:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for one in notebook["cells"]:
             text = "".join(one["source"])
-            if not (found := START.match(text)):
-                continue
-            wanted = found.group(1) + plain + (CHECKED if text.endswith(CHECKED) else "")
-            if text != wanted:
+            if START.match(text) and text != (wanted := set_up(text, plain)):
                 one["source"] = wanted.splitlines(True)
                 changed.append(path)
         if path in changed:

@@ -51,12 +51,7 @@ def execute(path: Path) -> float:
     seconds = time.perf_counter() - start
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        solution, hidden = (re.search(rf"^#\| {mark}$", cell.source, re.M) for mark in ("code-fold: true", "hide"))
-        closed = (
-            {"source_hidden": True, "outputs_hidden": True} if solution else {"source_hidden": True} if hidden else {}
-        )
-        # in JupyterLab as on the site; what a solution prints stays closed until it is run
-        cell.metadata = {"jupyter": closed} if closed else {}
+        cell.metadata = closed(cell)
         if "outputs" in cell:  # a widget without its kernel is dead
             cell.outputs = [
                 o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
@@ -66,6 +61,14 @@ def execute(path: Path) -> float:
     nbdev_clean(str(path))
     stamp(path)
     return seconds
+
+
+def closed(cell: dict) -> dict:
+    "A cell's metadata: in JupyterLab it is closed where the site closes it; a solution stays closed with its outputs."
+    if cell["cell_type"] != "code" or not re.search(r"^#\| (code-fold: true|hide|echo: false)$", cell["source"], re.M):
+        return {}
+    solution = cell["source"].startswith("# Solution ")
+    return {"jupyter": {"source_hidden": True, **({"outputs_hidden": True} if solution else {})}}
 
 
 def stamp(path: Path) -> None:

@@ -1163,7 +1163,7 @@ def gpu_lines(plan: Plan, device: str = "cuda", compiled: bool = True, sizes: Ma
 
 
 SECTIONS["training-throughput"] = Section(
-    "Training: tokens a second",
+    "Training: tokens per second",
     "Full steps at equal shape, weights and batches. The percentage is the share of "
     "what matrix products of that precision reach on this machine.",
     training_throughput,

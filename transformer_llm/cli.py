@@ -7,8 +7,8 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'SAMPLING_
            'CHAT_COMMANDS', 'Parser', 'number', 'whole', 'some_path', 'one_spelling', 'add_text_flags',
            'add_split_flag', 'add_overwrite_flag', 'add_model_flags', 'add_optimizer_flags', 'add_train',
            'add_generate', 'add_chat', 'add_sampling', 'typed_sampling', 'add_evaluate', 'add_export', 'add_bench',
-           'add_data', 'add_tokenizer', 'make_parser', 'add_demo', 'add_play', 'add_info', 'human_bytes', 'human_time',
-           'print_rows', 'is_terminal', 'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens',
+           'add_data', 'add_tokenizer', 'make_parser', 'add_demo', 'add_play', 'add_info', 'add_class', 'human_bytes',
+           'human_time', 'print_rows', 'is_terminal', 'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens',
            'command_shakespeare', 'command_patterns', 'command_prepare', 'token_counts', 'command_tokenizer',
            'run_config', 'run_folder', 'print_plan', 'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines',
            'command_train', 'train_to_the_end', 'train_and_tell', 'where_it_stands', 'resume_command', 'print_result',
@@ -16,7 +16,8 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'SAMPLING_
            'beam_text', 'command_chat', 'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate',
            'command_export', 'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row',
            'config_rows', 'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo',
-           'command_bench', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'command_bench', 'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main',
+           'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -360,6 +361,7 @@ def make_parser() -> Parser:
     add_export(commands)
     add_play(commands)
     add_bench(commands)
+    add_class(commands)
     add_info(commands)
     return parser
 
@@ -388,6 +390,28 @@ def add_info(commands) -> None:
     parser.add_argument("what", nargs="?", type=some_path, metavar="WHAT",
                         help=f"{', '.join(MODEL_SIZES)}, a run's folder, or a model as for chat (default: the machine)")
     parser.set_defaults(command=command_info)
+
+
+def add_class(commands) -> None:
+    "Add `class` with its two parts."
+    parts = commands.add_parser("class", help="hand out chapters to a class, and mark what comes back")
+    parts = parts.add_subparsers(metavar="WHAT", required=True)
+    part = parts.add_parser("handout", help="chapters without their solutions, and a key")
+    part.add_argument("--chapter", nargs="+", action="extend", required=True, metavar="NN", help="such as 01 02")
+    part.add_argument("--book", type=some_path, metavar="DIR", default="nbs",
+                      help="the folder of the book's notebooks (default: nbs)")
+    part.add_argument("--out", type=some_path, metavar="DIR", default="class",
+                      help="gets the folders students and key (default: class)")
+    add_overwrite_flag(part)
+    part.set_defaults(command=command_handout)
+    part = parts.add_parser("grade", help="execute the answers of a class, and write a table of marks")
+    part.add_argument("directory", type=some_path, metavar="DIR", help="a folder with the notebooks of the class")
+    part.add_argument("--out", type=some_path, metavar="FILE", default="marks.csv",
+                      help="the table to write (default: marks.csv)")
+    part.add_argument("--time_limit", type=number(1, 86_400), default=120.0, metavar="S",
+                      help="seconds for each notebook (default: 120)")
+    add_overwrite_flag(part)
+    part.set_defaults(command=command_grade)
 
 # %% ../nbs/92_command_line.ipynb #f3860a22
 def human_bytes(count: float) -> str:
@@ -689,8 +713,8 @@ def resume_command(out: Path) -> str:
 def print_result(history: list[dict], out: Path) -> None:
     "Print the last losses and what to do next."
     last = {name: row[name] for row in history for name in ("loss", "val_loss") if row.get(name) is not None}
-    rows = [("loss", f"{last['loss']:.4f} nats a token")] if "loss" in last else []
-    rows += [("validation", f"{last['val_loss']:.4f} nats a token")] if "val_loss" in last else []
+    rows = [("loss", f"{last['loss']:.4f} nats per token")] if "loss" in last else []
+    rows += [("validation", f"{last['val_loss']:.4f} nats per token")] if "val_loss" in last else []
     print_rows(rows)
     print(f"Next: transformer-llm generate {typed('checkpoint', out)} --prompt \"...\"")
 
@@ -999,7 +1023,7 @@ def command_play(args: argparse.Namespace) -> int:
     if trainer.step < trainer.config.max_steps and (code := train_and_tell(trainer, out)):
         return code
     loss, characters = trainer.evaluate(), len(trainer.data.val)
-    said = f"{loss:.4f} nats a character on all {characters:,} characters of the held-out plays"
+    said = f"{loss:.4f} nats per character on all {characters:,} characters of the held-out plays"
     print_rows([("validation", said)])
     print(f"The curve is in {out / 'loss.png'}. The model writes:\n")
     sample = ["--prompt", "ROMEO:", "--temperature", "0.8", "--max_new_tokens", "400", "--stream"]
@@ -1133,6 +1157,28 @@ def command_bench(args: argparse.Namespace) -> None:
                             tell=lambda said: print(said, flush=True))
     save_picture(results, picture)
     print(f"\nThe results are in {output} and, as a picture, in {picture}.")
+
+# %% ../nbs/92_command_line.ipynb #fed645f9
+def command_handout(args: argparse.Namespace) -> None:
+    "Write chapters for students, and the key."
+    from transformer_llm.classroom import find_chapters, write_handout
+
+    made = write_handout(find_chapters(args.chapter, args.book), args.out, overwrite=args.overwrite)
+    for path in made:
+        print(path)
+    print("When they come back: transformer-llm class grade DIR, with the folder in the place of DIR")
+
+
+def command_grade(args: argparse.Namespace) -> None:
+    "Mark the notebooks of a class, a line for each while it goes on."
+    from transformer_llm.classroom import grade_class
+
+    def tell(line: dict) -> None:
+        said = line["problem"] or f"{line['right']} of {line['of']} right"
+        print(f"{line['notebook']:40} {said}", flush=True)
+
+    lines = grade_class(args.directory, args.out, seconds=args.time_limit, overwrite=args.overwrite, on_notebook=tell)
+    print(f"{len(lines)} notebooks; the table is in {args.out}")
 
 # %% ../nbs/92_command_line.ipynb #8796ec3e
 def sentence_for(error: Exception) -> str | None:

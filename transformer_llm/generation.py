@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['apply_temperature', 'keep_from', 'top_k_filter', 'top_p_filter', 'min_p_filter', 'mark_seen', 'penalise_seen',
-           'repetition_penalty', 'draw', 'filter_logits', 'Sampling', 'sample', 'resolve_sampling', 'make_generator',
-           'evaluating', 'check_model', 'check_stops', 'check_prompt', 'TextWindow', 'NumberCheck', 'not_numbers',
-           'stream', 'write_tokens', 'generate', 'left_pad', 'check_tokenizer', 'stop_ids', 'text_stops', 'before_stop',
-           'prompt_ids', 'generate_text', 'stream_text', 'decode_pieces', 'keep_best', 'EndedTexts', 'beam_candidates',
-           'beam_search']
+           'repetition_penalty', 'draw', 'filter_logits', 'check_settings', 'Sampling', 'sample', 'resolve_sampling',
+           'make_generator', 'evaluating', 'check_model', 'check_stops', 'check_prompt', 'NumberCheck', 'not_numbers',
+           'TextWindow', 'stream', 'write_tokens', 'generate', 'left_pad', 'check_tokenizer', 'stop_ids', 'text_stops',
+           'before_stop', 'prompt_ids', 'generate_text', 'stream_text', 'decode_pieces', 'keep_best', 'EndedTexts',
+           'beam_candidates', 'beam_search']
 
 # %% ../nbs/08_generation.ipynb #c8da57a2
 import math
@@ -120,7 +120,7 @@ def draw(
     logits: Float[Tensor, "batch vocab"],
     generator: torch.Generator | None = None,  # None: torch's global one
 ) -> Int[Tensor, "batch"]:
-    """Draw one token a row with the softmax's probabilities, equation (8.4).
+    """Draw one token per row with the softmax's probabilities, equation (8.6).
 
     No sums, no sort, and nothing that a GPU has to wait for.
     """
@@ -142,6 +142,18 @@ def filter_logits(
     logits = logits if top_k is None else top_k_filter(logits, top_k)
     logits = logits if top_p is None else top_p_filter(logits, top_p)
     return logits if min_p is None else min_p_filter(logits, min_p)
+
+# %% ../nbs/08_generation.ipynb #3af76458
+def check_settings(sampling: "Sampling") -> None:
+    "Raise `InputError` that names the first field of a `Sampling` that can't be, its value and what is allowed."
+    if check_range("temperature", sampling.temperature, 0) != 0:
+        apply_temperature(torch.zeros(1, 1), sampling.temperature)  # refuses what is too small to divide by
+    if sampling.top_k is not None:
+        check_range("top_k", sampling.top_k, 1, integer=True)
+    for name in ("top_p", "min_p"):
+        if getattr(sampling, name) is not None:
+            check_range(name, getattr(sampling, name), 0, 1)
+    check_range("repetition_penalty", sampling.repetition_penalty, 0.01)
 
 # %% ../nbs/08_generation.ipynb #c2201395
 @dataclass(frozen=True)
@@ -165,14 +177,7 @@ class Sampling:
 
     def __post_init__(self):
         "Check every field."
-        if check_range("temperature", self.temperature, 0) != 0:
-            apply_temperature(torch.zeros(1, 1), self.temperature)  # refuses what is too small to divide by
-        if self.top_k is not None:
-            check_range("top_k", self.top_k, 1, integer=True)
-        for name in ("top_p", "min_p"):
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), 0, 1)
-        check_range("repetition_penalty", self.repetition_penalty, 0.01)
+        check_settings(self)
 
     def replace(self, **changes) -> "Sampling":
         "A copy with some fields changed."
@@ -218,7 +223,7 @@ class Sampling:
         seen: Bool[Tensor, "batch vocab"] | None = None,  # Tokens that have occurred, from `mark`
         generator: torch.Generator | None = None,  # None: torch's global one
     ) -> Int[Tensor, "batch"]:
-        "One token a row: the best one at temperature 0, else drawn from what the filters leave."
+        "One token per row: the best one at temperature 0, else drawn from what the filters leave."
         logits = self.filter(logits.float(), seen)
         return logits.argmax(-1) if self.temperature == 0 else draw(logits, generator)
 
@@ -232,7 +237,7 @@ def sample(
     min_p: float | None = None,
     generator: torch.Generator | None = None,  # None: torch's global one
 ) -> Int[Tensor, "batch"]:
-    "Draw one token a row from the filtered distribution: `Sampling.draw` with its fields as keywords."
+    "Draw one token per row from the filtered distribution: `Sampling.draw` with its fields as keywords."
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     return sampling.draw(logits, generator=generator)
 
@@ -294,7 +299,7 @@ def check_stops(
     stops = {int(check_range("each of stop_tokens", token, 0, last, integer=True)) for token in stop_tokens}
     return torch.tensor(sorted(stops), dtype=torch.long, device=model.device)
 
-
+# %% ../nbs/08_generation.ipynb #fb5ca8cd
 def check_prompt(
     model: nn.Module,
     ids: Int[Tensor, "batch seq"],
@@ -338,6 +343,47 @@ def check_prompt(
             f"knows 0 to {vocab_size - 1} only; use its own tokenizer."
         )
     return lengths
+
+# %% ../nbs/08_generation.ipynb #c962d389
+class NumberCheck:
+    """Refuses logits that are not numbers, with a sentence.
+
+    A CPU looks at every step. A GPU would have to be waited for: there a step only adds to what `ask` looks at every
+    32 steps and at the end.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.at_once = model, model.device.type == "cpu"
+        self.sum, self.steps = 0.0, 0
+
+    def add(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+        "Look at the best logit of each row, now or later; the logits come back as they are."
+        best = logits.amax(-1)
+        best = best if len(best) == 1 else best.sum()
+        if self.at_once:
+            self.sum = best
+        else:
+            self.sum = self.sum * 0 + best  # once NaN or infinite, it never becomes a number again
+            self.steps += 1
+        if self.steps % 32 == 0:
+            self.ask()
+        return logits
+
+    def ask(self) -> None:
+        "Raise `InputError` if a logit was NaN or infinite, or a row had nothing but minus infinity."
+        if not math.isfinite(self.sum):
+            raise InputError(not_numbers(self.model))
+
+
+def not_numbers(model: nn.Module) -> str:
+    "What to say about a model whose logits are not numbers, and the way out."
+    sick = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
+    why = f"its weight {sick} holds NaN or infinity" if sick else "what it computes becomes NaN or infinite"
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        way_out = "float16 ends at 65,504: use bfloat16, or float32"
+    else:
+        way_out = "load the model again, or take an older checkpoint"
+    return f"The model's logits are not numbers, so it can't write: {why}; {way_out}."
 
 # %% ../nbs/08_generation.ipynb #7f82f36b
 class TextWindow:
@@ -401,47 +447,6 @@ class TextWindow:
         self.ids, self.lengths = self.ids[index], self.lengths[:1] * len(index)
         for layer in self.cache or ():
             layer.reorder(index)
-
-# %% ../nbs/08_generation.ipynb #c962d389
-class NumberCheck:
-    """Refuses logits that are not numbers, with a sentence.
-
-    A CPU looks at every step. A GPU would have to be waited for: there a step only adds to what `ask` looks at every
-    32 steps and at the end.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model, self.at_once = model, model.device.type == "cpu"
-        self.sum, self.steps = 0.0, 0
-
-    def add(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
-        "Look at the best logit of each row, now or later; the logits come back as they are."
-        best = logits.amax(-1)
-        best = best if len(best) == 1 else best.sum()
-        if self.at_once:
-            self.sum = best
-        else:
-            self.sum = self.sum * 0 + best  # once NaN or infinite, it never becomes a number again
-            self.steps += 1
-        if self.steps % 32 == 0:
-            self.ask()
-        return logits
-
-    def ask(self) -> None:
-        "Raise `InputError` if a logit was NaN or infinite, or a row had nothing but minus infinity."
-        if not math.isfinite(self.sum):
-            raise InputError(not_numbers(self.model))
-
-
-def not_numbers(model: nn.Module) -> str:
-    "What to say about a model whose logits are not numbers, and the way out."
-    sick = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
-    why = f"its weight {sick} holds NaN or infinity" if sick else "what it computes becomes NaN or infinite"
-    if any(p.dtype == torch.float16 for p in model.parameters()):
-        way_out = "float16 ends at 65,504: use bfloat16, or float32"
-    else:
-        way_out = "load the model again, or take an older checkpoint"
-    return f"The model's logits are not numbers, so it can't write: {why}; {way_out}."
 
 # %% ../nbs/08_generation.ipynb #9027f1b3
 def stream(
@@ -611,7 +616,7 @@ def generate_text(
 ) -> list[str]:
     """Continue the prompts; each text begins with its prompt and ends before its stop token.
 
-    A prompt's samples stand together.
+    A prompt's samples are next to each other.
     """
     sampling = resolve_sampling(
         sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty

@@ -204,7 +204,7 @@ def plain_evaluation(
     context_length: int,
     batch_size: int = 128,
 ) -> float:
-    "Mean loss a token in nats on all of a text, in windows one after another; the last one may be shorter."
+    "Mean loss per token in nats on all of a text, in windows one after another; the last one may be shorter."
     count = len(tokens) - 1
     whole = count // context_length * context_length
     windows = (

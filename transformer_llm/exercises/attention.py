@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_paper', 'check_softmax', 'check_mask', 'check_one_head', 'check_split', 'check_cache', 'layer_with',
-           'check_mended', 'check_reach']
+           'check_mended', 'check_reach', 'check_wishes', 'check_growth', 'check_careful']
 
 # %% ../../nbs/exercises/01_attention.ipynb #8b02f19f
 import itertools
@@ -15,6 +15,7 @@ import torch
 from ..attention import attention_plain, causal_mask
 from transformer_llm.exercises import (
     Wrong,
+    as_python,
     call,
     close,
     exercise,
@@ -31,33 +32,35 @@ from transformer_llm.exercises import (
 def check_paper(answer) -> str:
     "The first number of cat's output when its query is (3, 1) and later tokens are closed."
     match = torch.tensor([3.0, 1.0, 4.0])  # of (3, 1) with the keys (1, 0), (0, 1) and (1, 1)
+    old_match = torch.tensor([0.0, 2.0, 2.0])
     values = torch.tensor([[8.0, 0.0], [0.0, 4.0], [2.0, 2.0]])
-    seen, powers = torch.tensor([1.0, 1.0, 0.0]), 2**match
+    seen = torch.tensor([1.0, 1.0, 0.0])
     share = lambda numerators: numerators / numerators.sum()
     mean = lambda weights, column=0: (weights @ values)[column].item()
-    same_number(
-        answer,
-        mean(share(powers * seen)),
-        {
-            "You let cat look at sat, which comes later. Close sat: only the and cat share the weight.": mean(
-                share(powers)
-            ),
-            "You closed sat after the division: its power of two is still counted in the "
-            "sum, so the weights of the and cat don't add up to one.": mean(
-                share(powers) * seen
-            ),
-            "You took the matches themselves for weights. Each point of match doubles "
-            "the weight: 2 to the power of the match, then divide.": mean(
-                share(match * seen)
-            ),
-            "You took powers of e. On paper each point of match doubles the weight: powers of 2.": mean(
-                share(match.exp() * seen)
-            ),
-            "This is the second number of the output; the first one is asked for.": mean(share(powers * seen), 1),
-            "This is what cat gets with its old query, (0, 2).": mean(share(2 ** torch.tensor([0.0, 2.0, 2.0]) * seen)),
-        },
-        tolerance=0.01,
-    )
+    powers = {
+        "": 2**match,
+        "You took the matches themselves for weights. Each point of match doubles the weight: 2 to the power of the "
+        "match, then divide.": match,
+        "You took powers of e. On paper each point of match doubles the weight: powers of 2.": match.exp(),
+        "This is what cat gets with its old query, (0, 2).": 2**old_match,
+    }
+    closings = {
+        "": lambda numerators: share(numerators * seen),
+        "You let cat look at sat, which comes later. Close sat: only the and cat share the weight.": share,
+        "You closed sat after the division: its power of two is still counted in the sum, so the weights of the and "
+        "cat don't add up to one.": lambda numerators: share(numerators) * seen,
+        "You didn't divide by the sum: the weights of the and cat have to add up to one.": lambda numerators: numerators
+        * seen,
+    }
+    mistakes = {}
+    for (power, numerators), (closing, close_it), column in itertools.product(powers.items(), closings.items(), (0, 1)):
+        sentences = [power, closing, "This is the second number of the output; the first one is asked for." * column]
+        if any(sentences):
+            mistakes[" ".join(sentence for sentence in sentences if sentence)] = mean(close_it(numerators), column)
+    mistakes["You gave all the weight to the better match. It gets 8 of 10 parts, and cat itself gets the rest."] = 8.0
+    mistakes["You gave all the weight to the best match, and that is sat, which comes later."] = 2.0
+    shortest_first = dict(sorted(mistakes.items(), key=lambda one: len(one[0])))
+    same_number(answer, mean(share(2**match * seen)), shortest_first, tolerance=0.01)
     return "The weights are 8/10 for the and 2/10 for cat, because 2³ = 8 and 2¹ = 2; sat's value plays no part."
 
 # %% ../../nbs/exercises/01_attention.ipynb #07853abf
@@ -198,7 +201,7 @@ def check_mask(answer) -> str:
 # %% ../../nbs/exercises/01_attention.ipynb #4c478d8f
 @exercise("1.4", "One head of attention")
 def check_one_head(answer) -> str:
-    "`answer(q, k, v, mask)` gives equation (1.3) for one head, with zeros for a query that may look nowhere."
+    "`answer(q, k, v, mask)` gives equation (1.3) for one head."
     generator = fresh("1.4")
     q, k, v = (torch.randn(n, 8, generator=generator) for n in (5, 7, 7))
     mask = torch.rand(5, 7, generator=generator) < 0.5
@@ -257,26 +260,6 @@ def check_one_head(answer) -> str:
         "The softmax is missing: the open scores themselves are the weights here.": (scores / root * mask) @ v,
     }
     same_values(call(answer, q, k, v, mask), right, "queries head_dim", "the output", mistakes)
-    lonely = mask.clone()
-    lonely[2] = False
-    got = call(answer, q, k, v, lonely)
-    same_shape(got, right, "queries head_dim", "the output")
-    if got[2].isnan().any():
-        raise Wrong(
-            "Query 2 may look nowhere, and its output is NaN: every score is "
-            "-inf, and the softmax divides 0 by 0. Give it zeros."
-        )
-    if close(got[2], v.mean(0)):
-        raise Wrong(
-            "Query 2 may look nowhere, and its output is the mean of all "
-            "values: it sees every key after all. Give it zeros."
-        )
-    same_values(
-        got,
-        right.index_fill(0, torch.tensor([2]), 0.0),
-        "queries head_dim",
-        "the output, when query 2 may look nowhere,",
-    )
     for what, queries, its_keys in (
         ("scores in the hundreds", 200 * q, k),
         ("scores far below zero", -200 * q.abs(), k.abs()),
@@ -325,21 +308,7 @@ def check_one_head(answer) -> str:
         "the output of a single token, which is its own value,",
     )
     gradient_reaches(lambda x: answer(x, k, v, mask), q)
-    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-    for name, gradient in zip(
-        ("queries", "keys", "values"), torch.autograd.grad(answer(*inputs, lonely).sum(), inputs, allow_unused=True)
-    ):
-        if gradient is None or gradient.isnan().any():
-            raise Wrong(
-                "The output is right, but with a query that may look nowhere the gradient of "
-                f"the {name} is {'missing' if gradient is None else 'NaN'}: "
-                "zeros over a NaN don't keep it from flowing back. Don't let it arise: write 0 into "
-                "the scores of such a row, and 0 over its weights after the softmax."
-            )
-    return (
-        "Scale, mask and softmax stand in the right order, a query with "
-        "nowhere to look gets zeros, and no NaN flows back."
-    )
+    return "Scale, mask and softmax come in the right order, at any width and for any scores."
 
 # %% ../../nbs/exercises/01_attention.ipynb #157ec083
 @exercise("1.5", "Split the heads")
@@ -424,12 +393,6 @@ def layer_with(
 def check_mended(answer) -> str:
     "`answer(x, w_q, w_k, w_v, w_o, n_heads)` gives what causal multi-head attention gives."
     generator = fresh("1.7")
-    names = (
-        "the scale (a score is a sum over head_dim, not over d_model)",
-        "the mask (it acts after the softmax, so the future is still counted in the sum)",
-        "the way back from heads to one row (`reshape` alone puts numbers of "
-        "different tokens into one row; transpose first)",
-    )
     for batch, seq, n_heads, head_dim in ((2, 6, 3, 4), (1, 7, 2, 5), (2, 1, 2, 3)):
         d_model = n_heads * head_dim
         x = torch.randn(batch, seq, d_model, generator=generator)
@@ -440,10 +403,9 @@ def check_mended(answer) -> str:
             continue
         for made in itertools.product((False, True), repeat=3):
             if any(made) and close(got, layer_with(made, inputs)):
-                left = [name for name, is_made in zip(names, made) if is_made]
                 raise Wrong(
-                    f"{['', 'One mistake is', 'Two mistakes are', 'All three mistakes are'][len(left)]} left: "
-                    f"{'; '.join(left)}."
+                    f"{['', 'One mistake is', 'Two mistakes are', 'All three mistakes are'][sum(made)]} left. "
+                    "Change one token and see which outputs change; then check the scale of the scores."
                 )
         for divisor, what in (
             (1.0, "none"),
@@ -484,3 +446,92 @@ def check_reach(answer) -> str:
         },
     )
     return f"Each layer reaches {step} tokens further back, and the first token stands {way} back."
+
+# %% ../../nbs/exercises/01_attention.ipynb #51c53d3c
+@exercise("1.9", "Wishes that a symmetric match can meet")
+def check_wishes(answer) -> str:
+    "Which wish lists vectors compared by x · x can meet: two that look for each other, a chain, a circle of three."
+    answer = as_python(answer)
+    if not isinstance(answer, list | tuple) or len(answer) != 3 or not all(isinstance(one, bool) for one in answer):
+        raise Wrong("A list of three is asked for, each True or False, such as [True, True, True].")
+    pair, chain, circle = answer
+    if all(answer):
+        raise Wrong("The chapter has shown for one of these lists that no vectors can do it. Which one goes around?")
+    if circle:
+        raise Wrong(
+            "Go around the circle of (c) as the chapter does with stone, scissors and paper: each step is larger than "
+            "the one before, and you come back to where you began."
+        )
+    if pair:
+        raise Wrong(
+            "Try (a) with numbers: the longer of the two vectors matches itself at least as well as it matches the "
+            "other one, so its wish isn't met."
+        )
+    if not chain:
+        raise Wrong(
+            "(b) asks for less than you think: the mouse may look anywhere. Take three arrows, each longer than the "
+            "one before and turned away from it a little."
+        )
+    return "Only the chain: (1, 0), a vector of length 2 at 50 degrees and one of length 3.2 at 100 degrees will do."
+
+# %% ../../nbs/exercises/01_attention.ipynb #7b1ab5d0
+@exercise("1.10", "Ten times the text")
+def check_growth(answer) -> str:
+    "The factor by which a layer's score entries grow from 1,000 to 10,000 tokens."
+    same_number(
+        answer,
+        100,
+        {
+            "That is how the projections grow. A table of scores has queries × keys entries, and both grow.": 10,
+            "You counted the heads as well; there are as many before as after, so they cancel.": 800,
+            "You doubled the factor. Both sides of the table grow tenfold: multiply.": 20,
+            "That is how many entries one table has afterwards; the factor is asked for.": 10_000**2,
+            "That is the length cubed. A table of scores has two sides.": 1000,
+            "That is the difference of the lengths; the factor of the entries is asked for.": 9000,
+        },
+    )
+    return "Ten times as many queries, each with ten times as many keys."
+
+# %% ../../nbs/exercises/01_attention.ipynb #15ab3a66
+@exercise("1.11", "A query that may look nowhere")
+def check_careful(answer) -> str:
+    "`answer(q, k, v, mask)` gives zeros for a query that may look nowhere, and sends no NaN back."
+    generator = fresh("1.11")
+    q, k, v = (torch.randn(n, 8, generator=generator) for n in (5, 7, 7))
+    mask = torch.ones(5, 7).tril(2).bool()
+    right = attention_plain(q[None, None], k[None, None], v[None, None], mask)[0, 0]
+    got = call(answer, q, k, v, mask)
+    same_values(got, right, "queries head_dim", "the output, when every query may look somewhere,")
+    lonely = mask.clone()
+    lonely[2] = False
+    got = call(answer, q, k, v, lonely)
+    same_shape(got, right, "queries head_dim", "the output")
+    if got[2].isnan().any():
+        raise Wrong(
+            "Query 2 may look nowhere, and its output is NaN: every score is "
+            "-inf, and the softmax divides 0 by 0. Give it zeros."
+        )
+    if close(got[2], v.mean(0)):
+        raise Wrong(
+            "Query 2 may look nowhere, and its output is the mean of all "
+            "values: it sees every key after all. Give it zeros."
+        )
+    same_values(
+        got,
+        right.index_fill(0, torch.tensor([2]), 0.0),
+        "queries head_dim",
+        "the output, when query 2 may look nowhere,",
+    )
+    gradient_reaches(lambda x: answer(x, k, v, mask), q)
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    for name, gradient in zip(
+        ("queries", "keys", "values"), torch.autograd.grad(answer(*inputs, lonely).sum(), inputs, allow_unused=True)
+    ):
+        if gradient is None or gradient.isnan().any():
+            raise Wrong(
+                "The output is right, but with a query that may look nowhere the gradient of "
+                f"the {name} is {'missing' if gradient is None else 'NaN'}: "
+                "zeros over a NaN don't keep it from flowing back. Don't let it arise: write 0 into "
+                "the scores of such a row, and 0 over its weights after the softmax."
+            )
+    return "A query with nowhere to look gets zeros, and no NaN flows back."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['same_filter', 'check_twice_as_warm', 'temperature_mistakes', 'check_temperature', 'check_filters', 'top_p_mistakes',
            'check_top_p', 'check_min_p', 'penalty_mistakes', 'check_penalty', 'shares', 'check_draw', 'explain_draw',
-           'greedy_loop', 'TableModel', 'loop_mistakes', 'check_loop', 'judge_loop', 'read_per_token', 'check_window']
+           'greedy_loop', 'TableModel', 'loop_mistakes', 'check_loop', 'judge_loop', 'read_per_token', 'check_window',
+           'check_keys', 'check_ended']
 
 # %% ../../nbs/exercises/08_generation.ipynb #04508e7f
 import math
@@ -750,3 +751,51 @@ def check_window(answer: object) -> str:
         f"A cycle reads {context} tokens and writes {context - kept + 1}: {right:.2f} read for each "
         f"one, against {half:.2f} when half is kept. Remembering more costs more."
     )
+
+# %% ../../nbs/exercises/08_generation.ipynb #1cfa4fbd
+@exercise("8.10", "Keys computed again")
+def check_keys(answer: object) -> str:
+    "The keys that a head computes without a cache for 100 new tokens behind a prompt of one."
+    new, prompt = 100, 1
+    at_step = [prompt + step for step in range(new)]
+    right = sum(at_step)
+    same_number(
+        answer,
+        right,
+        {
+            "That is the count with the cache, one key per step. Without it each step computes all of them again.": new,
+            "You let every step read the whole text. The first step reads one token, the second two; "
+            "it is a triangle, not a square.": new**2,
+            "Half of a square is nearly it, but the diagonal belongs to the triangle: 1 + 2 + … + 100.": new**2 / 2,
+            "You begin with a step that reads nothing: the first step reads the prompt, one token.": right - new,
+            "One step too many: the 100th new token is written, but it need not be read.": right + new + 1,
+            "That is the ratio of both ways. The number of keys without the cache is asked for.": right / new,
+        },
+    )
+    return f"1 + 2 + … + {new} = {right:,} keys instead of {new}: the grey rows of the picture, again and again."
+
+# %% ../../nbs/exercises/08_generation.ipynb #10332f18
+@exercise("8.11", "A text that ended early")
+def check_ended(answer: object) -> str:
+    "The probability of the text that two beams return from a small tree in which one text ends at the first step."
+    ended, growing, n_beams = {"full stop": 0.2}, {"cat": 0.5, "sofa": 0.3}, 2
+    following = {"cat": [0.2] * 5, "sofa": [0.5] * 2}
+    kept = sorted(growing, key=growing.get, reverse=True)[:n_beams]
+    longer = {(word, i): growing[word] * q for word in kept for i, q in enumerate(following[word])}
+    right = max([*ended.values(), *longer.values()])
+    same_number(
+        answer,
+        right,
+        {
+            "That text wins if ended texts compete with growing ones: the full stop, third at the first step, "
+            "is thrown away. A pool keeps it.": max(longer.values()),
+            "That is the greedy text: the best word first, then one of its five followers.": max(
+                p for (word, _), p in longer.items() if word == kept[0]
+            ),
+            "That is the probability of a beginning. A text has to end, and every word that follows is a factor.": 0.5,
+            "That is the probability of a beginning, sofa. Its texts have 0.3 · 0.5.": 0.3,
+            "You added up texts. One text is returned, with the probability of its own.": sum(longer.values()),
+        },
+        tolerance=1e-6,
+    )
+    return f"The full stop alone has {right:.1f}; the best longer text has 0.3 · 0.5 = {max(longer.values()):.2f}."

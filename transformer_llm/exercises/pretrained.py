@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'HALF', 'three_parts', 'check_split', 'check_file_size', 'as_numbers', 'q4_1_mistakes', 'check_dequantize',
-           'restored', 'error_mistakes', 'cut_off', 'check_error', 'check_cache', 'check_rows']
+           'restored', 'error_mistakes', 'cut_off', 'check_error', 'check_cache', 'check_rows', 'rounded_by',
+           'rounding_mistakes', 'check_round_inputs', 'check_speed_limit']
 
 # %% ../../nbs/exercises/09_pretrained.ipynb #418ae2c7
 import struct
@@ -365,3 +366,82 @@ def check_rows(answer: object) -> str:
         "In every head the first numbers of all pairs come first, then the "
         "second ones; a bias is reordered like a weight."
     )
+
+# %% ../../nbs/exercises/09_pretrained.ipynb #b97c01e2
+def rounded_by(
+    x: Float[Tensor, "tokens columns"],
+    largest: Float[Tensor, "..."],  # What the highest code stands for
+    levels: float,  # The highest code
+) -> Float[Tensor, "tokens columns"]:
+    "Multiples of a step, the largest number over the highest code."
+    step = largest.clamp_min(1e-12) / levels
+    return (x / step).round() * step
+
+
+def rounding_mistakes(x: Float[Tensor, "tokens columns"], bits: int) -> dict[str, Float[Tensor, "tokens columns"]]:
+    "What people write, and what it gives."
+    token, top = x.abs().amax(1, keepdim=True), 2 ** (bits - 1) - 1
+    step = token.clamp_min(1e-12) / top
+    return {
+        "Each column still has a step of its own. An output is a sum over the columns, and a factor that differs "
+        "between them can't be taken out of the sum. Take the maximum along the other axis.": rounded_by(
+            x, x.abs().amax(0, keepdim=True), top
+        ),
+        "There is one step for all tokens. That can be taken out of the sum, but a token with a large number "
+        "spoils all others; take one for each token.": rounded_by(x, x.abs().amax(), top),
+        f"The codes reach up to {2**bits - 1}. A code of {bits} bits with a sign reaches up to {top}.": rounded_by(
+            x, token, 2**bits - 1
+        ),
+        f"The codes reach up to {top + 1}, one too far: {bits} bits have room for it on the negative side only.": (
+            rounded_by(x, token, top + 1)
+        ),
+        "You cut the fraction off. Round to the nearest level.": (x / step).trunc() * step,
+        "You round down. Round to the nearest level.": (x / step).floor() * step,
+        "These are the codes. Multiply them by the step.": (x / step).round(),
+        "The maximum is taken with its sign: a token whose largest number is negative gets another step. "
+        "Take absolute values first.": rounded_by(x, x.amax(1, keepdim=True), top),
+        "Nothing is rounded.": x,
+    }
+
+
+@exercise("9.7", "One step for each token")
+def check_round_inputs(answer: object) -> str:
+    "The reader's function rounds inputs, one step for each token."
+    generator = fresh("9.7")
+    for tokens, columns, bits in ((3, 5, 4), (4, 4, 8), (2, 7, 3)):
+        sizes = torch.tensor([0.1, 5.0, -1.0, 30.0])[:tokens, None]
+        x = sizes * (0.2 + torch.rand(tokens, columns, generator=generator))
+        x[:, ::2] *= -0.7
+        right = rounded_by(x, x.abs().amax(1, keepdim=True), 2 ** (bits - 1) - 1)
+        what = f"the result for {bits} bits"
+        same_values(call(answer, x, bits), right, "tokens columns", what, rounding_mistakes(x, bits))
+    zeros = torch.zeros(2, 3)
+    result = call(answer, zeros, 8)
+    if isinstance(result, Tensor) and result.isnan().any():
+        raise Wrong("A token of zeros has the step 0, and you divide by it. `clamp_min` keeps the step above 0.")
+    same_values(result, zeros, "tokens columns", "the result for a token of zeros")
+    return "One step for each token, rounded to the nearest level: the factor can be taken out of the sum."
+
+# %% ../../nbs/exercises/09_pretrained.ipynb #f98c01e6
+@exercise("9.8", "How fast can it write")
+def check_speed_limit(answer: object) -> str:
+    "Tokens per second of 7 billion numbers in Q4_1, where 50 billion bytes are read per second."
+    speed, count = 50e9, 7e9
+    bits = 4 + 2 * 8 * HALF / BLOCK
+    right = speed / (count * bits / 8)
+    same_number(
+        answer,
+        right,
+        {
+            "Scale and minimum are read as well: five bits per number, not four.": speed / (count / 2),
+            "You count four bytes per number; Q4_1 takes five bits.": speed / (4 * count),
+            "You count two bytes per number; Q4_1 takes five bits.": speed / (2 * count),
+            "You count one byte per number; Q4_1 takes five bits.": speed / count,
+            "The weights have five *bits* per number, not five bytes.": speed / (count * bits),
+            "This is the time for one token in seconds. How many tokens fit into a second?": 1 / right,
+            "These are the bytes of all weights. How often can they be read in a second?": count * bits / 8,
+            "This is the size of the weights. How often can they be read in a second?": count * bits / 8e9,
+        },
+        tolerance=0.02,
+    )
+    return f"At most {right:.1f} tokens per second: {count * bits / 8e9:.3f} billion bytes are read for each."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_layer_norm_by_hand', 'layer_norm_mistakes', 'check_layer_norm', 'rms_norm_mistakes', 'check_rms_norm',
            'check_block', 'check_positions', 'check_parameter_count', 'llama_count', 'check_llama_count', 'final_size',
-           'check_growth', 'check_tied']
+           'check_growth', 'check_tied', 'check_missing_part']
 
 # %% ../../nbs/exercises/04_transformer.ipynb #68f6accb
 import math
@@ -21,6 +21,7 @@ from transformer_llm.exercises import (
     exercise,
     fresh,
     gradient_reaches,
+    same_choice,
     same_number,
     same_shape,
     same_values,
@@ -589,4 +590,27 @@ def check_tied(answer) -> str:
     return (
         f"One matrix of {vocab_size} × {d_model} numbers with two jobs; its "
         "gradient is the sum of both, and a step moves both."
+    )
+
+# %% ../../nbs/exercises/04_transformer.ipynb #8b3fe20c
+@exercise("4.10", "The part that mixes tokens")
+def check_missing_part(answer: object) -> str:
+    "One of five parts."
+    same_choice(
+        answer,
+        "attention",
+        {
+            "feed-forward": "A feed-forward network works on each token alone. Without it, attention still brings "
+            "what earlier characters left in the stream.",
+            "plus sign": "Without the plus sign each sublayer replaces the stream, which is bad enough; but attention "
+            "is still there, and what it gives is made of other tokens.",
+            "norms": "A norm treats each token's vector by itself; taking it away changes sizes and closes no path "
+            "between tokens.",
+            "positions": "Without positions the model knows less about places, not only the last character: attention "
+            "still reads the earlier ones.",
+        },
+    )
+    return (
+        "Only attention mixes rows of the stream. Without it, each row is made of one character and its place, and no "
+        "training can do better than a table of pairs."
     )
