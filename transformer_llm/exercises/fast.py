@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['check_share_of_the_peak', 'check_gradient_of_a_norm', 'check_eight_blocks', 'check_sum_divided_once',
-           'check_update_that_vanishes', 'check_memory_that_remembers']
+           'check_update_that_vanishes', 'check_memory_that_remembers', 'SlowingMachine', 'check_speedup']
 
 # %% ../../nbs/exercises/11_fast.ipynb #4a0eafc0
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import Wrong, call, exercise, fresh, same_number, same_values
+from . import Wrong, call, describe, exercise, fresh, same_number, same_values
 from ..training import cross_entropy
 
 # %% ../../nbs/exercises/11_fast.ipynb #5f7e3b96
@@ -241,3 +242,63 @@ def check_memory_that_remembers(answer: object) -> str:
     if list(call(answer, ["to"], lambda word: [7])) != [7]:
         raise Wrong("The memory outlives the call: with another encode_word it gives the first one's ids.")
     return f"Every id is right, and encode_word was called {len(calls)} times, once for each distinct word."
+
+# %% ../../nbs/exercises/11_fast.ipynb #e1262779
+class SlowingMachine:
+    "A clock, and two kinds of steps that are started at once and done later, on a machine that grows slower."
+
+    def __init__(self, drift: float):
+        self.now, self.busy_until, self.drift = 0.0, 0.0, drift
+        self.order: list[str] = []
+        self.waits = 0
+
+    def clock(self) -> float:
+        return self.now
+
+    def start(self, name: str, seconds: float) -> None:
+        "A step: starting it takes a moment, and the first one of each kind is long."
+        seconds *= 1 + self.drift * len(self.order)
+        seconds += 20.0 if name not in self.order else 0.0
+        self.order.append(name)
+        self.now += 0.01
+        self.busy_until = max(self.busy_until, self.now) + seconds
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.now = max(self.now, self.busy_until)
+
+    def steps(self, ratio: float) -> tuple[Callable, Callable]:
+        return lambda: self.start("plain", ratio), lambda: self.start("fast", 1.0)
+
+
+@exercise("11.7", "A benchmark that misleads")
+def check_speedup(answer: object) -> str:
+    "Machines that grow slower, with slow first steps and late results."
+    for ratio, drift, turns in ((2.4, 0.05, 5), (0.5, 0.05, 7), (1.5, 0.0, 3)):
+        machine = SlowingMachine(drift)
+        plain, fast = machine.steps(ratio)
+        got = call(answer, plain, fast, machine.clock, machine.wait, turns)
+        if not isinstance(got, int | float):
+            raise Wrong(f"A number is asked for, how many times faster `fast` is, and this is {describe(got)}.")
+        order = machine.order
+        if min(order.count("plain"), order.count("fast")) < turns:
+            raise Wrong(f"{turns} steps of each are to be measured, and you made {order.count('plain')} plain ones and "
+                        f"{order.count('fast')} fast ones.")
+        if machine.waits < 2 * turns:
+            raise Wrong("Call `wait()` after each step that you time: a step that was started is not done.")
+        if abs(got - ratio) < 0.12 * ratio:
+            continue
+        if abs(1 / max(got, 1e-9) - ratio) < 0.12 * ratio:
+            raise Wrong("That is upside down: divide the plain side's time by the fast side's.")
+        if drift and len(set(order[-turns:])) == 1:
+            raise Wrong("You measure one side after the other, and this machine grows slower: take turns.")
+        if min(order.count("plain"), order.count("fast")) == turns:
+            raise Wrong(
+                "The first step of each side is among those that you time, and it is far longer. Make one of each "
+                "before you measure."
+            )
+        raise Wrong(
+            f"The fast step is {ratio} times as fast, and you find {got:.2f}. Is each time taken from before the step "
+            "until after the wait, and from the steps after the first?"
+        )
+    return "Warmed up, in turns, after waiting, and the middle of several: 2.4, 0.5 and 1.5 times as fast."
