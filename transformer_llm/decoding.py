@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['HALVES', 'TINY', 'COLD', 'PIECE', 'WIDE', 'Function', 'memory_bandwidth', 'lacks_16_bits', 'FloatMatrix',
            'rows_product', 'HalvedMatrix', 'OtherMatrix', 'PackedMatrix', 'quantise_rows', 'Int8Matrix',
-           'Int8Embedding', 'pack', 'PackedAttention', 'PackedFeedForward', 'PackedBlock', 'PackedGPT', 'rms_function',
-           'norm_function', 'pairs_of', 'WideCache', 'DecoderCache', 'sampler', 'Layer', 'Decoder', 'bytes_per_token',
-           'speed_bound', 'Speculation', 'verify', 'Reader', 'check_pair', 'speculative']
+           'Int8Embedding', 'pack', 'PackedAttention', 'PackedFeedForward', 'PackedBlock', 'PackedWeights', 'PackedGPT',
+           'rms_function', 'norm_function', 'pairs_of', 'WideCache', 'TokenStore', 'TokenBuffers', 'DecoderCache',
+           'sampler', 'Layer', 'TokenReader', 'StepReader', 'TextWriter', 'Decoder', 'bytes_per_token', 'speed_bound',
+           'Speculation', 'verify', 'Reader', 'check_pair', 'speculative']
 
 # %% ../nbs/13_decoding.ipynb #195fdc94
 import contextlib
@@ -44,7 +45,7 @@ def memory_bandwidth(
     n_bytes: int = 2**28,  # Read at once; far more than the caches hold, or it is them that you measure
     repeats: int = 7,
 ) -> float:
-    """Bytes a second that the processor reads from memory: the best of several sums over a large matrix and products of
+    """Bytes per second that the processor reads from memory: the best of several sums over a large matrix and products of
     it with a vector.
     """
     columns = 2**13
@@ -95,7 +96,7 @@ class FloatMatrix:
             residual.add_(self.bias)
 
 # %% ../nbs/13_decoding.ipynb #b630ad6d
-HALVES = 256  # A float32 matrix of at least so many rows and columns is multiplied in two halves on a CPU
+HALVES = 256  # A float32 matrix of at least this many rows and columns is multiplied in two halves on a CPU
 
 
 def rows_product(
@@ -199,18 +200,18 @@ TINY = torch.tensor(1e-30)  # Keeps the scale of a row of zeros above zero
 def quantise_rows(
     x: Float[Tensor, "rows columns"],
 ) -> tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows 1"]]:
-    "Each row as whole numbers from -127 to 127 and a scale of its own, equation (13.3)."
+    "Each row as whole numbers from -127 to 127 and a scale of its own, equation (13.2)."
     x = x.float()
     scale = torch.add(TINY, x.abs().amax(1, keepdim=True), alpha=1 / 127)
     return torch.div(x, scale).round_().to(torch.int8, memory_format=torch.contiguous_format), scale
 
-
-COLD = 2**19  # An eight-bit matrix of at least so many numbers is fetched by a sum before it is multiplied with one row
+# %% ../nbs/13_decoding.ipynb #c866ff67
+COLD = 2**19  # An eight-bit matrix of at least this many numbers is fetched by a sum before it is multiplied with one row
 PIECE = 2**22  # Bytes that are fetched together
 
 
 class Int8Matrix(FloatMatrix):
-    """x Wᵀ + b in whole numbers, with a scale for each row of W and one for each row of x, equation (13.4).
+    """x Wᵀ + b in whole numbers, with a scale for each row of W and one for each row of x, equation (13.3).
 
     A row of x is rounded when it comes, so a batch's rows don't depend on each other.
     """
@@ -278,7 +279,7 @@ class Int8Matrix(FloatMatrix):
         if self.bias is not None:
             residual.add_(self.bias)
 
-
+# %% ../nbs/13_decoding.ipynb #5804425a
 class Int8Embedding(nn.Module):
     "Rows of an eight-bit matrix as vectors: the embedding that shares its matrix with the logits."
 
@@ -332,7 +333,7 @@ class PackedAttention(MultiHeadAttention):
         "The three projections, from one product."
         return self.qkv_matrix(x).split(self.widths, -1)
 
-
+# %% ../nbs/13_decoding.ipynb #7523b249
 class PackedFeedForward(nn.Module):
     "A feed-forward network with gate and up from one product."
 
@@ -369,15 +370,12 @@ class PackedBlock(Block):
         )
 
 # %% ../nbs/13_decoding.ipynb #8ff7323e
-# A bfloat16 model of at most so many numbers is computed in float32 on a CPU: it stays in the caches anyway
+# A bfloat16 model of at most this many numbers is computed in float32 on a CPU: it stays in the caches anyway
 WIDE = 2**23
 
 
-class PackedGPT(GPT):
-    """A `GPT` for reading and writing only, whose weights are copied and packed.
-
-    Masks, caches and refusals are those of chapter 04.
-    """
+class PackedWeights(GPT):
+    "The parts of a `PackedGPT`: copies of a model's weights, packed."
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -420,6 +418,13 @@ class PackedGPT(GPT):
         else:
             self.token_embedding = copy.deepcopy(model.token_embedding)
 
+# %% ../nbs/13_decoding.ipynb #43a7e8e3
+class PackedGPT(PackedWeights):
+    """A `GPT` for reading and writing only, whose weights are copied and packed.
+
+    Masks, caches and refusals are those of chapter 04.
+    """
+
     @property
     def device(self) -> torch.device:
         "Where the weights are."
@@ -461,7 +466,7 @@ def rms_function(
     weight: Float[Tensor, "..."],  # One for each number of a vector, or for each of several heads
     eps: float,
 ) -> Function:
-    "RMSNorm in four operator calls, equation (13.2); `F.rms_norm` makes more of them on a CPU."
+    "RMSNorm in four operator calls, equation (13.8); `F.rms_norm` makes more of them on a CPU."
     width = weight.shape[-1]
     gain, floor = weight.detach().float() * math.sqrt(width), torch.tensor(math.sqrt(width * eps), device=weight.device)
 
@@ -502,11 +507,11 @@ class WideCache(KVCache):
         keys, values = super().update(k, v)
         return keys.to(k.dtype), values.to(v.dtype)
 
+# %% ../nbs/13_decoding.ipynb #aee5e0a6
+class TokenStore(list):
+    """A `KVCache` for each layer, all in one storage.
 
-class DecoderCache(list):
-    """A `KVCache` for each layer, all in one storage, with every buffer and view that a step of one token needs.
-
-    What depends on the position is a slice of that storage, taken once a token for all layers together.
+    What depends on the position is a slice of it, taken once per token for all layers together.
     """
 
     def __init__(
@@ -533,6 +538,28 @@ class DecoderCache(list):
         self.products = stored == torch.float32
         if self.products:
             self.keys, self.values = self.keys.flatten(1, 2).transpose(2, 3), self.values.flatten(1, 2)
+
+    def slots(self, t: int) -> tuple[tuple[Float[Tensor, "..."], ...], ...]:
+        "For each layer: where the key and value of position `t` go, and all keys and all values up to there."
+        keys = self.keys.narrow(3, 0, t + 1)
+        values = self.values.narrow(2 if self.products else 3, 0, t + 1)
+        return self.kv.select(4, t).unbind(0), keys.unbind(0), values.unbind(0)
+
+# %% ../nbs/13_decoding.ipynb #d1f249be
+class TokenBuffers(TokenStore):
+    "A `TokenStore` with every buffer and view that a step of one token needs."
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype,  # Of the buffers
+        device: torch.device,
+        stored: torch.dtype | None = None,  # Of the keys and values; None: dtype
+    ):
+        super().__init__(config, batch_size, capacity, dtype, device, stored)
+        c, made = config, dict(dtype=dtype, device=device)
         self.x = torch.empty(batch_size, c.d_model, **made)
         self.up = torch.empty(batch_size, c.d_ff * (2 if is_gated(c.activation) else 1), **made)
         self.gate_up = self.up.chunk(2, -1)
@@ -567,11 +594,12 @@ class DecoderCache(list):
         self.q_copy = None if one_row else self.q_rows.view(self.q.shape)
         self.nothing, self.wide = torch.zeros(1, 1, 1, **stored), self.q.dtype != self.kv.dtype
 
-    def slots(self, t: int) -> tuple[tuple[Float[Tensor, "..."], ...], ...]:
-        "For each layer: where the key and value of position `t` go, and all keys and all values up to there."
-        keys = self.keys.narrow(3, 0, t + 1)
-        values = self.values.narrow(2 if self.products else 3, 0, t + 1)
-        return self.kv.select(4, t).unbind(0), keys.unbind(0), values.unbind(0)
+# %% ../nbs/13_decoding.ipynb #25a6f44d
+class DecoderCache(TokenBuffers):
+    """A `KVCache` for each layer, all in one storage, with every buffer and view that a step of one token needs.
+
+    What depends on the position is a slice of that storage, taken once per token for all layers together.
+    """
 
     def turn(self, t: int) -> None:
         "Rotate queries and keys to position `t`, from `heads` to `turned`; values are copied."
@@ -664,14 +692,9 @@ class Layer:
         ]
         return (("qk", rms_function(torch.cat(weights), attention.q_norm.eps)),)
 
-# %% ../nbs/13_decoding.ipynb #fa27c735
-class Decoder(PackedGPT):
-    """A `PackedGPT` that reads one token in as few operator calls as it can, and writes.
-
-    It can be called like the `GPT` that it was made of, with the same results up to rounding, and handed to all
-    functions of chapter 08. It stays on the device where it was made, can't be trained, and doesn't notice when the
-    model's weights change. A model with a replaced module or a hook, which it would ignore, is refused by name.
-    """
+# %% ../nbs/13_decoding.ipynb #7c00600a
+class TokenReader(PackedGPT):
+    "What a `Decoder` looks up once, and how it begins a step."
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -710,6 +733,20 @@ class Decoder(PackedGPT):
         "Of the keys and values: float32 on a CPU, whatever the weights are."
         return torch.float32 if self.place.type == "cpu" else self.dtype
 
+    def embed_one(self, tokens: Int[Tensor, "batch"], cache: DecoderCache) -> Float[Tensor, "batch d_model"]:
+        "The tokens' vectors, with their position where it is added, in the cache's buffer."
+        if self.kind == "int8":
+            cache.x.copy_(self.token_embedding(tokens))
+        else:
+            torch.index_select(self.token_embedding.weight, 0, tokens, out=cache.x)
+        if self.config.position == "sinusoidal":
+            cache.x.mul_(math.sqrt(self.config.d_model))
+        return cache.x if self.positions is None else cache.x.add_(self.positions[cache[0].length])
+
+# %% ../nbs/13_decoding.ipynb #78b00eac
+class StepReader(TokenReader):
+    "A `TokenReader` that reads one token in as few operator calls as it can."
+
     def can_step(self, cache: DecoderCache, batch_size: int) -> bool:
         "Whether `step` knows this configuration, and there is room for a token in a cache that it knows."
         room = min(cache.capacity, self.config.context_length) - cache[0].length
@@ -721,28 +758,12 @@ class Decoder(PackedGPT):
             and cache.config == self.config
         )
 
-    def hidden_states(
-        self,
-        ids: Int[Tensor, "batch seq"],
-        *,
-        attention_mask: Bool[Tensor, "batch keys"] | None = None,
-        positions: Int[Tensor, "..."] | None = None,
-        cache: list[KVCache] | None = None,
-    ) -> Float[Tensor, "batch seq d_model"]:
-        "As in `GPT`: a lone new token without padding takes a step, all else goes through the packed blocks."
-        lone = (
-            attention_mask is None and positions is None and ids.shape[1:] == (1,) and isinstance(cache, DecoderCache)
-        )
-        if lone and self.can_step(cache, len(ids)):
-            return self.step(ids[:, 0], cache)[:, None]
-        return super().hidden_states(ids, attention_mask=attention_mask, positions=positions, cache=cache)
-
     def step(
         self,
         tokens: Int[Tensor, "batch"],  # The newest token of each row
         cache: DecoderCache,  # From `new_cache`, with room for one more
     ) -> Float[Tensor, "batch d_model"]:
-        "Read one token a row: the pre-norm block of chapter 04, each product into a buffer that is there already."
+        "Read one token per row: the pre-norm block of chapter 04, each product into a buffer that is there already."
         t, x = cache[0].length, self.embed_one(tokens, cache)
         turns, qkv, up, (gate, gated_up) = cache.cos is not None, cache.qkv, cache.up, cache.gate_up
         for new_kv, keys, values, layer in zip(*cache.slots(t), self.layers):
@@ -760,15 +781,25 @@ class Decoder(PackedGPT):
             layer.length = t + 1
         return self.last_norm(x)
 
-    def embed_one(self, tokens: Int[Tensor, "batch"], cache: DecoderCache) -> Float[Tensor, "batch d_model"]:
-        "The tokens' vectors, with their position where it is added, in the cache's buffer."
-        if self.kind == "int8":
-            cache.x.copy_(self.token_embedding(tokens))
-        else:
-            torch.index_select(self.token_embedding.weight, 0, tokens, out=cache.x)
-        if self.config.position == "sinusoidal":
-            cache.x.mul_(math.sqrt(self.config.d_model))
-        return cache.x if self.positions is None else cache.x.add_(self.positions[cache[0].length])
+    def hidden_states(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        *,
+        attention_mask: Bool[Tensor, "batch keys"] | None = None,
+        positions: Int[Tensor, "..."] | None = None,
+        cache: list[KVCache] | None = None,
+    ) -> Float[Tensor, "batch seq d_model"]:
+        "As in `GPT`: a lone new token without padding takes a step, all else goes through the packed blocks."
+        lone = (
+            attention_mask is None and positions is None and ids.shape[1:] == (1,) and isinstance(cache, DecoderCache)
+        )
+        if lone and self.can_step(cache, len(ids)):
+            return self.step(ids[:, 0], cache)[:, None]
+        return super().hidden_states(ids, attention_mask=attention_mask, positions=positions, cache=cache)
+
+# %% ../nbs/13_decoding.ipynb #2bf73089
+class TextWriter(StepReader):
+    "A `StepReader` with the loop that writes."
 
     def room_for(self, batch_size: int, capacity: int) -> DecoderCache:
         "An empty cache: the last text's, if it fits."
@@ -777,6 +808,52 @@ class Decoder(PackedGPT):
         for layer in self.workspace:
             layer.reset()
         return self.workspace
+
+    @torch.inference_mode()
+    def write(
+        self,
+        ids: Int[Tensor, "batch seq"],
+        max_new_tokens: int,
+        draw: Callable[[Tensor, Tensor | None, Tensor], None],  # From `sampler`
+        seen: Bool[Tensor, "batch vocab"] | None,  # From `Sampling.mark`
+        stop_tokens: list[int],
+    ) -> Int[Tensor, "batch total"]:
+        "The loop behind `generate`: the tokens are in one tensor, one row per position."
+        (batch, seq), limit = ids.shape, self.config.context_length
+        end, first = seq + max_new_tokens, 0  # `first`: where the window begins
+        cache = self.room_for(batch, min(limit, end))
+        tokens = torch.cat([ids.t(), ids.new_empty(max_new_tokens, batch)])
+        at = tokens.unbind(0)
+        numbers, stops = NumberCheck(self), ids.new_tensor(stop_tokens)
+        done = torch.zeros(batch, dtype=torch.bool, device=self.place)
+        for t in range(seq, end):
+            if t - first > limit:  # the rule of `TextWindow`
+                first = t - max(1, limit // 2)
+                self.room_for(batch, cache.capacity)
+            if cache[0].length:
+                hidden = self.step(at[t - 1], cache)
+            else:
+                hidden = self.hidden_states(tokens[first:t].t(), cache=cache)[:, -1]
+            draw(numbers.add(self.unembed(hidden).float()), seen, at[t])
+            if stop_tokens:
+                at[t].copy_(torch.where(done, at[t - 1], at[t]))
+                done |= torch.isin(at[t], stops)
+            if seen is not None:
+                seen.scatter_(1, at[t][:, None], True)
+            if stop_tokens and bool(done.all()):
+                end = t + 1
+                break
+        numbers.ask()
+        return tokens[:end].t().contiguous()
+
+# %% ../nbs/13_decoding.ipynb #fa27c735
+class Decoder(TextWriter):
+    """A `PackedGPT` that reads one token in as few operator calls as it can, and writes.
+
+    It can be called like the `GPT` that it was made of, with the same results up to rounding, and handed to all
+    functions of chapter 08. It stays on the device where it was made, can't be trained, and doesn't notice when the
+    model's weights change. A model with a replaced module or a hook, which it would ignore, is refused by name.
+    """
 
     def generate(
         self,
@@ -812,43 +889,6 @@ class Decoder(PackedGPT):
         seen = sampling.mark(ids, self.config.vocab_size)
         return self.write(ids, int(max_new_tokens), draw, seen, stops).clone()
 
-    @torch.inference_mode()
-    def write(
-        self,
-        ids: Int[Tensor, "batch seq"],
-        max_new_tokens: int,
-        draw: Callable[[Tensor, Tensor | None, Tensor], None],  # From `sampler`
-        seen: Bool[Tensor, "batch vocab"] | None,  # From `Sampling.mark`
-        stop_tokens: list[int],
-    ) -> Int[Tensor, "batch total"]:
-        "The loop behind `generate`: the tokens stand in one tensor, a row a position."
-        (batch, seq), limit = ids.shape, self.config.context_length
-        end, first = seq + max_new_tokens, 0  # `first`: where the window begins
-        cache = self.room_for(batch, min(limit, end))
-        tokens = torch.cat([ids.t(), ids.new_empty(max_new_tokens, batch)])
-        at = tokens.unbind(0)
-        numbers, stops = NumberCheck(self), ids.new_tensor(stop_tokens)
-        done = torch.zeros(batch, dtype=torch.bool, device=self.place)
-        for t in range(seq, end):
-            if t - first > limit:  # the rule of `TextWindow`
-                first = t - max(1, limit // 2)
-                self.room_for(batch, cache.capacity)
-            if cache[0].length:
-                hidden = self.step(at[t - 1], cache)
-            else:
-                hidden = self.hidden_states(tokens[first:t].t(), cache=cache)[:, -1]
-            draw(numbers.add(self.unembed(hidden).float()), seen, at[t])
-            if stop_tokens:
-                at[t].copy_(torch.where(done, at[t - 1], at[t]))
-                done |= torch.isin(at[t], stops)
-            if seen is not None:
-                seen.scatter_(1, at[t][:, None], True)
-            if stop_tokens and bool(done.all()):
-                end = t + 1
-                break
-        numbers.ask()
-        return tokens[:end].t().contiguous()
-
 # %% ../nbs/13_decoding.ipynb #322b5059
 def bytes_per_token(
     decoder: PackedGPT,
@@ -866,9 +906,9 @@ def bytes_per_token(
 def speed_bound(
     decoder: PackedGPT,
     length: int,  # Tokens in the cache
-    bandwidth: float,  # Bytes a second, from `memory_bandwidth`
+    bandwidth: float,  # Bytes per second, from `memory_bandwidth`
 ) -> float:
-    "Tokens a second that no batch of one can pass while its weights come from memory, equation (13.1)."
+    "Tokens per second that no batch of one can pass while its weights come from memory, equation (13.1)."
     return bandwidth / bytes_per_token(decoder, length)
 
 # %% ../nbs/13_decoding.ipynb #b2a02c11
@@ -896,8 +936,8 @@ def verify(
     proposed: Int[Tensor, "seq"],  # Drawn from the rows of q
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "kept"]:
-    """The proposed tokens up to the first that is refused, equation (13.5), and one token of the large model's own,
-    (13.6).
+    """The proposed tokens up to the first that is refused, equation (13.4), and one token of the large model's own,
+    (13.5).
     """
     index = proposed[:, None]
     chance = torch.rand(len(proposed), generator=generator, dtype=p.dtype, device=p.device)
@@ -907,7 +947,7 @@ def verify(
     rest = rest if bool(rest.any()) else p[n]  # p and q agree up to rounding
     return torch.cat([proposed[:n], torch.multinomial(rest, 1, generator=generator)])
 
-
+# %% ../nbs/13_decoding.ipynb #e5bc2787
 class Reader:
     "A model and what it has read of one text: it reads only what is new, and can forget the end."
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_tokens_from_memory', 'one_query_mistakes', 'check_one_query', 'rounded_with', 'check_rows_in_eight_bits',
-           'check_how_often_kept']
+           'check_how_often_kept', 'in_eight_bits', 'only_at', 'check_outliers', 'check_unpack']
 
 # %% ../../nbs/exercises/13_decoding.ipynb #cbff0cfc
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..attention import attention_plain
@@ -186,3 +186,80 @@ def check_how_often_kept(answer: object) -> str:
         tolerance=0.005,
     )
     return "0.2 · 1 + 0.6 · 0.5 + 0.2 · 1: the sum of the smaller probabilities, the overlap of the two distributions."
+
+# %% ../../nbs/exercises/13_decoding.ipynb #821a8849
+def in_eight_bits(x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    "Each row in 255 steps of its own, and back."
+    return rounded_with(x, x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127)
+
+
+def only_at(x: Float[Tensor, "rows columns"], places: Int[Tensor, "rows kept"]) -> Float[Tensor, "rows columns"]:
+    "The numbers at these places of each row, zeros elsewhere."
+    return torch.zeros_like(x).scatter(1, places, x.gather(1, places))
+
+
+@exercise("13.5", "Outliers kept apart")
+def check_outliers(answer: object) -> str:
+    "The reader's function rounds vectors to eight bits, all but the m largest numbers of each."
+    generator = fresh("13.5")
+    for columns, m in ((12, 2), (30, 3), (9, 1)):
+        x = torch.randn(3, columns, generator=generator)
+        x[:, 1], x[1, 4], x[2, 0] = -60, 80, 70
+        large = only_at(x, x.abs().topk(m, 1).indices)
+        signed = only_at(x, x.topk(m, 1).indices)
+        whole = x.masked_fill(x.abs() < x.abs().flatten().topk(m).values[-1], 0)
+        same_values(
+            call(answer, x, m),
+            in_eight_bits(x - large) + large,
+            "rows columns",
+            f"the result for m = {m}",
+            {
+                "The large numbers still make the scale: take them out before you look for the largest "
+                "absolute value.": torch.where(large != 0, x, in_eight_bits(x)),
+                "The large numbers are gone. Add them again after rounding the rest.": in_eight_bits(x - large),
+                "Everything is rounded, and m has no effect.": in_eight_bits(x),
+                "You take the largest numbers without their absolute value, so a large negative one "
+                "stays in the scale.": in_eight_bits(x - signed) + signed,
+                "You look for the m largest numbers of the whole matrix. Each row has its own.": in_eight_bits(
+                    x - whole
+                )
+                + whole,
+            },
+            tolerance=1e-5,
+        )
+    return "The large numbers are exact, and the others have the small steps that they need."
+
+# %% ../../nbs/exercises/13_decoding.ipynb #d69435a8
+@exercise("13.6", "Two numbers in a byte")
+def check_unpack(answer: object) -> str:
+    "The reader's function makes the numbers of packed groups: scale times whole number, plus offset."
+    generator = fresh("13.6")
+    for groups, size in ((3, 16), (2, 4)):
+        packed = torch.randint(256, (groups, size), generator=generator, dtype=torch.uint8)
+        scale, low = torch.rand(groups, 1, generator=generator) + 0.5, torch.randn(groups, 1, generator=generator)
+        first, second = (packed & 15).float(), (packed >> 4).float()
+        halves = torch.cat([first, second], 1)
+        same_values(
+            call(answer, packed, scale, low),
+            halves * scale + low,
+            "groups numbers",
+            "the result",
+            {
+                "The two numbers of a byte are put side by side. In this layout the low ones are the first half "
+                "of the group, the high ones the second.": torch.stack([first, second], 2).flatten(1) * scale + low,
+                "The halves are exchanged: the low four bits hold the first half.": torch.cat([second, first], 1)
+                * scale
+                + low,
+                "The offset is missing: the smallest number of a group is written as 0.": halves * scale,
+                "You subtract 8, as for the formats without an offset. Here each group has an "
+                "offset of its own.": (halves - 8) * scale,
+                "The offset is multiplied by the scale. It is added last.": (halves + low) * scale,
+                "The high numbers are 16 times too large: shift them down by four bits.": torch.cat(
+                    [first, (packed & 240).float()], 1
+                )
+                * scale
+                + low,
+            },
+            tolerance=1e-5,
+        )
+    return "Sixteen steps for each group, two numbers in a byte: the file that this book loads is stored like this."
