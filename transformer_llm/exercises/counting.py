@@ -301,9 +301,8 @@ def check_stripe(answer: object) -> str:
         answer,
         period - 1,
         {
-            "That far back is the digit which was just read. You need the one after it, which is a little nearer.": period,
-            "Twelve and one more back is the digit before the one that was just read. You need the one after it.": period
-            + 1,
+            "That far back is the digit which was just read. You need the one after it, a little nearer.": period,
+            "Thirteen back is the digit before the one that was just read. You need the one after it.": period + 1,
             "You went one too far: the digit after the same place is needed, not the one after that.": period - 2,
             "This is the distance for the period of 8. The period is now 12.": 8 - 1,
             "The number asked for is a distance, counted downwards from the diagonal: it has no sign.": 1 - period,
