@@ -14,6 +14,7 @@ import check
 import contents
 import notebook as notebook_tool
 import pytest
+import reading
 import run
 from check import CHECKS, ROOT, bare_tensors, code_cells, load, stale
 
@@ -93,7 +94,14 @@ def notebook(title: str, cells: list[str]) -> dict:
 def write(root: Path, name: str, cells: list[str]) -> None:
     path = root / "nbs" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(notebook(path.stem, cells), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    made = notebook(path.stem, cells)
+    if contents.is_chapter(name):
+        halves = ("A lesson.\n\n## Recap\n\nIt adds.", "## The library\n\nThe same, for any number.")
+        made["cells"][1:1] = [{"cell_type": "markdown", "id": f"{number:08x}", "metadata": {}, "source": [text]}
+                              for number, text in enumerate(halves, 100)]
+    path.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if contents.is_chapter(name):
+        reading.write(path)
 
 
 def export(root: Path) -> None:
@@ -284,6 +292,28 @@ def test_no_tool_and_no_test_keeps_a_list_of_chapters():
             if found := re.search(r"\[01\]\\d|\[01\]\[0-9\]", check.source(cell)):
                 problems.append(f"{path.name}: {found.group()}")
     assert not problems, problems
+
+
+def test_a_lesson_that_is_too_long_is_noticed(small):
+    "Minutes are counted, from prose and code, up to the library half; an exported cell has its limit too."
+    path = small / "nbs" / "01_adding.ipynb"
+    book = json.loads(path.read_text(encoding="utf-8"))
+    intro = "".join(book["cells"][1]["source"])
+    book["cells"][1]["source"] = [intro + " word" * 8100]
+    path.write_text(json.dumps(book), encoding="utf-8")
+    assert any("the lesson takes 40." in problem for problem in check.lessons_are_short(small))
+    book["cells"][1]["source"], book["cells"][2]["source"] = [intro], ["## The library\n\n" + "word " * 8100]
+    path.write_text(json.dumps(book), encoding="utf-8")
+    only(check.lessons_are_short(small), "does not say its reading time")
+    reading.write(path)
+    assert check.lessons_are_short(small) == []
+    book = json.loads(path.read_text(encoding="utf-8"))
+    book["cells"][-1]["source"] = ["#| export\n" + "x = 1\n" * 61]
+    path.write_text(json.dumps(book), encoding="utf-8")
+    assert any("61 lines" in problem for problem in check.lessons_are_short(small))
+    book["cells"][2]["source"] = ["The end."]
+    path.write_text(json.dumps(book), encoding="utf-8")
+    only(check.lessons_are_short(small), "has no heading")
 
 
 def test_a_public_name_without_a_docstring_is_noticed(small):

