@@ -45,8 +45,8 @@ def memory_bandwidth(
     n_bytes: int = 2**28,  # Read at once; far more than the caches hold, or it is them that you measure
     repeats: int = 7,
 ) -> float:
-    """Bytes per second that the processor reads from memory: the best of several sums over a large matrix and products of
-    it with a vector.
+    """Bytes per second that the processor reads from memory: the best of several sums over a large matrix and of its
+    products with a vector.
     """
     columns = 2**13
     matrix, vector = torch.ones(max(1, n_bytes // (4 * columns)), columns), torch.ones(columns)
@@ -206,7 +206,7 @@ def quantise_rows(
     return torch.div(x, scale).round_().to(torch.int8, memory_format=torch.contiguous_format), scale
 
 # %% ../nbs/13_decoding.ipynb #c866ff67
-COLD = 2**19  # An eight-bit matrix of at least this many numbers is fetched by a sum before it is multiplied with one row
+COLD = 2**19  # An eight-bit matrix of at least this many numbers is fetched by a sum before its product with one row
 PIECE = 2**22  # Bytes that are fetched together
 
 
