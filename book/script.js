@@ -32,7 +32,7 @@
   const fit = new ResizeObserver(all => { for (const { target: box } of all) box.scrollWidth > box.clientWidth ? box.tabIndex = 0 : box.removeAttribute("tabindex") });
   for (const box of document.querySelectorAll("pre[tabindex], .scroll, .math.block")) fit.observe(box);
 
-  const links = new Map([...document.querySelectorAll(".contents a")].map(a => [a.hash.slice(1), a]));
+  const links = new Map([...document.querySelectorAll(".contents a")].map(a => [decodeURIComponent(a.hash.slice(1)), a]));
   if (links.size) {
     const heads = [...links.keys()].map(id => document.getElementById(id));
     const mark = () => {

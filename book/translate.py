@@ -4,11 +4,13 @@ our own renderer show alike. Nothing is executed; outputs are those that the not
 import ast
 import base64
 import html
+import io
 import re
 import struct
 from pathlib import Path
 
 import api
+from PIL import Image
 
 EQUATION = re.compile(
     r"^([ \t]*)\$\$((?:(?!\$\$).)*?)\\tag\{([\w.]+)\}((?:(?!\$\$).)*?)\$\$[ \t]*([.,;]?)[ \t]*$", re.S | re.M
@@ -87,6 +89,16 @@ def size_of_png(data: bytes) -> str:
     return f' width="{width}" height="{height}"'
 
 
+def lighter(data: bytes, kind: str) -> bytes:
+    "A picture with a palette of 256 colours, where that makes it smaller: plots have few colours and their edges."
+    if kind != "image/png":
+        return data
+    with Image.open(io.BytesIO(data)) as picture:
+        made = io.BytesIO()
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(made, "PNG", optimize=True)
+    return min(data, made.getvalue(), key=len)
+
+
 def figures(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
     """A cell's pictures as files in `folder`, and the cell (without them) followed by a figure with its caption and
     alternative text.
@@ -101,7 +113,7 @@ def figures(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
     up = "../" * page.count("/")
     tags = []
     for number, (kind, output) in enumerate(images):
-        data = base64.b64decode("".join(output["data"][kind]))
+        data = lighter(base64.b64decode("".join(output["data"][kind])), kind)
         letter = "abcdefghij"[number] if len(images) > 1 else ""
         name = f"{page.removesuffix('.html').replace('/', '-')}-{count}{letter}.{IMAGES[kind]}"
         folder.mkdir(exist_ok=True)

@@ -11,6 +11,8 @@ os.environ["MPLBACKEND"] = "Agg"
 # as a shell starts what runs in its background; the tests of Ctrl-C need it, here and in what they start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup starts what it runs
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from transformer_llm.foundations import check_shapes
 

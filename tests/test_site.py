@@ -675,7 +675,7 @@ def test_search_answers_what_a_student_types(site, browser):
     page = browser.new_page(viewport=DESKTOP)
     page.goto(site + "index.html")
     page.click("#search-open")
-    page.wait_for_function("window.bookSearch")
+    page.wait_for_function("() => !!window.bookSearch")
     wanted = {
         "overfitting": "training.html",
         "softmx": "attention.html",
