@@ -93,9 +93,12 @@ def lighter(data: bytes, kind: str) -> bytes:
     "A picture with a palette of 256 colours, where that makes it smaller: plots have few colours and their edges."
     if kind != "image/png":
         return data
-    with Image.open(io.BytesIO(data)) as picture:
-        made = io.BytesIO()
-        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(made, "PNG", optimize=True)
+    made = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(made, "PNG", optimize=True)
+    except OSError:  # what can't be read as a picture is shown as it is
+        return data
     return min(data, made.getvalue(), key=len)
 
 

@@ -129,7 +129,7 @@ class Notebook:
         self.code = [i for i, cell in enumerate(cells) if cell["cell_type"] == "code"]
         # solutions and set-up
         self.closed = [i for i in self.code if cells[i]["metadata"].get("jupyter", {}).get("source_hidden")]
-        self.solutions = [i for i in self.code if "#| code-fold: true" in self.sources[i]]
+        self.solutions = [i for i in self.code if self.sources[i].startswith("# Solution ")]
         self.questions = [
             i
             for i in self.code
