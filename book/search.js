@@ -1,5 +1,5 @@
 // How the search box reads a question: small words go, endings go, one letter may be wrong, and some words mean others.
-// Before this file stand MiniSearch and stemmer (see assets.py), behind it the sections of the book.
+// In search.js of the site the sections of the book, MiniSearch and stemmer (see assets.py) stand before this.
 window.bookSearch = (() => {
   const SMALL = new Set(`a about an and are as at be by can did do does for from get had has have how i if in into is it
     its let like make me my no not of on or our so than that the their them then there these they this those to us use
