@@ -178,6 +178,14 @@ def catches_all():
             sum(range(1000))
 
 
+def catches_in_handlers():
+    while True:
+        try:
+            catches_all()
+        except BaseException:
+            sum(range(1000))
+
+
 def prints():
     while True:
         print(".", end="")
@@ -188,7 +196,10 @@ def sleeps():
     time.sleep(60)
 
 
-@pytest.mark.parametrize("answer", [forever, stubborn, catches_all, prints, sleeps], ids=lambda answer: answer.__name__)
+ENDLESS = [forever, stubborn, catches_all, catches_in_handlers, prints, sleeps]
+
+
+@pytest.mark.parametrize("answer", ENDLESS, ids=lambda answer: answer.__name__)
 def test_an_answer_without_an_end_is_stopped(quick, answer):
     start = time.perf_counter()
     verdict = judge("99.1", answer)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTEMPTS', 'EXERCISES', 'TIME_LIMIT', 'LIMITED', 'Wrong', 'Unanswered', 'Exercise', 'Verdict', 'exercise',
-           'modules_of_checks', 'exercises_of', 'find_exercise', 'TooLong', 'time_limit', 'judge', 'check',
+           'modules_of_checks', 'exercises_of', 'find_exercise', 'TooLong', 'within', 'judge', 'check',
            'check_solution', 'accepts', 'refuses', 'brief', 'describe', 'cloned', 'unchanged', 'call', 'named_shape',
            'verb', 'same_shape', 'swapped', 'close', 'kind_of', 'same_values', 'place', 'as_python', 'same_number',
            'same_choice', 'no_leak', 'gradient_reaches', 'fresh']
@@ -18,11 +18,11 @@ import re
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor, nn
@@ -124,45 +124,43 @@ class TooLong(BaseException):
     "Raised in an answer that took too long; no `except Exception` of the answer can catch it."
 
 
-@contextmanager
-def time_limit(
+def within(
     seconds: float,
-) -> Iterator[None]:
-    "End what runs inside after so many seconds and raise `Wrong`; inside of another limit, that one holds."
+    function: Callable,
+    *arguments: object,
+) -> object:
+    """`function(*arguments)`, ended after so many seconds by `Wrong`; inside of another limit, that one holds.
+
+    An answer that catches everything is asked again and again. Only what its handler runs can't be caught, so where
+    there are alarms the next one follows after a random time, some as short as a handler is.
+    """
     thread = threading.get_ident()
     if thread in LIMITED:
-        yield
-        return
+        return function(*arguments)
     signals = _can_use_signals()
     done, lock = threading.Event(), threading.Lock()
+    over, asked = False, 0
 
     def stop(*_) -> None:
-        raise TooLong
+        nonlocal asked
+        if not over:
+            asked += 1
+            if asked > 3:
+                signal.setitimer(signal.ITIMER_REAL, 10 ** delays.uniform(-6, -2), 0.05)
+            raise TooLong
 
     def watch() -> None:
         if done.wait(seconds):
             return
-        for _ in range(100):  # again and again: the answer may catch everything
+        for _ in range(100):
             with lock:
-                if not signals and not done.is_set():
+                if not signals and not over:
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TooLong))
             if done.wait(0.05):
                 return
         print("Your answer is inside of one long operation, which can't be stopped from here; restart the kernel.")
 
-    if signals:
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds, 0.05)
-    LIMITED.add(thread)
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    except TooLong:
-        raise Wrong(
-            f"It was stopped after {seconds:g} s, for it had not come to an end: "
-            "does a loop go on for ever, or is the answer very slow?"
-        ) from None
-    finally:
+    def put_back() -> None:
         if signals:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
@@ -171,6 +169,27 @@ def time_limit(
         if not signals:  # what was raised and has not arrived
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
         LIMITED.discard(thread)
+
+    delays = Random()  # a generator of its own: seeds of the reader's are left alone
+    if signals:
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 0.05)
+    LIMITED.add(thread)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        try:
+            return function(*arguments)
+        finally:
+            over = True  # before anything else is called: from here on nothing more is raised
+            try:
+                put_back()
+            except TooLong:  # raised before, arrived now
+                put_back()
+    except TooLong:
+        raise Wrong(
+            f"It was stopped after {seconds:g} s, for it had not come to an end: "
+            "does a loop go on for ever, or is the answer very slow?"
+        ) from None
 
 
 def _can_use_signals() -> bool:
@@ -191,8 +210,7 @@ def judge(
     try:
         if answer is ... or answer is None:
             raise Unanswered("Put yours in place of the dots, and run the cell again.")
-        with time_limit(TIME_LIMIT):
-            return Verdict(number, "right", one.judge(answer))
+        return Verdict(number, "right", within(TIME_LIMIT, one.judge, answer))
     except Unanswered as reason:
         return Verdict(number, "unanswered", str(reason))
     except Wrong as reason:
