@@ -319,9 +319,9 @@ def test_flags_take_effect(capsys, text, flags):
 def test_an_existing_run_is_not_lost(capsys, run, text):
     before = fingerprint(run)
     arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 1, "--out", run)
-    refused(capsys, *arguments, says="holds a run already.*--resume.*--overwrite")
+    refused(capsys, *arguments, says="already holds a run.*--resume.*--overwrite")
     refused(capsys, *arguments, "--overwrite", "--resume", says="not allowed with")
-    refused(capsys, "train", "--out", run, "--resume", "--seed", 5, says="has seed 0; leave --seed 5 out")
+    refused(capsys, "train", "--out", run, "--resume", "--seed", 5, says="has seed 0; leave out --seed 5")
     refused(capsys, "train", "--out", run, "--resume", "--batch_size", 5, says="has batch_size 8")
     refused(
         capsys, "train", "--model_size", "demo", "--text_file", "missing.txt", "--out", run, "--overwrite",
