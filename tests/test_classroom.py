@@ -119,7 +119,7 @@ def test_the_table_of_a_class(tmp_path):
     with pytest.raises(InputError, match="--overwrite"):
         grade_class(folder, tmp_path / "marks.csv")
     (empty := tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="not a readable notebook"):
+    with pytest.raises(InputError, match="There is no notebook"):
         grade_class(empty, tmp_path / "m.csv")
 
 
@@ -139,4 +139,4 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["class", "handout", "--chapter", "0", "--book", str(BOOK), "--out", str(tmp_path / "c")]) == 0
     assert "students/00_counting.ipynb" in capsys.readouterr().out.replace("\\", "/")
     assert cli.main(["class", "grade", str(tmp_path / "nowhere"), "--out", str(tmp_path / "m.csv")]) == 2
-    assert "no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
