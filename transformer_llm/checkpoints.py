@@ -445,8 +445,8 @@ def _read_manifest(folder: Path) -> dict:
         raise InputError(f"{path} is not a checkpoint's list of files; {_other_checkpoint(folder)}.")
     if manifest["format_version"] != FORMAT_VERSION or isinstance(manifest["format_version"], bool):
         raise InputError(
-            f"Checkpoint {folder} has format version {manifest['format_version']!r:.60}, but this package reads version "
-            f"{FORMAT_VERSION}; use the version of the package that wrote it."
+            f"Checkpoint {folder} has format version {manifest['format_version']!r:.60}, but this package reads "
+            f"version {FORMAT_VERSION}; use the version of the package that wrote it."
         )
     named = CHECKPOINT_NAME.fullmatch(folder.resolve().name)
     whole = set(manifest) == {"format_version", "step", "files"} and path.read_bytes() == canonical(manifest)

@@ -299,7 +299,7 @@ def write_table(lines: Sequence[Mapping], output: str | Path) -> None:
     numbers = {key for line in lines for key in line if key[0].isdigit()}
     columns = ["notebook", "right", "of", "problem", *sorted(numbers, key=lambda n: [*map(int, n.split("."))])]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="", encoding="utf-8-sig") as file:  # with the byte-order mark that spreadsheets look for
+    with open(output, "w", newline="", encoding="utf-8-sig") as file:  # spreadsheets need this byte-order mark
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(lines)

@@ -73,7 +73,7 @@ NO_SPEECH = ("SONG.", "THE SONG.", "DUMB SHOW.")
 def play_blocks(
     markdown: str,  # One play
 ) -> Iterator[list[str]]:
-    "The play's paragraphs as lists of lines, without stage directions; a paragraph of nothing else gives an empty list."
+    "The play's paragraphs as lists of lines without stage directions; a paragraph of nothing else gives an empty list."
     text = html.unescape(markdown.replace("\\", ""))
     for slip, mended in REPAIRS:
         text = text.replace(slip, mended)

@@ -55,7 +55,7 @@ from .training import Trainer, TrainingConfig, open_data, training_note
 from .transformer import GPT, PRESETS, GPTConfig, training_memory_bytes
 
 # %% ../nbs/84_runs.ipynb #ed3c3a07
-TRAINING_FIELDS = tuple(f.name for f in fields(TrainingConfig) if f.name != "context_length")  # which belongs to the model
+TRAINING_FIELDS = tuple(f.name for f in fields(TrainingConfig) if f.name != "context_length")  # the model's
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class RunConfig:
         "The configuration with these fields, its own and `TrainingConfig`'s; an unknown name raises `InputError`."
         own = [f.name for f in fields(cls) if f.name != "training"]
         if not isinstance(values, Mapping) or (unknown := sorted(set(map(str, values)) - {*own, *TRAINING_FIELDS})):
-            what = f"{values!r:.60} is not a" if not isinstance(values, Mapping) else f"{', '.join(unknown)} is an unknown"
+            wrong = not isinstance(values, Mapping)
+            what = f"{values!r:.60} is not a" if wrong else f"{', '.join(unknown)} is an unknown"
             raise InputError(f"{what} setting of a run; the settings are {', '.join([*own, *TRAINING_FIELDS])}.")
         training = {name: value for name, value in values.items() if name in TRAINING_FIELDS}
         return cls(**{name: value for name, value in values.items() if name in own}, training=training)
