@@ -86,7 +86,7 @@ WRONG = [
     ({"val_fraction": 1}, "val_fraction must be"),
     ({"dropout": "much"}, "dropout must be"),
     ({"epochs": float("nan")}, "epochs must be"),
-    ({"epochs": 1, "max_steps": 5}, "give one of them"),
+    ({"epochs": 1, "max_steps": 5}, "give only one of them"),
     ({"fast": "yes"}, "fast must be true or false"),
     ({"fast": 3}, "fast must be true or false"),
     (5, "5 is not a setting"),

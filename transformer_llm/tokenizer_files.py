@@ -522,7 +522,7 @@ def load_tiktoken(
 def read_lines(path: str | Path, max_bytes: int = 2**28) -> list[bytes]:
     "The lines of a file of at most `max_bytes`."
     with open_regular(path) as file:
-        content = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)  # `read` allocates what it is asked for
+        content = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)  # `read` allocates it all
     if len(content) > max_bytes:
         raise InputError(f"{path} is larger than the {max_bytes:,} bytes that such a file may have.")
     return content.splitlines()
