@@ -1023,7 +1023,7 @@ def test_bench_refuses_results_of_another_machine(capsys, cheap):
     results["machine"]["processor"] = "Another"
     Path("benchmark.json").write_text(json.dumps(results), encoding="utf-8")
     before = fingerprint(Path("."))
-    refused(capsys, "bench", says="measured otherwise .processor.")
+    refused(capsys, "bench", says="measured differently .processor.")
     assert fingerprint(Path(".")) == before
 
 

@@ -97,7 +97,7 @@ class Conversation:
     ):
         self.stop_tokens = text_stops(model, tokenizer, stop_tokens)
         if not hasattr(model, "new_cache"):
-            raise InputError(f"A conversation needs a model with a cache (a GPT or a Decoder), not {show_value(model)}.")
+            raise InputError(f"A conversation needs a GPT or a Decoder (with a cache), not {show_value(model)}.")
         if not isinstance(system, str | None):
             raise InputError(f"system must be a text or None, not {show_value(system)}.")
         parse_template(template)
