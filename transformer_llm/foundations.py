@@ -21,6 +21,7 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import BinaryIO
 
@@ -326,10 +327,22 @@ def largest_difference(a, b) -> float:
 
 # %% ../nbs/90_foundations.ipynb #077f6397
 def shape_checker(function):
-    "Decorate `function` with beartype's run-time type check, which also accepts a whole number as a `float`."
-    from beartype import BeartypeConf, beartype
+    """Decorate `function` with beartype's run-time type check, which also accepts a whole number as a `float`.
 
-    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+    The check is written when the function is first called: a page that imports a thousand functions calls few of them.
+    """
+    checked = None
+
+    @wraps(function)
+    def check_and_call(*args, **kwargs):
+        nonlocal checked
+        if checked is None:
+            from beartype import BeartypeConf, beartype
+
+            checked = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+        return checked(*args, **kwargs)
+
+    return check_and_call
 
 
 def check_shapes() -> None:
