@@ -18,6 +18,8 @@ from transformer_llm.foundations import check_shapes
 
 check_shapes()
 
+import jaxtyping
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from tqdm import std
@@ -33,3 +35,13 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "browser: needs Chromium and playwright (make test-browser); skipped where they are missing"
     )
+
+
+@pytest.fixture
+def unchecked():
+    """Shapes are not checked in this test, which calls the same functions many thousand times: the checks would take
+    most of its time, and its neighbours call the same functions with the checks on.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

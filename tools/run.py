@@ -84,6 +84,7 @@ def main() -> int:
     environment = dict(
         os.environ, OMP_NUM_THREADS="1", PYTHONUTF8="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1"
     )
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or every kernel would compile the package anew
     notebooks, notebooks_failed = run_notebooks(environment)
     tests, tests_failed, skipped = run_pytest(environment)
     left = left_behind(before)
