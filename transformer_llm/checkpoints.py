@@ -154,7 +154,7 @@ def discard_checkpoint(folder: str | Path) -> None:
     os.rename(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
-
+# %% ../nbs/85_checkpoints.ipynb #aade5c64
 def prune_checkpoints(run_directory: str | Path, keep: int) -> None:
     "Delete all but the newest `keep` checkpoints; always keeps one, and those into which somebody put a file."
     for folder in checkpoint_folders(run_directory)[: -max(1, keep)]:
@@ -255,7 +255,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         reason = "the disk is full; free some space and run the same command again" if full else str(error)
         raise InputError(f"Can't write {path}: {reason}.") from error
 
-
+# %% ../nbs/85_checkpoints.ipynb #c5cd39d8
 def save_checkpoint(
     run_directory: str | Path,  # In which the folder `step-…` appears
     step: int,  # Updates made so far
@@ -387,7 +387,7 @@ class RunLock:
     def __exit__(self, *error) -> None:
         self.release()
 
-
+# %% ../nbs/85_checkpoints.ipynb #00835ed7
 def _lock_file(file: TextIO) -> None:
     if os.name == "nt":
         import msvcrt
@@ -477,7 +477,7 @@ def verify_checkpoint(folder: str | Path) -> dict:
         _verify_file(folder / name, manifest["files"][name])
     return manifest
 
-
+# %% ../nbs/85_checkpoints.ipynb #bedef3e0
 def _verify_file(file: Path, entry: Any) -> None:
     other = _other_checkpoint(file.parent)
     check_regular(file)
@@ -577,7 +577,7 @@ def load_checkpoint(
     except OSError as error:
         raise InputError(os_error_sentence("read", folder, error)) from error
 
-
+# %% ../nbs/85_checkpoints.ipynb #528f53db
 def _and_more(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
@@ -617,7 +617,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str | Path
             else:
                 place.data = weights[name].to(place.device, copy=True)
 
-
+# %% ../nbs/85_checkpoints.ipynb #eace4f38
 def build_model(
     config: GPTConfig,
     weights: dict[str, Tensor],

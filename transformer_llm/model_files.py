@@ -247,6 +247,12 @@ class GGUFCursor:
     ):
         self.data, self.at = memoryview(data), 0
 
+    def begin(self, magic: bytes) -> None:
+        "Pass over the bytes that the file has to begin with."
+        if bytes(self.data[: len(magic)]) != magic:
+            raise InputError(f"it does not begin with {magic.decode()}")
+        self.at = len(magic)
+
     def most(self, what: str, count: int) -> int:
         "Return the count if a model can have that many."
         if count > GGUF_MOST[what]:
@@ -342,9 +348,7 @@ class GGUFHeader(GGUFCursor):
     ):
         super().__init__(data)
         self.n_values, self.quantized = 0, quantized
-        if bytes(self.data[:4]) != b"GGUF":
-            raise InputError("it does not begin with GGUF")
-        self.at = 4
+        self.begin(b"GGUF")
         version, n_tensors, n_settings = (self.number(form) for form in "IQQ")
         if version not in (2, 3):
             raise InputError(f"it has version {version}, but only 2 and 3 can be read")

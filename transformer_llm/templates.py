@@ -56,7 +56,7 @@ def few(chars: str | None) -> str | None:
     "The characters that a template strips, if they are few: each character of a text is compared with them."
     return chars if chars is None or len(chars) <= 100 else refuse(f"a list of {len(chars):,} characters to strip")
 
-
+# %% ../nbs/83_templates.ipynb #25797e01
 class Text(str):
     """A text that remembers who wrote it: `said` has a 1 for each character from a message and a 0 for each one from
     the template.
@@ -135,7 +135,7 @@ class Text(str):
         "The longest pieces with a single writer, and whether that is a message."
         return [(str(self)[run.start() : run.end()], run[0][0] == 1) for run in re.finditer(rb"\x00+|\x01+", self.said)]
 
-
+# %% ../nbs/83_templates.ipynb #76e92519
 def enough(pieces: list[str]) -> list[str]:
     "The pieces of a text, unless there are more than any chat needs."
     return pieces if len(pieces) <= MOST_STEPS else refuse(f"a text of more than {MOST_STEPS:,} pieces")
@@ -194,7 +194,7 @@ class Loop:
     values: list
     index: int
 
-
+# %% ../nbs/83_templates.ipynb #94d8e36c
 @dataclass
 class State:
     "A rendering in progress."
@@ -639,7 +639,7 @@ def as_number(value: object) -> float:
         raise TypeError(f"{show_kind(value)} is not a number")
     return small(value)
 
-
+# %% ../nbs/83_templates.ipynb #acbad82a
 def to_round(state: State, value: object, precision: int = 0, method: str = "common") -> float:
     "A number rounded to `precision` decimal places."
     if not (isinstance(precision, int) and 0 <= precision <= 15) or method not in ("common", "ceil", "floor"):
@@ -736,6 +736,7 @@ FILTERS: dict[str, Callable] = {
 }
 FILTERS["d"] = FILTERS["default"]
 
+# %% ../nbs/83_templates.ipynb #e1dabba5
 TESTS: dict[str, Callable] = {
     "defined": lambda state, value: not isinstance(value, Undefined),
     "undefined": lambda state, value: isinstance(value, Undefined),
@@ -867,7 +868,7 @@ FUNCTIONS: dict[str, Callable] = {
     "strftime_now": strftime_now,
 }
 
-
+# %% ../nbs/83_templates.ipynb #7839399d
 def call_method(state: State, value: object, name: str, args: list, options: dict) -> object:
     "`text.strip()`, `dictionary.items()`: one of the few methods in the table."
     if isinstance(value, Loop) and name == "cycle" and args and not options:
@@ -980,7 +981,7 @@ def read_assign_block(state: State, node: nodes.AssignBlock) -> str | None:
         bind(state, node.target, state.made(value))
     return leaves
 
-
+# %% ../nbs/83_templates.ipynb #c7982ab3
 @reads(nodes.Macro)
 def read_macro(state: State, node: nodes.Macro) -> None:
     "`macro name(...)` ... `endmacro`: a function that can be called from here on."
@@ -1123,7 +1124,7 @@ def mark_message(state: State, message: dict) -> dict:
         )
     return mark(state, message) | {Text("role"): Text(role)}
 
-
+# %% ../nbs/83_templates.ipynb #07923a1f
 @dataclass(frozen=True)
 class Rendered:
     "A conversation as its model reads it."

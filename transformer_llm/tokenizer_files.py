@@ -666,7 +666,7 @@ def split_stream(
             enough = max(size, 2 * length)
     yield split("".join(parts)), None
 
-
+# %% ../nbs/82_tokenizer_files.ipynb #27aa1d27
 def encode_stream(
     tokenizer: BPETables,
     chunks: Iterable[str],  # Pieces of one text
