@@ -12,8 +12,8 @@ from functools import cache
 from importlib.resources import files
 
 import colab
-import execute
 import contents
+import execute
 import pytest
 from check import ROOT, SHAPED
 
