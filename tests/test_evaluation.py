@@ -176,12 +176,9 @@ def test_options_don_t_depend_on_what_else_is_in_the_batch(changes):
         assert choose(model, CHARACTERS, "over the", options, by=by) == (together.totals / lengths[by]).argmax()
 
 
-SCALED = {"rope_scaling": {"kind": "dynamic", "factor": 2.0, "original_context_length": 16}}
-
-
 @pytest.mark.parametrize(
     "changes",
-    [*({"position": kind} for kind in ("learned", "sinusoidal", "rotary", "alibi", "none")), {"window": 3}, SCALED],
+    [*({"position": kind} for kind in ("learned", "sinusoidal", "rotary", "alibi", "none")), {"window": 3}],
     ids=str,
 )
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -205,6 +202,17 @@ def test_questions_don_t_depend_on_their_batch(changes, batch_size):
     assert score_questions(model, CHARACTERS, []) == []
 
 
+def test_a_model_whose_angles_follow_the_text_reads_whole_rows():
+    scaling = {"kind": "dynamic", "factor": 2.0, "original_context_length": 8}
+    model = small_model(CHARACTERS.vocab_size, context_length=64, rope_scaling=scaling)
+    found = score_questions(model, CHARACTERS, [("the lazy", [" dog", " fox"]), ("over", [" the", " dog"])])
+    for scores, pair in zip(found, [("the lazy dog", "the lazy fox"), ("over the", "over dog")]):
+        ids = torch.tensor([CHARACTERS.encode(text) for text in pair])
+        with torch.no_grad():
+            log_p = model(ids[:, :-1]).double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        assert torch.allclose(scores.totals, log_p[:, -4:].sum(1), atol=1e-4)
+
+
 def test_a_question_is_read_once(monkeypatch):
     read, hidden_states = [], GPT.hidden_states
 
@@ -215,8 +223,8 @@ def test_a_question_is_read_once(monkeypatch):
     monkeypatch.setattr(GPT, "hidden_states", counted)
     options = [" dog", " fox", " noon"]
     score_questions(READER, CHARACTERS, [("over the", options)])
-    shared = len("over the ")  # the options' blank, too
-    assert read == [shared, 3 * (len("noon") - 1)]
+    # the question, then of each option all but the last token, padded to the longest
+    assert read == [len("over the"), 3 * (len(" noon") - 1)]
 
 
 EXAMPLES = {
