@@ -5,10 +5,10 @@ if FORMAT ~= "typst" then
   return {}
 end
 
--- Names of functions stand close to their argument, and a symbol has the name that Typst gives it now.
+-- Names of functions stand close to their argument, \! is a sixth of an em, and a symbol has Typst's name of today.
 function Math(math)
   local text = pandoc.write(pandoc.Pandoc({ pandoc.Plain({ math }) }), "typst")
-  text = text:gsub('"(%a+)" \\%(', 'op("%1")\\('):gsub("dot%.circle", "dot.o")
+  text = text:gsub('"(%a+)" \\%(', 'op("%1")\\('):gsub("#h%(%-1em%)", "#h(-0.167em)"):gsub("dot%.circle", "dot.o")
   return pandoc.RawInline("typst", (text:gsub("%s+$", "")))
 end
 
@@ -27,6 +27,9 @@ function Div(div)
     local number = pandoc.utils.stringify(div.content[#div.content])
     div.content:remove(#div.content)
     return call('equation("' .. number .. '")', div.content, div.identifier)
+  end
+  if div.classes:includes("exercise") then  -- its title is never the last line of a page
+    div.content[1] = pandoc.Div(call("block(sticky: true)", pandoc.Blocks({ div.content[1] })))
   end
   for _, name in ipairs({ "exercise", "hint", "lead", "answer" }) do
     if div.classes:includes(name) then
