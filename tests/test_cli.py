@@ -1112,6 +1112,15 @@ def test_a_pipe_is_no_text_file(capsys, command):
     "It can be read only once; it was called empty, or waited for without end."
     os.mkfifo("pipe")
     refused(capsys, *command.split(), "--text_file", "pipe", says="pipe")
+    if Path("/dev/fd").is_dir():  # what a shell makes of <(...)
+        read, write = os.pipe()
+        os.write(write, b"the cat sat on a mat " * 99)
+        os.close(write)
+        try:
+            refused(capsys, *command.split(), "--text_file", f"/dev/fd/{read}", says="can be read only once")
+        finally:
+            os.close(read)
+    assert os.listdir() == ["pipe"]
 
 
 def test_without_streams(monkeypatch, capsys, run):
@@ -1292,6 +1301,13 @@ def test_one_process_at_a_time(capsys, text):
             refused(capsys, *arguments, *options, says=str(other.pid) if "--overwrite" in options else "")
         refused(capsys, "train", "--resume", "--out", "run", "--max_steps", 3, says=str(other.pid))
         assert fingerprint(Path("run")) == before
+        other.kill()
+    code = code.replace("'run'", "'new'")
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:  # one that has written nothing yet
+        other.stdout.readline()
+        for options in ((), ("--overwrite",)):
+            refused(capsys, *arguments[:-1], "new", *options, says=str(other.pid))
+        assert os.listdir("new") == [".lock"]
         other.kill()
     succeeds(capsys, "train", "--resume", "--out", "run", "--max_steps", 3)
     lock_run("run").release()
