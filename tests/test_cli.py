@@ -483,7 +483,7 @@ def test_texts_and_vocabularies_that_do_not_fit(capsys, text):
     refused(capsys, "tokenizer", "train", "--text_file", text, "--vocab_size", 50_000, says="50,?000")
     refused(capsys, "train", "--text_file", text, "--vocab_size", 100, says="vocab_size must be .* 257")
     refused(
-        capsys, "train", "--text_file", text, "--vocab_size", 100, "--tokenizer", "char", says="--tokenizer bpe only"
+        capsys, "train", "--text_file", text, "--vocab_size", 100, "--tokenizer", "char", says="only with --tokenizer bpe"
     )
     refused(capsys, "train", "--text_file", text, "--tokenizer", "nowhere.json", says="nowhere.json")
     Path("bad.json").write_text("{", encoding="utf-8")
@@ -996,7 +996,7 @@ def test_bench_of_some_sections(capsys, cheap):
         (["--seed", "-1"], "--seed must be"),
         (["--seed", "x"], "--seed must be"),
         (["--output", "folder"], "folder is a folder"),
-        (["--output", "diary.json"], "no file of results"),
+        (["--output", "diary.json"], "not a file of results"),
         (["--output", "diary.json/r.json"], "diary.json"),
         (["--output", "r.png"], "ends in .json"),
         (["--output", "mine.json"], "mine.png exists"),
