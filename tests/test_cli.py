@@ -483,7 +483,8 @@ def test_texts_and_vocabularies_that_do_not_fit(capsys, text):
     refused(capsys, "tokenizer", "train", "--text_file", text, "--vocab_size", 50_000, says="50,?000")
     refused(capsys, "train", "--text_file", text, "--vocab_size", 100, says="vocab_size must be .* 257")
     refused(
-        capsys, "train", "--text_file", text, "--vocab_size", 100, "--tokenizer", "char", says="only with --tokenizer bpe"
+        capsys, "train", "--text_file", text, "--vocab_size", 100, "--tokenizer", "char",
+        says="only with --tokenizer bpe"
     )
     refused(capsys, "train", "--text_file", text, "--tokenizer", "nowhere.json", says="nowhere.json")
     Path("bad.json").write_text("{", encoding="utf-8")
