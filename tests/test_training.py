@@ -532,18 +532,18 @@ def test_what_others_put_beside_a_runs_files_stays(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_not_taken_for_ones_own(tmp_path):
     make_trainer(tmp_path, CONFIG.replace(max_steps=1)).train()
-    with pytest.raises(InputError, match="none is ever overwritten"):
+    with pytest.raises(InputError, match="never overwritten"):
         make_trainer(tmp_path).save()
 
 
 def test_an_incomplete_newest_checkpoint_is_skipped_aloud(tmp_path):
     make_trainer(tmp_path).train()
     (tmp_path / "step-0000006" / "checkpoint.json").unlink()
-    with pytest.warns(Note, match="step-0000006 lacks its checkpoint.json and is skipped; .*step-0000004 is used"):
+    with pytest.warns(Note, match="step-0000006 has no checkpoint.json and is skipped; .*step-0000004 is used"):
         assert load_checkpoint(tmp_path).step == 4
     for folder in tmp_path.glob("step-*"):
         (folder / "checkpoint.json").unlink(missing_ok=True)
-    with pytest.raises(InputError, match="step-0000006 lacks its checkpoint.json"):
+    with pytest.raises(InputError, match="step-0000006 has no checkpoint.json"):
         load_model(tmp_path)
 
 
