@@ -19,8 +19,9 @@ import random
 import secrets
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,13 +30,13 @@ class InputError(ValueError):
     "Something that was given to the package can't be used; the message says what, and what to do instead."
 
     def __init__(self, message: str = ""):
-        # a file name that is not UTF-8 arrives as lone surrogates, which no terminal or file takes
+        # a file name that is not UTF-8 arrives as lone surrogates, which no terminal or file accepts
         super().__init__(str(message).encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 # %% ../nbs/90_foundations.ipynb #8485f010
 def show_value(value: object, length: int = 60) -> str:
-    "A value as a sentence quotes it: its `repr`, cut visibly after `length` signs; a huge whole number as `-1e+309`."
+    "A value as a message quotes it: its `repr`, visibly cut after `length` characters; huge integers as `-1e+309`."
     if isinstance(value, int) and abs(value) >= 10**30:
         exponent = math.floor(math.log10(abs(value)))
         return f"{'-' if value < 0 else ''}{10 ** (math.log10(abs(value)) - exponent):.3g}e+{exponent}"
@@ -107,7 +108,7 @@ def user_path(path: str | Path) -> Path:
         raise InputError(f"A path must be text, not {show_value(path)}.")
     text = os.fsdecode(path)
     if "\0" in text:
-        raise InputError(f"The path {show_value(text)} holds a zero byte, which no file name may; check the path.")
+        raise InputError(f"The path {show_value(text)} contains a zero byte, which no file name can; check the path.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -173,9 +174,9 @@ def sync_folder(path: Path) -> None:
 # %% ../nbs/90_foundations.ipynb #4ed7f7dc
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Give a binary file to write to, which takes the name `path` only when all of it is on the disk.
+    """Give a binary file to write to; it gets the name `path` only when all of it is on the disk.
 
-    A new file has the permissions that your umask leaves it, one that is replaced keeps those it had.
+    A new file gets the permissions that your umask allows; a file that is replaced keeps the ones it had.
     """
     path = Path(path)
     temporary = None
@@ -186,7 +187,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             _refuse_all_but_files(path, old)  # as root, a rename would replace /dev/null itself
         name = path.parent / f".{path.name[:40]}.{secrets.token_hex(6)}.part"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        descriptor = os.open(name, flags, 0o666)  # the system takes the umask's bits away
+        descriptor = os.open(name, flags, 0o666)  # the system clears the umask's bits
         temporary = name
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -204,7 +205,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.remove(temporary)
 
 # %% ../nbs/90_foundations.ipynb #0ed27f39
-JSON_BYTES = 64 * 2**20  # the largest JSON file that is read where nothing else is said: all of them are far smaller
+JSON_BYTES = 64 * 2**20  # the default size limit for JSON files; real ones are far smaller
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -215,7 +216,7 @@ def write_json(path: str | Path, value: object) -> None:
     except UnicodeEncodeError as error:
         bad = text[max(0, error.start - 40) : error.end]
         raise InputError(
-            f"Can't write {path}: {show_value(bad)} is not UTF-8 text; rename what is called so."
+            f"Can't write {path}: {show_value(bad)} is not UTF-8 text; rename whatever has that name."
         ) from error
     with atomic_write(path) as file:
         file.write(content)
@@ -232,7 +233,7 @@ def read_json(
             size = os.fstat(file.fileno()).st_size  # `read` takes as much memory as it is asked for
             content = file.read(min(max_bytes, size) + 1)
         if len(content) > max_bytes:
-            raise InputError(f"{path} is larger than the {max_bytes:,} bytes that such a JSON file may have.")
+            raise InputError(f"{path} is larger than the {max_bytes:,} bytes allowed for such a JSON file.")
         return json.loads(content.decode("utf-8"))
     except OSError as error:
         raise InputError(os_error_sentence("read", path, error)) from error
@@ -245,7 +246,7 @@ def read_json(
 
 # %% ../nbs/90_foundations.ipynb #259172da
 def sha256_of(path: str | Path) -> str:
-    "The SHA-256 of a file's bytes, as 64 hexadecimal digits; how the book tells whether a file is the one it was."
+    "The SHA-256 of a file's bytes, as 64 hexadecimal digits; it shows whether a file has changed."
     try:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -261,8 +262,8 @@ def cache_dir() -> Path:
     if base:
         return Path(base) / "transformer_llm"
     home = Path(os.path.expanduser("~"))
-    if not home.is_absolute():  # no HOME, and the user's number has no name
-        raise InputError("No home folder is known to hold downloads; set HOME or TRANSFORMER_LLM_CACHE to a folder.")
+    if not home.is_absolute():  # no HOME, and no account for the user's number
+        raise InputError("Can't find a home folder for downloads; set HOME or TRANSFORMER_LLM_CACHE to a folder.")
     return home / ".cache" / "transformer_llm"
 
 # %% ../nbs/90_foundations.ipynb #218f80b1
@@ -284,7 +285,7 @@ def set_seed(seed: int = 0):
 def pick_device(name: str = "auto"):
     """The `torch.device` of that name.
 
-    `auto` takes a CUDA GPU, else Apple's, else the CPU. Raises `InputError` for one that isn't there.
+    `auto` picks a CUDA GPU if there is one, else Apple's, else the CPU. Raises `InputError` for a missing one.
     """
     import torch
 
@@ -325,15 +326,54 @@ def largest_difference(a, b) -> float:
     return torch.stack(largest).max().item() if largest else 0.0  # torch's max keeps a NaN, Python's can lose it
 
 # %% ../nbs/90_foundations.ipynb #077f6397
-def shape_checker(function):
-    "Decorate `function` with beartype's run-time type check, where a whole number may stand for a `float`."
-    from beartype import BeartypeConf, beartype
+def _kind_of_call(args, kwargs) -> tuple | None:
+    "The types of a call's arguments, for tensors also shape and dtype; None if one of them holds other values."
+    import torch
 
-    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+    kind = []
+    for name, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, torch.Tensor):
+            kind.append((name, type(value), value.shape, value.dtype))
+        elif isinstance(value, Collection) and not isinstance(value, (str, bytes)):
+            return None
+        else:
+            kind.append((name, type(value)))
+    return tuple(kind)
+
+
+def shape_checker(function, limit: int = 1000):
+    """Decorate `function` with beartype's run-time type check, which also accepts a whole number as a `float`.
+
+    The check is written when the function is first called: a page imports a thousand functions and calls few of them.
+    A call whose arguments have the types, shapes and dtypes of an earlier one that passed isn't checked again, for
+    up to `limit` kinds of calls; calls with lists, dictionaries and the like are checked every time.
+    """
+    checked, passed = None, set()
+
+    @wraps(function)
+    def check_and_call(*args, **kwargs):
+        nonlocal checked
+        try:
+            kind = _kind_of_call(args, kwargs)
+            known = kind in passed
+        except TypeError:  # while torch.export traces, a length is a symbol without a hash
+            kind, known = None, False
+        if known:
+            return function(*args, **kwargs)
+        if checked is None:
+            from beartype import BeartypeConf, beartype
+
+            checked = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+        result = checked(*args, **kwargs)
+        if kind is not None and len(passed) < limit:
+            passed.add(kind)
+        return result
+
+    return check_and_call
 
 
 def check_shapes() -> None:
-    """From now on check jaxtyping's shapes in modules of this package that are imported later, and in later cells of a
+    """Turn on jaxtyping's shape checks for modules of this package imported from now on, and for later cells of a
     notebook.
     """
     import importlib
