@@ -188,6 +188,17 @@ def test_stale_notebooks_are_noticed():
     assert [stale(notebook) for notebook in (changed, cleared, unmarked)] == ["code", "outputs", "code and outputs"]
 
 
+def test_a_caption_is_no_code():
+    before, caption, other, code = (
+        notebook("A page", [f'#| {directive}: "A line."\nadded(1, {number})'])
+        for directive, number in (("fig-cap", 2), ("fig-alt", 2), ("code-summary", 2), ("fig-cap", 3))
+    )
+    caption["cells"][-1]["source"][0] = '#| fig-cap: "Another line."\n'
+    for changed, expected in ((before, ""), (caption, ""), (other, "code"), (code, "code")):
+        changed["metadata"]["executed"] = before["metadata"]["executed"]
+        assert stale(changed) == expected
+
+
 @pytest.mark.parametrize("line", ["from .doubling import doubled", "from transformer_llm.doubling import doubled",
                                   "import transformer_llm.doubling", "from . import doubling"])
 @pytest.mark.parametrize("inside", [False, True], ids=["at the top", "in a function"])
