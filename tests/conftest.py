@@ -37,6 +37,15 @@ def pytest_configure(config):
     )
 
 
+LONGEST = ("test_site", "test_decoding", "test_cli", "test_pretrained", "test_lab", "test_kill", "test_benchmark")
+
+
+def pytest_collection_modifyitems(items):
+    "The files that take longest come first, so that two processes that share the files end at about the same time."
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture
 def unchecked():
     """Shapes are not checked in this test, which calls the same functions many thousand times: the checks would take

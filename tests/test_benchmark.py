@@ -407,7 +407,7 @@ def test_the_committed_results_are_whole():
 )
 def test_what_is_no_file_of_results(tmp_path, content):
     (tmp_path / "x.json").write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match="x.json (is not a readable JSON|holds no results)"):
+    with pytest.raises(InputError, match="x.json (is not a readable JSON|holds no benchmark results)"):
         load_results(tmp_path / "x.json")
 
 

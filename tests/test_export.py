@@ -361,8 +361,8 @@ def test_which_presets_can_be_given():
         (dict(rope_scaling=RopeScaling("divisors", divisors=(1.0, 2.0, 3.0, 4.0))), "llama: rope_scaling='divisors'"),
         (
             dict(activation="relu2", output_bias=True),
-            "activation='relu2' has no counterpart there (GPT-2's network is made with "
-            "GELU and that of the others with SwiGLU) and output_bias",
+            "activation='relu2' has no counterpart there (GPT-2's feed-forward network "
+            "uses GELU and that of the others SwiGLU) and output_bias",
         ),
     ],
 )

@@ -1745,7 +1745,7 @@ def test_gpt2_tensors_that_do_not_fit(good_folders, tmp_path, change):
 @pytest.mark.parametrize(
     "index, match",
     [
-        ({"weight_map": {"a": "../../etc/passwd"}}, "passwd.*own folder"),
+        ({"weight_map": {"a": "../../etc/passwd"}}, "passwd.*in its folder"),
         ({"weight_map": {"a": "/etc/passwd"}}, "in its folder"),
         ({"weight_map": {"a": "../model.safetensors"}}, "in its folder"),
         ({"weight_map": {"a": "/tmp/model.safetensors"}}, "in its folder"),

@@ -249,11 +249,16 @@ def test_overwrite_deletes_only_what_the_run_wrote(run, text):
         "tokens/notes.txt": "beside the tokens",
         "tokens-2/thesis.txt": "a folder named like tokens",
         ".step-x.part": "mine",
+        "tensorboard/notes.txt": "beside the curves",
     }
+    events = run / "tensorboard" / "events.out.tfevents.1700000000.host"
+    events.parent.mkdir()
+    events.write_bytes(b"the old run's curves")
     for name, said in mine.items():
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text(said, encoding="utf-8")
     start_run(run, settings(text, 2), overwrite=True).train()
+    assert not events.exists()
     left = snapshot(run)
     assert {name: left.get(name, b"gone").decode("utf-8") for name in mine} == mine
     assert not (run / "step-0000003" / "model.safetensors").exists() and (run / "step-0000002").is_dir()

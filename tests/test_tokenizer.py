@@ -1522,7 +1522,7 @@ def hostile(**changes):
     [
         (hostile(tokens=lambda t: [*t[:-1], t[0]]), "occurs twice"),
         (hostile(tokens=lambda t: []), "special token"),
-        (hostile(tokens=lambda t: t[1:]), "none of its"),
+        (hostile(tokens=lambda t: t[1:]), "not one of its"),
         (hostile(tokens=lambda t: ["€x", *t[1:]]), "byte-level"),
         (hostile(tokens=lambda t: [*t[1:], "zzzz"]), "lacks 1 of the 256 bytes|byte-level|special"),
         (hostile(tokens=lambda t: ["\ud800" * 99, *t[1:]]), "byte-level"),

@@ -32,9 +32,9 @@ def notebooks(root: Path = ROOT) -> list[Path]:
 
 
 def fingerprints(notebook: dict) -> dict[str, str]:
-    "A hash of all code cells' sources, in order, and one of their outputs."
+    "A hash of all code cells' sources, in order, and one of their outputs; figures' captions are words, not code."
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    sources = ["".join(cell["source"]).strip() for cell in cells]
+    sources = [re.sub(r"^#\| fig-.*\n?", "", "".join(cell["source"]), flags=re.M).strip() for cell in cells]
     outputs = [cell.get("outputs", []) for cell in cells]
     return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()[:16]
             for name, value in (("code", sources), ("outputs", outputs))}

@@ -722,7 +722,7 @@ def loss_runs(plan: Plan, run: Callable[[str, Plan, int], dict] = run_once) -> d
 
 
 def losses_in_words(runs: Iterable[Mapping]) -> str:
-    "The losses of some runs, as `1.871` or `1.871 to 1.875`, or that they are unknown."
+    "The losses of some runs, as `1.871` or `1.871 to 1.875`, or `unknown`."
     losses = [run["val_loss"] for run in runs if run["val_loss"] is not None]
     return " to ".join(dict.fromkeys(f"{value:.3f}" for value in (min(losses), max(losses)))) if losses else "unknown"
 
@@ -738,7 +738,7 @@ def run_figure(name: str, runs: list[dict] | str) -> dict:
 
 
 def reaches(runs: Iterable[Mapping], references: Iterable[list[dict] | str]) -> dict[str, bool | None]:
-    "As a condition: whether the median loss of some runs is at most the final loss of the fastest reference."
+    "A condition: whether the median loss of some runs is at most the final loss of the fastest reference."
     there = [run for each in references if not isinstance(each, str) for run in each]
     target = min(there, key=lambda run: run["seconds"])["val_loss"] if there else None
     if target is None:
@@ -824,7 +824,7 @@ GPU_LOSS = 1.47
 
 
 def seconds_until(history: Iterable[Mapping], loss: float) -> float | None:
-    "The seconds of the first record of a history whose validation loss is at most this."
+    "The seconds until the first record of a history whose validation loss is at most this."
     return next(
         (record["seconds"] for record in history if record.get("val_loss") is not None and record["val_loss"] <= loss),
         None,
@@ -877,14 +877,14 @@ SECTIONS["gpu-training-loss"] = Section(
 )
 
 # %% ../nbs/87_benchmark.ipynb #fb4218d0
-PEAK_SECONDS = 0.3  # For measuring what matrix products reach at most
+PEAK_SECONDS = 0.3  # For measuring the highest rate of matrix products
 TRAINING_SIZES = {"tiny": dict(batch_size=8, context_length=256), "gpt2": dict(batch_size=2, context_length=256)}
 QUICK_SIZES = {"tiny": dict(batch_size=8, context_length=256), "gpt2": dict(batch_size=2, context_length=64)}
 GPU_SIZES = {"tiny": dict(batch_size=64, context_length=256), "gpt2": dict(batch_size=8, context_length=1024)}
 
 
 def gpt2_shape(preset: str, **changes) -> GPTConfig:
-    "A preset's sizes with GPT-2's parts, which is the shape that all peers can hold."
+    "A preset's sizes with GPT-2's parts, the architecture that all peers have."
     from transformer_llm.transformer import GPT2_STYLE
 
     return GPTConfig.preset(preset, **GPT2_STYLE | dict(qk_norm=False, zero_init_residual=False, d_ff=None) | changes)
@@ -904,7 +904,7 @@ def in_words_of_millions(count: int) -> str:
 
 @dataclass(frozen=True)
 class Learner:
-    "Something that trains: `restart` from weights of ours, then `step`, which returns the loss before it."
+    "Something that trains: `restart` loads our weights, and `step` returns the loss before the step."
 
     restart: Callable[[Mapping], None]
     step: Callable[[], float]
@@ -969,12 +969,12 @@ def peer_makers(compiled: bool = False) -> dict[str, Callable | str]:
     return {"transformers": why_missing("transformers") or of_transformers, "torch.nn.TransformerEncoder": of_torch}
 
 # %% ../nbs/87_benchmark.ipynb #15e77f7b
-TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # By what share losses of the same step may differ
+TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}  # Largest relative difference of losses at the same step
 AUTOCAST = {"float32": "float32", "bfloat16": "autocast"}  # What a peer's precision is called
 
 
 def make_learners(model: GPT, tokens, settings: TrainingConfig, compiled: bool = False) -> dict[str, Learner | str]:
-    "Everything that is trained: ours and the peers', by name, or why one can't be."
+    "Everything to train, ours and the peers', by name; or a sentence saying why it can't be trained."
     from transformer_llm.performance import FastTrainer
     from transformer_llm.training import Trainer
 
@@ -1018,7 +1018,7 @@ def first_losses(
 
 
 def same_losses(losses: Mapping[str, list[float] | str], names: Iterable[str], dtype: str) -> dict[str, bool | None]:
-    """As a condition of a line: whether these learners' first losses are those of the plain Trainer, within the
+    """A condition of a line: whether these learners' first losses are those of the plain Trainer, within the
     tolerance of the precision.
     """
     plain = losses["Trainer, float32"]
@@ -1042,7 +1042,7 @@ def training_runs(
     device: str = "cpu",
     compiled: bool = False,
 ) -> tuple[dict, dict]:
-    "Tokens a second of every learner in turn, with what matrix products reach at most, and the learners' first losses."
+    "Tokens per second of every learner in turn, the highest rate of matrix products, and the learners' first losses."
     import torch
 
     from transformer_llm.foundations import set_seed
@@ -1146,7 +1146,7 @@ def training_throughput(plan: Plan) -> list[dict]:
 
 
 def gpu_lines(plan: Plan, device: str = "cuda", compiled: bool = True, sizes: Mapping | None = None) -> list[dict]:
-    "The same on a GPU, compiled; where there is none, a line that says so."
+    "The same on a GPU, compiled; without a GPU, a line that says so."
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -1186,7 +1186,7 @@ def decoders(model: GPT, dtypes: Iterable[str]) -> dict[str, Callable]:
 
 
 def writers(model: GPT, ours: Mapping) -> dict[str, Callable | str]:
-    """What writes: from (prompts, number of tokens, sampled or not) to prompts with the tokens behind them.
+    """The programs that write: from (prompts, number of tokens, sampled or not) to prompts followed by the tokens.
 
     Or why it can't be.
     """
@@ -1208,7 +1208,7 @@ def writers(model: GPT, ours: Mapping) -> dict[str, Callable | str]:
 
 
 def drafted_writer(ours: Mapping) -> Callable:
-    "Speculative decoding: the eight-bit decoder drafts, the one in float32 decides. One prompt."
+    "Speculative decoding for one prompt: the eight-bit decoder drafts and the float32 decoder decides."
     from transformer_llm.decoding import speculative
 
     return lambda ids, n, sampled=False: speculative(
@@ -1233,7 +1233,7 @@ def writing_speeds(
     sampled: bool = False,
     besides: Mapping[str, Callable[[], float]] | None = None,  # What else to measure in each round
 ) -> dict[str, list[float] | str]:
-    "Tokens a second of each writer, in turn, after a short text to warm up."
+    "Tokens per second of each writer, in turn, after a short text to warm up."
 
     def speed(form: Callable, n: int) -> float:
         start = time.perf_counter()
@@ -1259,7 +1259,7 @@ def writing_speeds(
 def same_tokens(
     model: GPT, forms: Mapping[str, Callable | str], ids: Int[Tensor, "batch seq"], new_tokens: int = 24
 ) -> dict[str, bool | None]:
-    "As a condition: whether our decoder in float32 writes what the plain form writes, greedily."
+    "A condition: whether our decoder in float32 writes the same greedy text as the plain form."
     equal = [
         plain_writer(model)(ids, new_tokens, sampled).equal(forms["Decoder, float32"](ids, new_tokens, sampled))
         for sampled in (False, True)
@@ -1270,7 +1270,7 @@ def same_tokens(
 def same_draft(
     ours: Mapping, drafted: Callable, ids: Int[Tensor, "1 seq"], new_tokens: int = 24
 ) -> dict[str, bool | None]:
-    "As a condition: whether drafting leaves the float32 decoder's greedy text as it is."
+    "A condition: whether drafting leaves the float32 decoder's greedy text unchanged."
     alone = ours["float32"].generate(ids, new_tokens, temperature=0.0)
     return {"the text is the one without a draft": alone.equal(drafted(ids, new_tokens))}
 
@@ -1372,7 +1372,7 @@ def generation_of(plan: Plan, preset: str, config: GPTConfig) -> list[dict]:
 
 
 def linear_weights(model: GPT) -> list[Float[Tensor, "rows columns"]]:
-    "What the matrices of a decoder of this model hold, in GPT-2's shape: as `nn.Linear` keeps them, in the same order."
+    "The matrices of a decoder of this model (a GPT-2), as `nn.Linear` stores them and in the decoder's order."
     import torch
 
     weights = []
@@ -1403,7 +1403,7 @@ def product_lines(title: str, model: GPT, ours: Mapping, rounds: int) -> list[di
 
         @torch.inference_mode()
         def run(passes: int = 4) -> float:
-            once()  # as in a text, where a token follows another: before this, other matrices were read
+            once()  # as in a text: other matrices were read just before
             start = time.perf_counter()
             for _ in range(passes):
                 once()
@@ -1437,7 +1437,7 @@ def product_lines(title: str, model: GPT, ours: Mapping, rounds: int) -> list[di
 
 
 def bound_lines(title: str, runs: Mapping, read: Mapping[str, int]) -> list[dict]:
-    "How near each precision comes to what reading the weights and the cache once a token would allow."
+    "How near each precision comes to the bound from reading the weights and the cache once per token."
     lines = []
     for dtype, n_bytes in read.items():
         name = f"the bound: {in_words(n_bytes, 'bytes')} a token at {in_words(median(runs['bandwidth']), 'bytes')}/s"
@@ -1479,7 +1479,7 @@ SECTIONS["generation"] = Section(
 
 # %% ../nbs/87_benchmark.ipynb #45645c69
 def fresh_process(code: str, *arguments: str) -> float:
-    "The number that a Python program prints last, run in a process of its own; an error in it raises `RuntimeError`."
+    "The last number that a Python program prints, run in a new process; an error in it raises `RuntimeError`."
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
@@ -1496,7 +1496,7 @@ def rust_ids(rust: object, text: str) -> list[int]:
 
 
 def rust_piece_ids(rust: object, pieces: list[str]) -> list[int]:
-    "The ids of a text in pieces, which Hugging Face's tokenizers spread over all cores."
+    "The ids of a text in pieces, which Hugging Face's tokenizers distributes among all cores."
     return [token for one in rust.encode_batch_fast(pieces) for token in one.ids]
 
 
@@ -1592,7 +1592,7 @@ import re, sys
 from pathlib import Path
 
 def peak():
-    "The most memory that this process held so far, in bytes. getrusage alone would begin with the parent's."
+    "The peak memory of this process so far, in bytes. getrusage alone would begin with the parent's."
     if sys.platform == "linux":
         return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
     import resource
@@ -1613,7 +1613,7 @@ print(peak() - before)
 
 
 def stream_lines(plan: Plan, text: str, size: int) -> list[dict]:
-    """The memory that a fresh process takes for a long file against that for a tenth of it: 1 means that the length
+    """The memory that a new process needs for a long file, compared with a tenth of it: 1 means that the length
     doesn't matter.
     """
     if importlib.util.find_spec("resource") is None:  # Windows
@@ -1663,12 +1663,12 @@ IMPORT_GOAL = 1 / 1.05  # "No more than import torch plus 5 %"
 
 
 def seconds_of_help() -> None:
-    "Run `transformer-llm --help` in a process of its own."
+    "Run `transformer-llm --help` in a new process."
     subprocess.run([sys.executable, "-m", "transformer_llm", "--help"], check=True, stdout=subprocess.DEVNULL)
 
 
 def start_up_lines(plan: Plan) -> list[dict]:
-    "Imports against PyTorch's own, and the help against half a second."
+    "Imports compared with PyTorch's, and the help compared with half a second."
     codes = {
         "import torch": "import torch",
         "import transformer_llm": "import transformer_llm",
@@ -1705,7 +1705,7 @@ MEMORY_CASES = {  # preset, batch, tokens, precision, checkpointing
 
 
 def training_steps(preset: str, batch_size: int, seq: int, dtype: str, checkpointing: bool, steps: int = 2) -> None:
-    "Build a model and make some steps of a FastTrainer on random tokens."
+    "Build a model and take a few steps with a FastTrainer on random tokens."
     import torch
 
     from transformer_llm.performance import FastTrainer
@@ -1734,7 +1734,7 @@ print(peak() - before)
 
 
 def memory_lines(plan: Plan) -> list[dict]:
-    """Chapter 11's formula for the memory of training against the tensors counted in a run, and against a fresh
+    """Chapter 11's formula for the memory of training, compared with the tensors counted in a run and with a new
     process's growth.
     """
     from transformer_llm.performance import measure_peak_memory, peak_training_memory
@@ -1772,7 +1772,7 @@ def memory_lines(plan: Plan) -> list[dict]:
 
 SECTIONS["start-up-and-memory"] = Section(
     "Start-up and memory",
-    "Each run is a process of its own. For memory, the ratio is predicted over "
+    "Each run is a new process. For memory, the ratio is predicted over "
     "measured: 8 windows of 256 tokens for tiny, 2 for gpt2.",
     lambda plan: start_up_lines(plan) + memory_lines(plan),
 )

@@ -506,7 +506,7 @@ def find_whole_checkpoint(path: str | Path) -> tuple[Path, dict]:
             manifest = verify_checkpoint(folder)
         except InputError:
             continue
-        why = str(reason).removesuffix(f"; {_other_checkpoint(newest)}.")
+        why = str(reason).removesuffix(f"; {_other_checkpoint(newest)}.").removesuffix(".")
         warnings.warn(f"{newest} is skipped, and {folder} is used: {why}.", Note, stacklevel=2)
         return folder, manifest
     raise reason
