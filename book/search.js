@@ -56,7 +56,7 @@ window.bookSearch = (() => {
       prefix: word => word.length > 2,
       fuzzy: word => word.length > 3 ? 1 : 0,
       weights: { fuzzy: 0.3, prefix: 0.4 },
-      boostTerm: (word, i, words) => added.has(word) ? 0.4 : words.slice(0, i).some(before => means.get(before)?.includes(word)) ? 0.5 : 1,
+      boostTerm: (word, i, words) => added.has(word) ? 0.5 : words.slice(0, i).some(before => means.get(before)?.includes(word)) ? 0.5 : 1,
       processTerm: word => { const own = term(word); return own && means.has(own) ? [own, ...means.get(own)] : own },
       boostDocument: (id, word, stored) => weight(stored, question),
     });
