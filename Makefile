@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser lint lab site serve shakespeare chat bench notebook notebooks readme zip clean
+.PHONY: help demo test test-browser lint lab site serve pdf shakespeare chat bench notebook notebooks readme zip clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */	/' | expand -t 16
@@ -29,6 +29,11 @@ $(VENV)/.development: $(VENV)/.package
 $(VENV)/.peers: $(VENV)/.package
 	@echo "Adding the peers that the benchmark measures to .venv (once) ..."
 	@$(PIP) -e '.[bench]'
+	@touch $@
+
+$(VENV)/.pdf: $(VENV)/.development
+	@echo "Adding Pandoc and Typst to .venv (once) ..."
+	@$(PIP) -e '.[pdf]'
 	@touch $@
 
 demo: $(VENV)/.package  ## train a 5,162-parameter transformer to count, in seconds
@@ -60,6 +65,9 @@ site: $(VENV)/.development  ## build the site into _docs (DRAFT=1: even if pages
 
 serve: $(VENV)/.development  ## build the site and show it at 127.0.0.1:8000
 	@$(BIN)/python book/build.py --serve $(if $(DRAFT),--draft)
+
+pdf: $(VENV)/.pdf  ## write the book as a PDF and an EPUB into build/book, in a few minutes
+	@$(BIN)/python book/pdf.py
 
 notebook: $(VENV)/.development  ## export, execute and check one notebook while you work on it: make notebook NB=08
 	@test -n "$(NB)" || { echo "Which notebook? For example: make notebook NB=08"; exit 2; }

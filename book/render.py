@@ -40,8 +40,11 @@ def coloured(code: str, language: str = "python") -> str:
     return f'<pre class="code" tabindex="0"><code>{inner}</code></pre>'
 
 
-def parser() -> MarkdownIt:
-    "Markdown as JupyterLab reads it: CommonMark with tables and mathematics."
+def parser(mathematics=mathematics, coloured=coloured) -> MarkdownIt:
+    """Markdown as JupyterLab reads it: CommonMark with tables and mathematics.
+
+    The two functions write formulas and code; the printed book has others.
+    """
     md = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     md.use(dollarmath_plugin, renderer=mathematics, double_inline=True, allow_space=False, allow_labels=False)
     for kind in ("fence", "code_block"):
@@ -60,11 +63,11 @@ MARKDOWN = parser()
 VERDICT = r"^Exercise \d+\.\d+: (right|not yet|no answer)"
 
 
-def output(item: dict) -> str:
+def output(item: dict, md: MarkdownIt = MARKDOWN) -> str:
     "One output of a cell: markdown, HTML, or text as it was printed."
     data = item.get("data", {"text/plain": item.get("text", "")})
     if "text/markdown" in data:
-        return MARKDOWN.render("".join(data["text/markdown"]))
+        return md.render("".join(data["text/markdown"]))
     if "text/html" in data:
         return f'<div class="html-output">{"".join(data["text/html"])}</div>'
     text = "".join(data.get("text/plain", "")).rstrip("\n")
@@ -80,17 +83,17 @@ def output(item: dict) -> str:
     return f'<pre class="output" tabindex="0">{html.escape(text, quote=False)}</pre>'
 
 
-def cell_html(cell: dict) -> str:
+def cell_html(cell: dict, md: MarkdownIt = MARKDOWN, coloured=coloured) -> str:
     "A cell of a translated notebook."
     if cell["cell_type"] == "markdown":
-        return MARKDOWN.render(source(cell))
+        return md.render(source(cell))
     if cell["cell_type"] != "code":
         return ""
     said, code = directives(source(cell)), without_directives(source(cell))
     if said.get("include") == "false":
         return ""
     shown = coloured(code) if code and said.get("echo") != "false" else ""
-    outputs = "" if said.get("output") == "false" else "".join(output(o) for o in cell.get("outputs", []))
+    outputs = "" if said.get("output") == "false" else "".join(output(o, md) for o in cell.get("outputs", []))
     return f'<div class="cell">{shown}{outputs}</div>' if shown or outputs else ""
 
 
@@ -108,7 +111,7 @@ def slug(text: str) -> str:
 HELD = re.compile(r'<pre class="(?:code|output).*?</pre>|<math.*?</math>', re.S)
 
 
-def body(cells: list[dict]) -> tuple[BeautifulSoup, list[str]]:
+def body(cells: list[dict], md: MarkdownIt = MARKDOWN, coloured=coloured) -> tuple[BeautifulSoup, list[str]]:
     """The content of a page, with anchors at its headings and boxes around its tables.
 
     Code and mathematics are held apart (to save time).
@@ -118,7 +121,7 @@ def body(cells: list[dict]) -> tuple[BeautifulSoup, list[str]]:
     def hold(found: re.Match) -> str:
         held.append(found.group())
         return f'<span data-held="{len(held) - 1}"></span>'
-    text = HELD.sub(hold, "\n".join(cell_html(cell) for cell in cells))
+    text = HELD.sub(hold, "\n".join(cell_html(cell, md, coloured) for cell in cells))
     soup = BeautifulSoup(f'<div id="content-body">{text}</div>', "lxml")
     taken = {tag["id"] for tag in soup.find_all(id=True)}
     for heading in soup.find_all(["h2", "h3", "h4"]):

@@ -18,6 +18,8 @@ from transformer_llm.foundations import check_shapes
 
 check_shapes()
 
+import jaxtyping
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from tqdm import std
@@ -33,3 +35,22 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "browser: needs Chromium and playwright (make test-browser); skipped where they are missing"
     )
+
+
+LONGEST = ("test_site", "test_decoding", "test_cli", "test_pretrained", "test_lab", "test_kill", "test_benchmark")
+
+
+def pytest_collection_modifyitems(items):
+    "The files that take longest come first, so that two processes that share the files end at about the same time."
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture
+def unchecked():
+    """Shapes are not checked in this test, which calls the same functions many thousand times: the checks would take
+    most of its time, and its neighbours call the same functions with the checks on.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

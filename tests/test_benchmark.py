@@ -407,7 +407,7 @@ def test_the_committed_results_are_whole():
 )
 def test_what_is_no_file_of_results(tmp_path, content):
     (tmp_path / "x.json").write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match="x.json (is not a readable JSON|holds no results)"):
+    with pytest.raises(InputError, match="x.json (is not a readable JSON|holds no benchmark results)"):
         load_results(tmp_path / "x.json")
 
 
@@ -420,7 +420,7 @@ def test_an_absent_file_is_named(tmp_path):
 def test_another_format_is_refused_in_a_sentence(tmp_path, format):
     write_json(tmp_path / "x.json", some_results(format=format))
     with pytest.raises(
-        InputError, match="has format .* and this package reads format 1; run transformer-llm bench again"
+        InputError, match="has format .*, but this package reads format 1; run transformer-llm bench again"
     ) as error:
         load_results(tmp_path / "x.json")
     assert len(str(error.value)) < 300
@@ -655,7 +655,7 @@ def test_results_from_elsewhere_are_left_alone(tmp_path, cheap, change, says):
     change(results)
     write_json(tmp_path / "r.json", results)
     before = (tmp_path / "r.json").read_bytes()
-    with pytest.raises(InputError, match=f"measured otherwise.*{says}.*--output"):
+    with pytest.raises(InputError, match=f"measured differently.*{says}.*--output"):
         run_benchmark(output=tmp_path / "r.json", tell=lambda said: None)
     assert (tmp_path / "r.json").read_bytes() == before and cheap[0] == []
 
@@ -668,7 +668,7 @@ def test_another_text_is_another_file(tmp_path, cheap):
     first = run(text=texts[0])
     assert first["settings"]["text"]["name"] == "a.txt"
     assert run()["settings"] == first["settings"]  # a section that needs no text fits both
-    with pytest.raises(InputError, match="measured otherwise .text"):
+    with pytest.raises(InputError, match="measured differently .text"):
         run(text=texts[1])
 
 
@@ -676,7 +676,7 @@ def test_another_text_is_another_file(tmp_path, cheap):
 def test_a_strangers_file_is_left_alone(tmp_path, cheap, content):
     (tmp_path / "diary").write_text(content, encoding="utf-8")
     with pytest.raises(
-        InputError, match="is there already and is no file of results that can be continued; give another --output"
+        InputError, match="already exists and is not a file of results that can be continued; give another --output"
     ):
         run_benchmark(output=tmp_path / "diary", tell=lambda said: None)
     assert (tmp_path / "diary").read_text(encoding="utf-8") == content and cheap[0] == []

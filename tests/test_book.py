@@ -188,6 +188,17 @@ def test_stale_notebooks_are_noticed():
     assert [stale(notebook) for notebook in (changed, cleared, unmarked)] == ["code", "outputs", "code and outputs"]
 
 
+def test_a_caption_is_no_code():
+    before, caption, other, code = (
+        notebook("A page", [f'#| {directive}: "A line."\nadded(1, {number})'])
+        for directive, number in (("fig-cap", 2), ("fig-alt", 2), ("code-summary", 2), ("fig-cap", 3))
+    )
+    caption["cells"][-1]["source"][0] = '#| fig-cap: "Another line."\n'
+    for changed, expected in ((before, ""), (caption, ""), (other, "code"), (code, "code")):
+        changed["metadata"]["executed"] = before["metadata"]["executed"]
+        assert stale(changed) == expected
+
+
 @pytest.mark.parametrize("line", ["from .doubling import doubled", "from transformer_llm.doubling import doubled",
                                   "import transformer_llm.doubling", "from . import doubling"])
 @pytest.mark.parametrize("inside", [False, True], ids=["at the top", "in a function"])
@@ -307,13 +318,40 @@ def test_a_lesson_that_is_too_long_is_noticed(small):
     only(check.lessons_are_short(small), "does not say its reading time")
     reading.write(path)
     assert check.lessons_are_short(small) == []
-    book = json.loads(path.read_text(encoding="utf-8"))
+    written = path.read_text(encoding="utf-8")
+    assert "## The library\\n\",\n    \"\\n\",\n    \"*41 minutes.*" in written  # 8100 words / 200
+    reading.write(path)
+    assert path.read_text(encoding="utf-8") == written  # its own words don't count
+    path.write_text(written.replace("*41 minutes.*", "*4 minutes.*"), encoding="utf-8")
+    only(check.lessons_are_short(small), "does not say its reading time")
+    book = json.loads(written)
     book["cells"][-1]["source"] = ["#| export\n" + "x = 1\n" * 61]
     path.write_text(json.dumps(book), encoding="utf-8")
     assert any("61 lines" in problem for problem in check.lessons_are_short(small))
     book["cells"][2]["source"] = ["The end."]
     path.write_text(json.dumps(book), encoding="utf-8")
     only(check.lessons_are_short(small), "has no heading")
+
+
+def test_a_long_line_in_a_lesson_is_noticed(small):
+    "Shown code before the library half has lines of at most 100 characters; hidden and folded code may be longer."
+    path = small / "nbs" / "01_adding.ipynb"
+    book = json.loads(path.read_text(encoding="utf-8"))
+    lesson = {"cell_type": "code", "id": "00000200", "metadata": {}, "outputs": [], "execution_count": None}
+    book["cells"].insert(2, lesson)  # after the lesson's prose, before the library
+    long = "a" * 97 + " = 1"
+    for source, noticed in (
+        (long, True), ("#| export\n" + long, True), (long[1:], False), ("# Folded\n#| code-fold: true\n" + long, False),
+        ("#| hide\n" + long, False), (f"#| fig-cap: {long}", False),
+    ):
+        lesson["source"] = source.splitlines(True)
+        found = [line for line in reading.problems(path.name, book) if "a line of 101 characters" in line]
+        assert len(found) == noticed, (source, found)
+    lesson["source"] = [long]
+    path.write_text(json.dumps(book), encoding="utf-8")
+    only(check.lessons_are_short(small), "01_adding.ipynb cell 2: a line of 101 characters (of 100 in a lesson)")
+    book["cells"].append(book["cells"].pop(2))  # now it is after the library's heading
+    assert reading.problems(path.name, book) == []
 
 
 def test_a_public_name_without_a_docstring_is_noticed(small):

@@ -293,6 +293,10 @@ def test_a_damaged_newest_checkpoint_names_the_one_before(finished, tmp_path):
     with pytest.warns(Note, match=f"{newest.name} is skipped.*{before.name} is used: .*config.json is damaged"):
         model, _ = load_model(run)
     assert_equal_bits(model.state_dict(), load_model(before)[0].state_dict())
+    (newest / "config.json").unlink()
+    (newest / "config.json").mkdir()
+    with pytest.warns(Note, match=f"{newest.name} is skipped.*config.json is not a regular file;.*[^.][.]$"):
+        load_model(run)
 
 
 # Stopping and going on

@@ -114,12 +114,12 @@ def test_the_table_of_a_class(tmp_path):
     with open(tmp_path / "marks.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert [row["notebook"] for row in rows] == ["./=1+1.ipynb", "Ada/01.ipynb", "broken.ipynb", "other.ipynb"]
-    assert rows[1]["1.1"] == "unanswered" and "no notebook that can be read" in rows[2]["problem"] and said == lines
+    assert rows[1]["1.1"] == "unanswered" and "is not a readable notebook" in rows[2]["problem"] and said == lines
     assert list(rows[0])[4:] == sorted(list(rows[0])[4:], key=lambda n: [*map(int, n.split("."))])
     with pytest.raises(InputError, match="--overwrite"):
         grade_class(folder, tmp_path / "marks.csv")
     (empty := tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no notebook"):
+    with pytest.raises(InputError, match="There is no notebook"):
         grade_class(empty, tmp_path / "m.csv")
 
 
@@ -139,4 +139,4 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["class", "handout", "--chapter", "0", "--book", str(BOOK), "--out", str(tmp_path / "c")]) == 0
     assert "students/00_counting.ipynb" in capsys.readouterr().out.replace("\\", "/")
     assert cli.main(["class", "grade", str(tmp_path / "nowhere"), "--out", str(tmp_path / "m.csv")]) == 2
-    assert "no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err

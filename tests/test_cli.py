@@ -319,9 +319,9 @@ def test_flags_take_effect(capsys, text, flags):
 def test_an_existing_run_is_not_lost(capsys, run, text):
     before = fingerprint(run)
     arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 1, "--out", run)
-    refused(capsys, *arguments, says="holds a run already.*--resume.*--overwrite")
+    refused(capsys, *arguments, says="already holds a run.*--resume.*--overwrite")
     refused(capsys, *arguments, "--overwrite", "--resume", says="not allowed with")
-    refused(capsys, "train", "--out", run, "--resume", "--seed", 5, says="has seed 0; leave --seed 5 out")
+    refused(capsys, "train", "--out", run, "--resume", "--seed", 5, says="has seed 0; leave out --seed 5")
     refused(capsys, "train", "--out", run, "--resume", "--batch_size", 5, says="has batch_size 8")
     refused(
         capsys, "train", "--model_size", "demo", "--text_file", "missing.txt", "--out", run, "--overwrite",
@@ -483,7 +483,8 @@ def test_texts_and_vocabularies_that_do_not_fit(capsys, text):
     refused(capsys, "tokenizer", "train", "--text_file", text, "--vocab_size", 50_000, says="50,?000")
     refused(capsys, "train", "--text_file", text, "--vocab_size", 100, says="vocab_size must be .* 257")
     refused(
-        capsys, "train", "--text_file", text, "--vocab_size", 100, "--tokenizer", "char", says="--tokenizer bpe only"
+        capsys, "train", "--text_file", text, "--vocab_size", 100, "--tokenizer", "char",
+        says="only with --tokenizer bpe"
     )
     refused(capsys, "train", "--text_file", text, "--tokenizer", "nowhere.json", says="nowhere.json")
     Path("bad.json").write_text("{", encoding="utf-8")
@@ -996,7 +997,7 @@ def test_bench_of_some_sections(capsys, cheap):
         (["--seed", "-1"], "--seed must be"),
         (["--seed", "x"], "--seed must be"),
         (["--output", "folder"], "folder is a folder"),
-        (["--output", "diary.json"], "no file of results"),
+        (["--output", "diary.json"], "not a file of results"),
         (["--output", "diary.json/r.json"], "diary.json"),
         (["--output", "r.png"], "ends in .json"),
         (["--output", "mine.json"], "mine.png exists"),
@@ -1023,7 +1024,7 @@ def test_bench_refuses_results_of_another_machine(capsys, cheap):
     results["machine"]["processor"] = "Another"
     Path("benchmark.json").write_text(json.dumps(results), encoding="utf-8")
     before = fingerprint(Path("."))
-    refused(capsys, "bench", says="measured otherwise .processor.")
+    refused(capsys, "bench", says="measured differently .processor.")
     assert fingerprint(Path(".")) == before
 
 
@@ -1112,6 +1113,15 @@ def test_a_pipe_is_no_text_file(capsys, command):
     "It can be read only once; it was called empty, or waited for without end."
     os.mkfifo("pipe")
     refused(capsys, *command.split(), "--text_file", "pipe", says="pipe")
+    if Path("/dev/fd").is_dir():  # what a shell makes of <(...)
+        read, write = os.pipe()
+        os.write(write, b"the cat sat on a mat " * 99)
+        os.close(write)
+        try:
+            refused(capsys, *command.split(), "--text_file", f"/dev/fd/{read}", says="can be read only once")
+        finally:
+            os.close(read)
+    assert os.listdir() == ["pipe"]
 
 
 def test_without_streams(monkeypatch, capsys, run):
@@ -1292,6 +1302,13 @@ def test_one_process_at_a_time(capsys, text):
             refused(capsys, *arguments, *options, says=str(other.pid) if "--overwrite" in options else "")
         refused(capsys, "train", "--resume", "--out", "run", "--max_steps", 3, says=str(other.pid))
         assert fingerprint(Path("run")) == before
+        other.kill()
+    code = code.replace("'run'", "'new'")
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:  # one that has written nothing yet
+        other.stdout.readline()
+        for options in ((), ("--overwrite",)):
+            refused(capsys, *arguments[:-1], "new", *options, says=str(other.pid))
+        assert os.listdir("new") == [".lock"]
         other.kill()
     succeeds(capsys, "train", "--resume", "--out", "run", "--max_steps", 3)
     lock_run("run").release()

@@ -100,7 +100,7 @@ def test_logits_are_the_models(name):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_same_tokens_for_the_same_seed(setting, rows):
+def test_the_same_tokens_for_the_same_seed(unchecked, setting, rows):
     """Past the context length as well, where the window slides twice.
 
     A setting begins where the model ends: all settings meet three models, all models two settings.
@@ -654,7 +654,7 @@ def test_verify_gives_exactly_the_large_models_distribution():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_speculative_texts_have_the_large_models_distribution(temperature):
+def test_speculative_texts_have_the_large_models_distribution(unchecked, temperature):
     # the window slides within the text
     config = GPTConfig(vocab_size=3, context_length=4, d_model=8, n_layers=1, n_heads=2, init_std=0.5)
     torch.manual_seed(1)

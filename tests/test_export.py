@@ -361,8 +361,8 @@ def test_which_presets_can_be_given():
         (dict(rope_scaling=RopeScaling("divisors", divisors=(1.0, 2.0, 3.0, 4.0))), "llama: rope_scaling='divisors'"),
         (
             dict(activation="relu2", output_bias=True),
-            "activation='relu2' has no counterpart there (GPT-2's network is made with "
-            "GELU and that of the others with SwiGLU) and output_bias",
+            "activation='relu2' has no counterpart there (GPT-2's feed-forward network "
+            "uses GELU and that of the others SwiGLU) and output_bias",
         ),
     ],
 )
@@ -691,7 +691,7 @@ def test_a_graph_that_can_not_be_written(tmp_path, monkeypatch):
     for opset in (17, 99):
         with pytest.raises(InputError, match="opset must be"):
             export_onnx(model, tmp_path / "m.onnx", opset=opset)
-    with pytest.raises(InputError, match=r"takes weights in float32, not bfloat16; give model\.float\(\)"):
+    with pytest.raises(InputError, match=r"needs weights in float32, not bfloat16; give model\.float\(\)"):
         export_onnx(copy.deepcopy(model).bfloat16(), tmp_path / "m.onnx")
     for length, with_cache in ((2, False), (6, True)):
         with pytest.raises(InputError, match="context_length of at least"):

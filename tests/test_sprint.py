@@ -4,6 +4,7 @@ finished run must hold.
 import ast
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,9 @@ from transformer_llm.training import TrainingError
 from transformer_llm.transformer import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "book"))
+import sprint_runs
+
 SHAPE = dict(
     vocab_size=11,
     context_length=24,
@@ -323,6 +327,73 @@ def test_the_committed_runs_belong_to_the_recipes():
     mark = np.mean([run["val_loss"] for run in runs["final"] if run["name"] == "documented"])
     assert all(run["val_loss"] <= mark for run in runs["final"] if run["name"] in ("plain", "ngrams", "tuned"))
     assert all(run["val_loss"] < 1.6 and run["seconds"] < 60 for run in runs["final"] if run["name"] == "under-1.60")
+
+
+def test_each_rung_of_the_ladder_changes_one_setting():
+    before = sprint_runs.BEGINNING
+    for rung, _, setting, value, tuned in sprint_runs.ONE_FACTOR:
+        chosen = sprint_runs.settings_of(rung)
+        changed = {name for name in chosen if chosen[name] != before[name]}
+        assert changed == ({setting} if setting else set()), rung
+        assert chosen == before if setting is None else chosen[setting] == value
+        assert set(tuned) <= {"all", "matrices", "table"}
+        before = chosen
+
+
+def test_the_ladder_leads_from_the_documented_recipe_to_the_plain_one_with_n_grams():
+    first, last = sprint_runs.BEGINNING, sprint_runs.settings_of(sprint_runs.ONE_FACTOR[-1][0])
+    for choice, recipe in ((first, DOCUMENTED), (last, PLAIN)):
+        training = recipe.training
+        for name in ("schedule", "min_lr_fraction", "weight_decay", "grad_clip", "optimizer"):
+            assert choice[name] == getattr(training, name), name
+        assert (0.9, choice["beta2"]) == training.betas and choice["momentum"] == recipe.momentum
+        small = {name: PLAIN.model[name] for name in ("d_model", "d_ff", "n_layers", "n_heads")}
+        recipe = recipe.change("small", "in the plain recipe's size", model=small, ngrams=choice["ngrams"])
+        torch.manual_seed(0)
+        model, wanted = sprint_runs.model_of(choice, 69), recipe.make_model(69)
+        drawn = dict(init_std=0.02, zero_init_residual=False, rope_interleaved=True)  # weights are compared below
+        assert model.config == wanted.config.replace(**drawn)
+        assert {name: p.shape for name, p in model.named_parameters()} == {
+            name: p.shape for name, p in wanted.named_parameters()
+        }
+        assert all(p.requires_grad == q.requires_grad for p, q in zip(model.parameters(), wanted.parameters()))
+        for p, q in zip(model.parameters(), wanted.parameters()):
+            assert p.std().item() == pytest.approx(q.std().item(), rel=0.1)
+    assert (last["ngrams"], last["token_shift"]) == (NGRAMS.ngrams, True)
+
+
+def test_a_rung_computes_the_same_by_the_shorter_way():
+    chosen = sprint_runs.settings_of("gains of one")
+    model = sprint_runs.model_of(chosen | {"ngrams": (), "token_shift": False}, 69)
+    other = SprintGPT(model.config, (), False)
+    other.load_state_dict(model.state_dict())
+    assert type(model) is GPT
+    ids = torch.randint(69, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0.0, 0.1)
+        other.lm_head.weight.copy_(model.lm_head.weight)
+        for a, b in zip(model.blocks, other.blocks):
+            a.feedforward.down.weight.normal_(0.0, 0.1)
+            b.feedforward.down.weight.copy_(a.feedforward.down.weight)
+        assert torch.allclose(model.eval()(ids), other.eval()(ids), atol=1e-4)
+
+
+def test_the_committed_ladder_is_complete_and_tuned():
+    runs = json.loads((ROOT / "data" / "sprint.json").read_text(encoding="utf-8"))["one_factor"]
+    tuned = {rung: names for rung, _, _, _, names in sprint_runs.ONE_FACTOR}
+    complete = list(dict.fromkeys(run["name"] for run in runs if run["seed"] == 2))
+    assert complete == list(tuned)[: len(complete)] and "token before" in complete, "a rung is missing"
+    for rung in complete:
+        group = [run for run in runs if run["name"] == rung]
+        assert all(run["steps"] == sprint_runs.STEPS for run in group)
+        chosen = next(run["rates"] for run in group if run["seed"] == 2)
+        shown = {run["seed"]: run["val_loss"] for run in group if run["rates"] == chosen}
+        assert set(shown) == {0, 1, 2}, rung
+        tries = [run for run in group if run["seed"] == 0]
+        assert all(shown[0] <= run["val_loss"] for run in tries if run["val_loss"] is not None)
+        for name in tuned[rung]:  # the valley is closed on both sides
+            tried = [run["rates"][name] for run in tries]
+            assert min(tried) < chosen[name] < max(tried), (rung, name)
 
 
 def test_nothing_of_a_peer_is_imported():

@@ -13,6 +13,7 @@ from importlib.resources import files
 
 import colab
 import contents
+import execute
 import pytest
 from check import ROOT, SHAPED
 
@@ -611,6 +612,16 @@ def test_symbols_of_a_formula(formula, wanted):
 
 # Installation
 # ----------------------------------------------------------------------------------------------------------
+
+def test_no_trace_of_the_profiler_is_kept():
+    "PyTorch's profiler writes lines with the date to the standard error; all other lines are kept."
+    lines = ["USDT:2026-11-30 02:01:55 1:1 Handler.cpp:52] profiler_start\n", "a warning\n", "not USDT: this\n"]
+    output = execute.without_traces({"output_type": "stream", "name": "stderr", "text": "".join(lines)})
+    assert output["text"] == "".join(lines[1:])
+    assert execute.without_traces({"output_type": "stream", "name": "stderr", "text": lines[0]})["text"] == ""
+    figure = {"output_type": "display_data", "data": {"text/plain": "USDT: a figure"}, "metadata": {}}
+    assert execute.without_traces(dict(figure)) == figure
+
 
 def test_colab_installs_what_settings_ask_for():
     "The set-up cell is the one that the settings ask for, adds only what Colab lacks, and never touches torch."

@@ -1037,7 +1037,7 @@ def test_what_the_forms_say(forms):
             "llama3",
             "pre_tokenizer.pretokenizers.0.pattern",
             {"Regex": "(a+)+$"},
-            r"pattern '\(a\+\)\+\$', which is unknown here .* known are those of gpt2, smollm, llama3, qwen2",
+            r"pattern '\(a\+\)\+\$', which is unknown here .* known patterns are gpt2, smollm, llama3, qwen2",
         ),
         ("llama3", "pre_tokenizer.pretokenizers.0.pattern", {"String": " "}, "isolated Regex"),
         ("llama3", "pre_tokenizer.pretokenizers.0.pattern", {"Regex": "x" * 10**5}, "unknown"),
@@ -1050,7 +1050,7 @@ def test_what_the_forms_say(forms):
             "llama3",
             "post_processor.processors.1.single",
             [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}],
-            "behind the text",
+            "after the text",
         ),
         ("llama3", "post_processor.processors.1.single", [], "damaged"),
         ("llama3", "post_processor.processors.1.special_tokens", {}, "damaged"),
@@ -1255,8 +1255,8 @@ def test_a_tiktoken_file_is_read_and_becomes_a_tokenizer_json(encodings, tmp_pat
 def test_tiktoken_files_that_cannot_be_used_are_sentences(tmp_path):
     bytes_only = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)]
     for lines, say in [
-        ([b"no file"], "line 1 is no token"), ([b"IQ== x"], "line 1"), ([b"IQ== 0"], "each of the 256 bytes"),
-        ([*bytes_only, b"YWJj 256"], "not two tokens of lower rank"), ([*bytes_only, b"YWI= 7"], "rank of its own"),
+        ([b"no file"], "line 1 has no Base64 token"), ([b"IQ== x"], "line 1"), ([b"IQ== 0"], "each of the 256 bytes"),
+        ([*bytes_only, b"YWJj 256"], "not two tokens of lower rank"), ([*bytes_only, b"YWI= 7"], "a different rank"),
     ]:  # fmt: skip
         (tmp_path / "x.tiktoken").write_bytes(b"\n".join(lines))
         with pytest.raises(InputError, match=say):
@@ -1520,14 +1520,14 @@ def hostile(**changes):
 @pytest.mark.parametrize(
     "change, say",
     [
-        (hostile(tokens=lambda t: [*t[:-1], t[0]]), "stands there twice"),
+        (hostile(tokens=lambda t: [*t[:-1], t[0]]), "occurs twice"),
         (hostile(tokens=lambda t: []), "special token"),
-        (hostile(tokens=lambda t: t[1:]), "none of its"),
+        (hostile(tokens=lambda t: t[1:]), "not one of its"),
         (hostile(tokens=lambda t: ["€x", *t[1:]]), "byte-level"),
         (hostile(tokens=lambda t: [*t[1:], "zzzz"]), "lacks 1 of the 256 bytes|byte-level|special"),
         (hostile(tokens=lambda t: ["\ud800" * 99, *t[1:]]), "byte-level"),
         (hostile(tokens=lambda t: t[:256], special=lambda s: []), "merge"),
-        (hostile(merges=lambda m: [*m, m[0]]), "merges stands there twice"),
+        (hostile(merges=lambda m: [*m, m[0]]), "merges occurs twice"),
         (hostile(merges=lambda m: [*m, "a"]), "merge 'a' is not two tokens"),
         (hostile(merges=lambda m: [*m, "a b c"]), "not two tokens"),
         (hostile(merges=lambda m: [*m, " "]), "not two tokens"),

@@ -532,18 +532,18 @@ def test_what_others_put_beside_a_runs_files_stays(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_not_taken_for_ones_own(tmp_path):
     make_trainer(tmp_path, CONFIG.replace(max_steps=1)).train()
-    with pytest.raises(InputError, match="none is ever overwritten"):
+    with pytest.raises(InputError, match="never overwritten"):
         make_trainer(tmp_path).save()
 
 
 def test_an_incomplete_newest_checkpoint_is_skipped_aloud(tmp_path):
     make_trainer(tmp_path).train()
     (tmp_path / "step-0000006" / "checkpoint.json").unlink()
-    with pytest.warns(Note, match="step-0000006 lacks its checkpoint.json and is skipped; .*step-0000004 is used"):
+    with pytest.warns(Note, match="step-0000006 has no checkpoint.json and is skipped; .*step-0000004 is used"):
         assert load_checkpoint(tmp_path).step == 4
     for folder in tmp_path.glob("step-*"):
         (folder / "checkpoint.json").unlink(missing_ok=True)
-    with pytest.raises(InputError, match="step-0000006 lacks its checkpoint.json"):
+    with pytest.raises(InputError, match="step-0000006 has no checkpoint.json"):
         load_model(tmp_path)
 
 
@@ -650,16 +650,21 @@ def test_tokens_that_changed_are_noticed(tmp_path):
         resume(tmp_path, data=(TOKENS[:300].to(kind), TOKENS[300:].to(kind)))
 
 
-def test_prepared_tokens_that_changed_are_noticed(tmp_path):
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("damage", ["flipped bit", "zeros"])
+def test_prepared_tokens_that_changed_are_noticed(tmp_path, name, damage):
     text = tmp_path / "text.txt"
     text.write_text("abcdefghijkl" * 60, encoding="utf-8")
     data = prepare_tokens(text, CharTokenizer.train("abcdefghijkl"), tmp_path / "tokens", progress=False)
     make_trainer(tmp_path / "run", CONFIG.replace(max_steps=1), data=data).train()
-    content = bytearray((tmp_path / "tokens" / "train.bin").read_bytes())
-    content[10] ^= 1
+    content = bytearray((tmp_path / "tokens" / name).read_bytes())
+    if damage == "zeros":
+        content = bytes(len(content))
+    else:
+        content[10] ^= 1
     del data
-    (tmp_path / "tokens" / "train.bin").write_bytes(content)
-    with pytest.raises(InputError, match="train.bin"):
+    (tmp_path / "tokens" / name).write_bytes(content)
+    with pytest.raises(InputError, match=name):
         Trainer.resume(tmp_path / "run", progress=False)
 
 
@@ -743,13 +748,13 @@ def test_a_configuration_larger_than_its_weights_is_refused_before_memory_is_tak
 
 WRONG = {
     "config.json": [True, 5, [], "x", {"d_model": "wide"}, {"rope_scaling": 5}, {"vocab_size": None}, {"dropout": [1]}],
-    "training.json": [True, [], {"training": 5, "data": {}}, {"training": {}, "data": []},
+    "training.json": [True, 5, [], {"training": 5, "data": {}}, {"training": {}, "data": []},
                       {"training": {"betas": 5}, "data": {}}, {"training": {"max_steps": "many"}, "data": {}},
                       {"training": {"device": ["cpu"]}, "data": {}}, {"training": {}, "data": {"directory": 5}},
                       {"training": {}, "data": {"seal": 5}}, {"training": {}, "data": {}, "frozen": "all"},
                       {"training": {}, "data": {}, "frozen": ["nothing"]}, {"training": {}, "data": {}, "frozen": [5]}],
-    "training_state.json": [True, [], {"seconds": "long"}, {"seconds": None}, {"loss_sum": [1]}, {"loss_count": True},
-                            {"seconds": math.inf}, {"step": True}, {"format_version": "1"}],
+    "training_state.json": [True, 5, [], {"seconds": "long"}, {"seconds": None}, {"loss_sum": [1]},
+                            {"loss_count": True}, {"seconds": math.inf}, {"step": True}, {"format_version": "1"}],
 }
 
 
@@ -849,6 +854,16 @@ def test_a_history_that_is_a_pipe_is_refused(finished, tmp_path):
     shutil.copytree(finished, tmp_path / finished.name)
     os.mkfifo(tmp_path / "metrics.jsonl")
     assert "metrics.jsonl" in one_sentence(lambda: resume(tmp_path))
+
+
+def test_a_history_of_one_endless_line_is_refused_in_little_memory(finished, tmp_path):
+    resource = pytest.importorskip("resource")
+    shutil.copytree(finished, tmp_path / finished.name)
+    with open(tmp_path / "metrics.jsonl", "wb") as file:
+        file.truncate(2**30)  # zeros that take no room on the disk
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "metrics.jsonl is damaged" in one_sentence(lambda: resume(tmp_path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
 
 
 def test_no_learning_rate_is_found_for_a_model_that_is_no_number():

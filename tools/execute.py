@@ -32,9 +32,9 @@ def notebooks(root: Path = ROOT) -> list[Path]:
 
 
 def fingerprints(notebook: dict) -> dict[str, str]:
-    "A hash of all code cells' sources, in order, and one of their outputs."
+    "A hash of all code cells' sources, in order, and one of their outputs; figures' captions are words, not code."
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    sources = ["".join(cell["source"]).strip() for cell in cells]
+    sources = [re.sub(r"^#\| fig-.*\n?", "", "".join(cell["source"]), flags=re.M).strip() for cell in cells]
     outputs = [cell.get("outputs", []) for cell in cells]
     return {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()[:16]
             for name, value in (("code", sources), ("outputs", outputs))}
@@ -54,13 +54,22 @@ def execute(path: Path) -> float:
         cell.metadata = closed(cell)
         if "outputs" in cell:  # a widget without its kernel is dead
             cell.outputs = [
-                o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
+                o
+                for o in map(without_traces, cell.outputs)
+                if "application/vnd.jupyter.widget-view+json" not in o.get("data", {}) and o.get("text") != ""
             ]
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "executed": {"seconds": round(seconds)}}
     nbformat.write(notebook, path)
     nbdev_clean(str(path))
     stamp(path)
     return seconds
+
+
+def without_traces(output: dict) -> dict:
+    "An output without the lines that PyTorch's profiler writes beside the results: they hold the date."
+    if output["output_type"] == "stream":
+        output["text"] = "".join(line for line in output["text"].splitlines(True) if not line.startswith("USDT:"))
+    return output
 
 
 def closed(cell: dict) -> dict:

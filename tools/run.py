@@ -52,7 +52,8 @@ def run_pytest(environment: dict[str, str]) -> tuple[int, int, int]:
     section("tests (pytest)")
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-q", "-n", "2", "--dist", "loadfile", "--durations=25", f"--junitxml={report}"]
+        options = ["-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=25"]
+        options.append(f"--junitxml={report}")
         command = [sys.executable, "-m", "pytest", "tests", *options]
         code = subprocess.run(command, cwd=ROOT, env=environment).returncode
         if not report.exists():
@@ -84,6 +85,7 @@ def main() -> int:
     environment = dict(
         os.environ, OMP_NUM_THREADS="1", PYTHONUTF8="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1"
     )
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or every kernel would compile the package anew
     notebooks, notebooks_failed = run_notebooks(environment)
     tests, tests_failed, skipped = run_pytest(environment)
     left = left_behind(before)

@@ -21,7 +21,8 @@ def softmax(
 ) -> Float[Tensor, "..."]:
     """Turn scores into weights: positive, and adding up to one along `dim`.
 
-    Equation (1.2): subtracting the largest score first changes nothing but keeps `exp` from overflowing.
+    Equation (1.2): subtracting the largest score first changes nothing, but keeps `exp` from
+    overflowing.
     """
     x = x - x.detach().amax(dim, keepdim=True)
     weights = x.exp()
@@ -72,7 +73,7 @@ def causal_mask(
     *,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "queries keys"]:
-    "Which keys a query may attend to (True): its own and earlier ones. The last query stands at the last key."
+    "Which keys a query may attend to (True): its own and earlier ones. The last query is at the last key."
     n_keys = n_queries if n_keys is None else n_keys
     query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
     key = torch.arange(n_keys, device=device)

@@ -39,7 +39,7 @@ def source(cell: Mapping) -> str:
 def read_notebook(
     path: str | Path,
 ) -> dict:
-    "The notebook in a file; `InputError` if it holds none."
+    "The notebook in a file; `InputError` if the file doesn't hold one."
     try:
         notebook = json.loads(Path(path).read_text(encoding="utf-8"))
         cells = notebook["cells"]
@@ -49,7 +49,7 @@ def read_notebook(
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
-        raise InputError(f"{path} is no notebook that can be read: it should be a .ipynb file as JupyterLab saves it.")
+        raise InputError(f"{path} is not a readable notebook: it should be a .ipynb file as saved by JupyterLab.")
     return notebook
 
 
@@ -68,7 +68,7 @@ def for_students(
 def key_of(
     notebook: Mapping,
 ) -> dict:
-    "A chapter's questions and their solutions, without the rest."
+    "A chapter's questions and their solutions, and nothing else."
     cells = [notebook["cells"][0]]
     questions = {}
     for cell in notebook["cells"]:
@@ -85,10 +85,10 @@ def find_chapters(
     numbers: Iterable[str],  # "01", "1"
     book: str | Path = "nbs",  # The folder of the book's notebooks
 ) -> list[Path]:
-    "The notebooks of these chapters; `InputError` that lists the chapters if one is not there."
+    "The notebooks of these chapters; if one is missing, an `InputError` that lists those there are."
     there = {int(path.name[:2]): path for path in sorted(Path(book).glob("[0-3][0-9]_*.ipynb"))}
     if not there:
-        raise InputError(f"There are no chapters in {book}: give the folder of the book's notebooks with --book.")
+        raise InputError(f"There are no chapters in {book}; name the folder of the book's notebooks with --book.")
     for number in numbers:
         if not number.isdecimal() or int(number) not in there:
             listed = ", ".join(f"{one:02d}" for one in there)
@@ -100,7 +100,7 @@ def write_handout(
     chapters: Iterable[str | Path],  # Notebooks of the book
     directory: str | Path,  # Gets the folders `students` and `key`
     *,
-    overwrite: bool = False,  # Replace notebooks that are there
+    overwrite: bool = False,  # Replace existing notebooks
 ) -> list[Path]:
     "Write each chapter twice, without solutions and as a key; returns the files."
     made = {}
@@ -109,7 +109,7 @@ def write_handout(
         made[Path(directory) / "students" / path.name] = for_students(notebook)
         made[Path(directory) / "key" / path.name] = key_of(notebook)
     if there := [path for path in made if path.exists() and not overwrite]:
-        raise InputError(f"{there[0]} is there already; choose another folder, or --overwrite to replace it.")
+        raise InputError(f"{there[0]} already exists; choose another folder, or use --overwrite to replace it.")
     for path, notebook in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True)
@@ -148,9 +148,9 @@ def used_names(tree: ast.Module) -> set[str]:
 
 def needed_cells(
     cells: Sequence[str],  # The code of a notebook's cells, in order
-    wanted: Iterable[int],  # Which of them are to be executed
+    wanted: Iterable[int],  # Which of them to execute
 ) -> list[int]:
-    "The wanted cells, and those whose names they use, directly or through others, in order."
+    "The wanted cells and those that define names they use, directly or through others, in order."
     trees = [parsed(text) for text in cells]
     defined, used = [defined_names(tree) for tree in trees], [used_names(tree) for tree in trees]
     found, left = set(), list(wanted)
@@ -171,15 +171,15 @@ STATES = ("right", "wrong", "unanswered", "failed", "stopped")
 class Mark:
     "What became of one answer."
 
-    state: str  # One of `STATES`: failed is an error outside of the check, stopped is out of time
+    state: str  # One of `STATES`: failed means an error outside the check, stopped means out of time
     message: str  # The check's sentence, or the error's
 
 
 def run_cells(
-    cells: Iterable[str],  # Code, executed one after the other in one space of names
+    cells: Iterable[str],  # Code, executed one after the other in one namespace
     report: str | Path,  # Gets a line of JSON for each verdict and each error
 ) -> None:
-    "Execute cells, writing down what each `check` would say. Meant for a process of its own."
+    "Execute cells and write down what each `check` would say. Meant for a separate process."
     judge, space = exercises.judge, {"__name__": "__main__"}
     with open(report, "a", encoding="utf-8") as file:
         def note(**found) -> None:
@@ -194,12 +194,12 @@ def run_cells(
         for text in cells:
             try:
                 exec(compile(parsed(text), "<cell>", "exec"), space)
-            except BaseException as error:  # an exit ends an answer, not the marking
+            except BaseException as error:  # `exit()` ends one answer, not the marking
                 note(numbers=ANSWER.findall(text), message=f"{type(error).__name__}: {error}"[:300])
 
 
 def start_cells() -> None:
-    "What the process executes: cells from standard input, the report's path as its argument."
+    "What the process runs: it reads cells from standard input and gets the report's path as its argument."
     run_cells(json.load(sys.stdin), sys.argv[1])
 
 # %% ../nbs/79_classroom.ipynb #1bf5d8f8
@@ -207,7 +207,7 @@ def run_apart(
     cells: Sequence[str],
     seconds: float,  # Time limit for all cells together
 ) -> tuple[list[dict], bool]:
-    "What `run_cells` notes in a process of its own, and whether time ran out."
+    "What `run_cells` notes in a separate process, and whether time ran out."
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.jsonl"
         (work := Path(folder) / "work").mkdir()
@@ -229,7 +229,7 @@ def run_apart(
 
 
 def end_all(process: subprocess.Popen) -> None:
-    "End a process and what it started."
+    "End a process and the processes that it started."
     with suppress(OSError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
@@ -242,7 +242,7 @@ def mark_notebook(
     path: str | Path,
     seconds: float = 120.0,  # Time limit for the whole notebook
 ) -> dict[str, Mark]:
-    "Execute a notebook's answers apart and judge them: a mark by number. `InputError` if it is no notebook."
+    "Execute a notebook's answers in a separate process: a mark per exercise. `InputError` if it isn't a notebook."
     check_range("seconds", seconds, 1)
     cells = [source(cell) for cell in read_notebook(path)["cells"]
              if cell["cell_type"] == "code" and not is_solution(cell)]
@@ -261,19 +261,19 @@ def mark_notebook(
 
 # %% ../nbs/79_classroom.ipynb #ae87a92a
 def grade_class(
-    directory: str | Path,  # Notebooks of students, in folders or side by side
+    directory: str | Path,  # The students' notebooks, in one folder or in several
     output: str | Path,  # A CSV file: a line per notebook, a column per exercise
     *,
     seconds: float = 120.0,  # Time limit for each notebook
     overwrite: bool = False,
-    on_notebook: Callable[[dict], None] | None = None,  # Is called with each line when it is known
+    on_notebook: Callable[[dict], None] | None = None,  # Called with each line as soon as it is known
 ) -> list[dict]:
     "Mark every notebook below a folder and write the table; returns its lines."
     output, folder = Path(output), Path(directory)
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: give the one that holds the notebooks of the class.")
+        raise InputError(f"{folder} is not a folder; name the one that holds the notebooks of the class.")
     if output.exists() and not overwrite:
-        raise InputError(f"{output} is there already; choose another --out, or --overwrite to replace it.")
+        raise InputError(f"{output} already exists; choose another --out, or use --overwrite to replace it.")
     paths = [path for path in sorted(folder.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
     if not paths:
         raise InputError(f"There is no notebook (.ipynb) in {folder}.")
@@ -299,7 +299,7 @@ def write_table(lines: Sequence[Mapping], output: str | Path) -> None:
     numbers = {key for line in lines for key in line if key[0].isdigit()}
     columns = ["notebook", "right", "of", "problem", *sorted(numbers, key=lambda n: [*map(int, n.split("."))])]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", newline="", encoding="utf-8-sig") as file:  # with the mark that spreadsheets look for
+    with open(output, "w", newline="", encoding="utf-8-sig") as file:  # spreadsheets need this byte-order mark
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(lines)

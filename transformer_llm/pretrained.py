@@ -416,7 +416,7 @@ def stored_tensors(
 
 # %% ../nbs/09_pretrained.ipynb #7404638f
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    "Each parameter's shape, without making it; one block stands for all."
+    "Each parameter's shape, without making it; one block represents all."
     try:
         with torch.device("meta"):
             one = {name: tuple(p.shape) for name, p in GPT(replace(config, n_layers=1)).named_parameters()}

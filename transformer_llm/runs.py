@@ -55,7 +55,7 @@ from .training import Trainer, TrainingConfig, open_data, training_note
 from .transformer import GPT, PRESETS, GPTConfig, training_memory_bytes
 
 # %% ../nbs/84_runs.ipynb #ed3c3a07
-TRAINING_FIELDS = tuple(f.name for f in fields(TrainingConfig) if f.name != "context_length")  # that one is the model's
+TRAINING_FIELDS = tuple(f.name for f in fields(TrainingConfig) if f.name != "context_length")  # the model's
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,17 @@ class RunConfig:
     """What a new run is made of.
 
     - `text_file`: a UTF-8 text file, a folder of them, or prepared tokens; None: Shakespeare.
-    - `tokenizer`: "char", "bpe", or the path of one; None: bpe, char for the smallest models.
-    - `vocab_size`: tokens that a bpe tokenizer learns; None: as many as the text can fill.
-    - `val_fraction`: share of the text that is kept for validation; None: 0.1.
+    - `tokenizer`: "char", "bpe", or the path of one; None: "bpe", or "char" for the smallest models.
+    - `vocab_size`: size of a bpe tokenizer's vocabulary; None: what suits the length of the text.
+    - `val_fraction`: share of the text kept for validation; None: 0.1.
     - `model_size`: a preset of chapter 04; None: tiny.
     - `context_length`: tokens that the model sees at once; None: the preset's.
     - `dropout`: share of activations dropped in training; None: the preset's.
-    - `epochs`: times to read the training text, in place of max_steps; None: 1.
-    - `fast`: chapter 11's faster steps.
+    - `epochs`: how often to read the training text, instead of max_steps; None: 1.
+    - `fast`: use chapter 11's faster training steps.
     - `training`: the fields of `TrainingConfig` that were chosen.
 
-    A field that is None was not chosen; a value out of its range raises `InputError`.
+    A field that is None was not chosen; a value out of range raises `InputError`.
     """
 
     text_file: str | Path | None = None
@@ -103,7 +103,7 @@ class RunConfig:
             raise InputError(f"fast must be true or false, not {self.fast!r:.60}.")
         TrainingConfig.from_dict(dict(self.training))
         if self.epochs is not None and "max_steps" in self.training:
-            raise InputError("epochs and max_steps both say how long a run is; give one of them.")
+            raise InputError("epochs and max_steps both set the length of a run; give only one of them.")
 
     def replace(self, **changes) -> "RunConfig":
         "A copy with some fields changed, checked like a new one."
@@ -117,10 +117,11 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: object) -> "RunConfig":
-        "The configuration with these fields, own ones and `TrainingConfig`'s; an unknown name raises `InputError`."
+        "The configuration with these fields, its own and `TrainingConfig`'s; an unknown name raises `InputError`."
         own = [f.name for f in fields(cls) if f.name != "training"]
         if not isinstance(values, Mapping) or (unknown := sorted(set(map(str, values)) - {*own, *TRAINING_FIELDS})):
-            what = f"{values!r:.60} is no" if not isinstance(values, Mapping) else f"{', '.join(unknown)} is an unknown"
+            wrong = not isinstance(values, Mapping)
+            what = f"{values!r:.60} is not a" if wrong else f"{', '.join(unknown)} is an unknown"
             raise InputError(f"{what} setting of a run; the settings are {', '.join([*own, *TRAINING_FIELDS])}.")
         training = {name: value for name, value in values.items() if name in TRAINING_FIELDS}
         return cls(**{name: value for name, value in values.items() if name in own}, training=training)
@@ -131,7 +132,7 @@ def find_text(
     *,
     progress: bool = False,  # Show a bar
 ) -> Path:
-    "The path of a text; the plays are made where they are missing, also where their file is asked for by name."
+    "The path of a text; the plays are made if they are missing, even if you name their file."
     if text is None:
         return load_shakespeare(progress=progress)
     if not str(text):
@@ -149,7 +150,7 @@ def training_chunks(
     path: Path,  # A text file
     val_fraction: float,  # The last part, which training must not see
 ) -> Iterator[str]:
-    "The chunks of a text before its held-out end, one in memory at a time; `InputError` where there is no text in it."
+    "The chunks of a text before its held-out end, one in memory at a time; `InputError` if it is empty."
     length, blank = 0, True
     for chunk in read_chunks(path):
         length, blank = length + len(chunk), blank and chunk.isspace()
@@ -166,12 +167,12 @@ def make_tokenizer(
     *,
     progress: bool = False,  # Show a bar
 ) -> Tokenizer:
-    "Train or load a tokenizer; raises `InputError` where the vocabulary's size is not yours to choose."
+    "Train or load a tokenizer; `InputError` for a `vocab_size` without \"bpe\"."
     if kind != "bpe" and vocab_size is not None:
-        raise InputError(f"--vocab_size {vocab_size} goes with --tokenizer bpe only; {kind} has a size of its own.")
+        raise InputError(f"--vocab_size {vocab_size} works only with --tokenizer bpe; the size of {kind} is fixed.")
     files = text_files(text) if kind in ("char", "bpe") else []
     if kind == "char":
-        between = ["\n"] if len(files) > 1 else []  # what stands between two files of a folder
+        between = ["\n"] if len(files) > 1 else []  # what separates two files of a folder
         return CharTokenizer.train(chain(*(training_chunks(path, 0) for path in files), between))
     if kind == "bpe":
         texts = (training_chunks(path, val_fraction) for path in files)
@@ -185,18 +186,18 @@ def prepare(
     directory: str | Path,  # Where the tokens and the tokenizer go; not used for prepared tokens
     *,
     tokenizer: str | Path | Tokenizer | None = None,  # "char", "bpe", a path, or a tokenizer; None: "bpe"
-    vocab_size: int | None = None,  # Tokens that "bpe" learns; None: `default_vocab_size`
-    val_fraction: float | None = None,  # Share of each text that is kept for validation; None: 0.1
+    vocab_size: int | None = None,  # Of "bpe"; None: `default_vocab_size`
+    val_fraction: float | None = None,  # Share of each text kept for validation; None: 0.1
     workers: int = 1,  # Processes that tokenize
     progress: bool = False,  # Show bars
-    overwrite: bool = False,  # Replace other tokens that are there
+    overwrite: bool = False,  # Replace other tokens in `directory`
 ) -> tuple[TokenData, Tokenizer]:
     "Turn text into tokens on disk; returns them and their tokenizer, which is saved beside them."
     source = find_text(text, progress=progress)
     if holds_tokens(source):
         if (tokenizer, vocab_size, val_fraction) != (None, None, None):
             raise InputError(f"{source} holds prepared tokens, so --tokenizer, --vocab_size and --val_fraction are "
-                             "settled; leave them out.")
+                             "already fixed; leave them out.")
         return TokenData.open(source), load_tokenizer(source)
     share = 0.1 if val_fraction is None else val_fraction
     if isinstance(tokenizer, str | os.PathLike | None):
@@ -208,7 +209,7 @@ def prepare(
 
 # %% ../nbs/84_runs.ipynb #817d30d1
 def count_steps(epochs: float, tokens: int, tokens_per_step: int) -> int:
-    "How many steps read `tokens` tokens `epochs` times, equation (84.1)."
+    "How many steps it takes to read `tokens` tokens `epochs` times, equation (84.1)."
     return max(1, -int(-epochs * tokens // tokens_per_step))
 
 
@@ -217,7 +218,7 @@ def training_config(
     n_tokens: int,  # Of the training text
     context_length: int,  # Of the model
 ) -> TrainingConfig:
-    "The `TrainingConfig` of a run: what was chosen, and for the rest what suits the number of its steps."
+    "The `TrainingConfig` of a run: what was chosen, and defaults that suit the number of steps."
     chosen = {**config.training, "context_length": context_length}
     settings = TrainingConfig.from_dict(chosen)
     per_step = settings.batch_size * settings.accumulation * context_length
@@ -230,7 +231,7 @@ def training_config(
 
 
 def model_config(config: RunConfig, vocab_size: int) -> GPTConfig:
-    "The `GPTConfig` of a run's new model: its preset, with what was chosen otherwise."
+    "The `GPTConfig` of a run's new model: its preset, changed by what was chosen."
     changes = {name: getattr(config, name) for name in ("context_length", "dropout")}
     changes = {name: value for name, value in changes.items() if value is not None}
     return GPTConfig.preset(config.model_size or "tiny", vocab_size=vocab_size, **changes)
@@ -246,7 +247,7 @@ def holds_run(run_directory: str | Path) -> bool:
 
 
 def check_free(run_directory: str | Path, overwrite: bool = False) -> None:
-    "Raise `InputError` if the folder holds a run that `overwrite` doesn't give up, or can't hold a new one."
+    "Raise `InputError` if the folder can't hold a new run, or holds one and `overwrite` is false."
     out = Path(run_directory)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give the name of a folder.")
@@ -254,16 +255,16 @@ def check_free(run_directory: str | Path, overwrite: bool = False) -> None:
         raise InputError(f"--out {out} is a checkpoint; give the name of another folder.")
     if holds_run(out):
         if not overwrite:
-            raise InputError(f"{out} holds a run already; give --resume to continue it, --overwrite to remove it, "
+            raise InputError(f"{out} already holds a run; give --resume to continue it, --overwrite to remove it, "
                              "or another --out.")
         return
     for path in (out / name for name in RUN_FILES):
         if path.exists() and not began_run(path):
-            raise InputError(f"{path} exists and is no run's, and a run would replace it; give another --out.")
+            raise InputError(f"{path} exists but is not from a run, and a run would replace it; give another --out.")
 
 
 def began_run(path: Path) -> bool:
-    "Whether a file is what a run leaves that was killed before its first checkpoint."
+    "Whether a file was left by a run that was killed before its first checkpoint."
     if path.name == "metrics.jsonl":
         return path.is_file() and path.stat().st_size == 0
     try:
@@ -277,15 +278,15 @@ def run_note(path: Path) -> RunConfig:
     values = read_json(path)
     try:
         if isinstance(values, dict):
-            values = {name: value for name, value in values.items() if name != "out"}  # which older versions noted
+            values = {name: value for name, value in values.items() if name != "out"}  # older versions noted it
         return RunConfig.from_dict(values)
     except InputError as error:
         why = str(error).rstrip(".")
-        raise InputError(f"{path} is not what a run notes ({why}); delete it to go on without it.") from None
+        raise InputError(f"{path} was not written by a run ({why}); delete it to go on without it.") from None
 
 # %% ../nbs/84_runs.ipynb #7e879573
 def given_tokens(run_directory: str | Path) -> Path | None:
-    "The prepared tokens that a run was given, as its `command.json` says; None: it made its own."
+    "The prepared tokens that a run was given, according to its `command.json`; None: it made its own."
     try:
         text = run_note(Path(run_directory) / "command.json").text_file
     except InputError:
@@ -294,7 +295,7 @@ def given_tokens(run_directory: str | Path) -> Path | None:
 
 
 def own_tokens(run_directory: str | Path) -> list[Path]:
-    "The folders in which the run in this folder made its tokens; not those that it was given."
+    "The folders of tokens that the run in this folder made itself, not those that it was given."
     out, names = Path(run_directory), set()
     for checkpoint in checkpoint_folders(out):
         with suppress(InputError, KeyError, TypeError):  # a damaged run may be replaced too
@@ -306,7 +307,7 @@ def own_tokens(run_directory: str | Path) -> list[Path]:
 
 
 def token_directory(run_directory: str | Path) -> Path:
-    "Where a new run puts its tokens: a folder without any, or with those of an earlier start that came to nothing."
+    "Where a new run puts its tokens: a folder without any, or one left by an earlier start that failed."
     out, given = Path(run_directory), given_tokens(run_directory)
     used = [folder.resolve() for folder in (*own_tokens(out), *([given] if given else []))]
     left = holds_run(out) or (out / "command.json").exists()
@@ -344,7 +345,7 @@ def remove_files(folder: Path, names: tuple[str, ...] | list[str], folder_too: b
 # %% ../nbs/84_runs.ipynb #b06313f3
 @contextmanager
 def hold(run_directory: str | Path) -> Iterator[None]:
-    "Inside, no other process may use this folder; one that was made for that and stays empty is removed again."
+    "Keep other processes out of this folder; a folder that was made for this and stays empty is removed again."
     out = user_path(run_directory)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give the name of a folder.")
@@ -359,7 +360,7 @@ def hold(run_directory: str | Path) -> Iterator[None]:
                 folder.rmdir()
 
 # %% ../nbs/84_runs.ipynb #c6ec6aaa
-SMALL_MODELS = ("demo", "nano")  # whose vocabulary is characters, where none is asked for
+SMALL_MODELS = ("demo", "nano")  # use characters unless you ask for something else
 
 
 def check_memory(config: GPTConfig, settings: TrainingConfig) -> int:
@@ -367,7 +368,7 @@ def check_memory(config: GPTConfig, settings: TrainingConfig) -> int:
     needed, there = int(training_memory_bytes(config, settings.batch_size, settings.context_length)), memory_bytes()
     if there and needed > 2 * there:
         raise InputError(
-            f"this needs about {needed / 1e9:,.1f} GB and the machine has {there / 1e9:,.1f} GB; "
+            f"this needs about {needed / 1e9:,.1f} GB, but the machine has {there / 1e9:,.1f} GB; "
             "use a smaller --batch_size, --context_length or --model_size (--accumulation keeps the batch's effect)."
         )
     return needed
@@ -390,21 +391,21 @@ def start_run(
     data: TokenData | tuple | None = None,  # Tokens that are ready; None: those of `config.text_file`
     tokenizer: Tokenizer | None = None,  # Of `model` or `data`
     trainer_class: type[Trainer] | None = None,  # None: `Trainer`, or `FastTrainer` for `config.fast`
-    overwrite: bool = False,  # Remove the run that is there, once all is accepted
+    overwrite: bool = False,  # Remove the run in the folder, once everything is accepted
     progress: bool = False,  # Show bars
     on_step: Callable | None = None,  # Called as on_step(trainer, record) after each step
     on_record: Callable | None = None,  # Called as on_record(trainer, record) after each record of the history
 ) -> Trainer:
-    "A `Trainer` at step 0 of a new run; `train()` trains it. Nothing that was there is lost if anything is refused."
+    "A `Trainer` at step 0 of a new run; its `train()` trains. If anything is refused, nothing in the folder is lost."
     out, config = user_path(run_directory), config or RunConfig()
     check_free(out, overwrite)
     pick_device(config.training.get("device", "auto"))
     with hold(out):
-        check_free(out, overwrite)  # once more: nobody else can begin here from now on
+        check_free(out, overwrite)  # once more, now that nobody else can start here
         if data is None:
             data, tokenizer = prepare_run(out, config, tokenizer=tokenizer, progress=progress)
         if not holds_run(out):
-            write_json(out / "command.json", config.to_dict())  # the tokens that are there are this start's
+            write_json(out / "command.json", config.to_dict())  # so the tokens there count as this start's
         trainer = make_trainer(out, config, model, data, tokenizer, trainer_class, progress)
         trainer.on_step, trainer.on_record = on_step, on_record
         if overwrite:
@@ -458,13 +459,13 @@ def continue_run(
     run_directory: str | Path,  # The run, or one of its checkpoints
     changes: RunConfig | None = None,  # What was chosen for the rest of it; None: nothing
     *,
-    data: TokenData | tuple | None = None,  # Its tokens, where they are not on disk; None: reopened from where they are
+    data: TokenData | tuple | None = None,  # Its tokens, if they are not on disk; None: reopened from the disk
     trainer_class: type[Trainer] | None = None,  # None: as the run was started, or as `changes.fast` says
     progress: bool = False,  # Show bars
     on_step: Callable | None = None,  # Called as on_step(trainer, record) after each step
     on_record: Callable | None = None,  # Called as on_record(trainer, record) after each record of the history
 ) -> Trainer:
-    "A `Trainer` that goes on from a run's newest checkpoint; `InputError` for settings that would make it another run."
+    "A `Trainer` that goes on from a run's newest checkpoint; `InputError` for settings that belong to a different run."
     out, changes = user_path(run_directory), changes or RunConfig()
     checkpoint = load_checkpoint(out, training_state=False)
     home = checkpoint.path.resolve().parent if is_checkpoint(out) else out
@@ -485,7 +486,7 @@ def continue_run(
 
 # %% ../nbs/84_runs.ipynb #9aa41789
 def tokens_of(checkpoint: Checkpoint) -> TokenData:
-    "The tokens of a run, where they were or where they moved with it."
+    "The tokens of a run, from their old place or from where they moved with it."
     try:
         return open_data(checkpoint)
     except InputError as error:
@@ -501,7 +502,7 @@ def check_same_run(
     note: RunConfig | None,  # What `command.json` says; None: it is lost
     data,
 ) -> TrainingConfig:
-    "The settings that a run has; `InputError` names the first one that was asked for and is another."
+    "A run's settings; `InputError` names the first one that was asked for with another value."
     settings, shape = TrainingConfig.from_dict(training_note(checkpoint)["training"]), checkpoint.config
     noted, meta = {} if note is None else note.to_dict(), getattr(data, "meta", {})
     has = {**noted, "val_fraction": meta.get("val_fraction"), **shape.to_dict(), **settings.to_dict()}
@@ -515,24 +516,24 @@ def check_same_run(
         elif name == "text_file":
             if note is None:
                 raise InputError(f"{home / 'command.json'} is missing, so nothing says whether the run in {home} was "
-                                 f"trained on {value}; leave --text_file out to continue it.")
+                                 f"trained on {value}; leave out --text_file to continue it.")
             same = noted.get(name) is not None and Path(noted[name]).resolve() == Path(value).resolve()
         else:
             same = has.get(name) == value
         if not same:
             old = f"has {name} {has[name]}" if has.get(name) is not None else f"was started without --{name}"
-            raise InputError(f"the run in {home} {old}; leave --{name} {value} out to continue it, or start another "
+            raise InputError(f"the run in {home} {old}; leave out --{name} {value} to continue it, or start a new run "
                              "with another --out.")
     return settings
 
 
 def sizes_of(shape: GPTConfig) -> dict:
-    "What `RunConfig` can change of a preset, as this model has it."
+    "This model's values of the preset fields that a `RunConfig` can change."
     return {"context_length": shape.context_length, "dropout": shape.dropout}
 
 
 def same_tokenizer(kind: str | Path, checkpoint: Path) -> bool:
-    "Whether a checkpoint's tokenizer is of this kind (char, bpe), or is the one that a path names."
+    "Whether a checkpoint's tokenizer is of this kind (char, bpe), or is the one at this path."
     if not (checkpoint / "tokenizer.json").exists():
         return False
     found = load_tokenizer(checkpoint / "tokenizer.json")
@@ -560,7 +561,7 @@ def load_any(
     *,
     device: str = "cpu",  # "auto", "cpu", "cuda" or "mps"
 ) -> tuple[GPT, Tokenizer | None]:
-    "The model, in evaluation mode, and its tokenizer, which is None where a checkpoint has none."
+    "The model, in evaluation mode, and its tokenizer, which is None if a checkpoint has none."
     path = user_path(path)
     if not is_pretrained(path):
         return load_model(path, device=device)
