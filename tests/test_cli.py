@@ -190,7 +190,7 @@ def test_data_prepare_then_train(capsys, tokens):
     )
     assert "parameters" in out and fingerprint(tokens) == before
     refused(capsys, "train", "--text_file", tokens, "--tokenizer", "char", says="leave them out")
-    refused(capsys, "data", "prepare", "--text_file", tokens, "--out", "again", says="prepared tokens already")
+    refused(capsys, "data", "prepare", "--text_file", tokens, "--out", "again", says="already holds prepared tokens")
 
 
 def test_a_folder_of_texts(capsys):
@@ -1072,7 +1072,7 @@ PATH_FLAGS = {
 
 
 @pytest.mark.parametrize("path, says", [
-    ("", "must be a path, and this one is empty"),
+    ("", "must be a path, but this one is empty"),
     ("~nobody-of-that-name/x", "home folder"),
     ("caf\udce9.txt", "not UTF-8"),
     ("a\0b", "zero byte"),
@@ -1230,7 +1230,7 @@ def test_a_second_ctrl_c_names_what_was_saved(capsys, monkeypatch, text):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5, signal.SIGINT, signal.SIGINT)
         code, _, err = call(capsys, *arguments, "--out", "run")
-    assert code == 130 and "newest checkpoint is of step 4" in err, err
+    assert code == 130 and "newest checkpoint is from step 4" in err, err
     assert "continued at step 4" in succeeds(capsys, "train", "--out", "run", "--resume")
 
 
@@ -1324,14 +1324,14 @@ def test_data_replaces_nothing_unasked(capsys, text):
         Path(name).write_text("mine", encoding="utf-8")
     before = fingerprint(Path("."))
     prepare = ("data", "prepare", "--text_file", text, "--tokenizer", "char", "--out", "tokens")
-    refused(capsys, "data", "patterns", "--out", "patterns.txt", says="patterns.txt exists; give --overwrite")
-    refused(capsys, *prepare, says="train.bin exists; give --overwrite")
-    refused(capsys, "data", "shakespeare", "--out", "thesis.txt", says="was there already and is another text")
+    refused(capsys, "data", "patterns", "--out", "patterns.txt", says="patterns.txt already exists; use --overwrite")
+    refused(capsys, *prepare, says="train.bin already exists; use --overwrite")
+    refused(capsys, "data", "shakespeare", "--out", "thesis.txt", says="exists and is not this book's Shakespeare")
     assert fingerprint(Path(".")) == before
     succeeds(capsys, "data", "patterns", "--out", "patterns.txt", "--overwrite")
     succeeds(capsys, *prepare, "--overwrite")
     assert Path("patterns.txt").stat().st_size > 1000 and Path("tokens/notes.txt").read_text(encoding="utf-8") == "mine"
-    refused(capsys, *prepare, "--val_fraction", 0.5, says="exists; give --overwrite")
+    refused(capsys, *prepare, "--val_fraction", 0.5, says="already exists; use --overwrite")
 
 
 def test_the_demo_refuses_before_it_trains(capsys, monkeypatch):

@@ -99,7 +99,7 @@ def whole(low: float, high: float | None = None) -> Callable[[str], float]:
 def some_path(text: str) -> str:
     "A converter for `argparse` from text to a path, where `~` is the home folder."
     if not text:
-        raise argparse.ArgumentTypeError("must be a path, and this one is empty")
+        raise argparse.ArgumentTypeError("must be a path, but this one is empty")
     try:
         return str(user_path(text))
     except InputError as error:
@@ -130,7 +130,7 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
         help="a UTF-8 text file, or a folder of them (default: Shakespeare)")
     add("--tokenizer", type=some_path, metavar="KIND",
         help="char, bpe, or the path of a trained tokenizer (default: bpe, and char for the two smallest models)")
-    add("--vocab_size", type=whole(2), metavar="N", help="tokens that a bpe tokenizer learns (default: 8192 at most)")
+    add("--vocab_size", type=whole(2), metavar="N", help="tokens that a bpe tokenizer learns (default: at most 8192)")
 
 
 def add_split_flag(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +140,7 @@ def add_split_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_overwrite_flag(parser: argparse.ArgumentParser) -> None:
-    "Add the flag that allows to replace what is there."
+    "Add the flag that allows replacing what exists."
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
 # %% ../nbs/92_command_line.ipynb #f1bc977f
@@ -159,7 +159,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     "Add the flags of `train` that are fields of `TrainingConfig`; their defaults are that dataclass's."
     add = parser.add_argument
-    add("--batch_size", type=whole(1), metavar="N", help="windows of text a step")
+    add("--batch_size", type=whole(1), metavar="N", help="windows of text per step")
     add("--accumulation", type=whole(1), metavar="N", help="batches added up before each step (default: 1)")
     add("--optimizer", choices=("adamw", "muon"), help="muon: Muon for the hidden matrices, AdamW for the rest")
     add("--learning_rate", type=number(0, 10), metavar="X", help="the peak learning rate")
@@ -174,7 +174,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=DEVICES, help="where to compute (default: auto)")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the matrix products (default: float32)")
     add("--compile", action="store_true", help="compile the model first: slower to start, faster to run")
-    add("--fast", action="store_true", help="take chapter 11's faster steps: the same training up to rounding")
+    add("--fast", action="store_true", help="use chapter 11's faster steps: the same training up to rounding")
     add("--tensorboard", action="store_true", help="write TensorBoard logs too (needs tensorboard)")
 
 # %% ../nbs/92_command_line.ipynb #c92fe926
@@ -185,7 +185,7 @@ HELP = {
 
 
 def add_train(commands) -> None:
-    "Add `train`. A flag that is not typed is absent from the result, so that `--resume` can tell what was asked."
+    "Add `train`. A flag that is not typed is absent from the result, so that `--resume` can tell what was typed."
     parser = commands.add_parser("train", help="train a model, or continue a run", argument_default=argparse.SUPPRESS)
     add_model_flags(parser)
     add_text_flags(parser)
@@ -194,7 +194,7 @@ def add_train(commands) -> None:
     parser.add_argument("--out", type=some_path, metavar="DIR", help="the run's folder (default: runs/TEXT-SIZE)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
-    again.add_argument("--overwrite", action="store_true", help="remove the run in --out and start anew")
+    again.add_argument("--overwrite", action="store_true", help="remove the run in --out and start again")
     parser.set_defaults(command=command_train)
 
 
@@ -213,18 +213,18 @@ def add_generate(commands) -> None:
 
 def add_chat(commands) -> None:
     "Add `chat`."
-    parser = commands.add_parser("chat", help="talk with a model that was trained to answer")
+    parser = commands.add_parser("chat", help="talk to a model that was trained to answer")
     add = parser.add_argument
     add("--model", type=some_path, default="smollm2", metavar="MODEL", help=HELP["model"] + " (default: smollm2)")
-    add("--prompt", metavar="TEXT", help="say this, print the answer and end (default: a conversation)")
+    add("--prompt", metavar="TEXT", help="say this, print the answer and exit (default: a conversation)")
     add("--system", metavar="TEXT",
         help="what the assistant is told before you say anything (default: what its makers chose)")
     add_sampling(parser, max_new_tokens=512, temperature=0.2, top_p=0.9)
     parser.set_defaults(command=command_chat)
 
 # %% ../nbs/92_command_line.ipynb #5a9e66cf
-SAMPLING_FLAGS = {  # a field of `Sampling`: its converter, how its value is called, what it does
-    "temperature": (number(0, 100), "X", "low is bold, high is wild, 0 the likeliest token"),
+SAMPLING_FLAGS = {  # a field of `Sampling`: its converter, the name of its value, what it does
+    "temperature": (number(0, 100), "X", "low is safe, high is wild, 0 takes the likeliest token"),
     "top_k": (whole(1), "N", "draw from the N likeliest tokens only"),
     "top_p": (number(0, 1), "X", "draw from the fewest tokens that hold this much probability"),
     "min_p": (number(0, 1), "X", "drop tokens below this share of the likeliest one's probability"),
@@ -235,7 +235,7 @@ SAMPLING_FLAGS = {  # a field of `Sampling`: its converter, how its value is cal
 def add_sampling(
     parser: argparse.ArgumentParser,
     max_new_tokens: int,  # This command's default
-    **defaults: float,  # What this command says of the flags' defaults
+    **defaults: float,  # Defaults that this command's help states for the flags
 ) -> None:
     "Add the flags that say how many tokens are drawn, and how."
     add, tokens = parser.add_argument, f"tokens to write (default: {max_new_tokens})"
@@ -246,7 +246,7 @@ def add_sampling(
     add("--seed", type=whole(0), metavar="N", help="the same seed gives the same text (default: 0)")
     add("--device", choices=DEVICES, default="auto", help="where to compute (default: auto)")
     add("--dtype", choices=PRECISIONS,
-        help="write with chapter 13's fast decoder, its weights in this precision (default: the plain model)")
+        help="write with chapter 13's fast decoder, with weights in this precision (default: the plain model)")
 
 
 def typed_sampling(args: argparse.Namespace) -> dict:
@@ -261,7 +261,7 @@ def typed_sampling(args: argparse.Namespace) -> dict:
 # %% ../nbs/92_command_line.ipynb #eec5dee4
 def add_evaluate(commands) -> None:
     "Add `evaluate`."
-    parser = commands.add_parser("evaluate", help="measure what a model knows of a text")
+    parser = commands.add_parser("evaluate", help="measure how well a model predicts a text")
     add, which = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", type=some_path, metavar="DIR", help="a run's folder, or one of its checkpoints")
     which.add_argument("--model", type=some_path, metavar="MODEL", help=HELP["model"])
@@ -273,15 +273,15 @@ def add_evaluate(commands) -> None:
 
 def add_export(commands) -> None:
     "Add `export`."
-    parser = commands.add_parser("export", help="write a model as other programs read it")
+    parser = commands.add_parser("export", help="write a model for other programs")
     add = parser.add_argument
     add("--checkpoint", type=some_path, metavar="DIR", required=True, help=HELP["checkpoint"])
     form = parser.add_mutually_exclusive_group(required=True)
     form.add_argument("--hf", type=some_path, metavar="DIR", help="a folder to write for Hugging Face's transformers")
     form.add_argument("--onnx", type=some_path, metavar="FILE",
                       help="a graph to write for ONNX runtimes (needs onnx and onnxscript)")
-    add("--with_cache", action="store_true", help="with --onnx: the graph takes and gives keys and values")
-    add("--overwrite", action="store_true", help="replace what is there")
+    add("--with_cache", action="store_true", help="with --onnx: the graph takes and returns keys and values")
+    add("--overwrite", action="store_true", help="replace what exists")
     parser.set_defaults(command=command_export)
 
 
@@ -307,7 +307,8 @@ def add_bench(commands) -> None:
     add("--output", type=some_path, default="benchmark.json", metavar="FILE",
         help="the results, as JSON, with a picture beside them (default: benchmark.json)")
     add("--text_file", type=some_path, metavar="PATH", help="a UTF-8 text file (default: Shakespeare)")
-    add("--seed", type=whole(0, 2**31 - 1), default=0, metavar="N", help="of weights, batches and samples (default: 0)")
+    add("--seed", type=whole(0, 2**31 - 1), default=0, metavar="N",
+        help="seed of weights, batches and samples (default: 0)")
     parser.set_defaults(command=command_bench)
 
 # %% ../nbs/92_command_line.ipynb #f93a8261
@@ -326,7 +327,7 @@ def add_data(commands) -> None:
     add_text_flags(part)
     add_split_flag(part)
     part.add_argument("--workers", type=whole(1, 256), default=1, metavar="N",
-                      help="processes that work at once (default: 1)")
+                      help="processes that work in parallel (default: 1)")
     part.add_argument("--out", type=some_path, metavar="DIR", required=True, help="the folder to write")
     add_overwrite_flag(part)
     part.set_defaults(command=command_prepare)
@@ -401,7 +402,7 @@ def add_class(commands) -> None:
     part.add_argument("--book", type=some_path, metavar="DIR", default="nbs",
                       help="the folder of the book's notebooks (default: nbs)")
     part.add_argument("--out", type=some_path, metavar="DIR", default="class",
-                      help="gets the folders students and key (default: class)")
+                      help="where the folders students and key go (default: class)")
     add_overwrite_flag(part)
     part.set_defaults(command=command_handout)
     part = parts.add_parser("grade", help="execute the answers of a class, and write a table of marks")
@@ -415,7 +416,7 @@ def add_class(commands) -> None:
 
 # %% ../nbs/92_command_line.ipynb #f3860a22
 def human_bytes(count: float) -> str:
-    "Bytes in the largest decimal unit that leaves at least one before the point."
+    "Bytes in the largest decimal unit that gives at least 1."
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 999.5:  # what would be rounded to 1000 takes the next unit
             return f"{count:.3g} {unit}"
@@ -439,7 +440,7 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
 
 # %% ../nbs/92_command_line.ipynb #a505c473
 def is_terminal(stream) -> bool:
-    "Whether somebody reads this stream on a screen; a stream may be missing (None) where a process has none."
+    "Whether somebody reads this stream on a screen; the stream is None if the process has none."
     return stream is not None and stream.isatty()
 
 
@@ -455,7 +456,7 @@ def typed(flag: str, value: str | Path) -> str:
 
 
 def note(text: str) -> None:
-    "Say something that is not a command's result, on the error stream; nothing fails where nobody can hear it."
+    "Print what is not a command's result on the error stream; if nobody can read it, nothing fails."
     for stream, said in ((sys.stdout, ""), (sys.stderr, harmless(text, sys.stderr) + "\n")):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.write(said)
@@ -465,7 +466,7 @@ def note(text: str) -> None:
 def check_out(path: Path) -> None:
     "Raise `InputError` for something that `--overwrite` would have to replace."
     if path.exists():
-        raise InputError(f"{path} exists; give --overwrite to replace it, or another --out.")
+        raise InputError(f"{path} already exists; use --overwrite to replace it, or choose another --out.")
 
 
 def check_no_tokens(out: Path) -> None:
@@ -484,8 +485,8 @@ def command_shakespeare(args: argparse.Namespace) -> None:
 
     path = load_shakespeare(*([args.out] if args.out else []), progress=at_terminal())
     if sha256_of(path) != SHAKESPEARE_SHA256:
-        raise InputError(f"{path} was there already and is another text than this book's Shakespeare; give another "
-                         "--out to have the plays, or train on it as it is.")
+        raise InputError(f"{path} already exists and is not this book's Shakespeare; choose another --out to get the "
+                         "plays, or train on it as it is.")
     print(f"{path}: {human_bytes(path.stat().st_size)} of Shakespeare. Next: "
           f"transformer-llm train {typed('text_file', path)}")
 
@@ -507,7 +508,7 @@ def command_prepare(args: argparse.Namespace) -> None:
 
     source, out = find_text(args.text_file, progress=at_terminal()), Path(args.out)
     if holds_tokens(source):
-        raise InputError(f"{source} holds prepared tokens already; give a text file or a folder of texts.")
+        raise InputError(f"{source} already holds prepared tokens; give a text file or a folder of texts.")
     if not args.overwrite:
         check_no_tokens(out)
     data, tokenizer = prepare(source, out, tokenizer=args.tokenizer, vocab_size=args.vocab_size,
@@ -554,7 +555,7 @@ def run_folder(out: str | None, text_file: str | None, model_size: str | None) -
 
 # %% ../nbs/92_command_line.ipynb #6d076d43
 def print_plan(trainer, out: Path) -> None:
-    "Print what is about to be trained, on what, how long and where."
+    "Print what is about to be trained, on what, for how long and where."
     from transformer_llm.runs import check_memory
 
     config, settings, there = trainer.model.config, trainer.config, memory_bytes()
@@ -608,7 +609,7 @@ class TimeEstimate:
             self.done = True
 
     def steps_left(self, step: int) -> float:
-        "The steps that are left after `step`, and what the validations that are still to come cost, in steps."
+        "The steps left after `step`, plus the cost of the remaining validations, in steps."
         every = self.eval_every or self.max_steps
         validations = -(-self.max_steps // every) - step // every
         return self.max_steps - step + validations * self.eval_steps
@@ -633,11 +634,11 @@ def print_above_bar(line: str) -> None:
 
 # %% ../nbs/92_command_line.ipynb #b8a4126f
 class LossLines:
-    "Called with each record of a run; prints a loss as one line now and then, for output that goes into a file."
+    "Called with each record of a run; prints the loss on a line now and then, for output that goes into a file."
 
     def __init__(
         self,
-        seconds: float = 60.0,  # A line at every validation, and else at most one in this time
+        seconds: float = 60.0,  # A line at every validation; otherwise at most one in this time
         *,
         clock: Callable[[], float] = time.perf_counter,  # Seconds, from any start
     ):
@@ -668,8 +669,8 @@ def train_to_the_end(trainer) -> int:
     "Train what is left of a run, and print what came out and what to do next. Returns the exit code."
     out, steps = trainer.run_directory, trainer.config.max_steps
     if trainer.step >= steps:
-        print(f"Nothing is left to train: the run in {out} has made {trainer.step:,} steps of {steps:,}. "
-              "--max_steps or --epochs take it further.")
+        print(f"Nothing is left to train: the run in {out} has made {trainer.step:,} steps, and the limit is "
+              f"{steps:,}. Use --max_steps or --epochs to train it further.")
         return 0
     code = train_and_tell(trainer, out)
     if code == 0:
@@ -701,7 +702,7 @@ def where_it_stands(trainer, out: Path) -> str:
     saved = trainer.saved_step
     if saved is None:
         return f"Stopped at step {trainer.step:,}. Nothing was saved yet; start it again."
-    lost = "" if saved == trainer.step else f", and the newest checkpoint is of step {saved:,}"
+    lost = "" if saved == trainer.step else f"; the newest checkpoint is from step {saved:,}"
     return f"Stopped at step {trainer.step:,}{lost}. Continue with: {resume_command(out)}"
 
 
@@ -720,7 +721,7 @@ def print_result(history: list[dict], out: Path) -> None:
 
 
 def save_curve(history: list[dict], path: Path) -> None:
-    "Draw the losses into a picture, without touching a notebook's plots; a failure is said and harms nothing."
+    "Draw the losses into a picture, without touching a notebook's plots; a failure is reported and does no harm."
     if len(history) < 2:
         return
     try:
@@ -744,12 +745,12 @@ CONTROL = (
 
 
 def harmless(text: str, stream=None) -> str:
-    "A text that a model or a file brings. A terminal gets signs in the place of characters that would command it."
+    "Text from a model or a file; for a terminal, visible signs replace the characters that would control it."
     return text.translate(CONTROL) if is_terminal(stream or sys.stdout) else text
 
 # %% ../nbs/92_command_line.ipynb #375d9bbc
 def load_and_tell(path: str, device: str):
-    "The model of a run or of others and its tokenizer; says so where that takes some seconds and somebody is watching."
+    "A run's model or somebody else's, and its tokenizer; if that takes seconds and somebody is watching, it says so."
     from transformer_llm.runs import is_pretrained, load_any
 
     if is_pretrained(path) and at_terminal():
@@ -770,7 +771,7 @@ def fast_form(model, dtype: str | None):
     if dtype is None:
         return model
     if dtype == "int8" and model.device.type != "cpu":
-        raise InputError(f"--dtype int8 is for CPUs and the model is on {model.device.type}; add --device cpu, or take "
+        raise InputError(f"--dtype int8 is for CPUs, but the model is on {model.device.type}; add --device cpu, or use "
                          "--dtype bfloat16.")
     import torch
 
@@ -785,7 +786,7 @@ def command_generate(args: argparse.Namespace) -> None:
     if args.beams is not None:
         flags = {"stream": args.stream, "num_samples": args.num_samples > 1, "seed": args.seed is not None}
         if extra := [*chosen, *(name for name, typed in flags.items() if typed)]:
-            raise InputError(f"--beams searches for one likeliest text; leave out --{' and --'.join(extra)}.")
+            raise InputError(f"--beams searches for the likeliest text; leave out --{' and --'.join(extra)}.")
     model, tokenizer = load_writer(args.checkpoint, args.device, args.dtype)
     if args.beams is not None:
         print(harmless(beam_text(model, tokenizer, args.prompt, args.max_new_tokens, args.beams)))
@@ -811,7 +812,7 @@ def write_sample(model, tokenizer, args: argparse.Namespace, chosen: dict, seed:
 
 
 def beam_text(model, tokenizer, prompt: str, max_new_tokens: int, beams: int) -> str:
-    "The prompt and its likeliest continuation that `beams` beams find."
+    "The prompt and the likeliest continuation that `beams` beams find."
     import torch
 
     from transformer_llm.generation import beam_search, before_stop, prompt_ids, stop_ids
@@ -824,10 +825,10 @@ def beam_text(model, tokenizer, prompt: str, max_new_tokens: int, beams: int) ->
 # %% ../nbs/92_command_line.ipynb #264afc1d
 CHAT_COMMANDS = {
     "/reset": "forget what was said",
-    "/temperature X": "how boldly the next answers are drawn",
+    "/temperature X": "how random the next answers are",
     "/system TEXT": "tell the assistant what it is; without TEXT, what its makers chose",
     "/help": "this list",
-    "/quit": "end (Ctrl-D does too)",
+    "/quit": "quit (so does Ctrl-D)",
 }
 
 
@@ -836,7 +837,7 @@ def command_chat(args: argparse.Namespace) -> None:
     from transformer_llm.runs import is_pretrained
 
     if args.prompt is not None and not args.prompt.strip():
-        raise InputError("--prompt is empty; give it some text, or leave it out to talk.")
+        raise InputError("--prompt is empty; give it some text, or leave it out for a conversation.")
     if Path(args.model).is_dir() and not is_pretrained(args.model):
         way = f"transformer-llm generate {typed('checkpoint', args.model)} --prompt \"...\""
         raise InputError(f"the model in {args.model} was trained to continue texts, not to answer, and has no chat "
@@ -856,7 +857,7 @@ def command_chat(args: argparse.Namespace) -> None:
 
 
 def print_answer(conversation, text: str, settings: dict) -> None:
-    "Print the answer while it is written, and say so when it is not whole or something had to be forgotten."
+    "Print the answer while it is written, and say so if it is incomplete or something had to be forgotten."
     pieces = conversation.say(text, **settings)
     try:
         for piece in pieces:
@@ -875,17 +876,17 @@ def print_answer(conversation, text: str, settings: dict) -> None:
 
 # %% ../nbs/92_command_line.ipynb #83c9c154
 def talk(conversation, settings: dict) -> None:
-    """Read line after line and answer each.
+    """Read lines and answer each.
 
-    At a terminal, Ctrl-C ends an answer and a mistake is told; in a pipe, either ends all.
+    At a terminal, Ctrl-C ends an answer and a mistake is reported; in a pipe, either ends the conversation.
     """
     at_keyboard = is_terminal(sys.stdin)
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     if at_keyboard:
-        with contextlib.suppress(ImportError):  # where there is readline, `input` takes arrow keys and remembers lines
+        with contextlib.suppress(ImportError):  # with readline, `input` understands arrow keys and remembers lines
             importlib.import_module("readline")
-        note("Say something. /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.")
+        note("Say something. /help lists commands, Ctrl-C stops an answer, Ctrl-D quits.")
     while (line := next_line(at_keyboard)) is not None:
         try:
             if line.startswith("/"):
@@ -925,7 +926,7 @@ def chat_command(conversation, settings: dict, line: str) -> str | None:
     if name not in {command.split()[0] for command in CHAT_COMMANDS} or rest and name in ("/reset", "/help", "/quit"):
         raise InputError(
             f"there is no command {line.strip()!r}; /help lists them (to say "
-            "something that begins with a slash, put a blank before it)."
+            "something that begins with a slash, put a space before it)."
         )
     if name == "/quit":
         return "quit"
@@ -936,7 +937,7 @@ def chat_command(conversation, settings: dict, line: str) -> str | None:
         note("(forgotten)")
     elif name == "/system":
         conversation.system = rest or None
-        note("(the system message is the makers' own)" if not rest else "(the system message is changed)")
+        note("(the system message is the makers' own)" if not rest else "(the system message has changed)")
     else:
         try:
             temperature = number(0, 100)(rest)
@@ -948,7 +949,7 @@ def chat_command(conversation, settings: dict, line: str) -> str | None:
 
 # %% ../nbs/92_command_line.ipynb #5f66ecf2
 def command_evaluate(args: argparse.Namespace) -> None:
-    "Measure what a model knows of a text."
+    "Measure how well a model predicts a text."
     from transformer_llm.dataset import read_text
     from transformer_llm.evaluation import evaluate_text
     from transformer_llm.runs import is_pretrained
@@ -957,7 +958,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     if path.is_dir():
         raise InputError(f"--text_file {path} is a folder; give one text file.")
     if args.model and Path(args.model).is_dir() and not is_pretrained(args.model):
-        raise InputError(f"{args.model} is a run of this book; give it as --checkpoint.")
+        raise InputError(f"{args.model} is a run of this book; use --checkpoint instead of --model.")
     text = read_text(path)
     model, tokenizer = load_writer(name, args.device)
     found = evaluate_text(model, tokenizer, text, progress=at_terminal())
@@ -974,9 +975,9 @@ def command_export(args: argparse.Namespace) -> None:
     from transformer_llm.export import export_onnx, save_pretrained
 
     if args.with_cache and args.hf:
-        raise InputError("--with_cache goes with --onnx only; leave it out.")
+        raise InputError("--with_cache works only with --onnx; leave it out.")
     if args.onnx and Path(args.onnx).exists() and not args.overwrite:
-        raise InputError(f"{args.onnx} exists; give --overwrite to replace it, or another name.")
+        raise InputError(f"{args.onnx} already exists; use --overwrite to replace it, or choose another name.")
     model, tokenizer = load_and_tell(args.checkpoint, "cpu")
     if args.hf:
         save_pretrained(model, args.hf, tokenizer, overwrite=args.overwrite, **how_to_talk(args.checkpoint, tokenizer))
@@ -1093,7 +1094,7 @@ def preset_rows(name: str) -> list[tuple[str, str]]:
     from transformer_llm.transformer import GPTConfig, training_memory_bytes
 
     config = GPTConfig.preset(name)
-    memory = f"about {human_bytes(training_memory_bytes(config, 1))} to train with one window a step"
+    memory = f"about {human_bytes(training_memory_bytes(config, 1))} to train with one window per step"
     return [("preset", name), ("parameters", f"{count_parameters(config):,}"), ("memory", memory), *config_rows(config)]
 
 
@@ -1148,10 +1149,10 @@ def command_bench(args: argparse.Namespace) -> None:
 
     output, picture = Path(args.output), Path(args.output).with_suffix(".png")
     if output == picture:
-        raise InputError(f"--output is the file of results, which is JSON; {output} would be replaced by the picture. "
-                         "Give a name that ends in .json.")
+        raise InputError(f"--output names the results file, which is JSON; the picture would replace {output}. "
+                         "Use a name that ends in .json.")
     if picture.exists() and not output.exists():
-        raise InputError(f"{picture} exists, and the picture of the results would replace it; give another --output.")
+        raise InputError(f"{picture} exists, and the picture of the results would replace it; use another --output.")
     text = None if args.text_file is None else find_text(args.text_file, progress=at_terminal())
     results = run_benchmark(args.section, args.quick, output, text=text, seed=args.seed,
                             tell=lambda said: print(said, flush=True))
@@ -1166,11 +1167,11 @@ def command_handout(args: argparse.Namespace) -> None:
     made = write_handout(find_chapters(args.chapter, args.book), args.out, overwrite=args.overwrite)
     for path in made:
         print(path)
-    print("When they come back: transformer-llm class grade DIR, with the folder in the place of DIR")
+    print("When they come back: transformer-llm class grade DIR, where DIR is the folder that holds them")
 
 
 def command_grade(args: argparse.Namespace) -> None:
-    "Mark the notebooks of a class, a line for each while it goes on."
+    "Mark the notebooks of a class, and print a line for each."
     from transformer_llm.classroom import grade_class
 
     def tell(line: dict) -> None:
@@ -1182,7 +1183,7 @@ def command_grade(args: argparse.Namespace) -> None:
 
 # %% ../nbs/92_command_line.ipynb #8796ec3e
 def sentence_for(error: Exception) -> str | None:
-    "One sentence for an error that a person can mend, None for a bug."
+    "One sentence for an error that the user can fix, None for a bug."
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):
@@ -1198,7 +1199,7 @@ def sentence_for(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def notes_as_lines() -> Iterator[None]:
-    "Inside, what the package notes as a warning is one line on the error stream, without a file's name and its code."
+    "Inside, the package's warnings are one line each on the error stream, without a file name and a source line."
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -1243,7 +1244,7 @@ def open_missing_streams() -> None:
 
 
 def run() -> NoReturn:
-    "The process's entry point: `main`, with a quiet end for a broken pipe and for letters that a terminal can't show."
+    "The process's entry point: `main`, quiet about a broken pipe and about letters that the terminal can't show."
     open_missing_streams()
     os.environ["MPLBACKEND"] = "agg"
     for stream in (sys.stdout, sys.stderr):
@@ -1257,7 +1258,7 @@ def run() -> NoReturn:
     except OSError as error:  # a full disk
         note(f"transformer-llm: Can't write the output: {error.strerror}.")
         code = 2
-    for stream in (sys.stdout, sys.stderr):  # nothing is left to say, and Python says so once more at its end
+    for stream in (sys.stdout, sys.stderr):  # or Python would flush them at exit, and complain again
         try:
             stream.flush()
         except OSError:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..foundations import InputError
 
 # %% ../../nbs/95_exercises.ipynb #36840893
-ATTEMPTS: dict[str, int] = {}  # how often each exercise drew inputs in this process
+ATTEMPTS: dict[str, int] = {}  # how often each exercise has drawn inputs in this process
 EXERCISES: dict[str, "Exercise"] = {}  # by number; a chapter's are added when its checks are imported
 
 
@@ -94,7 +94,7 @@ def exercises_of(
     there = modules_of_checks()
     if chapter not in there:
         listed = ", ".join(f"{number:02d}" for number in there)
-        raise InputError(f"There is no chapter {chapter:02d} with exercises; these have some: {listed}.")
+        raise InputError(f"There is no chapter {chapter:02d} with exercises; the chapters that have some: {listed}.")
     importlib.import_module(there[chapter])
     found = [one for number, one in EXERCISES.items() if number.split(".")[0] == str(chapter)]
     return sorted(found, key=lambda one: int(one.number.split(".")[1]))
@@ -109,19 +109,19 @@ def find_exercise(
     if number not in EXERCISES:
         chapter = number.split(".")[0]
         if not chapter.isdigit():
-            raise InputError(f'An exercise is called like "1.3", chapter and number, not {number!r}.')
+            raise InputError(f'Name an exercise by chapter and number, such as "1.3", not {number!r}.')
         there = [one.number for one in exercises_of(int(chapter))]
         if number not in there:
             raise InputError(f"There is no exercise {number}; chapter {int(chapter):02d} has {', '.join(there)}.")
     return EXERCISES[number]
 
 # %% ../../nbs/95_exercises.ipynb #8a0031ce
-TIME_LIMIT = 30.0  # seconds that an answer may take, all its calls together; the book's own take one or two
-LIMITED: set[int] = set()  # the threads in which a limit holds; an answer that judges another one has no second limit
+TIME_LIMIT = 30.0  # seconds that an answer may take, all its calls together; the book's own answers take one or two
+LIMITED: set[int] = set()  # the threads with a limit; an answer that judges another one gets no second limit
 
 
 class TooLong(BaseException):
-    "Raised in an answer that took too long; no `except Exception` of the answer can catch it."
+    "Raised in an answer that took too long; the answer's own `except Exception` can't catch it."
 
 
 def within(
@@ -129,10 +129,10 @@ def within(
     function: Callable,
     *arguments: object,
 ) -> object:
-    """`function(*arguments)`, ended after so many seconds by `Wrong`; inside of another limit, that one holds.
+    """`function(*arguments)`, stopped with `Wrong` after this many seconds; inside another limit, that one applies.
 
-    An answer that catches everything is asked again and again. Only what its handler runs can't be caught, so where
-    there are alarms the next one follows after a random time, some as short as a handler is.
+    An answer that catches everything is interrupted again and again. It can't catch an exception raised inside its own
+    handler, so with alarms the next one comes after a random time, sometimes as short as the handler.
     """
     thread = threading.get_ident()
     if thread in LIMITED:
@@ -158,7 +158,7 @@ def within(
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TooLong))
             if done.wait(0.05):
                 return
-        print("Your answer is inside of one long operation, which can't be stopped from here; restart the kernel.")
+        print("Your answer is inside one long operation, which can't be stopped from here; restart the kernel.")
 
     def put_back() -> None:
         if signals:
@@ -166,11 +166,11 @@ def within(
             signal.signal(signal.SIGALRM, before)
         with lock:
             done.set()
-        if not signals:  # what was raised and has not arrived
+        if not signals:  # cancel what was raised and has not arrived
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
         LIMITED.discard(thread)
 
-    delays = Random()  # a generator of its own: seeds of the reader's are left alone
+    delays = Random()  # a generator of its own, to leave the reader's seeds alone
     if signals:
         before = signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, seconds, 0.05)
@@ -187,13 +187,13 @@ def within(
                 put_back()
     except TooLong:
         raise Wrong(
-            f"It was stopped after {seconds:g} s, for it had not come to an end: "
-            "does a loop go on for ever, or is the answer very slow?"
+            f"It was stopped after {seconds:g} s because it had not finished: "
+            "is there an endless loop, or is the answer very slow?"
         ) from None
 
 
 def _can_use_signals() -> bool:
-    "Whether this is the main thread of a system with alarms, and nobody else has set one."
+    "Whether this is the main thread of a system with alarms, and no other alarm is set."
     return (
         threading.current_thread() is threading.main_thread()
         and hasattr(signal, "setitimer")
@@ -216,7 +216,7 @@ def judge(
     except Wrong as reason:
         return Verdict(number, "wrong", str(reason))
     except SystemExit:
-        return Verdict(number, "wrong", "Your answer ends the program (`exit`, `quit`); give a result back instead.")
+        return Verdict(number, "wrong", "Your answer ends the program (`exit`, `quit`); return a result instead.")
     except Exception as error:
         return Verdict(
             number,
@@ -242,8 +242,8 @@ def check_solution(
     *,
     show: bool = False,  # Print the verdict too
 ) -> None:
-    """Hold the book's own answer against the check, as its folded cell does: in silence, so that running a whole
-    notebook gives nothing away. `AssertionError` if it isn't right.
+    """Check the book's own answer, as its folded cell does: silently, so that running a whole notebook gives
+    nothing away. `AssertionError` if it isn't right.
     """
     ATTEMPTS[number] = 0  # the same draws whenever it runs
     verdict = judge(number, answer)
@@ -256,7 +256,7 @@ def accepts(
     number: str,  # "1.3"
     answer: object,  # A right answer
 ) -> None:
-    "Assert that an answer is found right, and print the verdict: how the book tests its checks."
+    "Assert that an answer is judged right, and print the verdict; this is how the book tests its checks."
     ATTEMPTS[number] = 0  # the same draws whenever it runs
     verdict = judge(number, answer)
     assert verdict.state == "right", f"a right answer was refused: {verdict}"
@@ -268,7 +268,7 @@ def refuses(
     answer: object,  # A typical wrong answer
     phrase: str,  # Words that name the mistake
 ) -> None:
-    "Assert that an answer is found wrong for a reason that holds `phrase`, and print the verdict."
+    "Assert that an answer is judged wrong, for a reason that contains `phrase`, and print the verdict."
     ATTEMPTS[number] = 0
     verdict = judge(number, answer)
     assert verdict.state == "wrong", f"a wrong answer was not refused: {verdict}"
@@ -287,7 +287,7 @@ def brief(
 def describe(
     value: object,
 ) -> str:
-    "A value in few words: a tensor by its shape, anything else as Python writes it."
+    "A value in a few words: a tensor by its shape, anything else as Python writes it."
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
@@ -297,7 +297,7 @@ def describe(
 def cloned(
     value: object,
 ) -> object:
-    "A copy that shares no memory; tensors keep whether they want a gradient."
+    "A copy that shares no memory; tensors keep their `requires_grad`."
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, list | tuple):
@@ -311,7 +311,7 @@ def unchanged(
     before: object,
     after: object,
 ) -> bool:
-    "Whether a copy is still like its original."
+    "Whether a copy still equals its original."
     if isinstance(before, Tensor):
         return before.shape == after.shape and torch.equal(before.detach().nan_to_num(), after.detach().nan_to_num())
     if isinstance(before, list | tuple):
@@ -335,8 +335,8 @@ def call(
     """
     if not callable(answer):
         raise Wrong(
-            f"A function is asked for, and this is {describe(answer)}. Hand "
-            "over the function by its name, without calling it."
+            f"A function is asked for, but this is {describe(answer)}. Pass "
+            "the function by its name, without calling it."
         )
     copies, named = cloned(args), cloned(kwargs)
     try:
@@ -348,13 +348,13 @@ def call(
         hint = " Was an axis lost on the way? `keepdim=True` keeps it." if "must match the size" in str(error) else ""
         raise Wrong(f"Your function was called with {given or 'nothing'} and raised {brief(error)}{hint}") from error
     if result is None or result is ...:
-        raise Unanswered("Your function gives back nothing; write it in place of the dots (and don't forget `return`).")
+        raise Unanswered("Your function returns nothing; write it in place of the dots (and don't forget `return`).")
     if not in_place:
         for number, (before, after) in enumerate(zip((*args, *kwargs.values()), (*copies, *named.values())), start=1):
             if not unchanged(before, after):
                 raise Wrong(
-                    f"Your function changes its input number {number} in place. Whoever called it "
-                    "still needs that; make a new one (`x = x + 1`, not `x += 1`)."
+                    f"Your function changes its input number {number} in place. The caller still "
+                    "needs that input; make a new tensor (`x = x + 1`, not `x += 1`)."
                 )
     return result
 
@@ -390,22 +390,22 @@ def same_shape(
     has, what = verb(what, "has", "have"), what[0].upper() + what[1:]
     aim = f"{named_shape(names, shape)} is asked for"
     if not isinstance(got, Tensor):
-        raise Wrong(f"{what} should be a tensor; {aim}, and this is {describe(got)}, of type {type(got).__name__}.")
+        raise Wrong(f"{what} should be a tensor; {aim}, but this is {describe(got)}, of type {type(got).__name__}.")
     mine = tuple(got.shape)
     if mine == shape:
         return
     pair = next(((i, j) for i in range(len(shape)) for j in range(i) if mine == swapped(shape, i, j)), None)
     if pair:
         raise Wrong(
-            f"{what} {has} the axes {names[pair[1]]} and {names[pair[0]]} swapped: its shape is {mine}, and {aim}."
+            f"{what} {has} the axes {names[pair[1]]} and {names[pair[0]]} swapped: its shape is {mine}, but {aim}."
         )
     lost = [name for i, name in enumerate(names) if mine == shape[:i] + shape[i + 1:]]
     if len(lost) == 1:
-        raise Wrong(f"{what} {has} lost the axis {lost[0]}: its shape is {mine}, and {aim}.")
+        raise Wrong(f"{what} {has} lost the axis {lost[0]}: its shape is {mine}, but {aim}.")
     kept = [name for i, name in enumerate(names) if mine == (*shape[:i], 1, *shape[i + 1:])]
     if kept:
-        raise Wrong(f"{what} {has} only one entry along {kept[0]}: its shape is {mine}, and {aim}.")
-    raise Wrong(f"{what} {has} shape {mine}, and {aim}.")
+        raise Wrong(f"{what} {has} only one entry along {kept[0]}: its shape is {mine}, but {aim}.")
+    raise Wrong(f"{what} {has} shape {mine}, but {aim}.")
 
 
 def swapped(
@@ -455,8 +455,8 @@ def same_values(
     mistakes: Mapping[str, Tensor] | None = None,  # A sentence that names a mistake, and what that mistake gives
     tolerance: float = 1e-4,  # Allowed difference, relative to the larger of 1 and the right value
 ) -> None:
-    """Raise `Wrong` unless `got` is `right`: with the sentence of the mistake that explains it or, failing that, with
-    the place where they differ.
+    """Raise `Wrong` unless `got` equals `right`, with the sentence of the mistake that explains it or, if none does,
+    with the place where they differ most.
     """
     if isinstance(got, Tensor):
         if kind_of(got) == kind_of(right) and close(got, right, tolerance):
@@ -468,7 +468,7 @@ def same_values(
     start = what[0].upper() + what[1:]
     if kind_of(got) != kind_of(right):
         raise Wrong(
-            f"{start} should hold {kind_of(right)}; yours holds "
+            f"{start} should hold {kind_of(right)}, but yours holds "
             f"{kind_of(got)} ({str(got.dtype).removeprefix('torch.')})."
         )
     mine, aim = got.detach().double().cpu(), right.detach().double().cpu()
@@ -482,7 +482,7 @@ def same_values(
     index = tuple((apart == apart.max()).nonzero()[0].tolist())
     part = (apart > tolerance).double().mean().item()
     share = f"{part:.0%}" if part >= 0.005 else "less than 1%"
-    values = f"yours is {mine[index].item():.5g} and {aim[index].item():.5g} is right."
+    values = f"yours is {mine[index].item():.5g}, but {aim[index].item():.5g} is right."
     if not axes.split():
         raise Wrong(f"{start} {verb(what, 'is', 'are')} not right: {values}")
     raise Wrong(
@@ -503,7 +503,7 @@ def place(
 def as_python(
     value: object,
 ) -> object:
-    "A tensor or an array of one entry as a number of Python; anything else as it is."
+    "A tensor or an array of one entry as a Python number; anything else as it is."
     return (
         value.item() if isinstance(shape := getattr(value, "shape", None), tuple) and math.prod(shape) == 1 else value
     )
@@ -515,12 +515,12 @@ def same_number(
     mistakes: Mapping[str, float] | None = None,  # A sentence that names a mistake, and the number it gives
     tolerance: float = 0.0,  # Allowed difference, relative to the right number
 ) -> None:
-    """Raise `Wrong` unless the answer is the right number: with the sentence of a known mistake or, failing that,
-    whether it is too large or too small.
+    """Raise `Wrong` unless the answer is the right number, with the sentence of a known mistake or, if none fits,
+    with whether it is too large or too small.
     """
     answer = as_python(answer)
     if isinstance(answer, bool) or not isinstance(answer, int | float):
-        raise Wrong(f"A number is asked for, and this is {describe(answer)}.")
+        raise Wrong(f"A number is asked for, but this is {describe(answer)}.")
     allowed = lambda aim: abs(answer - aim) <= tolerance * abs(aim) + 1e-9
     if allowed(right):
         return
@@ -528,7 +528,7 @@ def same_number(
         if allowed(number):
             raise Wrong(sentence)
     if answer != answer:
-        raise Wrong("NaN is not a number that you can mean.")
+        raise Wrong("NaN can't be the answer: it is not a number.")
     raise Wrong(f"{answer:,} is too {'large' if answer > right else 'small'}.")
 
 
@@ -543,18 +543,18 @@ def same_choice(
     plain = lambda choice: choice.strip().lower() if isinstance(choice, str) else choice
     answer = as_python(answer)
     if isinstance(answer, Tensor) or hasattr(answer, "__array__"):
-        raise Wrong(f"A single choice is asked for, and this is {describe(answer)}.")
+        raise Wrong(f"A single choice is asked for, but this is {describe(answer)}.")
     if plain(answer) == plain(right) and isinstance(answer, bool) == isinstance(right, bool):
         return
     for option, why in options.items():
         if plain(answer) == plain(option) and isinstance(answer, bool) == isinstance(option, bool):
             raise Wrong(why)
     choices = sorted(repr(choice) for choice in (right, *options))
-    raise Wrong(f"Choose one of {', '.join(choices)}; this is {describe(answer)}.")
+    raise Wrong(f"Choose one of {', '.join(choices)}; your answer is {describe(answer)}.")
 
 # %% ../../nbs/95_exercises.ipynb #3d3e070c
 def no_leak(
-    function: object,  # The reader's: gets x, gives a tensor with the same axis
+    function: object,  # The reader's: takes x, returns a tensor with the same axis
     x: Tensor,  # An input of random numbers
     axes: str = "batch seq d_model",  # The names of x's axes
     axis: str = "seq",  # The one along which time runs
@@ -565,7 +565,7 @@ def no_leak(
     if not isinstance(before, Tensor) or before.ndim <= at or before.shape[at] != x.shape[at]:
         raise Wrong(
             f"A tensor with {x.shape[at]} entries along {axis} is asked for, one for "
-            f"each of the input's, and this is {describe(before)}."
+            f"each of the input's, but this is {describe(before)}."
         )
     for later in range(1, x.shape[at]):
         changed = x.clone()
@@ -580,13 +580,13 @@ def no_leak(
 
 
 def gradient_reaches(
-    function: object,  # The reader's: gets x, gives a tensor
+    function: object,  # The reader's: takes x, returns a tensor
     x: Tensor,  # An input of numbers with a fraction
 ) -> None:
     "Raise `Wrong` if no gradient flows from the result back to `x`."
     x = x.detach().clone().requires_grad_()
     if not isinstance(result := call(function, x), Tensor):  # what it raises is reported there
-        raise Wrong(f"A tensor is asked for, or no gradient can flow back, and this is {describe(result)}.")
+        raise Wrong(f"A tensor is asked for, so that a gradient can flow back, but this is {describe(result)}.")
     result = function(x)
     if not result.requires_grad:
         raise Wrong(
@@ -610,6 +610,6 @@ def gradient_reaches(
 def fresh(
     number: str,  # "1.3"
 ) -> torch.Generator:
-    "A generator with another seed at each attempt; the sequence of attempts is the same in every process."
+    "A generator with a new seed for each attempt; the sequence of seeds is the same in every process."
     ATTEMPTS[number] = ATTEMPTS.get(number, 0) + 1
     return torch.Generator().manual_seed(zlib.crc32(f"{number}/{ATTEMPTS[number]}".encode()))
