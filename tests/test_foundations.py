@@ -248,11 +248,21 @@ def test_a_wrong_result_is_refused_after_right_ones():
     halve(torch.ones(4), False)
 
 
+def of_a_module(x):
+    return x
+
+
 def test_a_check_is_written_when_it_is_first_needed(monkeypatch):
+    "Of a function inside another one at once: a signal handler can run while beartype holds a lock."
     import beartype
 
-    def never(*args, **kwargs):
-        raise AssertionError("written too early")
+    written = []
+    monkeypatch.setattr(beartype, "beartype", lambda conf: lambda function: written.append(function) or function)
 
-    monkeypatch.setattr(beartype, "beartype", never)
-    shape_checker(lambda x: x)
+    def of_a_function(x):
+        return x
+
+    later, at_once = shape_checker(of_a_module), shape_checker(of_a_function)
+    assert written == [of_a_function]
+    assert later(1) == at_once(1) == 1
+    assert written == [of_a_function, of_a_module]

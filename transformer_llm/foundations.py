@@ -345,10 +345,19 @@ def shape_checker(function, limit: int = 1000):
     """Decorate `function` with beartype's run-time type check, which also accepts a whole number as a `float`.
 
     The check is written when the function is first called: a page imports a thousand functions and calls few of them.
+    A function inside another one gets its check at once, because it may be a signal handler, which can run while
+    beartype holds a lock.
     A call whose arguments have the types, shapes and dtypes of an earlier one that passed isn't checked again, for
     up to `limit` kinds of calls; calls with lists, dictionaries and the like are checked every time.
     """
-    checked, passed = None, set()
+    passed = set()
+
+    def write_check():
+        from beartype import BeartypeConf, beartype
+
+        return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+
+    checked = write_check() if "<locals>" in function.__qualname__ else None
 
     @wraps(function)
     def check_and_call(*args, **kwargs):
@@ -360,10 +369,7 @@ def shape_checker(function, limit: int = 1000):
             kind, known = None, False
         if known:
             return function(*args, **kwargs)
-        if checked is None:
-            from beartype import BeartypeConf, beartype
-
-            checked = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+        checked = checked or write_check()
         result = checked(*args, **kwargs)
         if kind is not None and len(passed) < limit:
             passed.add(kind)
