@@ -239,7 +239,8 @@ def check_loadable(model: nn.Module, make_model: Callable[[GPTConfig], GPT] = GP
         what = "has" if name in found else "lacks"
         raise InputError(f"This model {what} {name}, unlike a model of its configuration; {way}.")
     for name, tensor in found.items():
-        if tensor.shape != wanted[name].shape or not tensor.dtype.is_floating_point or tensor.is_meta:
+        same_kind = tensor.dtype.is_floating_point == wanted[name].dtype.is_floating_point
+        if tensor.shape != wanted[name].shape or not same_kind or tensor.is_meta:
             raise InputError(f"{name} of this model is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, unlike "
                              f"a model of its configuration; {way}.")
 

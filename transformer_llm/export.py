@@ -255,7 +255,11 @@ def plan_shards(
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_shard(
+    path: Path,
+    tensors: dict[str, Tensor],
+    notes: dict[str, str] | None = None,  # More for the file's header
+) -> None:
     """Write a safetensors file as transformers expects it: each tensor contiguous, none sharing memory, and with the
     note that it came from PyTorch.
 
@@ -272,7 +276,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         path.touch()
         rights = path.stat().st_mode
-        save_file(written, path, metadata={"format": "pt"})
+        save_file(written, path, metadata={"format": "pt", **(notes or {})})
         path.chmod(rights)
     except SafetensorError as error:
         full = "space" in str(error) or "os error 28" in str(error)
@@ -312,21 +316,26 @@ WRITTEN = re.compile(
 )  # what transformers and this book write
 
 
-def check_target(directory: Path, overwrite: bool) -> None:
+def check_target(
+    directory: Path,
+    overwrite: bool,
+    what: str = "model",  # What is to be written
+    files: re.Pattern = WRITTEN,  # Names that may be replaced
+) -> None:
     """Raise `InputError` if `directory` is a file, or holds something that may not be replaced or that isn't part of a
     model.
     """
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"Can't write the model to {directory}: that is a file; give a folder.")
+        raise InputError(f"Can't write the {what} to {directory}: that is a file; give a folder.")
     inside = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
     if inside and not overwrite:
         raise InputError(
             f"{directory} is not empty ({inside[0]}); choose another folder, or replace it with overwrite=True."
         )
-    foreign = [name for name in inside if not WRITTEN.fullmatch(name)]
+    foreign = [name for name in inside if not files.fullmatch(name)]
     if foreign:
         raise InputError(
-            f"{directory} holds {foreign[0]}, which is not part of a saved model and would be lost; "
+            f"{directory} holds {foreign[0]}, which is not part of a saved {what} and would be lost; "
             "choose another folder."
         )
 
@@ -335,7 +344,9 @@ def check_target(directory: Path, overwrite: bool) -> None:
 def folder_in_one_step(
     directory: str | Path,
     *,
-    overwrite: bool = False,  # Allow replacing an existing saved model
+    overwrite: bool = False,  # Allow replacing what was written there before
+    what: str = "model",  # What is written
+    files: re.Pattern = WRITTEN,  # Names that may be replaced
 ) -> Iterator[Path]:
     "Yield an empty folder to write files to; it gets the name `directory` only when all of them are on the disk."
     final = user_path(directory).resolve()
@@ -343,7 +354,7 @@ def folder_in_one_step(
     try:
         if old.exists() and not final.exists():  # a process was killed between the two renames below
             os.rename(old, final)
-        check_target(final, overwrite)
+        check_target(final, overwrite, what, files)
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
         part.mkdir(parents=True)
@@ -363,7 +374,7 @@ def folder_in_one_step(
         sync_folder(final.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise InputError(os_error_sentence("write the model to", final, error)) from error
+        raise InputError(os_error_sentence(f"write the {what} to", final, error)) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
