@@ -498,7 +498,7 @@ def save_lora(
         "bias": "none",
         "inference_mode": True,
     }
-    own = [place for place, layer in adapted_layers(model).items() if name in layer.adapters]
+    own = [one for place in scales for one in there[place]]
     with folder_in_one_step(directory, overwrite=overwrite, what="adapter", files=ADAPTER_FILES) as part:
         write_json(part / "adapter_config.json", settings)
         write_shard(part / "adapter_model.safetensors", tensors, notes=base_note(model, own))
@@ -671,6 +671,8 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 # %% ../nbs/15_lora.ipynb #5b1e2a19
 def maker_of(checkpoint: Checkpoint) -> Callable[[GPTConfig], GPT]:
     "What makes a model for the weights of a checkpoint; of its adapters, the one that was trained is active."
+    if not any(".adapters." in name for name in checkpoint.weights):
+        raise InputError(f"The run of {checkpoint.path} has no adapter; use the Trainer that began it, or load_model.")
     frozen = set(training_note(checkpoint)["frozen"])
     shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.weights.items()}
     trained = (re.search(r"\.adapters\.([^.]+)\.A$", name) for name in shapes if name not in frozen)
@@ -692,8 +694,6 @@ class AdapterTraining(SavedTraining):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Note)  # it is told below, once
             checkpoint = load_checkpoint(path, training_state=False)
-        if not any(".adapters." in name for name in checkpoint.weights):
-            raise InputError(f"The run in {path} trains no adapter; go on with the Trainer that began it.")
         make = maker_of(checkpoint)
         again = type(cls.__name__, (cls,), {"make_model": staticmethod(make)})
         return super(AdapterTraining, again).resume(path, *args, **options)
