@@ -6,10 +6,10 @@
 __all__ = ['Targets', 'ADAPTER_FILES', 'NEUTRAL', 'Parts', 'LowRank', 'LoRALinear', 'Int8Linear', 'linear_layers', 'match_layers',
            'put_layer', 'quantise_base', 'adapted_layers', 'adapter_names', 'active_adapter', 'check_adapter',
            'freeze_base', 'switch_lora', 'check_new', 'hang_adapters', 'add_lora', 'restore_training', 'remove_lora',
-           'merge_lora', 'merged', 'file_layers', 'layers_in_files', 'join_parts', 'pattern_of', 'short_targets',
-           'base_note', 'file_tensors', 'save_lora', 'read_settings', 'setting_of', 'read_pairs', 'cut_pair',
-           'read_adapter', 'check_base', 'load_lora', 'model_like', 'tensor_shapes', 'maker_of', 'AdapterTraining',
-           'with_adapters', 'LoRATrainer', 'load_adapted']
+           'merge_lora', 'merged', 'lora_training_memory', 'file_layers', 'layers_in_files', 'join_parts', 'pattern_of',
+           'short_targets', 'base_note', 'file_tensors', 'save_lora', 'read_settings', 'setting_of', 'read_pairs',
+           'cut_pair', 'read_adapter', 'check_base', 'load_lora', 'model_like', 'tensor_shapes', 'maker_of',
+           'AdapterTraining', 'with_adapters', 'LoRATrainer', 'load_adapted']
 
 # %% ../nbs/15_lora.ipynb #5b1e2a02
 import copy
@@ -371,6 +371,32 @@ def merged(
             remove_lora(made, other)
     switch_lora(made, name)
     return merge_lora(made)
+
+# %% ../nbs/15_lora.ipynb #5b1e2a29
+def lora_training_memory(
+    config: GPTConfig,
+    rank: int | None,  # None: all weights are trained
+    batch_size: int,
+    seq: int | None = None,  # Tokens in a sequence; None: context_length
+    *,
+    targets: Targets = "blocks.*",
+    int8: bool = False,  # The blocks' linear layers are frozen in eight bits
+) -> int:
+    "Bytes of all tensors at the worst moment of a `Trainer`'s step with AdamW in float32, counted from the shapes."
+    with torch.device("meta"):
+        model = GPT(config)
+    inside, numbers = linear_layers(model), model.num_parameters()
+    inside = {name: layer for name, layer in inside.items() if name.startswith("blocks.")}
+    matrices = sum(layer.weight.numel() for layer in inside.values())
+    scales = sum(layer.out_features for layer in inside.values())
+    chosen = [] if rank is None else match_layers(model, targets).values()
+    trained = numbers if rank is None else sum(rank * (one.in_features + one.out_features) for one in chosen)
+    weights = 4 * (numbers + (0 if rank is None else trained))
+    restored = 4 * max(layer.weight.numel() for layer in inside.values()) if int8 else 0
+    weights += matrices + 4 * scales - 4 * matrices if int8 else 0
+    tokens = batch_size * (config.context_length if seq is None else seq)
+    activations = 4 * tokens * (activations_per_token(config) + (rank or 0) * len(chosen))
+    return weights + 8 * trained + max(activations + restored, 8 * trained)
 
 # %% ../nbs/15_lora.ipynb #5b1e2a10
 ADAPTER_FILES = re.compile(r"adapter_(config\.json|model\.safetensors)|README\.md")  # what peft and this book write
