@@ -117,7 +117,11 @@ def test_a_merged_model_computes_the_same_and_is_plain(kind):
     before = copy.deepcopy(weights(model))
     wanted = model(IDS)
     plain = merged(model)
-    assert largest_difference(plain(IDS), wanted) < 1e-6 * wanted.abs().max().clamp(min=1)
+    for name, layer in adapted_layers(model).items():
+        x = torch.randn(16, layer.in_features, generator=torch.Generator().manual_seed(3))
+        y = layer(x)
+        assert largest_difference(plain.get_submodule(name)(x), y) < 1e-6 * y.abs().max(), name
+    assert largest_difference(plain(IDS), wanted) < 1e-5  # rounded differently in each of 14 layers
     assert_equal_bits(weights(model), before)  # the copy took nothing away
     assert {name: type(part) for name, part in plain.named_modules()} == {
         name: type(part) for name, part in fresh(KINDS[kind]).named_modules()
@@ -310,11 +314,9 @@ def sentence(error) -> str:
     (dict(rank=60), "rank must be at most 48, the smaller side of blocks.0.attention.q_proj (48 × 48), not 60"),
     (dict(rank=20, targets="*.k_proj"), "at most 16, the smaller side of blocks.0.attention.k_proj (16 × 48), not 20"),
     (dict(rank=0), "rank must be a whole number of at least 1"),
-    (dict(rank=2.5), "rank must be a whole number"),
     (dict(alpha=0), "alpha must be a number"),
     (dict(targets="blocks.*.atention.*"), "no linear layer's name fits 'blocks.*.atention.*'; there are blocks.*.att"),
     (dict(targets=["blocks.*", "nothing"]), "no linear layer's name fits 'nothing'"),
-    (dict(targets=[3]), "no linear layer's name fits 3"),
     (dict(targets="token_embedding"), "token_embedding can't have an adapter"),
     (dict(targets="*"), "lm_head can't have an adapter"),
     (dict(targets="lm_head"), "lm_head can't have an adapter"),
@@ -381,7 +383,7 @@ def test_settings_that_mean_something_else_are_refused(tmp_path, changes, words)
 def test_adapters_of_other_models_and_damaged_ones_are_refused_and_nothing_changes(tmp_path):
     folder = written(tmp_path / "adapter")
     for model, words in (
-        (fresh(SHAPE.replace(d_model=96, head_dim=8)), "as a matrix of 48 × 48, and here it is 48 × 96"),
+        (fresh(SHAPE.replace(d_model=96, head_dim=8)), "as a matrix of 48 × 80, and here it is 96 × 80"),
         (fresh(SHAPE.replace(n_layers=1)), "this one has no layer model.layers.1"),
         (fresh(GPT2), "this one has no layer model.layers.0.self_attn.q_proj"),
         (fresh(seed=9), "other weights of the same sizes"),
@@ -480,7 +482,7 @@ def test_runs_with_and_without_adapters_are_not_mixed_up(tmp_path):
     LoRATrainer(two_adapters(), DATA, CONFIG, run_directory=tmp_path / "with", progress=False).train()
     Trainer(fresh(), DATA, CONFIG, run_directory=tmp_path / "without", progress=False).train()
     for wrong in (lambda: load_model(tmp_path / "with"), lambda: Trainer.resume(tmp_path / "with", DATA)):
-        with pytest.raises(InputError, match="holds the unknown blocks.0.attention.k_proj.adapters.a.A") as error:
+        with pytest.raises(InputError, match="holds a model with adapters .* load_adapted .* LoRATrainer.resume") as error:
             wrong()
         sentence(error)
     for wrong in (LoRATrainer.resume, load_adapted):

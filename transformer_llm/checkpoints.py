@@ -632,6 +632,10 @@ def build_model(
         raise InputError(f"{where} holds {len(weights):,} tensors, too few for the {config.n_layers:,} layers of the "
                          "configuration; it does not fit this model.")
     model = empty_model(config, make_model)
+    has_adapters = lambda names: any(".adapters." in name for name in names)
+    if has_adapters(weights) and not has_adapters(model.state_dict()):
+        raise InputError(f"{where} holds a model with adapters (chapter 15); load it with load_adapted of "
+                         "transformer_llm.lora, and go on training it with LoRATrainer.resume.")
     check_tensors({plain_name(name): tensor for name, tensor in model.state_dict().items()}, weights, where,
                   any_float=True)
     tables = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
