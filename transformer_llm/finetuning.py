@@ -911,6 +911,8 @@ def start_finetuning(
         )
         if overwrite:
             remove_run(out)
+        if Path(config.data).exists():  # so that it is found from elsewhere too
+            config = replace(config, data=str(Path(config.data).resolve()))
         write_json(out / RUN_NOTE, run_note(config, chat_format))
         trainer.save()
     return trainer, counts
