@@ -396,7 +396,7 @@ def lora_training_memory(
     weights += matrices + 4 * scales - 4 * matrices if int8 else 0
     tokens = batch_size * (config.context_length if seq is None else seq)
     activations = 4 * tokens * (activations_per_token(config) + (rank or 0) * len(chosen))
-    return weights + 8 * trained + max(activations + restored, 8 * trained)
+    return weights + 8 * trained + max(activations, restored, 8 * trained)
 
 # %% ../nbs/15_lora.ipynb #5b1e2a10
 ADAPTER_FILES = re.compile(r"adapter_(config\.json|model\.safetensors)|README\.md")  # what peft and this book write
