@@ -385,7 +385,7 @@ def test_adapters_of_other_models_and_damaged_ones_are_refused_and_nothing_chang
     for model, words in (
         (fresh(SHAPE.replace(d_model=96, head_dim=8)), "as a matrix of 48 × 80, and here it is 96 × 80"),
         (fresh(SHAPE.replace(n_layers=1)), "this one has no layer model.layers.1"),
-        (fresh(GPT2), "this one has no layer model.layers.0.self_attn.q_proj"),
+        (fresh(GPT2), "this one has no layer model.layers.0.mlp.down_proj"),
         (fresh(seed=9), "other weights of the same sizes"),
     ):
         with pytest.raises(InputError, match="is for another model") as error:
@@ -527,3 +527,77 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
     while whole.step < last:
         whole.train_step()
     assert_equal_bits(weights(resumed.model), weights(whole.model))
+
+
+# The command line
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    "A tiny model with a chat template, as transformers keeps one, and a file of questions and answers."
+    from test_finetuning import CHATML, SPECIAL
+    from transformer_llm.tokenizer import BPETokenizer
+
+    folder = tmp_path_factory.mktemp("talker")
+    tokenizer = BPETokenizer.train(["who are you? the cat. user assistant system\n"] * 3, 290, SPECIAL)
+    config = SHAPE.replace(vocab_size=tokenizer.vocab_size, context_length=96)
+    fresh(config).save_pretrained(folder / "model", tokenizer, chat_template=CHATML, eos_token="<|im_end|>")
+    records = [{"instruction": f"who are you {i}?", "output": f"the cat {i}"} for i in range(20)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return folder
+
+
+def answer(capsys, *flags) -> str:
+    from transformer_llm.cli import main
+
+    assert main(["chat", *flags, "--prompt", "who are you 3?", "--max_new_tokens", "6", "--temperature", "0"]) == 0
+    return capsys.readouterr().out
+
+
+def test_finetune_chat_and_merge_on_the_command_line(talker, tmp_path, capsys):
+    from transformer_llm.cli import main
+
+    model, run, flags = str(talker / "model"), tmp_path / "run", ["--data", str(talker / "pairs.jsonl")]
+    flags += ["--lora", "2", "--batch_size", "4", "--learning_rate", "0.05", "--checkpoint_every", "2"]
+    assert main(["finetune", "--model", model, *flags, "--max_steps", "4", "--out", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "of which" in said and "are trained" in said and f"adapter        {run / 'adapter'}" in said
+    settings = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert settings["r"] == 2 and settings["base_model_name_or_path"] == model
+    plain = answer(capsys, "--model", model)
+    adapted = answer(capsys, "--model", model, "--adapter", str(run / "adapter"))
+    assert adapted != plain
+    assert answer(capsys, "--model", str(run)) == adapted
+    assert answer(capsys, "--model", model, "--adapter", str(run / "adapter"), "--dtype", "float32") == adapted
+    merge = ["adapter", "merge", "--model", model, "--adapter", str(run / "adapter"), "--out", str(tmp_path / "merged")]
+    assert main(merge) == 0
+    capsys.readouterr()
+    assert answer(capsys, "--model", str(tmp_path / "merged")) == adapted
+    assert main(merge) == 2 and "not empty" in capsys.readouterr().err
+    assert main(["finetune", "--out", str(run), "--resume", "--max_steps", "8"]) == 0
+    whole = tmp_path / "whole"
+    assert main(["finetune", "--model", model, *flags, "--max_steps", "8", "--out", str(whole)]) == 0
+    capsys.readouterr()
+    resumed, never_stopped = (load_adapted(folder)[0] for folder in (run, whole))
+    assert weights(resumed).keys() == weights(never_stopped).keys()
+    assert any(".adapters.default." in name for name in weights(resumed))
+
+
+def test_bad_input_on_the_command_line_is_one_sentence_and_exit_2(talker, tmp_path, capsys):
+    from transformer_llm.cli import main
+
+    model, data = str(talker / "model"), ["--data", str(talker / "pairs.jsonl"), "--device", "cpu"]
+    other = written(tmp_path / "other")
+    for command, words in (
+        (["finetune", "--model", model, *data, "--lora", "99", "--out", str(tmp_path / "a")], "rank must be at most"),
+        (["finetune", "--model", model, *data, "--lora", "0", "--out", str(tmp_path / "a")], "--lora"),
+        (["chat", "--model", model, "--adapter", str(other), "--prompt", "hi"], "is for another model"),
+        (["chat", "--model", model, "--adapter", str(tmp_path), "--prompt", "hi"], "has no adapter_config.json"),
+        (["adapter", "merge", "--model", model, "--adapter", str(other), "--out", str(tmp_path / "m")], "another model"),
+    ):
+        try:
+            code = main(command)
+        except SystemExit as stopped:
+            code = stopped.code
+        said = capsys.readouterr().err.strip()
+        assert code == 2 and words in said and "Traceback" not in said and len(said.splitlines()) <= 2, said
+    assert not (tmp_path / "a").exists() or not any((tmp_path / "a").iterdir())

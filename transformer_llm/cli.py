@@ -6,16 +6,17 @@
 __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'SAMPLING_FLAGS', 'SECTION_NAMES', 'CONTROL',
            'CHAT_COMMANDS', 'Parser', 'number', 'whole', 'some_path', 'one_spelling', 'add_text_flags',
            'add_split_flag', 'add_overwrite_flag', 'add_model_flags', 'add_optimizer_flags', 'add_train',
-           'add_generate', 'add_chat', 'add_length_flags', 'add_base_flags', 'add_again_flags', 'add_finetune',
-           'add_sampling', 'typed_sampling', 'add_evaluate', 'add_export', 'add_bench', 'add_data', 'add_tokenizer',
-           'make_parser', 'add_demo', 'add_play', 'add_info', 'add_class', 'human_bytes', 'human_time', 'print_rows',
-           'is_terminal', 'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens', 'command_shakespeare',
-           'command_patterns', 'command_prepare', 'token_counts', 'command_tokenizer', 'run_config', 'run_folder',
-           'print_plan', 'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines', 'command_train',
-           'train_to_the_end', 'train_and_tell', 'where_it_stands', 'resume_command', 'print_result', 'print_losses',
-           'save_curve', 'command_finetune', 'finetune_to_the_end', 'print_finetune_plan', 'harmless', 'load_and_tell',
-           'load_writer', 'fast_form', 'command_generate', 'write_sample', 'beam_text', 'command_chat', 'talk_to_run',
-           'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_export', 'how_to_talk',
+           'add_generate', 'add_chat', 'add_length_flags', 'add_base_flags', 'add_again_flags', 'add_adapter',
+           'add_finetune', 'add_sampling', 'typed_sampling', 'add_evaluate', 'add_export', 'add_bench', 'add_data',
+           'add_tokenizer', 'make_parser', 'add_demo', 'add_play', 'add_info', 'add_class', 'human_bytes', 'human_time',
+           'print_rows', 'is_terminal', 'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens',
+           'command_shakespeare', 'command_patterns', 'command_prepare', 'token_counts', 'command_tokenizer',
+           'run_config', 'run_folder', 'print_plan', 'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines',
+           'command_train', 'train_to_the_end', 'train_and_tell', 'where_it_stands', 'resume_command', 'print_result',
+           'print_losses', 'save_curve', 'command_finetune', 'finetune_to_the_end', 'trained_share', 'save_adapter',
+           'print_finetune_plan', 'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate',
+           'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run', 'print_answer', 'talk',
+           'next_line', 'chat_command', 'command_evaluate', 'command_export', 'command_merge', 'how_to_talk',
            'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row', 'config_rows',
            'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
            'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
@@ -218,6 +219,8 @@ def add_chat(commands) -> None:
     add = parser.add_argument
     add("--model", type=some_path, default="smollm2", metavar="MODEL", help=HELP["model"] + " (default: smollm2)")
     add("--prompt", metavar="TEXT", help="say this, print the answer and exit (default: a conversation)")
+    add("--adapter", type=some_path, metavar="DIR",
+        help="an adapter for this model, as finetune --lora or peft writes it")
     add("--system", metavar="TEXT",
         help="what the assistant is told before you say anything (default: what its makers chose)")
     add_sampling(parser, max_new_tokens=512, temperature=0.2, top_p=0.9)
@@ -246,6 +249,19 @@ def add_again_flags(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--overwrite", action="store_true", help="remove the run in --out and start again")
 
 
+def add_adapter(commands) -> None:
+    "Add `adapter` with its part."
+    parts = commands.add_parser("adapter", help="merge an adapter into its model")
+    parts = parts.add_subparsers(metavar="WHAT", required=True)
+    part = parts.add_parser("merge", help="write the model with the adapter in its matrices")
+    part.add_argument("--model", type=some_path, metavar="MODEL", required=True, help=HELP["checkpoint"])
+    part.add_argument("--adapter", type=some_path, metavar="DIR", required=True, help="as for chat")
+    part.add_argument("--out", type=some_path, metavar="DIR", required=True,
+                      help="a folder to write, for this book and for Hugging Face's transformers")
+    add_overwrite_flag(part)
+    part.set_defaults(command=command_merge)
+
+
 def add_finetune(commands) -> None:
     "Add `finetune`. As with `train`, a flag that is not typed is absent."
     parser = commands.add_parser("finetune", help="teach a model to answer, or continue such a run",
@@ -256,13 +272,15 @@ def add_finetune(commands) -> None:
     add("--template", type=some_path, metavar="FILE", help="a chat template in Jinja (default: the model's own)")
     add("--turns", choices=("all", "last"), help="learn all answers of a conversation, or the last (default: all)")
     add("--packed", action="store_true", help="put several conversations into one window")
+    add("--lora", type=whole(1), metavar="R", help="train adapters of rank R beside the blocks' frozen matrices")
     add_split_flag(parser)
     add("--context_length", type=whole(2), metavar="N",
         help="tokens of the longest conversation that is used (default: the model's, at most 512)")
     add_length_flags(parser, "conversations", "2")
     add("--batch_size", type=whole(1), metavar="N", help="conversations, or packed windows, per step (default: 8)")
     add("--accumulation", type=whole(1), metavar="N", help="batches added up before each step (default: 1)")
-    add("--learning_rate", type=number(0, 10), metavar="X", help="the peak learning rate (default: 0.0001)")
+    add("--learning_rate", type=number(0, 10), metavar="X",
+        help="the peak learning rate (default: 0.0001, with --lora 0.001)")
     add("--warmup_steps", type=whole(0), metavar="N", help="steps over which the learning rate rises")
     add("--eval_every", type=whole(0), metavar="N", help="steps between validations, 0 for one at the end")
     add("--checkpoint_every", type=whole(0), metavar="N",
@@ -408,6 +426,7 @@ def make_parser() -> Parser:
     add_tokenizer(commands)
     add_train(commands)
     add_finetune(commands)
+    add_adapter(commands)
     add_generate(commands)
     add_chat(commands)
     add_evaluate(commands)
@@ -802,7 +821,8 @@ def save_curve(history: list[dict], path: Path) -> None:
 # %% ../nbs/92_command_line.ipynb #ca61ce5b
 def command_finetune(args: argparse.Namespace) -> int:
     "Teach a model to answer, or continue such a run."
-    from transformer_llm.finetuning import FineTuneConfig, continue_finetuning, start_finetuning
+    from transformer_llm.finetuning import FineTuneConfig, FineTuneTrainer, continue_finetuning, start_finetuning
+    from transformer_llm.lora import add_lora, holds_adapters, with_adapters
     from transformer_llm.runs import TRAINING_FIELDS, hold
 
     given = {name: value for name, value in vars(args).items() if name != "command"}
@@ -811,13 +831,18 @@ def command_finetune(args: argparse.Namespace) -> int:
         raise InputError("Say what to learn from: --data with a JSONL file of conversations, or tasks, or identity.")
     out = Path(out) if out else Path("runs") / f"finetune-{Path(given['data']).stem}"
     if resume:
-        return finetune_to_the_end(*continue_finetuning(out, given, progress=at_terminal()))
+        kind = with_adapters(FineTuneTrainer) if holds_adapters(out) else FineTuneTrainer
+        return finetune_to_the_end(*continue_finetuning(out, given, trainer_class=kind, progress=at_terminal()))
     if "data" not in given:
         raise InputError("Say what to learn from: --data with a JSONL file of conversations, or tasks, or identity.")
     training = {name: given.pop(name) for name in TRAINING_FIELDS if name in given}
+    way: dict = dict(overwrite=overwrite, progress=at_terminal())
+    if rank := given.pop("lora", None):
+        training.setdefault("learning_rate", 1e-3)  # a thin pair wants about ten times the rate of all weights
+        way |= dict(prepare=partial(add_lora, rank=rank), trainer_class=with_adapters(FineTuneTrainer))
     config = FineTuneConfig(**given, training=training)
     with hold(out):
-        return finetune_to_the_end(*start_finetuning(out, config, overwrite=overwrite, progress=at_terminal()))
+        return finetune_to_the_end(*start_finetuning(out, config, **way))
 
 
 def finetune_to_the_end(trainer, counts) -> int:
@@ -833,8 +858,28 @@ def finetune_to_the_end(trainer, counts) -> int:
     code = train_and_tell(trainer, out, partial(print_finetune_plan, counts=counts), estimate, "finetune")
     if code == 0:
         print_losses(trainer.history, "token of the answers")
+        save_adapter(trainer, out)
         print(f"Next: transformer-llm chat {typed('model', out)}")
     return code
+
+
+def trained_share(model) -> str:
+    "How many numbers a model has, and how many of them are trained if not all are."
+    trained, total = model.num_parameters(trainable_only=True), model.num_parameters()
+    return f"{total:,}" if trained == total else f"{total:,}, of which {trained:,} are trained ({trained / total:.2%})"
+
+
+def save_adapter(trainer, out: Path) -> None:
+    "Where a run trained an adapter, also write it alone, as peft reads it."
+    from transformer_llm.finetuning import note_of_run
+    from transformer_llm.lora import active_adapter, save_lora
+
+    if active_adapter(trainer.model) is None:
+        return
+    config = note_of_run(out)["config"]
+    base = config["model"] or config["checkpoint"]
+    folder = save_lora(trainer.model, out / "adapter", base_model=base, overwrite=True)
+    print_rows([("adapter", f"{folder}, {human_bytes(folder_bytes(folder))}")])
 
 
 def print_finetune_plan(trainer, out: Path, counts) -> None:
@@ -844,7 +889,7 @@ def print_finetune_plan(trainer, out: Path, counts) -> None:
     per_step = settings.batch_size * settings.accumulation
     epochs = settings.max_steps * per_step / len(trainer.rows)
     print_rows([
-        ("parameters", f"{trainer.model.num_parameters():,}"),
+        ("parameters", trained_share(trainer.model)),
         ("read", str(counts)),
         ("conversations", f"{len(data.train):,} to train on, {len(data.val):,} to validate"),
         ("steps", f"{settings.max_steps:,} of {per_step} {kind} ({epochs:.3g} epochs)"),
@@ -960,11 +1005,11 @@ def command_chat(args: argparse.Namespace) -> None:
     from transformer_llm.chat import Conversation
 
     options = dict(system=args.system, seed=args.seed or 0)
+    prepare = partial(with_adapter, adapter=args.adapter, dtype=args.dtype)
     if own_run:
-        conversation = talk_to_run(args.model, args.device, args.dtype, options)
+        conversation = talk_to_run(args.model, args.device, prepare, options)
     else:
-        conversation = Conversation.from_pretrained(args.model, device=args.device, **options,
-                                                    prepare=partial(fast_form, dtype=args.dtype))
+        conversation = Conversation.from_pretrained(args.model, device=args.device, **options, prepare=prepare)
     sampling = Conversation.SAMPLING.replace(**typed_sampling(args))
     settings = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}
     if args.prompt is not None:
@@ -973,7 +1018,16 @@ def command_chat(args: argparse.Namespace) -> None:
         talk(conversation, settings)
 
 
-def talk_to_run(run: str, device: str, dtype: str | None, options: dict):
+def with_adapter(model, adapter: str | None, dtype: str | None):
+    "The model with an adapter in its matrices, in the form that writes."
+    if adapter is not None:
+        from transformer_llm.lora import load_lora, merge_lora
+
+        model = merge_lora(load_lora(model, adapter))
+    return fast_form(model, dtype)
+
+
+def talk_to_run(run: str, device: str, prepare: Callable, options: dict):
     "A conversation with the model of a fine-tuning run; `InputError` for a run that only learned to continue texts."
     from transformer_llm.chat import Conversation
     from transformer_llm.finetuning import format_of_run
@@ -985,7 +1039,7 @@ def talk_to_run(run: str, device: str, dtype: str | None, options: dict):
         raise InputError(f"the model in {run} was trained to continue texts, not to answer, and has no chat "
                          f"template; use {way}.")
     model, _ = load_any(run, device=device)
-    return Conversation(fast_form(model, dtype), chat_format.tokenizer, template=chat_format.template,
+    return Conversation(prepare(model), chat_format.tokenizer, template=chat_format.template,
                         stop_tokens=chat_format.stop_tokens, **chat_format.names, **options)
 
 
@@ -1119,6 +1173,18 @@ def command_export(args: argparse.Namespace) -> None:
         path = Path(export_onnx(model, args.onnx, with_cache=args.with_cache))
         files = [part for part in (path, path.with_name(path.name + ".data")) if part.exists()]
         print(f"{args.onnx}: {human_bytes(sum(part.stat().st_size for part in files))} for an ONNX runtime.")
+
+
+def command_merge(args: argparse.Namespace) -> None:
+    "Write a model with an adapter in its matrices, for other programs and for this book."
+    from transformer_llm.export import save_pretrained
+    from transformer_llm.lora import load_lora, merge_lora
+
+    model, tokenizer = load_and_tell(args.model, "cpu")
+    model = merge_lora(load_lora(model, args.adapter))
+    save_pretrained(model, args.out, tokenizer, overwrite=args.overwrite, **how_to_talk(args.model, tokenizer))
+    print(f"{args.out}: {human_bytes(folder_bytes(Path(args.out)))}, the model with the adapter; talk to it with "
+          f"transformer-llm chat {typed('model', args.out)}")
 
 
 def how_to_talk(checkpoint: str, tokenizer) -> dict:

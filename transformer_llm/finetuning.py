@@ -890,6 +890,8 @@ def start_finetuning(
     run_directory: str | Path,  # The run's folder; made if it is missing
     config: FineTuneConfig,
     *,
+    prepare: Callable[[GPT], GPT] | None = None,  # Changes the loaded model before it is trained
+    trainer_class: type[FineTuneTrainer] = FineTuneTrainer,
     overwrite: bool = False,  # Remove the run in the folder, once everything is accepted
     progress: bool = False,  # Show a bar
 ) -> tuple[FineTuneTrainer, Counts]:
@@ -906,7 +908,8 @@ def start_finetuning(
         rows = len(group_rows(data.train, window, data.packed))
         settings = settings_for(config, rows, window).replace(device=device)
         set_seed(settings.seed)
-        trainer = FineTuneTrainer(
+        model = model if prepare is None else prepare(model)
+        trainer = trainer_class(
             model, data, settings, run_directory=out, tokenizer=chat_format.tokenizer, progress=progress
         )
         if overwrite:
@@ -928,6 +931,7 @@ def continue_finetuning(
     run_directory: str | Path,
     changes: Mapping | None = None,  # Of `max_steps`, `device`, and where `data` is now
     *,
+    trainer_class: type[FineTuneTrainer] = FineTuneTrainer,
     progress: bool = False,
 ) -> tuple[FineTuneTrainer, Counts]:
     "A trainer that goes on from a run's newest checkpoint, exact to the bit; `InputError` for another file's content."
@@ -946,7 +950,7 @@ def continue_finetuning(
     window = TrainingConfig.from_dict(training_note(checkpoint)["training"]).context_length
     data, counts = load_examples(config, format_of_run(out), window, config.training.get("seed", 0))
     with hold(out):
-        return FineTuneTrainer.resume(out, data, progress=progress, **changes), counts
+        return trainer_class.resume(out, data, progress=progress, **changes), counts
 
 # %% ../nbs/14_finetuning.ipynb #23f86d08
 IDENTITY = {"name": "Quill", "author": "the reader of a book"}  # what the answers of `identity` say

@@ -9,7 +9,7 @@ __all__ = ['Targets', 'ADAPTER_FILES', 'NEUTRAL', 'Parts', 'LowRank', 'LoRALinea
            'merge_lora', 'merged', 'lora_training_memory', 'file_layers', 'layers_in_files', 'join_parts', 'pattern_of',
            'short_targets', 'base_note', 'file_tensors', 'save_lora', 'read_settings', 'setting_of', 'read_pairs',
            'cut_pair', 'read_adapter', 'check_base', 'load_lora', 'model_like', 'tensor_shapes', 'maker_of',
-           'AdapterTraining', 'with_adapters', 'LoRATrainer', 'load_adapted']
+           'AdapterTraining', 'with_adapters', 'LoRATrainer', 'holds_adapters', 'load_adapted']
 
 # %% ../nbs/15_lora.ipynb #5b1e2a02
 import copy
@@ -33,6 +33,7 @@ from transformer_llm.checkpoints import (
     Note,
     build_model,
     check_model,
+    find_checkpoint,
     load_checkpoint,
     load_tokenizer_of,
     plain_model,
@@ -41,7 +42,15 @@ from transformer_llm.checkpoints import (
 from .decoding import quantise_rows
 from .embeddings import half_to_interleaved
 from .export import family_of, folder_in_one_step, half_split, write_shard
-from .foundations import InputError, check_range, pick_device, read_json, show_value, user_path, write_json
+from transformer_llm.foundations import (
+    InputError,
+    check_range,
+    pick_device,
+    read_json,
+    show_value,
+    user_path,
+    write_json,
+)
 from .model_files import SafetensorsFiles
 from .pretrained import hf_tensors, parameter_shapes
 from .training import SavedTraining, Trainer, training_note
@@ -735,6 +744,15 @@ def with_adapters(
 
 class LoRATrainer(AdapterTraining, Trainer):
     "Chapter 07's `Trainer` for models with adapters: only the active adapter is trained, and a run can be resumed."
+
+
+def holds_adapters(path: str | Path) -> bool:
+    "Whether the newest checkpoint of a run, or this one, is of a model with adapters."
+    try:
+        names = SafetensorsFiles([find_checkpoint(path) / "model.safetensors"]).shapes
+    except InputError:  # whoever reads it will say what is wrong
+        return False
+    return any(".adapters." in name for name in names)
 
 
 def load_adapted(

@@ -564,6 +564,11 @@ def load_any(
     "The model, in evaluation mode, and its tokenizer, which is None if a checkpoint has none."
     path = user_path(path)
     if not is_pretrained(path):
+        from transformer_llm.lora import holds_adapters, load_adapted, merged
+
+        if holds_adapters(path):  # what reads matrices would pass over an adapter
+            model, tokenizer = load_adapted(path, device=device)
+            return merged(model), tokenizer
         return load_model(path, device=device)
     from transformer_llm.pretrained import load_pretrained, load_pretrained_tokenizer
 
