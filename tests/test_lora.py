@@ -538,7 +538,7 @@ def talker(tmp_path_factory):
     from transformer_llm.tokenizer import BPETokenizer
 
     folder = tmp_path_factory.mktemp("talker")
-    tokenizer = BPETokenizer.train(["who are you? the cat. user assistant system\n"] * 3, 290, SPECIAL)
+    tokenizer = BPETokenizer.train(["who are you? the cat. user assistant system\n"] * 3, 290, special_tokens=SPECIAL, fewer=True)
     config = SHAPE.replace(vocab_size=tokenizer.vocab_size, context_length=96)
     fresh(config).save_pretrained(folder / "model", tokenizer, chat_template=CHATML, eos_token="<|im_end|>")
     records = [{"instruction": f"who are you {i}?", "output": f"the cat {i}"} for i in range(20)]
