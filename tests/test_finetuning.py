@@ -97,7 +97,7 @@ def example_data(packed: bool = False) -> FineTuningData:
 @pytest.fixture(scope="module")
 def tokenizer() -> BPETokenizer:
     texts = ["Hello! Hi there, be kind. What is the capital of France? Paris.\nuser assistant system\n"] * 3
-    return BPETokenizer.train(texts, 300, SPECIAL)
+    return BPETokenizer.train(texts, 300, special_tokens=SPECIAL)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ def test_a_model_without_a_template_gets_a_plain_one(tokenizer):
     learned = example.targets[example.targets != IGNORE].tolist()
     assert characters.decode(learned) == "Hello!\nHello!\n" and plain.stop_tokens == tuple(characters.encode("\n"))
     assert characters.decode(plain.prompt([USER])) == "Q: Hi\nA: "
-    ended = plain_format(BPETokenizer.train(["Hello"], 260, ("<|endoftext|>",)))
+    ended = plain_format(BPETokenizer.train(["Hello"], 260, special_tokens=("<|endoftext|>",)))
     example = ended.example(Dialogue((USER, ASSISTANT)))
     assert ended.tokenizer.decode(example.targets[example.targets != IGNORE].tolist()) == "Hello!<|endoftext|>"
     with pytest.raises(InputError, match="^Line 4: Character 'z'"):
@@ -733,9 +733,7 @@ def test_a_config_is_checked():
     for values, says in (
         (dict(data="x"), "either --model or --checkpoint"),
         (dict(data="x", model="a", checkpoint="b"), "either --model or --checkpoint"),
-        (dict(data=5, model="a"), "data must be a text"),
         (dict(data="x", model="a", turns="some"), "turns"),
-        (dict(data="x", model="a", packed=1), "packed must be true or false"),
         (dict(data="x", model="a", epochs=1, training={"max_steps": 3}), "epochs and max_steps"),
         (dict(data="x", model="a", context_length=1), "context_length"),
         (dict(data="x", model="a", training={"steps": 3}), "Unknown training setting steps"),

@@ -62,7 +62,7 @@ FACTS = {  # a kind of fact: its words, and the forms of sentences that state it
          "you serve {name} some {word} .", "the dish of {name} is {word} .", "some {word} is for {name} ."),
     ),
 }
-QUESTIONS = {"city": "where does {name} live ?", "animal": "which animal has {name} ?", "food": "what does {name} eat ?"}
+QUESTIONS = {kind: "the " + kind + " of {name} ?" for kind in FACTS}
 MARKS = ("<user>", "<assistant>", "<end>")
 
 
@@ -116,7 +116,7 @@ class Dialogue:
     Raises `InputError`, which begins with `where`, for anything else.
     """
 
-    messages: tuple[dict, ...]  # Each with "role" and "content"
+    messages: Sequence  # Dictionaries, each with "role" and "content"
     where: str = "This conversation"  # For errors, such as "line 3 of pairs.jsonl"
 
     def __post_init__(self):
@@ -426,7 +426,10 @@ def prepare_examples(
 
 def without_copies(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
     "The conversations in their order, each once."
-    return list({json.dumps(dialogue.messages): dialogue for dialogue in reversed(list(dialogues))}.values())[::-1]
+    found: dict[str, Dialogue] = {}
+    for dialogue in dialogues:
+        found.setdefault(json.dumps(dialogue.messages), dialogue)
+    return list(found.values())
 
 
 def hold_out(
@@ -678,7 +681,7 @@ DIVERGENCES = ("forward", "reverse")
 
 def distill_loss(
     student: Float[Tensor, "*batch vocab"],  # Logits
-    teacher: Float[Tensor, "*batch vocab"],  # Logits, which get no gradient
+    teacher: Float[Tensor, "..."],  # Logits of the same shape, which get no gradient
     divergence: str = "forward",  # "forward": KL(teacher, student), equation (14.2); "reverse": KL(student, teacher)
     temperature: float = 1.0,  # Above 1: both distributions are flattened first
 ) -> Float[Tensor, ""]:
