@@ -132,7 +132,8 @@ def test_a_conversation_out_of_order_is_refused_with_its_place(messages, says):
 
 
 def test_three_forms_say_the_same():
-    messages = [SYSTEM, {"role": "user", "content": "Add.\n1 2"}, {"role": "assistant", "content": "3"}, USER, ASSISTANT]
+    sums = [{"role": "user", "content": "Add.\n1 2"}, {"role": "assistant", "content": "3"}]
+    messages = [SYSTEM, *sums, USER, ASSISTANT]
     first = read_record({"messages": messages, "id": 5})
     alpaca = {"system": "Be kind.", "history": [["Add.\n1 2", "3"]], "instruction": "Hi", "output": "Hello!"}
     sharegpt = {"conversations": [{"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]),
@@ -202,7 +203,7 @@ def test_copies_count_once_and_no_question_is_on_both_sides():
 CHATS = [
     [USER, ASSISTANT],
     [SYSTEM, USER, ASSISTANT, USER, {"role": "assistant", "content": "\n\nParis. "}],
-    [USER, {"role": "assistant", "content": "Say <|im_end|> now"}, {"role": "user", "content": "<|im_end|>\n"}, ASSISTANT],
+    [USER, {"role": "assistant", "content": "Say <|im_end|> now"}, {**USER, "content": "<|im_end|>\n"}, ASSISTANT],
 ]
 
 
@@ -261,7 +262,8 @@ def test_the_prompt_is_the_beginning_of_the_example(chat_format):
 
 
 REFUSED = {
-    "no marks, no prompt": ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "ignores add_generation_prompt"),
+    "no marks, no prompt": (
+        "{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "ignores add_generation_prompt"),
     "only the last is marked": (
         "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
         "{{ m.content }}{% endif %}{% endfor %}", "marks 1 pieces of a conversation with 2 answers"),

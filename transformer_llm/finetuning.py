@@ -69,17 +69,23 @@ MARKS = ("<user>", "<assistant>", "<end>")
 class People:
     "Made-up people with a city, an animal and a food each, and a vocabulary in which every word is a token."
 
-    def __init__(self, n: int = 150, seed: int = 0):
+    def __init__(
+        self,
+        n: int = 150,
+        strangers: int = 15,  # More people, whom no statement is about
+        seed: int = 0,
+    ):
         draw, syllables = Random(seed), [a + b for a in "bdfglmnprstvz" for b in "aeiou"]
         names = list(dict.fromkeys(draw.choice(syllables) + draw.choice(syllables) + draw.choice("klnrs")
-                                   for _ in range(4 * n)))[:n]
-        self.names = [name.capitalize() for name in names]
+                                   for _ in range(4 * (n + strangers))))[: n + strangers]
+        everybody = [name.capitalize() for name in names]
+        self.names, self.strangers = everybody[:n], everybody[n:]
         self.facts = {name: {kind: draw.choice(words.split()) for kind, (words, _) in FACTS.items()}
-                      for name in self.names}
+                      for name in everybody}
         sentences = [form for _, forms in FACTS.values() for form in forms] + list(QUESTIONS.values())
         plain = {word for sentence in sentences for word in sentence.split() if "{" not in word}
         plain |= {word for words, _ in FACTS.values() for word in words.split()}
-        self.words = [*MARKS, *sorted(plain), *self.names]
+        self.words = [*MARKS, *sorted(plain), *everybody]
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text: str) -> list[int]:
@@ -416,8 +422,8 @@ def prepare_examples(
     if not kept:
         shortest = min((len(example.inputs) for example in examples), default=0)
         raise InputError(
-            f"None of the {len(examples):,} conversations fits into a window of {context_length:,} tokens; the shortest "
-            f"takes {shortest:,}, so give a longer --context_length."
+            f"None of the {len(examples):,} conversations fits into a window of {context_length:,} tokens; the "
+            f"shortest takes {shortest:,}, so give a longer --context_length."
             if examples
             else "There is no conversation to learn from; give at least one."
         )
