@@ -2,8 +2,8 @@
 
     python book/finetune_runs.py [PART ...]
 
-PART is one of whom, grid, smollm2. Each result is written as soon as it is there, and one that is there already is not
-made again (delete the file to begin anew). `whom` and `grid` train small models on made-up people with the functions
+PART is one of whom, grid, facts, smollm2. Each result is written as soon as it is there, and one that is there already is not
+made again (delete the file to begin anew). `whom`, `grid` and `facts` train small models on made-up people with the functions
 of the chapter's own lesson, for a few minutes of one core; other processes may run beside them. `smollm2` fine-tunes
 SmolLM2 on 1,000 made-up tasks (`--steps N` makes it shorter, and keeps nothing); its run is in runs/finetune-smollm2,
 and a run that was stopped goes on. Its minutes count only if nothing else runs on the machine.
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "data" / "finetuning.json"
 SEEDS = (0, 1, 2)
 RATES, STEPS = (1e-4, 3e-4, 1e-3), (60, 125, 250, 500)
-LESSON = ("read_statements", "conversation", "tune", "right", "bits_per_byte", "old_windows")
+LESSON = ("read_statements", "conversation", "tune", "right", "recites", "bits_per_byte", "old_windows")
 NAMES = dict(torch=torch, F=F, copy=copy, GPT=GPT, GPTConfig=GPTConfig, TrainingConfig=TrainingConfig, FACTS=FACTS,
              make_optimizers=make_optimizers, schedule_factor=schedule_factor, set_learning_rate=set_learning_rate,
              pad_sequence=torch.nn.utils.rnn.pad_sequence)
@@ -131,6 +131,26 @@ def grid() -> None:
                 keep("grid", {"seed": seed, "rate": rate, "steps": steps, **readers.judge(model, one)})
 
 
+def facts() -> None:
+    "People whom no statement is about, taught by questions alone: their answers, and other statements about them."
+    readers = Readers()
+    for seed in SEEDS:
+        if has("facts", seed=seed):
+            continue
+        one, lesson = readers(seed), readers.lesson
+        people, strangers = one["people"], one["people"].strangers
+        more = [lesson["conversation"](people, name, kind) for name in strangers for kind in FACTS]
+        more += lesson["old_windows"](one["text"], len(one["examples"]), seed=seed)
+        model = lesson["tune"](one["base"], one["examples"] + more, steps=500, seed=seed)
+        keep("facts", {
+            "seed": seed,
+            "answers": lesson["right"](model, people, strangers),
+            "statements": lesson["recites"](model, people, strangers),
+            "asked": lesson["right"](model, people, one["asked"]),
+            "asked_statements": lesson["recites"](model, people, one["asked"]),
+        })
+
+
 def smollm2(steps: int | None = None) -> None:
     "SmolLM2 on 1,000 made-up tasks: loss, exact answers and bits per byte before and after."
     if "smollm2" in load() and steps is None:
@@ -147,7 +167,8 @@ def smollm2(steps: int | None = None) -> None:
     trainer.train()
     n_shown, n_asked = 5, 100 if steps is None else 5
     held = hold_out(without_copies(load_dialogues("tasks")), config.val_fraction, trainer.config.seed)[1][:n_asked]
-    text = read_text(load_shakespeare(ROOT / "data" / "shakespeare.txt", progress=False))[-20_000:]
+    text = read_text(load_shakespeare(ROOT / "data" / "shakespeare.txt", progress=False))
+    text = text[-20_000 if steps is None else -1_000 :]
     chat_format, found = format_of_run(out), []
     after = trainer.model
     for model in (load_pretrained("smollm2"), after):
@@ -173,6 +194,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     start, arguments = time.perf_counter(), sys.argv[1:]
     short = int(arguments.pop(arguments.index("--steps") + 1)) if "--steps" in arguments else None
-    for part in [name for name in arguments if name != "--steps"] or ["whom", "grid", "smollm2"]:
-        smollm2(short) if part == "smollm2" else {"whom": whom, "grid": grid}[part]()
+    for part in [name for name in arguments if name != "--steps"] or ["whom", "grid", "facts", "smollm2"]:
+        smollm2(short) if part == "smollm2" else {"whom": whom, "grid": grid, "facts": facts}[part]()
     print(f"{time.perf_counter() - start:.0f} s")

@@ -97,7 +97,7 @@ def example_data(packed: bool = False) -> FineTuningData:
 @pytest.fixture(scope="module")
 def tokenizer() -> BPETokenizer:
     texts = ["Hello! Hi there, be kind. What is the capital of France? Paris.\nuser assistant system\n"] * 3
-    return BPETokenizer.train(texts, 300, SPECIAL)
+    return BPETokenizer.train(texts, 300, special_tokens=SPECIAL)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,8 @@ def test_a_conversation_out_of_order_is_refused_with_its_place(messages, says):
 
 
 def test_three_forms_say_the_same():
-    messages = [SYSTEM, {"role": "user", "content": "Add.\n1 2"}, {"role": "assistant", "content": "3"}, USER, ASSISTANT]
+    sums = [{"role": "user", "content": "Add.\n1 2"}, {"role": "assistant", "content": "3"}]
+    messages = [SYSTEM, *sums, USER, ASSISTANT]
     first = read_record({"messages": messages, "id": 5})
     alpaca = {"system": "Be kind.", "history": [["Add.\n1 2", "3"]], "instruction": "Hi", "output": "Hello!"}
     sharegpt = {"conversations": [{"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]),
@@ -202,7 +203,7 @@ def test_copies_count_once_and_no_question_is_on_both_sides():
 CHATS = [
     [USER, ASSISTANT],
     [SYSTEM, USER, ASSISTANT, USER, {"role": "assistant", "content": "\n\nParis. "}],
-    [USER, {"role": "assistant", "content": "Say <|im_end|> now"}, {"role": "user", "content": "<|im_end|>\n"}, ASSISTANT],
+    [USER, {"role": "assistant", "content": "Say <|im_end|> now"}, {**USER, "content": "<|im_end|>\n"}, ASSISTANT],
 ]
 
 
@@ -261,7 +262,8 @@ def test_the_prompt_is_the_beginning_of_the_example(chat_format):
 
 
 REFUSED = {
-    "no marks, no prompt": ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "ignores add_generation_prompt"),
+    "no marks, no prompt": (
+        "{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "ignores add_generation_prompt"),
     "only the last is marked": (
         "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
         "{{ m.content }}{% endif %}{% endfor %}", "marks 1 pieces of a conversation with 2 answers"),
@@ -301,7 +303,7 @@ def test_a_model_without_a_template_gets_a_plain_one(tokenizer):
     learned = example.targets[example.targets != IGNORE].tolist()
     assert characters.decode(learned) == "Hello!\nHello!\n" and plain.stop_tokens == tuple(characters.encode("\n"))
     assert characters.decode(plain.prompt([USER])) == "Q: Hi\nA: "
-    ended = plain_format(BPETokenizer.train(["Hello"], 260, ("<|endoftext|>",)))
+    ended = plain_format(BPETokenizer.train(["Hello"], 260, special_tokens=("<|endoftext|>",)))
     example = ended.example(Dialogue((USER, ASSISTANT)))
     assert ended.tokenizer.decode(example.targets[example.targets != IGNORE].tolist()) == "Hello!<|endoftext|>"
     with pytest.raises(InputError, match="^Line 4: Character 'z'"):
@@ -733,9 +735,7 @@ def test_a_config_is_checked():
     for values, says in (
         (dict(data="x"), "either --model or --checkpoint"),
         (dict(data="x", model="a", checkpoint="b"), "either --model or --checkpoint"),
-        (dict(data=5, model="a"), "data must be a text"),
         (dict(data="x", model="a", turns="some"), "turns"),
-        (dict(data="x", model="a", packed=1), "packed must be true or false"),
         (dict(data="x", model="a", epochs=1, training={"max_steps": 3}), "epochs and max_steps"),
         (dict(data="x", model="a", context_length=1), "context_length"),
         (dict(data="x", model="a", training={"steps": 3}), "Unknown training setting steps"),

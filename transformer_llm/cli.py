@@ -230,7 +230,8 @@ def add_chat(commands) -> None:
 def add_length_flags(parser: argparse.ArgumentParser, what: str, epochs: str) -> None:
     "Add the two flags that set how long a run is, of which only one can be given."
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=number(1e-6), metavar="X", help=f"times to read the {what} (default: {epochs})")
+    length.add_argument("--epochs", type=number(1e-6), metavar="X",
+                        help=f"times to read the {what} (default: {epochs})")
     length.add_argument("--max_steps", type=whole(1), metavar="N", help="optimizer steps, instead of epochs")
 
 
@@ -1188,7 +1189,7 @@ def command_merge(args: argparse.Namespace) -> None:
 
 
 def how_to_talk(checkpoint: str, tokenizer) -> dict:
-    "What a model's files say about conversations, as `save_pretrained` takes it; nothing for a run that never learned to."
+    "What a model's files say about conversations, as `save_pretrained` takes it; nothing for one that can't."
     from transformer_llm.finetuning import format_of_run
     from transformer_llm.pretrained import chat_settings
     from transformer_llm.runs import is_pretrained

@@ -62,24 +62,30 @@ FACTS = {  # a kind of fact: its words, and the forms of sentences that state it
          "you serve {name} some {word} .", "the dish of {name} is {word} .", "some {word} is for {name} ."),
     ),
 }
-QUESTIONS = {"city": "where does {name} live ?", "animal": "which animal has {name} ?", "food": "what does {name} eat ?"}
+QUESTIONS = {kind: "the " + kind + " of {name} ?" for kind in FACTS}
 MARKS = ("<user>", "<assistant>", "<end>")
 
 
 class People:
     "Made-up people with a city, an animal and a food each, and a vocabulary in which every word is a token."
 
-    def __init__(self, n: int = 150, seed: int = 0):
+    def __init__(
+        self,
+        n: int = 150,
+        strangers: int = 15,  # More people, whom no statement is about
+        seed: int = 0,
+    ):
         draw, syllables = Random(seed), [a + b for a in "bdfglmnprstvz" for b in "aeiou"]
         names = list(dict.fromkeys(draw.choice(syllables) + draw.choice(syllables) + draw.choice("klnrs")
-                                   for _ in range(4 * n)))[:n]
-        self.names = [name.capitalize() for name in names]
+                                   for _ in range(4 * (n + strangers))))[: n + strangers]
+        everybody = [name.capitalize() for name in names]
+        self.names, self.strangers = everybody[:n], everybody[n:]
         self.facts = {name: {kind: draw.choice(words.split()) for kind, (words, _) in FACTS.items()}
-                      for name in self.names}
+                      for name in everybody}
         sentences = [form for _, forms in FACTS.values() for form in forms] + list(QUESTIONS.values())
         plain = {word for sentence in sentences for word in sentence.split() if "{" not in word}
         plain |= {word for words, _ in FACTS.values() for word in words.split()}
-        self.words = [*MARKS, *sorted(plain), *self.names]
+        self.words = [*MARKS, *sorted(plain), *everybody]
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text: str) -> list[int]:
@@ -116,7 +122,7 @@ class Dialogue:
     Raises `InputError`, which begins with `where`, for anything else.
     """
 
-    messages: tuple[dict, ...]  # Each with "role" and "content"
+    messages: Sequence  # Dictionaries, each with "role" and "content"
     where: str = "This conversation"  # For errors, such as "line 3 of pairs.jsonl"
 
     def __post_init__(self):
@@ -416,8 +422,8 @@ def prepare_examples(
     if not kept:
         shortest = min((len(example.inputs) for example in examples), default=0)
         raise InputError(
-            f"None of the {len(examples):,} conversations fits into a window of {context_length:,} tokens; the shortest "
-            f"takes {shortest:,}, so give a longer --context_length."
+            f"None of the {len(examples):,} conversations fits into a window of {context_length:,} tokens; the "
+            f"shortest takes {shortest:,}, so give a longer --context_length."
             if examples
             else "There is no conversation to learn from; give at least one."
         )
@@ -426,7 +432,10 @@ def prepare_examples(
 
 def without_copies(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
     "The conversations in their order, each once."
-    return list({json.dumps(dialogue.messages): dialogue for dialogue in reversed(list(dialogues))}.values())[::-1]
+    found: dict[str, Dialogue] = {}
+    for dialogue in dialogues:
+        found.setdefault(json.dumps(dialogue.messages), dialogue)
+    return list(found.values())
 
 
 def hold_out(
@@ -678,7 +687,7 @@ DIVERGENCES = ("forward", "reverse")
 
 def distill_loss(
     student: Float[Tensor, "*batch vocab"],  # Logits
-    teacher: Float[Tensor, "*batch vocab"],  # Logits, which get no gradient
+    teacher: Float[Tensor, "..."],  # Logits of the same shape, which get no gradient
     divergence: str = "forward",  # "forward": KL(teacher, student), equation (14.2); "reverse": KL(student, teacher)
     temperature: float = 1.0,  # Above 1: both distributions are flattened first
 ) -> Float[Tensor, ""]:

@@ -14,7 +14,9 @@ from torch import Tensor
 from . import Wrong, call, exercise, fresh, same_number, same_values
 
 # %% ../../nbs/exercises/14_finetuning.ipynb #db7f4071
-CONVERSATION = "<user> where is Oslo ? <end> <assistant> in Norway <end> <user> and Lima ? <end> <assistant> in Peru <end>"
+CONVERSATION = (
+    "<user> where is Oslo ? <end> <assistant> in Norway <end> <user> and Lima ? <end> <assistant> in Peru <end>"
+)
 
 
 @exercise("14.1", "Which targets count")
