@@ -538,7 +538,8 @@ def talker(tmp_path_factory):
     from transformer_llm.tokenizer import BPETokenizer
 
     folder = tmp_path_factory.mktemp("talker")
-    tokenizer = BPETokenizer.train(["who are you? the cat. user assistant system\n"] * 3, 290, special_tokens=SPECIAL, fewer=True)
+    texts = ["who are you? the cat. user assistant system\n"] * 3
+    tokenizer = BPETokenizer.train(texts, 290, special_tokens=SPECIAL, fewer=True)
     config = SHAPE.replace(vocab_size=tokenizer.vocab_size, context_length=96)
     fresh(config).save_pretrained(folder / "model", tokenizer, chat_template=CHATML, eos_token="<|im_end|>")
     records = [{"instruction": f"who are you {i}?", "output": f"the cat {i}"} for i in range(20)]
@@ -560,7 +561,7 @@ def test_finetune_chat_and_merge_on_the_command_line(talker, tmp_path, capsys):
     flags += ["--lora", "2", "--batch_size", "4", "--learning_rate", "0.05", "--checkpoint_every", "2"]
     assert main(["finetune", "--model", model, *flags, "--max_steps", "4", "--out", str(run)]) == 0
     said = capsys.readouterr().out
-    assert "of which" in said and "are trained" in said and f"adapter        {run / 'adapter'}" in said
+    assert "of which" in said and "are trained" in said and f"{run / 'adapter'}, " in said
     settings = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert settings["r"] == 2 and settings["base_model_name_or_path"] == model
     plain = answer(capsys, "--model", model)

@@ -303,7 +303,7 @@ def add_lora(
 ) -> GPT:
     """Give linear layers an adapter each: it is active, alone trainable, and changes nothing before it is trained.
 
-    Hu et al. (2021), section 4.1. Returns the model. `InputError` for a rank above a layer's smaller side.
+    Hu et al. (2022), section 4.1. Returns the model. `InputError` for a rank above a layer's smaller side.
     """
     check_model(model)
     check_new(model, name)
