@@ -41,7 +41,7 @@ from transformer_llm.transformer import GPT, GPTConfig
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "data" / "finetuning.json"
 SEEDS = (0, 1, 2)
-RATES, STEPS = (1e-4, 3e-4, 1e-3), (60, 125, 250, 500)
+RATES, STEPS = (1e-4, 3e-4, 1e-3), (60, 125, 250)
 LESSON = ("read_statements", "conversation", "tune", "right", "recites", "bits_per_byte", "old_windows")
 NAMES = dict(torch=torch, F=F, copy=copy, GPT=GPT, GPTConfig=GPTConfig, TrainingConfig=TrainingConfig, FACTS=FACTS,
              make_optimizers=make_optimizers, schedule_factor=schedule_factor, set_learning_rate=set_learning_rate,
@@ -101,9 +101,8 @@ class Readers:
         }
 
 
-def whom() -> None:
+def whom(readers: Readers) -> None:
     "All weights, or the table of embeddings frozen; answers only, or old text as well."
-    readers = Readers()
     tune, old_windows = readers.lesson["tune"], readers.lesson["old_windows"]
     for seed in SEEDS:
         for frozen in (False, True):
@@ -118,9 +117,8 @@ def whom() -> None:
                 keep("whom", {"seed": seed, "frozen": frozen, "mixed": mixed, **readers.judge(model, one)})
 
 
-def grid() -> None:
+def grid(readers: Readers) -> None:
     "Rates and numbers of steps, all weights."
-    readers = Readers()
     for seed in SEEDS:
         for rate in RATES:
             for steps in STEPS:
@@ -131,9 +129,8 @@ def grid() -> None:
                 keep("grid", {"seed": seed, "rate": rate, "steps": steps, **readers.judge(model, one)})
 
 
-def facts() -> None:
+def facts(readers: Readers) -> None:
     "People whom no statement is about, taught by questions alone: their answers, and other statements about them."
-    readers = Readers()
     for seed in SEEDS:
         if has("facts", seed=seed):
             continue
@@ -192,8 +189,8 @@ def smollm2(steps: int | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    start, arguments = time.perf_counter(), sys.argv[1:]
+    start, arguments, readers = time.perf_counter(), sys.argv[1:], Readers()
     short = int(arguments.pop(arguments.index("--steps") + 1)) if "--steps" in arguments else None
     for part in [name for name in arguments if name != "--steps"] or ["whom", "grid", "facts", "smollm2"]:
-        smollm2(short) if part == "smollm2" else {"whom": whom, "grid": grid, "facts": facts}[part]()
+        smollm2(short) if part == "smollm2" else {"whom": whom, "grid": grid, "facts": facts}[part](readers)
     print(f"{time.perf_counter() - start:.0f} s")
