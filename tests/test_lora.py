@@ -365,6 +365,7 @@ def change_settings(folder: Path, **changes) -> None:
     (dict(peft_type="IA3"), "must be of the kind 'LORA', not 'IA3'"),
     (dict(use_dora=True), "sets use_dora to True"),
     (dict(bias="all"), "sets bias to 'all'"),
+    (dict(init_lora_weights="pissa"), "sets init_lora_weights to 'pissa', which changes the base"),
     (dict(modules_to_save=["lm_head"]), "sets modules_to_save"),
     (dict(r=5), "says rank 5"),
     (dict(r="many"), "r must be a whole number"),
