@@ -2,11 +2,12 @@
 
     python book/finetune_runs.py [PART ...]
 
-PART is one of whom, grid, facts, smollm2. Each result is written as soon as it is there, and one that is there already is not
-made again (delete the file to begin anew). `whom`, `grid` and `facts` train small models on made-up people with the functions
-of the chapter's own lesson, for a few minutes of one core; other processes may run beside them. `smollm2` fine-tunes
-SmolLM2 on 1,000 made-up tasks (`--steps N` makes it shorter, and keeps nothing); its run is in runs/finetune-smollm2,
-and a run that was stopped goes on. Its minutes count only if nothing else runs on the machine.
+PART is one of whom, grid, facts, smollm2. Each result is written as soon as it is there, and one that is there already
+is not made again (delete the file to begin anew). `whom`, `grid` and `facts` train small models on made-up people with
+the functions of the chapter's own lesson, for a few minutes of one core; other processes may run beside them.
+
+`smollm2` fine-tunes SmolLM2 on 1,000 made-up tasks (`--steps N` makes it shorter, and keeps nothing); its run is in
+runs/finetune-smollm2, and a run that was stopped goes on. Its minutes count only if nothing else runs on the machine.
 """
 import ast
 import copy
