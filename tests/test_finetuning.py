@@ -732,7 +732,8 @@ def test_a_resumed_run_keeps_what_it_began_with(base, pairs, tmp_path, capsys):
 
 def test_a_plain_run_in_the_same_folder_leaves_nothing_of_the_fine_tuning(base, pairs, tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["finetune", "--checkpoint", str(base), "--data", str(pairs), "--max_steps", "1", "--out", str(out)]) == 0
+    flags = ["--checkpoint", str(base), "--data", str(pairs), "--max_steps", "1"]
+    assert main(["finetune", *flags, "--out", str(out)]) == 0
     text = base.parent / "cats.txt"
     small = ["--model_size", "demo", "--max_steps", "1", "--batch_size", "2", "--text_file", str(text)]
     assert main(["train", *small, "--out", str(out), "--overwrite"]) == 0
@@ -742,8 +743,7 @@ def test_a_plain_run_in_the_same_folder_leaves_nothing_of_the_fine_tuning(base, 
     begun = tmp_path / "begun"  # killed before its first checkpoint
     begun.mkdir()
     (begun / "finetune.json").write_text("{}", encoding="utf-8")
-    flags = ["--data", str(pairs), "--max_steps", "1", "--out", str(begun)]
-    assert main(["finetune", "--checkpoint", str(base), *flags]) == 0
+    assert main(["finetune", *flags, "--out", str(begun)]) == 0
 
 
 def test_a_config_is_checked():
