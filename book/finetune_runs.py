@@ -2,15 +2,18 @@
 
     python book/finetune_runs.py [PART ...]
 
-PART is one of whom, grid, facts, smollm2. Each result is written as soon as it is there, and one that is there already is not
-made again (delete the file to begin anew). `whom`, `grid` and `facts` train small models on made-up people with the functions
-of the chapter's own lesson, for a few minutes of one core; other processes may run beside them. `smollm2` fine-tunes
-SmolLM2 on 1,000 made-up tasks (`--steps N` makes it shorter, and keeps nothing); its run is in runs/finetune-smollm2,
-and a run that was stopped goes on. Its minutes count only if nothing else runs on the machine.
+PART is one of whom, grid, facts, smollm2. Each result is written as soon as it is there, and one that is there already
+is not made again (delete the file to begin anew). `whom`, `grid` and `facts` train small models on made-up people with
+the functions of the chapter's own lesson, for a few minutes of one core; other processes may run beside them.
+
+`smollm2` fine-tunes SmolLM2 on 1,000 made-up tasks (`--steps N` makes it shorter, and keeps nothing); its run is in
+runs/finetune-smollm2, and a run that was stopped goes on. Its minutes count only if nothing else runs on the machine.
 """
 import ast
 import copy
+import inspect
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -80,6 +83,7 @@ class Readers:
 
     def __init__(self):
         self.lesson, self.made = lesson_functions(), {}
+        self.steps = inspect.signature(self.lesson["tune"]).parameters["steps"].default
 
     def __call__(self, seed: int) -> dict:
         if seed not in self.made:
@@ -113,7 +117,7 @@ def whom(readers: Readers) -> None:
                 model = copy.deepcopy(one["base"])
                 model.token_embedding.weight.requires_grad_(not frozen)
                 more = old_windows(one["text"], len(one["examples"]), seed=seed) if mixed else []
-                model = tune(model, one["examples"] + more, steps=500 if mixed else 250, seed=seed)
+                model = tune(model, one["examples"] + more, steps=(2 if mixed else 1) * readers.steps, seed=seed)
                 keep("whom", {"seed": seed, "frozen": frozen, "mixed": mixed, **readers.judge(model, one)})
 
 
@@ -138,7 +142,7 @@ def facts(readers: Readers) -> None:
         people, strangers = one["people"], one["people"].strangers
         more = [lesson["conversation"](people, name, kind) for name in strangers for kind in FACTS]
         more += lesson["old_windows"](one["text"], len(one["examples"]), seed=seed)
-        model = lesson["tune"](one["base"], one["examples"] + more, steps=500, seed=seed)
+        model = lesson["tune"](one["base"], one["examples"] + more, steps=2 * readers.steps, seed=seed)
         keep("facts", {
             "seed": seed,
             "answers": lesson["right"](model, people, strangers),
@@ -176,8 +180,6 @@ def smollm2(steps: int | None = None) -> None:
         found.append((trainer.evaluate(), exact, bits, written))
     shown = [{"question": dialogue.question[-1]["content"], "right": dialogue.answer, "before": a, "after": b}
              for dialogue, a, b in zip(held[:n_shown], found[0][3], found[1][3])]
-    import resource
-
     result = {"pairs": counts.read, "steps": trainer.step, "minutes": trainer.seconds / 60,
               "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
               "threads": 2, "answers": shown}

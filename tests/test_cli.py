@@ -1059,6 +1059,7 @@ def test_bench_without_its_peers(capsys, cheap, monkeypatch):
 
 PATH_FLAGS = {
     "train": ["--text_file", "--tokenizer", "--out"],
+    "finetune": ["--model", "--checkpoint", "--data", "--template", "--out"],
     "data prepare --out x": ["--text_file", "--tokenizer", "--out"],
     "data patterns": ["--out"],
     "data shakespeare": ["--out"],

@@ -730,6 +730,22 @@ def test_a_resumed_run_keeps_what_it_began_with(base, pairs, tmp_path, capsys):
     refused(capsys, "chat", "--model", base, "--prompt", "Hi", says="was trained to continue texts, not to answer")
 
 
+def test_a_plain_run_in_the_same_folder_leaves_nothing_of_the_fine_tuning(base, pairs, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--checkpoint", str(base), "--data", str(pairs), "--max_steps", "1"]
+    assert main(["finetune", *flags, "--out", str(out)]) == 0
+    text = base.parent / "cats.txt"
+    small = ["--model_size", "demo", "--max_steps", "1", "--batch_size", "2", "--text_file", str(text)]
+    assert main(["train", *small, "--out", str(out), "--overwrite"]) == 0
+    assert format_of_run(out) is None and not (out / "finetune.json").exists()
+    capsys.readouterr()
+    refused(capsys, "chat", "--model", out, "--prompt", "Hi", says="was trained to continue texts, not to answer")
+    begun = tmp_path / "begun"  # killed before its first checkpoint
+    begun.mkdir()
+    (begun / "finetune.json").write_text("{}", encoding="utf-8")
+    assert main(["finetune", *flags, "--out", str(begun)]) == 0
+
+
 def test_a_config_is_checked():
     for values, says in (
         (dict(data="x"), "either --model or --checkpoint"),
