@@ -2,11 +2,12 @@
 
     python book/lora_runs.py [lora | eight_bits] [--steps N]
 
-Each trains adapters of rank 8 on the 1,000 made-up tasks of chapter 14, with the same held-out tasks and the same windows as
-`book/finetune_runs.py smollm2`, whose run of all weights stands beside them on the page. The rate is ten times that run's.
-A result is written as soon as it is there, and not made again (delete it from the file to begin anew); the runs are in
-runs/lora-smollm2 and runs/lora-smollm2-eight_bits, and one that was stopped goes on. `--steps N` makes them shorter, and keeps
-nothing. Minutes and memory count only if nothing else runs on the machine, and memory only for one run per call.
+Each trains adapters of rank 8 on the 1,000 made-up tasks of chapter 14, with the same held-out tasks and the same
+windows as `book/finetune_runs.py smollm2`, whose run of all weights stands beside them on the page. The rate is ten
+times that run's. A result is written as soon as it is there, and not made again (delete it from the file to begin
+anew); the runs are in runs/lora-smollm2 and runs/lora-smollm2-eight_bits, and one that was stopped goes on. `--steps N`
+makes them shorter, and keeps nothing. Minutes and memory count only if nothing else runs on the machine, and memory
+only for one run per call.
 """
 import resource
 import sys
@@ -52,7 +53,8 @@ def run(name: str, steps: int | None = None) -> None:
     "One run: loss, exact answers and bits per byte of plain text at its end; minutes, memory, and the adapter's bytes."
     if name in load() and steps is None:
         return
-    out = ROOT / "runs" / ("lora-smollm2" + ("" if name == "lora" else f"-{name}") + ("" if steps is None else "-short"))
+    folder = "lora-smollm2" + ("" if name == "lora" else f"-{name}") + ("" if steps is None else "-short")
+    out = ROOT / "runs" / folder
     training = {"batch_size": 8, "learning_rate": RATE} | ({} if steps is None else {"max_steps": steps})
     config = FineTuneConfig(model="smollm2", data="tasks", packed=True, context_length=512, training=training)
     kind = with_adapters(FineTuneTrainer)
@@ -69,7 +71,7 @@ def run(name: str, steps: int | None = None) -> None:
     text = text[-20_000 if steps is None else -1_000 :]
     chat_format, model = format_of_run(out), trainer.model.eval()
     written = answers(model, chat_format, [dialogue.question for dialogue in held], 40)
-    folder = save_lora(model, out / "adapter", base_model="smollm2", overwrite=True)
+    adapter = save_lora(model, out / "adapter", base_model="smollm2", overwrite=True)
     result = {
         "rank": RANK,
         "rate": RATE,
@@ -82,7 +84,7 @@ def run(name: str, steps: int | None = None) -> None:
         "minutes": trainer.seconds / 60,
         "gigabytes": peak,
         "predicted": lora_training_memory(model.config, RANK, 8, 512, int8=name == "eight_bits") / 1e9,
-        "file_bytes": (folder / "adapter_model.safetensors").stat().st_size,
+        "file_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
         "threads": torch.get_num_threads(),
     }
     print(name, result)

@@ -196,7 +196,7 @@ def test_adapters_beside_eight_bits_train_merge_and_refuse_the_fast_paths(kind):
     assert largest_difference(plain(IDS), model(IDS)) < 2e-6
     loss_of(model).backward()
     reference = [torch.zeros(())]
-    for name, layer in adapted_layers(model).items():  # the same gradients beside the restored matrices
+    for layer in adapted_layers(model).values():  # the same gradients beside the restored matrices
         layer.base = layer.base.restored()
         reference += [layer.adapters["default"].A.grad.clone(), layer.adapters["default"].B.grad.clone()]
         layer.adapters["default"].zero_grad()
@@ -482,8 +482,9 @@ def test_a_run_trains_the_active_adapter_only_and_goes_on_to_the_bit(tmp_path, e
 def test_runs_with_and_without_adapters_are_not_mixed_up(tmp_path):
     LoRATrainer(two_adapters(), DATA, CONFIG, run_directory=tmp_path / "with", progress=False).train()
     Trainer(fresh(), DATA, CONFIG, run_directory=tmp_path / "without", progress=False).train()
+    way_out = "holds a model with adapters .* load_adapted .* LoRATrainer.resume"
     for wrong in (lambda: load_model(tmp_path / "with"), lambda: Trainer.resume(tmp_path / "with", DATA)):
-        with pytest.raises(InputError, match="holds a model with adapters .* load_adapted .* LoRATrainer.resume") as error:
+        with pytest.raises(InputError, match=way_out) as error:
             wrong()
         sentence(error)
     for wrong in (LoRATrainer.resume, load_adapted):
@@ -588,13 +589,13 @@ def test_bad_input_on_the_command_line_is_one_sentence_and_exit_2(talker, tmp_pa
     from transformer_llm.cli import main
 
     model, data = str(talker / "model"), ["--data", str(talker / "pairs.jsonl"), "--device", "cpu"]
-    other = written(tmp_path / "other")
+    other, out = written(tmp_path / "other"), str(tmp_path / "m")
     for command, words in (
         (["finetune", "--model", model, *data, "--lora", "99", "--out", str(tmp_path / "a")], "rank must be at most"),
         (["finetune", "--model", model, *data, "--lora", "0", "--out", str(tmp_path / "a")], "--lora"),
         (["chat", "--model", model, "--adapter", str(other), "--prompt", "hi"], "is for another model"),
         (["chat", "--model", model, "--adapter", str(tmp_path), "--prompt", "hi"], "has no adapter_config.json"),
-        (["adapter", "merge", "--model", model, "--adapter", str(other), "--out", str(tmp_path / "m")], "another model"),
+        (["adapter", "merge", "--model", model, "--adapter", str(other), "--out", out], "is for another model"),
     ):
         try:
             code = main(command)
