@@ -393,6 +393,8 @@ def lora_training_memory(
     int8: bool = False,  # The blocks' linear layers are frozen in eight bits
 ) -> int:
     "Bytes of all tensors at the worst moment of a `Trainer`'s step with AdamW in float32, counted from the shapes."
+    if rank is None and int8:
+        raise InputError("Weights in eight bits can't be trained; give a rank, or leave int8 out.")
     with torch.device("meta"):
         model = GPT(config)
     inside, numbers = linear_layers(model), model.num_parameters()
@@ -555,8 +557,9 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise InputError(f"{path} sets {name} to {show_value(values[name])}, which this book's adapters can't do "
                              f"(only {wanted!r}).")
     if values.get("init_lora_weights") not in PLAIN_STARTS:
-        raise InputError(f"{path} sets init_lora_weights to {show_value(values['init_lora_weights'])}, which changes the "
-                         "base's own matrices; let peft convert the adapter to a plain one.")
+        start = show_value(values["init_lora_weights"])
+        raise InputError(f"{path} sets init_lora_weights to {start}, which changes the base's own matrices; let peft "
+                         "convert the adapter to a plain one.")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(values.get(name) or {}, dict):
             raise InputError(f"{path}: {name} must give a number for each pattern, not {show_value(values[name])}.")
