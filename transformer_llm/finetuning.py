@@ -929,7 +929,7 @@ def start_finetuning(
         trainer.save()
     return trainer, counts
 
-
+# %% ../nbs/14_finetuning.ipynb #a15c14e0
 def run_note(config: FineTuneConfig, chat_format: ChatFormat) -> dict:
     "What `finetune.json` says."
     chat = {name: getattr(chat_format, name) for name in ("template", "bos_token", "eos_token")}
