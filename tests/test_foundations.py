@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -286,6 +287,15 @@ def test_a_result_of_another_kind_is_checked_without_a_second_call():
 
 class Named:
     "Its name stands in quotes in an annotation."
+
+
+def test_a_check_keeps_no_result_alive():
+    @checked_by_kind
+    def ones(n: int) -> Float[torch.Tensor, "n"]:
+        return torch.ones(n)
+
+    results = [weakref.ref(ones(n)) for n in (1, 2, 2, 3)]
+    assert [result() for result in results] == [None] * 4
 
 
 def test_a_dataclass_is_checked_when_it_is_made():

@@ -373,7 +373,10 @@ def _result_checker(function):
 
     def check_result(result, args: tuple, kwargs: dict) -> None:
         here.result = result
-        checked(*args, **kwargs)
+        try:
+            checked(*args, **kwargs)
+        finally:
+            del here.result  # or the last result would live as long as the function
 
     return check_result
 
