@@ -277,7 +277,7 @@ def test_the_second_signal_claims_no_step_that_was_not_saved(tmp_path):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="step 3, which is not saved; the newest checkpoint is of step 2") as stopped:
+    with pytest.raises(Interrupted, match="step 3, which is not saved; the newest checkpoint is from step 2") as stopped:
         make_trainer(tmp_path, on_step=twice).train()
     assert not stopped.value.saved and find_checkpoint(tmp_path).name == "step-0000002"
     with pytest.raises(Interrupted, match="nothing is saved"):
@@ -927,4 +927,4 @@ def test_tokens_prepared_anew_are_known_by_their_bytes(tmp_path):
     assert Trainer.resume(tmp_path / "run", progress=False, max_steps=7).train()[-1]["step"] == 7
     (tmp_path / "other.txt").write_text(text.read_text()[::-1])
     prepare_tokens(tmp_path / "other.txt", tokenizer, tmp_path / "tokens", overwrite=True)
-    assert "holds other tokens" in one_sentence(lambda: Trainer.resume(tmp_path / "run", progress=False))
+    assert "doesn't hold the tokens that" in one_sentence(lambda: Trainer.resume(tmp_path / "run", progress=False))

@@ -78,8 +78,8 @@ from .transformer import GPT, GPTConfig
 # %% ../nbs/07_training.ipynb #99fe8faa
 def cross_entropy(
     logits: Float[Tensor, "*batch vocab"],  # Scores before the softmax
-    targets: Int[Tensor, "*batch"],  # The token that came; `ignore_index`: no target here
-    ignore_index: int = -100,  # Targets with this value count for nothing
+    targets: Int[Tensor, "*batch"],  # The tokens that follow; `ignore_index`: no target here
+    ignore_index: int = -100,  # Targets with this value are ignored
     *,
     reduction: str = "mean",  # "mean" over the targets that count, or their "sum"
 ) -> Float[Tensor, ""]:
@@ -104,9 +104,9 @@ class AdamW(torch.optim.Optimizer):
         self,
         params,  # Parameters, or groups of them as in torch.optim
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),  # Memory of the mean and of the mean square
+        betas: tuple[float, float] = (0.9, 0.95),  # Decay of the running mean and mean square
         eps: float = 1e-8,  # Keeps the division finite
-        weight_decay: float = 0.1,  # Share of each weight, times lr, taken off at every step
+        weight_decay: float = 0.1,  # Share of each weight, times lr, that each step removes
     ):
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
         for group in self.param_groups:
@@ -177,7 +177,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton–Schulz iteration: for the hidden matrices, after Jordan et al. (2024).
 
-    Matrices of one shape are done together.
+    Matrices of the same shape are updated together.
     """
 
     state_keys = ("momentum",)
@@ -187,8 +187,8 @@ class Muon(torch.optim.Optimizer):
         params,  # Matrices, or groups of them as in torch.optim
         lr: float = 0.02,
         momentum: float = 0.95,
-        weight_decay: float = 0.1,  # Share of each weight, times lr, taken off at every step
-        dtype: torch.dtype | None = None,  # Of the iteration; None: `fast_dtype` of the parameters' device
+        weight_decay: float = 0.1,  # Share of each weight, times lr, that each step removes
+        dtype: torch.dtype | None = None,  # For the iteration; None: `fast_dtype` of the parameters' device
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=dtype))
         for group in self.param_groups:
@@ -229,7 +229,7 @@ class Muon(torch.optim.Optimizer):
 # %% ../nbs/07_training.ipynb #be3e00fc
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
-RANGES = {  # The least and the largest value of each number, and whether it is a whole one
+RANGES = {  # The smallest and largest value of each number, and whether it must be whole
     **dict.fromkeys(("max_steps", "batch_size", "accumulation", "keep_checkpoints", "log_every"), (1, None, True)),
     **dict.fromkeys(("warmup_steps", "eval_every", "checkpoint_every"), (0, None, True)),
     **dict.fromkeys(("context_length", "eval_batches"), (1, None, True)),
@@ -265,7 +265,7 @@ AnySettings = TypeVar("AnySettings", bound="Settings")
 
 
 class Settings:
-    "What settings of training can do whatever they are: be changed, become a dictionary, and be read from one."
+    "What training settings of any kind can do: be changed, become a dictionary, and be read from one."
 
     def replace(self: AnySettings, **changes) -> AnySettings:
         "A copy with some fields changed, checked like a new one."
@@ -301,16 +301,16 @@ class TrainingConfig(Settings):
     - `schedule`: "cosine", "linear", "wsd" (warm-up, stable, decay) or "constant".
     - `warmup_steps`: steps in which the rate grows from zero.
     - `min_lr_fraction`: where the schedule ends, as a share of its top.
-    - `decay_fraction`: for "wsd", the share of all steps that decay.
+    - `decay_fraction`: for "wsd", the share of all steps in which the rate decays.
     - `weight_decay`: for matrices; norms and biases are never decayed.
-    - `betas`: AdamW's memories.
+    - `betas`: how slowly AdamW's mean and mean square of the gradients decay.
     - `grad_clip`: largest norm of the gradient; 0: no limit.
     - `eval_every`: steps between evaluations; 0: only at the end.
     - `eval_batches`: batches per evaluation while training, spread evenly over the validation text; None: all of it.
     - `checkpoint_every`: steps between checkpoints; 0: only at the start and the end.
-    - `keep_checkpoints`: newest checkpoints that are kept.
+    - `keep_checkpoints`: how many of the newest checkpoints are kept.
     - `log_every`: steps between records in the history.
-    - `seed`: of the batches and of dropout.
+    - `seed`: for the batches and for dropout.
     - `device`: "auto", "cpu", "cuda" or "mps".
     - `dtype`: "float32", or "bfloat16": mixed precision (weights stay float32).
     - `compile`: use torch.compile: slow to start, then faster.
@@ -373,7 +373,7 @@ def clip_gradients(
 ) -> Float[Tensor, ""]:
     """Scale all gradients together so that their joint norm is at most `max_norm`.
 
-    Returns the norm before, which may be no finite number; after Pascanu et al. (2013, algorithm 1).
+    Returns the norm before scaling, which may not be finite; after Pascanu et al. (2013, algorithm 1).
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
@@ -390,7 +390,7 @@ def accumulate_gradients(
         tuple[Int[Tensor, "_ _"], Int[Tensor, "_ _"]]
     ],  # Inputs and targets "batch seq"; sizes may differ
 ) -> Float[Tensor, ""]:
-    """Add to the gradients those of the mean loss over all targets of all batches, one batch at a time.
+    """Add the gradients of the mean loss over all targets of all batches, one batch at a time.
 
     Returns that loss.
     """
@@ -443,8 +443,8 @@ def overfit_one_batch(
     steps: int = 100,
     lr: float = 3e-3,
 ) -> list[float]:
-    """Train on the same batch over and over and return the losses: a model and a training loop that work bring it near
-    zero.
+    """Train on the same batch over and over and return the losses: a working model and training loop bring it
+    near zero.
     """
     optimizer, losses = AdamW(model.parameters(), lr=lr, weight_decay=0.0), []
     model.train()
@@ -464,7 +464,7 @@ class StopRequest(threading.Event):
 
 @contextmanager
 def soft_interrupt():
-    """Inside, the first Ctrl-C, SIGTERM or SIGHUP only sets the event that is given, so that a step can be finished.
+    """Inside the block, the first Ctrl-C, SIGTERM or SIGHUP only sets the event it yields, so a step can be finished.
 
     The same signal again, or Ctrl-C after any, interrupts at once. A signal that is ignored (as SIGHUP is under
     `nohup`), or that a program handles itself, is left alone.
@@ -498,7 +498,7 @@ class TrainingError(InputError):
 
 
 class Interrupted(KeyboardInterrupt):
-    "Training was asked to stop; the message says what is saved and how to go on."
+    "Training was asked to stop; the message says what is saved and how to continue."
 
     def __init__(self, message: str, *, signal: int, step: int, saved: bool):
         super().__init__(message)
@@ -507,13 +507,13 @@ class Interrupted(KeyboardInterrupt):
         self.saved = saved  # Whether a checkpoint of this very step is on the disk
 
 # %% ../nbs/07_training.ipynb #2dfcf1d0
-RECORD_BYTES = 2**20  # no record of a history is as long
+RECORD_BYTES = 2**20  # longer than any record of a history
 
 
 def read_records(
     path: str | Path,  # A run's `metrics.jsonl`
 ) -> Iterable[dict]:
-    """The records of a history, one after the other; a line that a kill cut off is left out.
+    """The records of a history, one after the other; a last line cut off by a kill is left out.
 
     `ValueError` for a line that is damaged or longer than `RECORD_BYTES`.
     """
@@ -528,7 +528,7 @@ def read_records(
 
 # %% ../nbs/07_training.ipynb #c1975c9e
 class Metrics:
-    """The history of a run: in memory and, in a run directory, as one JSON object per line, for TensorBoard on request.
+    """The history of a run: in memory; in a run directory, one JSON object per line; on request, for TensorBoard.
 
     Nothing is written before `open`.
     """
@@ -548,7 +548,7 @@ class Metrics:
         return SummaryWriter
 
     def read(self, step: int, path: Path | None = None) -> None:
-        "Take the records up to `step` from a file (this run's own); a last line that a kill cut off is left out."
+        "Take the records up to `step` from a file (this run's own); a last line cut off by a kill is left out."
         path = path or self.path
         try:
             check_regular(path)
@@ -556,7 +556,7 @@ class Metrics:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path} is damaged; delete it to go on without the history.") from error
+            raise InputError(f"{path} is damaged; delete it to continue without the history.") from error
         except OSError as error:
             raise InputError(os_error_sentence("read", path, error)) from error
 
@@ -568,7 +568,7 @@ class Metrics:
     def open(self, step: int) -> None:
         "Begin to write, in a run that is at `step`."
         self.rewrite()
-        if self.writer and self.board is None:  # what older files in this folder say of later steps is void
+        if self.writer and self.board is None:  # what older files in this folder say about later steps no longer holds
             self.board = self.writer(self.path.with_name("tensorboard"), purge_step=step + 1 if step else 0)
 
     def sync(self) -> None:
@@ -610,7 +610,7 @@ def hash_tokens(
 def hash_values(data) -> str | None:
     """The SHA-256 of tensors, arrays, texts and numbers in lists, tuples and dictionaries.
 
-    None where something else stands among them.
+    None if there is anything else among them.
     """
     digest = hashlib.sha256()
 
@@ -641,7 +641,7 @@ def seal_of(data: TokenData) -> dict[str, str]:
 
 
 def data_note(data, run_directory: Path | None) -> dict:
-    "What a checkpoint says of the data: where they are, from the run too, how many, and the hashes of all of them."
+    "What a checkpoint notes of its data: where they are (seen from the run too), how many, and their hashes."
     if not isinstance(data, TokenData):
         return {"directory": None, "relative": None, "seal": {"data": hash_values(data)}}
     directory = Path(data.directory).resolve() if data.directory else None
@@ -660,38 +660,38 @@ def data_note(data, run_directory: Path | None) -> dict:
 
 
 def check_same_data(
-    note: dict,  # What the checkpoint says: `data_note` of then
-    data,  # What is given now
+    note: dict,  # The `data_note` that the checkpoint holds
+    data,  # The data given now
 ) -> None:
-    "Raise `InputError` unless these are the data that a run was trained on, down to each token."
+    "Raise `InputError` unless this is the data that the run was trained on, token for token."
     here = data_note(data, None)
-    same_bytes = bool(note.get("seal")) and note["seal"] == here["seal"]  # then the way they were prepared is no matter
+    same_bytes = bool(note.get("seal")) and note["seal"] == here["seal"]  # then how they were prepared doesn't matter
     asked = ("train_tokens", "val_tokens") if same_bytes else ("train_tokens", "val_tokens", "fingerprint")
     if any(note.get(name) != here.get(name) for name in asked):
         then, now = (f"{data.get('train_tokens')} + {data.get('val_tokens')} tokens" for data in (note, here))
         raise InputError(
-            f"This run was trained on {then}, and the data given ({now}) is another text; resume with the same data."
+            f"This run was trained on {then}, but the data given ({now}) is different; resume with the same data."
         )
     before, now = note.get("seal"), here["seal"]
     if before and now and before.keys() == now.keys() and before != now:
         names = ", ".join(name for name in before if before[name] != now[name])
         raise InputError(
-            f"The data given is as long as the one of this run, and its content is another ({names}); "
+            f"The data given is as long as this run's, but its content is different ({names}); "
             "resume with the same data."
         )
     if isinstance(data, TokenData):
         data.verify()
     elif not (before and now and now["data"]):
-        warnings.warn("This run's data can't be compared with what it began with; make sure it is the same.",
+        warnings.warn("The data given can't be compared with the data this run began with; make sure it is the same.",
                       Note, stacklevel=3)
 
 # %% ../nbs/07_training.ipynb #93af0473
 def training_note(checkpoint: Checkpoint) -> dict:
-    "What `training.json` says of a run: its settings, its data, the frozen parameters; `InputError` if it is no such."
+    "What `training.json` says about a run: settings, data, frozen parameters; `InputError` if it isn't such a note."
     note, path = checkpoint.training, checkpoint.path / "training.json"
     kinds = {"training": dict, "data": dict, "frozen": list}
     if not isinstance(note, dict) or set(note) | {"frozen"} != set(kinds):
-        raise InputError(f"{path} says nothing of a training run; this checkpoint can't be resumed.")
+        raise InputError(f"{path} doesn't describe a training run, so this checkpoint can't be resumed.")
     note = {"frozen": [], **note}
     data_kinds = {"directory": str, "relative": str, "fingerprint": str, "seal": dict,
                   "train_tokens": int, "val_tokens": int}
@@ -712,7 +712,7 @@ def open_data(checkpoint: Checkpoint) -> TokenData:
     if not note.get("directory"):
         raise InputError(f"The data of {checkpoint.path} was only in memory; give the same data again to resume.")
     places = [Path(note["directory"])]
-    for base in (home, home.parent):  # what was set aside lies one folder deeper
+    for base in (home, home.parent):  # what was set aside is one folder deeper
         places += [base / note["relative"]] if note.get("relative") else []
         places += [base / Path(note["directory"]).name, base / "tokens"]
     others = []
@@ -724,7 +724,7 @@ def open_data(checkpoint: Checkpoint) -> TokenData:
             others.append(place)
     if others:
         raise InputError(
-            f"{others[0]} holds other tokens than those that {checkpoint.path} was trained on; "
+            f"{others[0]} doesn't hold the tokens that {checkpoint.path} was trained on; "
             "prepare the same text with the same tokenizer, or give the data to resume."
         )
     raise InputError(
@@ -749,7 +749,7 @@ class Stopwatch:
 
 
 class ProgressBar:
-    "A bar over the steps with the last losses and the speed; a terminal that went away doesn't stop the training."
+    "A bar over the steps with the last losses and the speed; a closed terminal doesn't stop the training."
 
     def __init__(self, trainer: "StoppableTraining"):
         self.trainer, self.val_loss = trainer, None
@@ -778,7 +778,7 @@ class ProgressBar:
 
 
 def count_tokens(batch: Any) -> int:
-    "How many numbers the first tensor of a batch holds: its input tokens, as a rule."
+    "How many numbers the first tensor of a batch holds: usually its input tokens."
     if isinstance(batch, Tensor):
         return batch.numel()
     parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple | list) else ()
@@ -814,11 +814,11 @@ class TrainingSeams:
         self.step = 0
 
     def next_batch(self) -> Any:
-        "One batch, made of tensors in any nest; draw from `self.generator`, and the run can be resumed to the bit."
+        "One batch: tensors in any nesting; draw from `self.generator`, and the run can be resumed bit for bit."
         raise NotImplementedError(f"{type(self).__name__} has no next_batch.")
 
     def loss(self, batch: Any) -> tuple[Float[Tensor, ""], float]:
-        """The mean loss of a batch, and the number of targets (pairs, answers) that it is the mean of.
+        """The mean loss of a batch, and the number of targets (pairs, answers) that it averages.
 
         Evaluation uses it too. Here a batch is inputs and targets.
         """
@@ -853,7 +853,7 @@ class TrainingStep(TrainingSeams):
     def train_step(self) -> tuple[float, float]:
         """Make one update; returns the loss before it and the gradient's norm before clipping.
 
-        A loss that is no number raises `TrainingError`, and nothing has moved.
+        A loss that isn't a finite number raises `TrainingError` before any weight moves.
         """
         self.model.train()
         set_learning_rate(self.optimizers, schedule_factor(self.step, self.config))
@@ -867,8 +867,8 @@ class TrainingStep(TrainingSeams):
         return loss, norm
 
     def _accumulate(self) -> float:
-        # A batch of n targets counts n times as much as a batch of one. How many there are together is known only
-        # after the last batch: until then `expected` is what they would be if all were like the first.
+        # A batch of n targets counts n times as much as a batch of one. Their total is known only after
+        # the last batch: until then `expected` is what it would be if all batches were like the first.
         expected, count, total = 0.0, 0.0, torch.zeros((), device=self.device)
         for _ in range(self.config.accumulation):
             loss, n = self._loss_and_count(self._draw())
@@ -889,13 +889,13 @@ class TrainingStep(TrainingSeams):
         found = self.loss(batch)
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and found[0].ndim == 0):
             raise InputError(
-                f"{type(self).__name__}.loss must return the mean loss, a tensor of no axes, and the number of "
-                f"targets that it is the mean of, not {found!r:.80}."
+                f"{type(self).__name__}.loss must return the mean loss, a tensor without axes, and the number of "
+                f"targets that it averages, not {found!r:.80}."
             )
         return found[0], check_range("the number of targets that loss returns", float(found[1]), 0)
 
     def learning_rates(self) -> dict[str, float]:
-        "The rates of the last update: AdamW's as `lr`, every other optimizer's by its name, such as `muon_lr`."
+        "The rates of the last update: AdamW's as `lr`, every other optimizer's under its name, such as `muon_lr`."
         names = {type(o).__name__.lower(): o.param_groups[0]["lr"] for o in self.optimizers}
         lr = names.pop("adamw", schedule_factor(max(0, self.step - 1), self.config) * self.config.learning_rate)
         return {"lr": lr, **{f"{name}_lr": rate for name, rate in names.items()}}
@@ -906,9 +906,9 @@ class TrainingStep(TrainingSeams):
 # %% ../nbs/07_training.ipynb #e488b067
 def as_token_data(
     data,
-    own_batches: bool = False,  # Whether the trainer has a `next_batch` of its own, which may want tables
+    own_batches: bool = False,  # Whether the trainer has its own `next_batch`, which may want tables
 ) -> Any:
-    "A pair of token sequences as `TokenData`; anything else as it is."
+    "A pair of token sequences as `TokenData`; anything else unchanged."
     is_tokens = lambda part: part is None or hasattr(part, "ndim") or (
         isinstance(part, list | tuple) and all(isinstance(i, int | float) for i in part[:1])
     )
@@ -938,7 +938,7 @@ def spread_batches(
     tokens,  # 1-D array, memory map or tensor of token ids
     batch_size: int,
     context_length: int,
-    n_batches: int | None = None,  # As many, spread evenly over the tokens; None: all
+    n_batches: int | None = None,  # How many, spread evenly over the tokens; None: all
 ) -> Iterable:
     "Batches of windows side by side; a short window at the end is a batch of its own."
     length = min(context_length, len(tokens) - 1)
@@ -967,8 +967,8 @@ class TextTraining(TrainingStep):
         if isinstance(self.data, TokenData):
             check_text(self.data, model, self.context_length)
         elif not own_batches:
-            raise InputError(f"data must be a TokenData or a pair of token sequences, not {type(data).__name__}; a "
-                             "trainer of something else has a next_batch of its own.")
+            raise InputError(f"data must be a TokenData or a pair of token sequences, not {type(data).__name__}; to "
+                             "train on something else, override next_batch.")
         super().__init__(model, config)
 
     def next_batch(self) -> Any:
@@ -980,11 +980,11 @@ class TextTraining(TrainingStep):
 
     def validation_batches(
         self,
-        n_batches: int | None = None,  # As many, spread evenly over the text; None: all of it
+        n_batches: int | None = None,  # How many, spread evenly over the text; None: all of it
     ) -> Iterable | None:
-        """What `evaluate` measures on; None: there is nothing to measure on.
+        """The batches that `evaluate` measures on; None: there are none.
 
-        Override it beside `next_batch` where your batches have another form, and your data a part to measure on.
+        Override it together with `next_batch` if your batches have another form and part of your data is held out.
         """
         if not isinstance(self.data, TokenData) or self.data.val is None or len(self.data.val) < 2:
             return None
@@ -995,7 +995,7 @@ class TextTraining(TrainingStep):
         self,
         n_batches: int | None = None,  # Batches, spread evenly over the text; None: all of it
     ) -> float:
-        """Mean loss a token on the validation text, in nats.
+        """Mean loss per token on the validation text, in nats.
 
         Switches to evaluation mode and back, and draws nothing from any generator.
         """
@@ -1024,7 +1024,7 @@ def option_names(kind: type) -> set[str]:
 
 
 def freeze(model: nn.Module, names: Sequence[str], where: str | Path) -> None:
-    "Take parameters out of training, as they were when the run was saved."
+    "Freeze the parameters that were frozen when the run was saved."
     parameters = {plain_name(name): p for name, p in model.named_parameters()}
     for name in names:
         if name not in parameters:
@@ -1033,14 +1033,14 @@ def freeze(model: nn.Module, names: Sequence[str], where: str | Path) -> None:
 
 
 def check_dtypes(wanted: dict[str, Tensor], checkpoint: Checkpoint) -> None:
-    "Raise `InputError` where a weight and what an optimizer remembers of it are of different types."
+    "Raise `InputError` if a weight and the optimizer's state for it have different types."
     for key, tensor in checkpoint.tensors.items():
         name = key.split(".", 2)[-1]
         if name in checkpoint.weights and key in wanted and wanted[key].shape == tensor.shape:
             if wanted[key].dtype != tensor.dtype:
                 raise InputError(
-                    f"In {checkpoint.path / 'model.safetensors'}, {name} is {checkpoint.weights[name].dtype}, and "
-                    f"what the optimizer keeps of it, in training_state.safetensors, {tensor.dtype}; one is damaged."
+                    f"In {checkpoint.path / 'model.safetensors'}, {name} is {checkpoint.weights[name].dtype}, but "
+                    f"the optimizer's state for it, in training_state.safetensors, is {tensor.dtype}; one is damaged."
                 )
 
 
@@ -1054,24 +1054,24 @@ def state_number(checkpoint: Checkpoint, name: str) -> float:
 
 
 def tell_new_schedule(step: int, before: TrainingConfig, now: TrainingConfig) -> None:
-    "Say what another `max_steps` does to a run that goes on at `step`."
+    "Say what a changed `max_steps` does to a run that continues at `step`."
     if now.max_steps == before.max_steps:
         return
     if now.max_steps <= step:
-        text = f"The run is at step {step:,} already, so max_steps {now.max_steps:,} leaves nothing to train."
+        text = f"The run is already at step {step:,}, so max_steps {now.max_steps:,} leaves nothing to train."
     else:
         rates = [schedule_factor(step, config) * config.learning_rate for config in (before, now)]
         if rates[0] == rates[1]:
             return
         text = (
             f"max_steps {now.max_steps:,} instead of {before.max_steps:,} stretches the schedule: the learning rate "
-            f"goes on at {rates[1]:.2e} instead of {rates[0]:.2e}."
+            f"continues at {rates[1]:.2e} instead of {rates[0]:.2e}."
         )
     warnings.warn(text, Note, stacklevel=3)
 
 # %% ../nbs/07_training.ipynb #c8c0817c
 def check_states(wanted: dict[str, Tensor], checkpoint: Checkpoint) -> None:
-    "Raise `InputError` unless a checkpoint holds what a trainer must put back; a GPU's generator may be missing."
+    "Raise `InputError` unless a checkpoint holds what a trainer must restore; a GPU's generator may be missing."
     check_dtypes(wanted, checkpoint)
     found = checkpoint.tensors
     gpu = {name for name in set(found) ^ set(wanted) if name in ("generator.cuda", "generator.mps")}
@@ -1085,18 +1085,18 @@ def how_to_go_on(run_directory: Path | None, step: int, saved: int | None) -> st
         return "there is no run_directory, so nothing is saved"
     if saved is None:
         return "nothing was saved yet; start it again"
-    way = f"it goes on from there with Trainer.resume({str(run_directory)!r})"
+    way = f"continue from there with Trainer.resume({str(run_directory)!r})"
     if saved == step:
         return f"which is saved; {way}"
-    return f"which is not saved; the newest checkpoint is of step {saved:,}, and {way}"
+    return f"which is not saved; the newest checkpoint is from step {saved:,}; {way}"
 
 
 def choose_settings(
     kind: type,  # A trainer's class
-    note: dict,  # What a checkpoint says of its run
+    note: dict,  # What a checkpoint says about its run
     changes: dict,  # Settings to change, and options of the class's constructor
 ) -> tuple[TrainingConfig, TrainingConfig, dict]:
-    "The settings of a run as they were and as they will be, and what of the changes is for the constructor."
+    "The settings of a run as they were and as they will be, and which of the changes are for the constructor."
     names = option_names(kind)
     options = {name: value for name, value in changes.items() if name in names}
     before = TrainingConfig.from_dict(note["training"])
@@ -1104,7 +1104,7 @@ def choose_settings(
 
 
 def rebuild_model(checkpoint: Checkpoint, frozen: Sequence[str], make_model: Callable[[GPTConfig], GPT]) -> GPT:
-    "The model of a checkpoint, with the same parameters taken out of training."
+    "The model of a checkpoint, with the same parameters frozen."
     weights = checkpoint.path / "model.safetensors"
     model = build_model(checkpoint.config, checkpoint.weights, weights, make_model=make_model)
     freeze(model, frozen, checkpoint.path / "training.json")
@@ -1185,7 +1185,7 @@ class SavedTraining(RecordedTraining):
     "Recorded updates whose state is saved in a run directory."
 
     tokenizer: Any = None  # Saved with each checkpoint
-    _saved: int | None = None  # The last step that this trainer has written, or was read from
+    _saved: int | None = None  # The last step that this trainer wrote, or was restored from
     _note: dict | None = None
 
     @classmethod
@@ -1208,11 +1208,11 @@ class SavedTraining(RecordedTraining):
         return super()._not_finite(what + kept)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        "What a run must remember besides the weights; extend it, and `restore_tensors`, with what yours has."
+        "What a run must remember besides the weights; extend it, and `restore_tensors`, if yours has more."
         return {**optimizer_tensors(self.model, self.optimizers), **generator_states(self.generator, self.device)}
 
     def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
-        "Put back what `state_tensors` gave."
+        "Restore what `state_tensors` returned."
         restore_optimizers(self.model, self.optimizers, tensors)
         restore_generators(self.generator, self.device, tensors)
 
@@ -1244,7 +1244,7 @@ class SavedTraining(RecordedTraining):
         return folder
 
     def _training_note(self) -> dict:
-        if self._note is None:  # the hash of all tokens is made once
+        if self._note is None:  # the tokens are hashed only once
             self._note = data_note(self.data, self.run_directory)
         moved = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
         frozen = [plain_name(name) for name, p in self.model.named_parameters() if id(p) not in moved]
@@ -1285,7 +1285,7 @@ class StoppableTraining(SavedTraining):
             yield
 
     def _prepare_folder(self, folder: Path) -> None:
-        # A new run may not overwrite an old one; a resumed one keeps what came after its checkpoint, elsewhere.
+        # A new run may not overwrite an old one; a resumed one keeps what came after its checkpoint, in another place.
         folders = checkpoint_folders(folder)
         if folders and self._saved is None:
             text = f"{folder} already holds a run ({folders[-1].name}); resume it, or choose another run directory."
@@ -1312,7 +1312,7 @@ class StoppableTraining(SavedTraining):
             self.restore_tensors(checkpoint.tensors)
         except (RuntimeError, ValueError, OverflowError) as error:
             path = checkpoint.path / "training_state.safetensors"
-            raise InputError(f"{path} holds states that nothing can go on from; it is damaged.") from error
+            raise InputError(f"{path} holds states that no run can continue from; it is damaged.") from error
         numbers = [state_number(checkpoint, name) for name in ("seconds", "loss_sum", "loss_count")]
         self.step, (self.seconds, self._loss_sum, self._loss_count) = checkpoint.step, numbers
         if self.run_directory.resolve() == home.resolve():
@@ -1351,16 +1351,17 @@ class Trainer(StoppableTraining):
         path: str | Path,  # The run, or one of its checkpoints
         data=None,  # As for the constructor; None: reopened from where it was, or beside the run
         *,
-        run_directory: str | Path | None = None,  # Where to go on; None: in the run itself
+        run_directory: str | Path | None = None,  # Where to continue; None: in the run itself
         progress: bool = True,
         on_step: Callable | None = None,
         on_record: Callable | None = None,
         **changes,  # Settings to change, such as `max_steps` or `device`; options of a subclass's constructor
     ) -> "Trainer":
-        """A trainer that goes on where a checkpoint was written.
+        """A trainer that continues from a checkpoint.
 
-        On the CPU, with nothing changed, exactly (to the bit) as if never stopped. Draw no random numbers before
-        `train`. From an older checkpoint, the newer ones are set aside when it goes on, unless it does so elsewhere.
+        On the CPU, with nothing changed, the result is bit for bit that of a run that was never stopped. Draw no random
+        numbers before `train`. A run that continues from an older checkpoint sets the newer ones aside, unless it
+        continues in another directory.
         """
         checkpoint = load_checkpoint(path)
         note = training_note(checkpoint)
@@ -1386,7 +1387,7 @@ def plot_history(history: Sequence[dict], ax=None):
 
 # %% ../nbs/07_training.ipynb #2e5bb171
 def find_learning_rate(
-    model: GPT,  # Is copied; stays as it is
+    model: GPT,  # It is copied, and isn't changed
     data,  # As for the Trainer
     config: TrainingConfig,
     *,
@@ -1397,8 +1398,8 @@ def find_learning_rate(
     """Train a copy while the learning rate grows exponentially.
 
     Returns rates and smoothed losses, up to where the loss explodes; after Smith (2017, section 3.3). With Muon the
-    rates are Muon's, and AdamW's keeps its proportion to them. A model whose loss is no number at the first step
-    raises `InputError`.
+    rates are Muon's, and AdamW's keeps its ratio to them. A model whose loss isn't a number at the first step raises
+    `InputError`.
     """
     check_range("low", low, 1e-12)
     check_range("high", high, low)
@@ -1435,7 +1436,7 @@ def suggest_learning_rate(rates: Sequence[float], losses: Sequence[float]) -> fl
     "A tenth of the rate at which the loss was lowest: the minimum itself is already near the edge."
     finite = [i for i in range(min(len(rates), len(losses))) if math.isfinite(losses[i])]
     if not finite:
-        raise InputError("No learning rate can be suggested: there is no loss that is a number.")
+        raise InputError("No learning rate can be suggested: no loss is a finite number.")
     return rates[min(finite, key=lambda i: losses[i])] / 10
 
 # %% ../nbs/07_training.ipynb #5232dd5e
