@@ -125,7 +125,7 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_another_loss_is_one_override_and_the_rest_comes_with_it(tmp_path, name, accumulation):
-    "Trained, recorded, checkpointed and resumed to the bit."
+    "Trained, recorded, checkpointed and resumed bit for bit."
     kind, data, options = KINDS[name]
     config = CONFIG.replace(accumulation=accumulation)
     whole = make_trainer(tmp_path / "whole", config, kind, data=data(), **options())
