@@ -402,7 +402,7 @@ def alibi_bias(
     them).
     """
     n_keys = n_queries if n_keys is None else n_keys
-    if not any(isinstance(length, torch.SymInt) for length in (n_queries, n_keys)):  # SymInt: torch.export
+    if not any(isinstance(length, torch.SymInt) for length in (n_queries, n_keys)):  # torch.export
         _check_lengths(n_queries, n_keys)
     query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
     distance = (query - torch.arange(n_keys, device=device)).clamp(min=0)

@@ -718,7 +718,7 @@ def own_head(family: str, source: SafetensorsFiles) -> bool:
 
 
 def named(path: Path, function: Callable, *arguments: Any) -> Any:
-    "Call the function; its `InputError` gets the file's name prepended."
+    "Call the function; its `InputError` then begins with the file's name."
     try:
         return function(*arguments)
     except InputError as error:
