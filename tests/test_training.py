@@ -277,7 +277,8 @@ def test_the_second_signal_claims_no_step_that_was_not_saved(tmp_path):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="step 3, which is not saved; the newest checkpoint is from step 2") as stopped:
+    not_saved = "step 3, which is not saved; the newest checkpoint is from step 2"
+    with pytest.raises(Interrupted, match=not_saved) as stopped:
         make_trainer(tmp_path, on_step=twice).train()
     assert not stopped.value.saved and find_checkpoint(tmp_path).name == "step-0000002"
     with pytest.raises(Interrupted, match="nothing is saved"):

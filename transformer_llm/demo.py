@@ -132,24 +132,24 @@ PICTURES = ("loss.png", "attention.png")
 PICTURE_TITLE = "transformer-llm demo"  # written into each picture's metadata: the next demo may replace such a picture
 
 
-def check_pictures(out: Path) -> None:
+def check_pictures(directory: Path) -> None:
     "Make the folder for the pictures; `InputError` if they can't go there or would replace someone else's."
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give the name of a folder for the pictures.")
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; give the name of a folder for the pictures.")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in (out / name for name in PICTURES):
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in (directory / name for name in PICTURES):
             if path.exists() and PICTURE_TITLE.encode() not in path.read_bytes()[:1000]:
                 raise InputError(f"{path} exists and was not written by this version's demo; move it away, or give "
                                  "another --out.")
     except OSError as error:
-        raise InputError(os_error_sentence("write", out, error)) from error
-    if not os.access(out, os.W_OK):
-        raise InputError(f"Can't write into {out}: you have no permission; give another folder.")
+        raise InputError(os_error_sentence("write", directory, error)) from error
+    if not os.access(directory, os.W_OK):
+        raise InputError(f"Can't write into {directory}: you have no permission; give another folder.")
 
 # %% ../nbs/00_counting.ipynb #fc21174e
-def save_demo_pictures(counter: Counter, out: Path) -> list[Path]:
-    "Save the loss curve and both layers' attention on one sequence into folder `out`; returns the files."
+def save_demo_pictures(counter: Counter, directory: Path) -> list[Path]:
+    "Save the loss curve and both layers' attention on one sequence into `directory`; returns the files."
     import matplotlib
 
     if "matplotlib.pyplot" not in sys.modules:
@@ -164,14 +164,14 @@ def save_demo_pictures(counter: Counter, out: Path) -> list[Path]:
         show_attention(weights, digits, title=f"Layer {layer}, head 0", ax=ax)
     files = []
     for name, figure in zip(PICTURES, (curve.figure, axes[0].figure)):
-        with atomic_write(out / name) as file:
+        with atomic_write(directory / name) as file:
             figure.savefig(file, dpi=150, format="png", metadata={"Title": PICTURE_TITLE})
-        files.append(out / name)
+        files.append(directory / name)
     return files
 
 # %% ../nbs/00_counting.ipynb #e9c22412
 def run_demo(
-    out: str | Path = "demo",  # Folder for the pictures
+    directory: str | Path = "demo",  # Folder for the pictures
     seed: int = 0,  # For weights and data
     progress: bool = True,  # Show a progress bar
 ) -> float:
@@ -179,7 +179,7 @@ def run_demo(
 
     Returns the held-out accuracy. A folder that can't be used raises `InputError` before anything is trained.
     """
-    check_pictures(Path(out))
+    check_pictures(Path(directory))
     model = GPT(GPTConfig.preset("demo"))
     starts = ", ".join(map(str, HELD_OUT_STARTS))
     print(f"A transformer with {model.num_parameters():,} parameters learns to count.")
@@ -195,7 +195,7 @@ def run_demo(
     print(f"\nTrained in {counter.seconds:.1f} s; loss {losses} nats per digit.")
     print(f"Accuracy on held-out starts and lengths: {accuracy:.1%} of the digits it writes on its own.\n")
     print(f"It was given the 7 and wrote:\n{count_from(counter.model, 7)}\n")
-    for path in save_demo_pictures(counter, Path(out)):
+    for path in save_demo_pictures(counter, Path(directory)):
         print(f"Saved {path}")
     print("\nNext: open nbs/00_counting.ipynb (make lab) to see how this was done, then nbs/01_attention.ipynb.")
     return accuracy
