@@ -691,7 +691,7 @@ def test_a_subclasses_own_data_are_compared_too(tmp_path):
 
 def test_a_longer_run_says_that_its_rate_changes(tmp_path):
     make_trainer(tmp_path).train()
-    with pytest.warns(Note, match="max_steps 12 instead of 6 stretches the schedule: .* goes on at .* instead of"):
+    with pytest.warns(Note, match="max_steps 12 instead of 6 stretches the schedule: .* continues at .* instead of"):
         resume(tmp_path, max_steps=12)
     with pytest.warns(Note, match="max_steps 3 leaves nothing to train"):
         resume(tmp_path, max_steps=3)
@@ -874,7 +874,7 @@ def test_no_learning_rate_is_found_for_a_model_that_is_no_number():
     assert "the loss is nan" in one_sentence(lambda: find_learning_rate(model, data, CONFIG, steps=5))
     for rates, losses in (([], []), ([1e-3], [math.nan])):
         suggest = partial(suggest_learning_rate, rates, losses)
-        assert "no loss that is a number" in one_sentence(suggest)
+        assert "no loss is a finite number" in one_sentence(suggest)
     assert suggest_learning_rate([1e-3, 1e-2, 1e-1], [2.0, math.nan, 1.0]) == pytest.approx(1e-2)
     assert training.schedule_factor(5, CONFIG) <= 1
 
