@@ -618,7 +618,7 @@ def prepare_tokens(
     val_fraction: float = 0.1,  # Share of each file to hold out, from its end
     workers: int = 1,  # Processes; the result doesn't depend on it
     progress: bool = True,  # Show a bar
-    overwrite: bool = False,  # Replace whatever else the folder holds
+    overwrite: bool = False,  # Replace different tokens if there are any
 ) -> TokenData:
     """Tokenize a text of any size into memory-mapped files; does nothing if they are there already.
 

@@ -187,7 +187,7 @@ def split_pairs(
     "Rows of a projection as (heads, half, 2) or (heads, 2, half). Raises `InputError` if they can't be divided."
     if weight.shape[0] % (2 * check_range("n_heads", n_heads, 1, integer=True)):
         raise InputError(
-            f"{weight.shape[0]} rows can't be cut into pairs for n_heads={n_heads}; give this projection's number."
+            f"{weight.shape[0]} rows can't be cut into pairs for n_heads={n_heads}; give this projection's n_heads."
         )
     return weight.unflatten(0, (n_heads, -1, 2) if pairs_last else (n_heads, 2, -1))
 

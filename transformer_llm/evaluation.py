@@ -66,7 +66,7 @@ class Scores:
 
     def accuracy(
         self,
-        k: int = 1,  # A token among the model's first `k` choices is right
+        k: int = 1,  # A token among the model's first `k` choices counts as right
     ) -> float:
         "Share of the predicted tokens that the model had among its first choices; `InputError` if it predicted none."
         check_range("k", k, 1, integer=True)

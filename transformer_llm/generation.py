@@ -248,7 +248,7 @@ def resolve_sampling(
 ) -> Sampling:
     "The settings of a function that takes a `Sampling`, its fields, or both."
     if not isinstance(sampling, Sampling | None):
-        raise InputError(f"sampling must be a Sampling, not {sampling!r:.60}, such as Sampling(temperature=0.8).")
+        raise InputError(f"sampling must be a Sampling, such as Sampling(temperature=0.8), not {sampling!r:.60}.")
     changes = {name: value for name, value in given.items() if value is not None}
     return (sampling or Sampling()).replace(**changes)
 

@@ -195,7 +195,7 @@ def token_values(
         ) from None
     except TypeError:
         raise InputError(
-            f"Token ids must be whole numbers in one row, such as [5, 7], not "
+            "Token ids must be whole numbers in one row, such as [5, 7], not "
             f"{shortened(given)} ({type(given).__name__})."
         ) from None
 
@@ -656,7 +656,7 @@ def check_names(
         if not isinstance(name, str) or len(name) > LONGEST_NAME:
             raise InputError(
                 f"The added token {shortened(name)} is not a text of at most {LONGEST_NAME} "
-                f"characters, so it can't be used."
+                "characters, so it can't be used."
             )
         refuse_half_characters(name)
         token = bytes(map(CHARACTER_BYTES.get, name)) if all(map(CHARACTER_BYTES.__contains__, name)) else None
