@@ -508,7 +508,7 @@ BAD = {
     "foreign prompt": (lambda: NGram(2, 5).fit([1])(torch.tensor([[5]])), "knows 0 to 4 only"),
     "one option": (lambda: choose(READER, CHARACTERS, "the", [" fox"]), "at least two texts"),
     "options in one text": (lambda: choose(READER, CHARACTERS, "the", "fox"), "at least two texts"),
-    "empty option": (lambda: choose(READER, CHARACTERS, "the", ["", " fox"]), "aren't empty"),
+    "empty option": (lambda: choose(READER, CHARACTERS, "the", ["", " fox"]), "none of them empty"),
     "no question": (lambda: choose(READER, CHARACTERS, "", [" dog", " fox"]), "too short"),
     "merged question": (lambda: choose(PIECES_READER, PIECES, "t", ["he", "o"]), "too short"),
     "long question": (lambda: choose(READER, CHARACTERS, "the " * 16, ["dog", "fox"]), "context_length is 64"),
