@@ -505,7 +505,7 @@ BAD = {
     "rows to count": (lambda: NGram(2, 5).fit([[0, 1], [2, 3]]), "one row of whole numbers"),
     "token outside": (lambda: NGram(2, 5).fit([0, 5]), "all from 0 to 4"),
     "not fitted": (lambda: NGram(2, 5)(torch.tensor([[1]])), "counted nothing yet"),
-    "foreign prompt": (lambda: NGram(2, 5).fit([1])(torch.tensor([[5]])), "knows 0 to 4 only"),
+    "foreign prompt": (lambda: NGram(2, 5).fit([1])(torch.tensor([[5]])), "knows only 0 to 4"),
     "one option": (lambda: choose(READER, CHARACTERS, "the", [" fox"]), "at least two texts"),
     "options in one text": (lambda: choose(READER, CHARACTERS, "the", "fox"), "at least two texts"),
     "empty option": (lambda: choose(READER, CHARACTERS, "the", ["", " fox"]), "none of them empty"),
@@ -625,7 +625,7 @@ def test_an_evaluation_reads_the_tokens_that_begin_every_text():
     ((READER, CHARACTERS, ""), "empty"),
     ((READER, CHARACTERS, "t"), "one token"),
     ((READER, None, WORDS), "own tokenizer"),
-    ((MODEL, CHARACTERS, WORDS), "knows 0 to 10 only"),
+    ((MODEL, CHARACTERS, WORDS), "knows only 0 to 10"),
     ((READER, CHARACTERS, "the Q"), "Q"),
     ((Doubtful(READER.config), CHARACTERS, WORDS), "probability zero"),
 ], ids=lambda case: case if isinstance(case, str) else "")

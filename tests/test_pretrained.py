@@ -147,8 +147,8 @@ def padded(lengths=(23, 40, 9), seed: int = 1) -> tuple[torch.Tensor, torch.Tens
     return left_pad([some_ids(length, seed=seed + length).tolist() for length in lengths])
 
 
-def positions_of(is_token: torch.Tensor) -> torch.Tensor:
-    return (is_token.long().cumsum(1) - 1).clamp(min=0)
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def test_logits_and_loss(pair):
@@ -2399,7 +2399,7 @@ def test_ids_outside_of_the_vocabulary_are_refused_by_name(tmp_path, llama_tied,
     write_gguf(
         tmp_path / "x.gguf", "llama", llama_tied, spoil=with_settings(**{name.replace(".", "__"): kept(bad, kind)})
     )
-    refused(tmp_path / "x.gguf", f"x.gguf.*{name} is {bad}.*no token", chat_settings)
+    refused(tmp_path / "x.gguf", f"x.gguf.*{name} is {bad}.*isn't a token id", chat_settings)
 
 
 DECODER = {"added_tokens_decoder": {"3": {"content": "</s>"}, "4": {"content": "<|im_end|>"}, "x": 5, "9" * 5000: {}}}
@@ -2476,7 +2476,8 @@ NO_IDS = [2**70, -1, "2", 2.5, True, [2, "3"], [2**32], [None], [[2]], {"a": 1},
 @pytest.mark.parametrize("file", ["generation", "config"])
 def test_an_end_that_is_no_token_is_refused_by_name(tmp_path, file, bad):
     files = {"config": {"vocab_size": 99}} | {file: {"vocab_size": 99, "eos_token_id": bad}}
-    message = refused(chat_folder(tmp_path / "x", **files), "config.json: eos_token_id is .*no token", chat_settings)
+    regex = "config.json: eos_token_id is .*isn't a token id"
+    message = refused(chat_folder(tmp_path / "x", **files), regex, chat_settings)
     assert len(message) < 500
 
 

@@ -1177,7 +1177,7 @@ def test_a_name_finder_of_many_names_finds_what_one_of_few_does():
 
 
 @pytest.mark.parametrize("change, say", [
-    (lambda p: p.update(added_tokens=added({"x" * 50_000_000: 420})), "no text of at most 512 characters"),
+    (lambda p: p.update(added_tokens=added({"x" * 50_000_000: 420})), "not a text of at most 512 characters"),
     (lambda p: p.update(added_tokens=added({f"<{i}>": 420 + i for i in range(100_000)})), "100,000 added tokens"),
     (lambda p: p["model"]["vocab"].update({"zz": 2**32}), "from 0 to 2,147,483,647: one is 4294967296"),
     (lambda p: p["model"]["vocab"].update({"zz": 2**70}), "from 0 to 2,147,483,647: one is 11805916"),
