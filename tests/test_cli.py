@@ -767,7 +767,7 @@ def test_demo_gets_its_flags(capsys, monkeypatch):
     calls = []
     monkeypatch.setattr(demo, "run_demo", lambda **options: calls.append(options))
     succeeds(capsys, "demo", "--out", "here", "--seed", 3)
-    assert calls == [{"out": "here", "seed": 3, "progress": False}]
+    assert calls == [{"directory": "here", "seed": 3, "progress": False}]
 
 
 @pytest.fixture(scope="session")
