@@ -309,3 +309,23 @@ def test_a_dataclass_is_checked_when_it_is_made():
         assert len(Pair(torch.ones(2), torch.ones(2)).left) == 2
         with pytest.raises(TypeCheckError):
             Pair(torch.ones(2), torch.ones(3))
+
+
+SHAPES = """
+from transformer_llm import foundations
+if {old}:
+    foundations._own_checker = lambda: None
+foundations.check_shapes()
+import torch
+from transformer_llm.attention import attention_plain
+try:
+    attention_plain(*[torch.ones(1, 2, 3, 4)] * 2, torch.ones(1, 2, 5, 4))
+except Exception as error:
+    print(type(error).__name__, attention_plain.__code__.co_name)
+"""
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_shapes_are_checked_with_a_jaxtyping_that_has_no_place_for_a_checker(old):
+    done = subprocess.run([sys.executable, "-c", SHAPES.format(old=old)], capture_output=True, text=True)
+    assert done.stdout.split() == ["TypeCheckError", "wrapped_fn" if old else "check_and_call"], done.stderr

@@ -425,26 +425,42 @@ def checked_by_kind(function, limit: int = 1000):
     return check_and_call
 
 # %% ../nbs/90_foundations.ipynb #abcddb94
-def check_shapes() -> None:
-    """Turn on jaxtyping's shape checks for modules of this package imported from now on, and for later cells of a
-    notebook.
+def _own_checker():
+    """What puts `checked_by_kind` where jaxtyping puts its own decorator; None if this jaxtyping has no place for it:
+    then every call is checked.
     """
     import importlib
 
-    from jaxtyping import _import_hook, install_import_hook
+    try:
+        from jaxtyping._import_hook import Typechecker
+    except ImportError:
+        return None
 
-    class Checker(_import_hook.Typechecker):
-        "Decorates with `checked_by_kind` itself, where jaxtyping would put its own decorator around it."
-
+    class Checker(Typechecker):
         def get_ast(self) -> ast.expr:
             return ast.parse(f"jaxtyping._import_hook.Typechecker.lookup[{self.hash!r}]", mode="eval").body
 
     importlib.import_module("transformer_llm.foundations")  # where `checked_by_kind` is found
-    checker = Checker("transformer_llm.foundations.checked_by_kind")
+    return Checker("transformer_llm.foundations.checked_by_kind")
+
+
+def check_shapes() -> None:
+    """Turn on jaxtyping's shape checks for modules of this package imported from now on, and for later cells of a
+    notebook.
+    """
+    import sys
+
+    from jaxtyping import install_import_hook
+
+    checker, plain = _own_checker(), "transformer_llm.foundations.type_check"
     if not any(type(finder).__module__.startswith("jaxtyping") for finder in sys.meta_path):
-        install_import_hook("transformer_llm", None).hook._typechecker = checker
+        hook = install_import_hook("transformer_llm", plain).hook
+        hook._typechecker = checker or hook._typechecker
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and not getattr(shell, "_transformer_llm_checked", False):
-        shell.ast_transformers.append(_import_hook.JaxtypingTransformer(typechecker=checker))
+        shell.run_line_magic("load_ext", "jaxtyping")
+        shell.run_line_magic("jaxtyping.typechecker", plain)
+        transformer = shell.ast_transformers[-1]  # the one that the line above has added
+        transformer._typechecker = checker or transformer._typechecker
         shell._transformer_llm_checked = True
