@@ -448,9 +448,9 @@ class PairBatch(NamedTuple):
 
 
 class PairTrainer(Trainer):
-    "A `Trainer` whose batches are pairs. `batch_size` counts pairs."
+    "A `Trainer` whose batches are pairs. `data` is a `PreferenceData`; `batch_size` counts pairs."
 
-    def __init__(self, model: GPT, data: PreferenceData, config: TrainingConfig, **options):
+    def __init__(self, model: GPT, data, config: TrainingConfig, **options):
         if not isinstance(data, PreferenceData):
             raise InputError(f"data must be a PreferenceData, as prepare_preferences makes it, not {show_value(data)}.")
         data = data._replace(objective=Objective(*data.objective).check())
@@ -503,7 +503,7 @@ class RewardTrainer(PairTrainer):
 
     make_model = RewardModel
 
-    def __init__(self, model: RewardModel, data: PreferenceData, config: TrainingConfig, **options):
+    def __init__(self, model: GPT, data, config: TrainingConfig, **options):
         if not isinstance(plain_model(model), RewardModel):
             raise InputError(f"The model must be a RewardModel, not {type(model).__name__}; make one with from_gpt.")
         super().__init__(model, data, config, **options)
