@@ -101,7 +101,7 @@ def as_messages(said: object, where: str, system: object = None) -> list[dict]:
         return sharegpt_messages({"conversations": turns, "system": system}, where)
     return ([{"role": "system", "content": system}] if system else []) + turns
 
-
+# %% ../nbs/16_preferences.ipynb #0917c501
 def whole_conversation(record: dict, name: str, question: list[dict], where: str) -> Dialogue:
     "The question and one of the answers; the answer may repeat the question."
     if name not in record:
