@@ -483,3 +483,111 @@ def test_a_killed_run_goes_on_to_the_bit(kind, tmp_path):
     subprocess.run(arguments("killed"), check=True, timeout=120)
     assert load_checkpoint(tmp_path / "killed").step == load_checkpoint(tmp_path / "whole").step == 40
     assert_equal_bits(load_checkpoint(tmp_path / "whole").weights, load_checkpoint(tmp_path / "killed").weights)
+
+
+# Runs from files, and the command
+# ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory):
+    "The folder of a very small model of characters."
+    from transformer_llm.checkpoints import save_checkpoint
+    from transformer_llm.tokenizer import CharTokenizer
+
+    folder = tmp_path_factory.mktemp("speller")
+    tokenizer = CharTokenizer.train("".join(map(chr, range(32, 127))) + "\n")
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, context_length=128, d_model=16, n_layers=1, n_heads=2)
+    save_checkpoint(folder, 0, GPT(config), tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    records = [{"prompt": f"What is {i}+1?", "chosen": str(i + 1), "rejected": f"It is {i + 2}."} for i in range(30)]
+    records += [records[0], {"prompt": "Long?", "chosen": "x" * 200, "rejected": "no"}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def command(*words) -> int:
+    from transformer_llm.cli import main
+
+    return main(["prefer", *map(str, words)])
+
+
+def test_the_command_says_what_it_used_and_what_came_of_it(speller, pairs_file, tmp_path, capsys):
+    base = ["--checkpoint", speller, "--data", pairs_file, "--max_steps", 12, "--learning_rate", 0.003]
+    assert command(*base, "--device", "cpu", "--out", tmp_path / "run", "--beta", 0.3, "--supervised", 0.1) == 0
+    told = capsys.readouterr().out
+    assert "32 read, 1 left out as copies, 1 left out, longer than the window of 128" in told
+    assert "27 to train on, 3 to validate" in told and "DPO, beta 0.3, supervised 0.1" in told
+    assert "in order" in told and "of 3 held-out pairs" in told and "against the start" in told
+    assert load_preferences(tmp_path / "run" / "preferences.safetensors").objective.beta == 0.3
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(speller, pairs_file, tmp_path, capsys):
+    base = ["--checkpoint", speller, "--data", pairs_file, "--learning_rate", 0.003, "--device", "cpu",
+            "--warmup_steps", 2, "--kind", "simpo", "--margin", 0.5, "--checkpoint_every", 4, "--eval_every", 6]
+    assert command(*base, "--max_steps", 12, "--out", tmp_path / "whole") == 0
+
+    class Stopped(Exception):
+        pass
+
+    from transformer_llm import preferences
+
+    def stop(self, record):
+        if record["step"] == 7:
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preferences.PreferenceTrainer, "after_step", stop)
+        with pytest.raises(Stopped):
+            command(*base, "--max_steps", 12, "--out", tmp_path / "parted")
+    capsys.readouterr()
+    assert command("--resume", "--out", tmp_path / "parted") == 0
+    assert "SimPO, beta 0.1, margin 0.5" in capsys.readouterr().out
+    assert_equal_bits(*(load_checkpoint(tmp_path / name).weights for name in ("whole", "parted")))
+
+
+def test_mistakes_at_the_command_line_are_one_sentence(speller, pairs_file, tmp_path, capsys):
+    dialogues = tmp_path / "dialogues.jsonl"
+    dialogues.write_text(json.dumps({"messages": [USER, GOOD]}) + "\n", encoding="utf-8")
+    base, out = ["--checkpoint", speller, "--data", pairs_file], ["--out", tmp_path / "run"]
+    for words, phrase in (
+        (["--checkpoint", speller], "Say what to learn from"),
+        (["--data", pairs_file, *out], "either --model or --checkpoint"),
+        (["--checkpoint", speller, "--data", dialogues, *out], "no chosen"),
+        (["--checkpoint", speller, "--data", tmp_path / "nothing.jsonl", *out], "nothing.jsonl"),
+        ([*base, *out, "--margin", "1"], "margin is SimPO's"),
+        ([*base, *out, "--kind", "orpo"], "kind"),
+        ([*base, *out, "--beta", "0"], "beta"),
+        ([*base, *out, "--context_length", "20"], "fits into a window of 20 tokens"),
+        ([*out, "--resume"], "holds no run of preferences"),
+    ):
+        assert command(*words) == 2, words
+        told = capsys.readouterr()
+        assert phrase in told.err and told.err.count("\n") == 1, told.err
+        assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("step-*"))
+
+
+def test_a_resumed_run_keeps_its_objective(speller, pairs_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    base = ["--checkpoint", speller, "--data", pairs_file, "--out", out, "--device", "cpu"]
+    assert command(*base, "--max_steps", 2) == 0
+    assert command("--resume", "--out", out, "--beta", "0.5") == 2
+    assert "leave out --beta" in capsys.readouterr().err
+    assert command("--resume", "--out", out) == 0
+    assert "Nothing is left to train" in capsys.readouterr().out
+    assert command("--checkpoint", speller, "--data", pairs_file, "--out", out) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_brief_pairs_differ_in_length_alone():
+    from transformer_llm.preferences import brief_preferences
+
+    pairs = brief_preferences(60)
+    assert all(one.chosen.answer in one.rejected.answer and len(one.rejected.answer) > len(one.chosen.answer) + 20
+               for one in pairs)
+    assert [one.question for one in brief_preferences(60)] == [one.question for one in pairs]
