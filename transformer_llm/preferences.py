@@ -234,7 +234,7 @@ def pair_logprobs(
     model: GPT,
     pairs: Sequence[Pair],
     batch_size: int = 32,  # Pairs at a time
-) -> Float[Tensor, "pairs 2"]:
+) -> Float[Tensor, "pairs sides"]:
     "The log-probabilities of the chosen and the rejected answers, in evaluation mode and without gradients."
     check_range("batch_size", batch_size, 1, integer=True)
     device, found = next(model.parameters()).device, []
@@ -307,7 +307,7 @@ class Objective(NamedTuple):
 
 def preference_loss(
     scores: AnswerScores,  # Chosen answers first, then rejected ones
-    reference: Float[Tensor, "pairs 2"],  # The reference's log-probabilities
+    reference: Float[Tensor, "pairs sides"],  # The reference's log-probabilities
     objective: Objective | None = None,
 ) -> Float[Tensor, ""]:
     "The mean loss of the pairs."
@@ -329,8 +329,8 @@ class PreferenceData(NamedTuple):
 
     train: list[Pair]
     val: list[Pair]  # Held out; may be empty
-    train_reference: Float[Tensor, "train 2"]  # The reference's log-probabilities: chosen, rejected
-    val_reference: Float[Tensor, "val 2"]
+    train_reference: Float[Tensor, "pairs sides"]  # The reference's log-probabilities: chosen, rejected
+    val_reference: Float[Tensor, "pairs sides"]
     objective: Objective = Objective()
 
 
@@ -455,9 +455,9 @@ def whole_texts(batch: Batch) -> tuple[Int[Tensor, "batch total"], Int[Tensor, "
 class PairBatch(NamedTuple):
     "Pairs as a batch: chosen conversations, then rejected ones."
 
-    inputs: Int[Tensor, "both seq"]
-    targets: Int[Tensor, "both seq"]
-    reference: Float[Tensor, "pairs 2"]
+    inputs: Int[Tensor, "batch seq"]
+    targets: Int[Tensor, "batch seq"]
+    reference: Float[Tensor, "pairs sides"]
 
 
 class PairTrainer(Trainer):
@@ -540,7 +540,7 @@ class PreferenceReport(NamedTuple):
 def measure_preferences(
     model: GPT,
     pairs: Sequence[Pair],
-    reference: Float[Tensor, "pairs 2"],  # As in `PreferenceData`
+    reference: Float[Tensor, "pairs sides"],  # As in `PreferenceData`
     batch_size: int = 32,
 ) -> PreferenceReport:
     "How far the model moved from the reference on these pairs; ties count half."
@@ -556,7 +556,7 @@ def pair_rewards(
     model: RewardModel,
     pairs: Sequence[Pair],
     batch_size: int = 32,
-) -> Float[Tensor, "pairs 2"]:
+) -> Float[Tensor, "pairs sides"]:
     "The scores of the chosen and the rejected answers."
     device, found = next(model.parameters()).device, []
     with evaluating(model):

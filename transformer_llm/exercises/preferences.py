@@ -101,7 +101,7 @@ def check_first_loss(answer: object) -> str:
     return "The margin is 0 whatever beta is, and -ln σ(0) = ln 2. A run that begins elsewhere has another reference."
 
 # %% ../../nbs/exercises/16_preferences.ipynb #732cdcf2
-def tilt_mistakes(ref: Float[Tensor, "answers"], rewards: Float[Tensor, "answers"], beta: float) -> dict[str, Tensor]:
+def tilt_mistakes(ref: Float[Tensor, "options"], rewards: Float[Tensor, "options"], beta: float) -> dict[str, Tensor]:
     "What people write, and what it gives."
     raw = ref * (rewards / beta).exp()
     return {
@@ -130,7 +130,7 @@ def check_tilt(answer: object) -> str:
         rewards[0] = 1.5 * rewards.abs().max() + 0.1  # positive, so that a plain exponential overflows if it can
         right = torch.softmax(ref.double().log() + rewards.double() / beta, -1).float()
         mistakes = {why: value.nan_to_num(nan=math.nan) for why, value in tilt_mistakes(ref, rewards, beta).items()}
-        same_values(call(answer, ref, rewards, beta), right, "answers", "the distribution", mistakes)
+        same_values(call(answer, ref, rewards, beta), right, "options", "the distribution", mistakes)
     return "Tried with small and large beta, and with scores in the thousands."
 
 # %% ../../nbs/exercises/16_preferences.ipynb #2eb33c22
