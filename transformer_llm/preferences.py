@@ -652,7 +652,7 @@ def split_pairs(
     too_long = len(pairs) - len(train) - len(val)
     return (train, val), Counts(len(preferences), len(preferences) - len(pairs), too_long, context_length)
 
-
+# %% ../nbs/16_preferences.ipynb #f85d7b85
 def continue_preferring(
     run_directory: str | Path,
     changes: Mapping | None = None,  # Of `max_steps` and `device`
