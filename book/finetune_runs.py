@@ -2,15 +2,18 @@
 
     python book/finetune_runs.py [PART ...]
 
-PART is one of whom, grid, facts, smollm2. Each result is written as soon as it is there, and one that is there already is not
-made again (delete the file to begin anew). `whom`, `grid` and `facts` train small models on made-up people with the functions
-of the chapter's own lesson, for a few minutes of one core; other processes may run beside them. `smollm2` fine-tunes
-SmolLM2 on 1,000 made-up tasks (`--steps N` makes it shorter, and keeps nothing); its run is in runs/finetune-smollm2,
-and a run that was stopped goes on. Its minutes count only if nothing else runs on the machine.
+PART is one of whom, grid, facts, smollm2. Each result is written as soon as it is there, and one that is there already
+is not made again (delete the file to begin anew). `whom`, `grid` and `facts` train small models on made-up people with
+the functions of the chapter's own lesson, for a few minutes of one core; other processes may run beside them.
+
+`smollm2` fine-tunes SmolLM2 on 1,000 made-up tasks (`--steps N` makes it shorter, and keeps nothing); its run is in
+runs/finetune-smollm2, and a run that was stopped goes on. Its minutes count only if nothing else runs on the machine.
 """
 import ast
 import copy
+import inspect
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -41,7 +44,7 @@ from transformer_llm.transformer import GPT, GPTConfig
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "data" / "finetuning.json"
 SEEDS = (0, 1, 2)
-RATES, STEPS = (1e-4, 3e-4, 1e-3), (60, 125, 250, 500)
+RATES, STEPS = (1e-4, 3e-4, 1e-3), (60, 125, 250)
 LESSON = ("read_statements", "conversation", "tune", "right", "recites", "bits_per_byte", "old_windows")
 NAMES = dict(torch=torch, F=F, copy=copy, GPT=GPT, GPTConfig=GPTConfig, TrainingConfig=TrainingConfig, FACTS=FACTS,
              make_optimizers=make_optimizers, schedule_factor=schedule_factor, set_learning_rate=set_learning_rate,
@@ -80,6 +83,7 @@ class Readers:
 
     def __init__(self):
         self.lesson, self.made = lesson_functions(), {}
+        self.steps = inspect.signature(self.lesson["tune"]).parameters["steps"].default
 
     def __call__(self, seed: int) -> dict:
         if seed not in self.made:
@@ -101,9 +105,8 @@ class Readers:
         }
 
 
-def whom() -> None:
+def whom(readers: Readers) -> None:
     "All weights, or the table of embeddings frozen; answers only, or old text as well."
-    readers = Readers()
     tune, old_windows = readers.lesson["tune"], readers.lesson["old_windows"]
     for seed in SEEDS:
         for frozen in (False, True):
@@ -114,13 +117,12 @@ def whom() -> None:
                 model = copy.deepcopy(one["base"])
                 model.token_embedding.weight.requires_grad_(not frozen)
                 more = old_windows(one["text"], len(one["examples"]), seed=seed) if mixed else []
-                model = tune(model, one["examples"] + more, steps=500 if mixed else 250, seed=seed)
+                model = tune(model, one["examples"] + more, steps=(2 if mixed else 1) * readers.steps, seed=seed)
                 keep("whom", {"seed": seed, "frozen": frozen, "mixed": mixed, **readers.judge(model, one)})
 
 
-def grid() -> None:
+def grid(readers: Readers) -> None:
     "Rates and numbers of steps, all weights."
-    readers = Readers()
     for seed in SEEDS:
         for rate in RATES:
             for steps in STEPS:
@@ -131,9 +133,8 @@ def grid() -> None:
                 keep("grid", {"seed": seed, "rate": rate, "steps": steps, **readers.judge(model, one)})
 
 
-def facts() -> None:
+def facts(readers: Readers) -> None:
     "People whom no statement is about, taught by questions alone: their answers, and other statements about them."
-    readers = Readers()
     for seed in SEEDS:
         if has("facts", seed=seed):
             continue
@@ -141,7 +142,7 @@ def facts() -> None:
         people, strangers = one["people"], one["people"].strangers
         more = [lesson["conversation"](people, name, kind) for name in strangers for kind in FACTS]
         more += lesson["old_windows"](one["text"], len(one["examples"]), seed=seed)
-        model = lesson["tune"](one["base"], one["examples"] + more, steps=500, seed=seed)
+        model = lesson["tune"](one["base"], one["examples"] + more, steps=2 * readers.steps, seed=seed)
         keep("facts", {
             "seed": seed,
             "answers": lesson["right"](model, people, strangers),
@@ -179,8 +180,6 @@ def smollm2(steps: int | None = None) -> None:
         found.append((trainer.evaluate(), exact, bits, written))
     shown = [{"question": dialogue.question[-1]["content"], "right": dialogue.answer, "before": a, "after": b}
              for dialogue, a, b in zip(held[:n_shown], found[0][3], found[1][3])]
-    import resource
-
     result = {"pairs": counts.read, "steps": trainer.step, "minutes": trainer.seconds / 60,
               "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
               "threads": 2, "answers": shown}
@@ -192,8 +191,8 @@ def smollm2(steps: int | None = None) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    start, arguments = time.perf_counter(), sys.argv[1:]
+    start, arguments, readers = time.perf_counter(), sys.argv[1:], Readers()
     short = int(arguments.pop(arguments.index("--steps") + 1)) if "--steps" in arguments else None
     for part in [name for name in arguments if name != "--steps"] or ["whom", "grid", "facts", "smollm2"]:
-        smollm2(short) if part == "smollm2" else {"whom": whom, "grid": grid, "facts": facts}[part]()
+        smollm2(short) if part == "smollm2" else {"whom": whom, "grid": grid, "facts": facts}[part](readers)
     print(f"{time.perf_counter() - start:.0f} s")

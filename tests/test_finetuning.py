@@ -562,8 +562,7 @@ def test_the_divergences_are_those_of_torch():
         distill_loss(student, teacher, "backward")
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("divergence, packed", [("forward", True), ("reverse", False)])
 def test_a_student_comes_close_to_its_teacher(divergence, packed):
     torch.manual_seed(5)
     teacher = GPT(SHAPE)
@@ -731,6 +730,22 @@ def test_a_resumed_run_keeps_what_it_began_with(base, pairs, tmp_path, capsys):
     refused(capsys, "chat", "--model", base, "--prompt", "Hi", says="was trained to continue texts, not to answer")
 
 
+def test_a_plain_run_in_the_same_folder_leaves_nothing_of_the_fine_tuning(base, pairs, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--checkpoint", str(base), "--data", str(pairs), "--max_steps", "1"]
+    assert main(["finetune", *flags, "--out", str(out)]) == 0
+    text = base.parent / "cats.txt"
+    small = ["--model_size", "demo", "--max_steps", "1", "--batch_size", "2", "--text_file", str(text)]
+    assert main(["train", *small, "--out", str(out), "--overwrite"]) == 0
+    assert format_of_run(out) is None and not (out / "finetune.json").exists()
+    capsys.readouterr()
+    refused(capsys, "chat", "--model", out, "--prompt", "Hi", says="was trained to continue texts, not to answer")
+    begun = tmp_path / "begun"  # killed before its first checkpoint
+    begun.mkdir()
+    (begun / "finetune.json").write_text("{}", encoding="utf-8")
+    assert main(["finetune", *flags, "--out", str(begun)]) == 0
+
+
 def test_a_config_is_checked():
     for values, says in (
         (dict(data="x"), "either --model or --checkpoint"),
@@ -746,9 +761,9 @@ def test_a_config_is_checked():
 
 def test_a_killed_run_goes_on_to_the_bit(base, pairs, tmp_path):
     "The command in a process of its own, killed twice with SIGKILL in the middle of its steps."
-    flags = ["--checkpoint", str(base), "--data", str(pairs), "--max_steps", "400", "--checkpoint_every", "1",
+    flags = ["--checkpoint", str(base), "--data", str(pairs), "--max_steps", "60", "--checkpoint_every", "1",
              "--batch_size", "2", "--device", "cpu"]
-    settings = {"max_steps": 400, "checkpoint_every": 0, "batch_size": 2, "device": "cpu"}
+    settings = {"max_steps": 60, "checkpoint_every": 0, "batch_size": 2, "device": "cpu"}
     whole, _ = start_finetuning(tmp_path / "whole", FineTuneConfig(str(pairs), checkpoint=str(base), training=settings))
     whole.train()
     out, killed = tmp_path / "killed", []
@@ -757,12 +772,12 @@ def test_a_killed_run_goes_on_to_the_bit(base, pairs, tmp_path):
         process = subprocess.Popen([*command, *words, "--out", str(out)], stdout=subprocess.DEVNULL,
                                    env=dict(os.environ, OMP_NUM_THREADS="1"))
         begun = max([newest(out), 0])
-        while newest(out) < begun + 5 and process.poll() is None:
+        while newest(out) < begun + 3 and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
         killed.append(newest(out))
-    assert 5 <= killed[0] < killed[1] < 400, killed
+    assert 3 <= killed[0] < killed[1] < 60, killed
     trainer, counts = continue_finetuning(out)
     assert trainer.step == killed[1] and counts.read == 40
     trainer.train()

@@ -591,3 +591,21 @@ def test_brief_pairs_differ_in_length_alone():
     assert all(one.chosen.answer in one.rejected.answer and len(one.rejected.answer) > len(one.chosen.answer) + 20
                for one in pairs)
     assert [one.question for one in brief_preferences(60)] == [one.question for one in pairs]
+
+
+def test_a_plain_run_in_the_folder_leaves_nothing_of_it(speller, pairs_file, tmp_path):
+    from transformer_llm.runs import check_free, remove_run
+
+    out = tmp_path / "run"
+    base = ["--checkpoint", speller, "--data", pairs_file, "--out", out, "--device", "cpu", "--max_steps", 1]
+    assert command(*base) == 0
+    for folder in out.glob("step-*"):  # as if it had been killed before its first checkpoint
+        folder.rename(tmp_path / folder.name)
+    check_free(out)
+    for folder in tmp_path.glob("step-*"):
+        folder.rename(out / folder.name)
+    remove_run(out)
+    assert not (out / "preferences.safetensors").exists() and not (out / "finetune.json").exists()
+    (out / "preferences.safetensors").write_bytes(b"somebody else's")
+    with pytest.raises(InputError, match="is not from a run"):
+        check_free(out)

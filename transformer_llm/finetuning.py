@@ -948,7 +948,10 @@ def continue_finetuning(
         raise InputError(
             f"A resumed run keeps what it began with; leave out --{' and --'.join(other)}, or start another run."
         )
-    config = FineTuneConfig(**note["config"])
+    try:
+        config = FineTuneConfig(**note["config"])
+    except TypeError:
+        raise InputError(f"{out / RUN_NOTE} names settings that this version lacks; it is damaged or newer.") from None
     if "data" in changes:
         config = replace(config, data=changes.pop("data"))
     checkpoint = load_checkpoint(out, training_state=False)
