@@ -44,7 +44,7 @@ from transformer_llm.transformer import GPT, GPTConfig
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "data" / "finetuning.json"
 SEEDS = (0, 1, 2)
-RATES, STEPS = (1e-4, 3e-4, 1e-3), (60, 125, 250)
+RATES, STEPS = (1e-4, 1e-3), (100, 300)
 LESSON = ("read_statements", "conversation", "tune", "right", "recites", "bits_per_byte", "old_windows")
 NAMES = dict(torch=torch, F=F, copy=copy, GPT=GPT, GPTConfig=GPTConfig, TrainingConfig=TrainingConfig, FACTS=FACTS,
              make_optimizers=make_optimizers, schedule_factor=schedule_factor, set_learning_rate=set_learning_rate,
