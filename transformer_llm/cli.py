@@ -7,19 +7,20 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'SAMPLING_
            'CHAT_COMMANDS', 'Parser', 'number', 'whole', 'some_path', 'one_spelling', 'add_text_flags',
            'add_split_flag', 'add_overwrite_flag', 'add_model_flags', 'add_optimizer_flags', 'add_train',
            'add_generate', 'add_chat', 'add_length_flags', 'add_base_flags', 'add_again_flags', 'add_adapter',
-           'add_finetune', 'add_sampling', 'typed_sampling', 'add_evaluate', 'add_export', 'add_bench', 'add_data',
-           'add_tokenizer', 'make_parser', 'add_demo', 'add_play', 'add_info', 'add_class', 'human_bytes', 'human_time',
-           'print_rows', 'is_terminal', 'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens',
+           'add_finetune', 'add_prefer', 'add_sampling', 'typed_sampling', 'add_evaluate', 'add_export', 'add_bench',
+           'add_data', 'add_tokenizer', 'make_parser', 'add_demo', 'add_play', 'add_info', 'add_class', 'human_bytes',
+           'human_time', 'print_rows', 'is_terminal', 'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens',
            'command_shakespeare', 'command_patterns', 'command_prepare', 'token_counts', 'command_tokenizer',
            'run_config', 'run_folder', 'print_plan', 'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines',
            'command_train', 'train_to_the_end', 'train_and_tell', 'where_it_stands', 'resume_command', 'print_result',
            'print_losses', 'save_curve', 'command_finetune', 'finetune_to_the_end', 'trained_share', 'save_adapter',
-           'print_finetune_plan', 'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate',
-           'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run', 'print_answer', 'talk',
-           'next_line', 'chat_command', 'command_evaluate', 'command_export', 'command_merge', 'how_to_talk',
-           'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row', 'config_rows',
-           'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
-           'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'print_finetune_plan', 'command_prefer', 'prefer_to_the_end', 'print_prefer_plan', 'harmless',
+           'load_and_tell', 'load_writer', 'fast_form', 'command_generate', 'write_sample', 'beam_text', 'command_chat',
+           'with_adapter', 'talk_to_run', 'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate',
+           'command_export', 'command_merge', 'how_to_talk', 'folder_bytes', 'command_play', 'command_info',
+           'machine_rows', 'cache_row', 'config_rows', 'count_parameters', 'preset_rows', 'model_rows',
+           'checkpoint_rows', 'command_demo', 'command_bench', 'command_handout', 'command_grade', 'sentence_for',
+           'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -242,9 +243,10 @@ def add_base_flags(parser: argparse.ArgumentParser) -> None:
     base.add_argument("--checkpoint", type=some_path, metavar="DIR", help="a run's folder, or one of its checkpoints")
 
 
-def add_again_flags(parser: argparse.ArgumentParser) -> None:
+def add_again_flags(parser: argparse.ArgumentParser, command: str = "finetune") -> None:
     "Add the flags that name a run's folder, continue the run in it, or replace it."
-    parser.add_argument("--out", type=some_path, metavar="DIR", help="the run's folder (default: runs/finetune-DATA)")
+    parser.add_argument("--out", type=some_path, metavar="DIR",
+                        help=f"the run's folder (default: runs/{command}-DATA)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     again.add_argument("--overwrite", action="store_true", help="remove the run in --out and start again")
@@ -291,6 +293,37 @@ def add_finetune(commands) -> None:
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the matrix products (default: float32)")
     add_again_flags(parser)
     parser.set_defaults(command=command_finetune)
+
+# %% ../nbs/92_command_line.ipynb #5c16a0f1
+def add_prefer(commands) -> None:
+    "Add `prefer`. As with `train`, a flag that is not typed is absent."
+    parser = commands.add_parser("prefer", help="make a model prefer some answers to others, or continue such a run",
+                                 argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add_base_flags(parser)
+    add("--data", type=some_path, metavar="FILE", help="a JSONL file of pairs, chosen and rejected, or: brief")
+    add("--template", type=some_path, metavar="FILE", help="a chat template in Jinja (default: the model's own)")
+    add("--kind", choices=("dpo", "ipo", "simpo"), help="the loss (default: dpo)")
+    add("--beta", type=number(1e-6, 1000), metavar="X", help="the price of moving away from the model (default: 0.1)")
+    add("--margin", type=number(0, 1000), metavar="X", help="with --kind simpo: what a chosen answer must win by")
+    add("--supervised", type=number(0, 1000), metavar="X",
+        help="weight of the chosen answers' surprise in the loss (default: 0)")
+    add_split_flag(parser)
+    add("--context_length", type=whole(2), metavar="N",
+        help="tokens of the longest conversation that is used (default: the model's, at most 512)")
+    add_length_flags(parser, "pairs", "2")
+    add("--batch_size", type=whole(1), metavar="N", help="pairs per step (default: 8)")
+    add("--accumulation", type=whole(1), metavar="N", help="batches added up before each step (default: 1)")
+    add("--learning_rate", type=number(0, 10), metavar="X", help="the peak learning rate (default: 0.00001)")
+    add("--warmup_steps", type=whole(0), metavar="N", help="steps over which the learning rate rises")
+    add("--eval_every", type=whole(0), metavar="N", help="steps between validations, 0 for one at the end")
+    add("--checkpoint_every", type=whole(0), metavar="N",
+        help="steps between checkpoints, 0 for the first and the last only")
+    add("--seed", type=whole(0), metavar="N", help="the same seed gives the same run")
+    add("--device", choices=DEVICES, help="where to compute (default: auto)")
+    add("--dtype", choices=("float32", "bfloat16"), help="precision of the matrix products (default: float32)")
+    add_again_flags(parser, "prefer")
+    parser.set_defaults(command=command_prefer)
 
 # %% ../nbs/92_command_line.ipynb #5a9e66cf
 SAMPLING_FLAGS = {  # a field of `Sampling`: its converter, the name of its value, what it does
@@ -428,6 +461,7 @@ def make_parser() -> Parser:
     add_train(commands)
     add_finetune(commands)
     add_adapter(commands)
+    add_prefer(commands)
     add_generate(commands)
     add_chat(commands)
     add_evaluate(commands)
@@ -894,6 +928,70 @@ def print_finetune_plan(trainer, out: Path, counts) -> None:
         ("read", str(counts)),
         ("conversations", f"{len(data.train):,} to train on, {len(data.val):,} to validate"),
         ("steps", f"{settings.max_steps:,} of {per_step} {kind} ({epochs:.3g} epochs)"),
+        ("run", f"{out}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
+    ])
+    sys.stdout.flush()
+
+# %% ../nbs/92_command_line.ipynb #5c16a0f3
+def command_prefer(args: argparse.Namespace) -> int:
+    "Make a model prefer, or continue such a run."
+    from transformer_llm.finetuning import FineTuneConfig
+    from transformer_llm.preferences import Objective, continue_preferring, start_preferring
+    from transformer_llm.runs import TRAINING_FIELDS, hold
+
+    given = {name: value for name, value in vars(args).items() if name != "command"}
+    out, resume, overwrite = given.pop("out", None), given.pop("resume", False), given.pop("overwrite", False)
+    if "data" not in given and (out is None or not resume):
+        raise InputError("Say what to learn from: --data with a JSONL file of pairs, or brief.")
+    if out is None:
+        out = Path("runs") / f"prefer-{Path(given.pop('data') if resume else given['data']).stem}"
+    if resume:
+        return prefer_to_the_end(continue_preferring(out, given, progress=at_terminal()))
+    objective = Objective(**{name: given.pop(name) for name in Objective._fields if name in given})
+    training = {name: given.pop(name) for name in TRAINING_FIELDS if name in given}
+    config = FineTuneConfig(**given, training=training)
+    with hold(Path(out)):
+        return prefer_to_the_end(*start_preferring(out, config, objective, overwrite=overwrite, progress=at_terminal()))
+
+
+def prefer_to_the_end(trainer, counts=None) -> int:
+    "Train what is left of a run, and print what came out and what to do next. Returns the exit code."
+    from transformer_llm.preferences import measure_preferences
+
+    out, settings, data = trainer.run_directory, trainer.config, trainer.data
+    if trainer.step >= settings.max_steps:
+        print(f"Nothing is left to train: the run in {out} has made {trainer.step:,} steps, and the limit is "
+              f"{settings.max_steps:,}. Use --max_steps to train it further.")
+        return 0
+    per_step = 3 * settings.batch_size * settings.accumulation  # a validation only runs forward
+    estimate = TimeEstimate(settings.max_steps, eval_every=settings.eval_every, eval_steps=len(data.val) / per_step)
+    code = train_and_tell(trainer, out, partial(print_prefer_plan, counts=counts), estimate, "prefer")
+    if code == 0:
+        print_losses(trainer.history, "pair")
+        held = bool(data.val)
+        pairs, reference = (data.val, data.val_reference) if held else (data.train, data.train_reference)
+        found = measure_preferences(trainer.model, pairs, reference, settings.batch_size)
+        print_rows([
+            ("in order", f"{found.accuracy:.1%} of {found.n_pairs:,} {'held-out ' if held else ''}pairs"),
+            ("answers", f"chosen {found.chosen:+.2f}, rejected {found.rejected:+.2f} nats against the start"),
+        ])
+        print(f"Next: transformer-llm chat {typed('model', out)}")
+    return code
+
+
+def print_prefer_plan(trainer, out: Path, counts) -> None:
+    "Print what is about to be trained, on which pairs, by which loss and for how long."
+    settings, data = trainer.config, trainer.data
+    per_step = settings.batch_size * settings.accumulation
+    kind, *numbers = data.objective
+    chosen = [f"{name} {value:g}" for name, value in zip(data.objective._fields[1:], numbers) if value]
+    epochs = settings.max_steps * per_step / len(data.train)
+    print_rows([
+        ("parameters", f"{trainer.model.num_parameters():,}"),
+        *([("read", str(counts))] if counts else []),
+        ("pairs", f"{len(data.train):,} to train on, {len(data.val):,} to validate"),
+        ("loss", ", ".join([kind.upper() if kind != "simpo" else "SimPO", *chosen])),
+        ("steps", f"{settings.max_steps:,} of {per_step} pairs ({epochs:.3g} epochs)"),
         ("run", f"{out}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
     ])
     sys.stdout.flush()

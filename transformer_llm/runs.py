@@ -237,7 +237,7 @@ def model_config(config: RunConfig, vocab_size: int) -> GPTConfig:
     return GPTConfig.preset(config.model_size or "tiny", vocab_size=vocab_size, **changes)
 
 # %% ../nbs/84_runs.ipynb #c31b37a8
-RUN_FILES = ("metrics.jsonl", "command.json", "finetune.json", "loss.png")
+RUN_FILES = ("metrics.jsonl", "command.json", "finetune.json", "preferences.safetensors", "loss.png")
 TOKEN_FILES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")
 
 
@@ -270,6 +270,9 @@ def began_run(path: Path) -> bool:
     try:
         if path.name == "finetune.json":  # chapter 14's
             return isinstance(read_json(path), dict)
+        if path.name == "preferences.safetensors":  # chapter 16's
+            with open(path, "rb") as file:
+                return b'"objective"' in file.read(400)
         return path.name == "command.json" and bool(run_note(path))
     except InputError:
         return False
