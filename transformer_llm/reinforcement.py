@@ -265,8 +265,9 @@ class Rollouts(NamedTuple):
     @classmethod
     def empty(cls, prompts: int, group: int, width: int, device: torch.device | str = "cpu") -> "Rollouts":
         "Room for answers that are still to come."
-        shape, zeros = (prompts * group, width), lambda *shape: torch.zeros(*shape, device=device)
-        return cls(zeros(shape).long(), zeros(shape).bool(), zeros(shape), zeros(shape), zeros(prompts, group), zeros())
+        numbers = torch.zeros(2, prompts * group, width, device=device)
+        ids, is_answer, rewards = numbers[0].long(), numbers[0].bool(), torch.zeros(prompts, group, device=device)
+        return cls(ids, is_answer, *numbers, rewards, torch.zeros((), device=device))
 
     def texts(self, tokenizer: Any) -> list[str]:
         "The answers, each without its end."
@@ -325,7 +326,10 @@ class Sampler:
         generator: torch.Generator | None = None,  # None: torch's global generator
         greedy: bool = False,  # Take the likeliest token instead of drawing
     ) -> Rollouts:
-        "Answer each prompt `group` times, those with equally many tokens together; answers end in the order asked."
+        """Answer each prompt `group` times, those with equally many tokens together; answers stay in the order asked.
+
+        An answer that doesn't end within the task's longest is worth nothing.
+        """
         if not prompts:
             raise InputError("There is no prompt to answer.")
         decoder, width = Decoder(self.model), self.width
@@ -346,7 +350,10 @@ class Sampler:
             entropies[rows] = written[3]
         entropy = entropies.sum() / out.is_answer.sum()
         asked = (prompt for prompt in prompts for _ in range(group))
-        rewards = [self.task.judge(prompt, answer) for prompt, answer in zip(asked, out.texts(self.tokenizer))]
+        judge = find_rule(self.task.rule).check
+        ended = (out.is_answer & (out.ids == self.end)).any(1).tolist()
+        answers = zip(asked, out.texts(self.tokenizer), ended)
+        rewards = [float(judge(prompt, answer)) if done else 0.0 for prompt, answer, done in answers]
         rewards = torch.tensor(rewards, device=out.ids.device).view(-1, group)
         return out._replace(rewards=rewards, entropy=entropy)
 
@@ -495,12 +502,16 @@ class ReinforceTrainer(TaskTrainer):
         return self.rollouts
 
     def loss(self, batch: Rollouts) -> tuple[Float[Tensor, ""], int]:
-        "Equation (17.8), and the number of answers; those whose gradient is zero anyway are not read."
+        """Equation (17.8), and the number of answers.
+
+        Equal answers to the same prompt are read once; those whose gradient is zero anyway, not at all.
+        """
         worth = advantages(batch.rewards, self.policy.divide).flatten()
         rows = worth != 0 if not self.policy.kl else torch.ones_like(worth, dtype=torch.bool)
         rows[0] |= not bool(rows.any())  # a loss must hang on the weights
         ids, own, old = batch.ids[rows], batch.is_answer[rows, 1:], batch.log_probs[rows, 1:]
-        log_probs = answer_log_probs(self._logits(ids[:, :-1]), ids)
+        different, where = ids.unique(dim=0, return_inverse=True)
+        log_probs = answer_log_probs(self._logits(different[:, :-1]), different)[where]
         loss = policy_loss(log_probs, old, worth[rows], own, self.policy, batch.reference[rows, 1:])
         self.measures = self.measure(batch, (log_probs.detach() - old)[own].exp())
         return loss * (len(ids) / len(worth)), len(worth)
