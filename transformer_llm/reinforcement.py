@@ -424,7 +424,7 @@ class TaskTrainer(Trainer):
     def __init__(
         self,
         model: GPT,
-        data: Task,
+        data,  # A `Task`
         config: TrainingConfig,
         *,
         tokenizer: Any = None,  # The model's own; None: the task's
@@ -476,8 +476,14 @@ class ReinforceTrainer(TaskTrainer):
     """
 
     def __init__(
-        self, model: GPT, data: Task, config: TrainingConfig, *, policy: Policy | None = None, tokenizer: Any = None,
-        **options,
+        self,
+        model: GPT,
+        data,  # A `Task`
+        config: TrainingConfig,
+        *,
+        policy: Policy | None = None,  # None: `Policy()`
+        tokenizer: Any = None,  # The model's own; None: the task's
+        **options,  # As for the Trainer
     ):
         self.policy = policy or Policy()
         group = self.policy.group
