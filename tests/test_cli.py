@@ -1264,7 +1264,7 @@ def test_a_resume_says_what_is_not_as_expected(capsys, text):
         out = succeeds(capsys, *again, *options)
         assert "Nothing is left to train: the run in run has made 8 steps" in out and "nats per token" not in out
     code, out, err = call(capsys, *again, "--max_steps", 16)
-    assert code == 0 and "learning rate goes on at" in err, err
+    assert code == 0 and "learning rate continues at" in err, err
     assert err.count("\n") == 1 and err.startswith("transformer-llm: ") and "Warning" not in err and ".py" not in err
     assert call(capsys, *again, "--max_steps", 16)[2] == ""
 

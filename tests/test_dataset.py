@@ -283,7 +283,7 @@ def test_change_of_text_tokenizer_or_split_prepares_anew(tmp_path):
     kept = (out / "train.bin").read_bytes()
     characters, options = CharTokenizer.train(read_text(path)), {"progress": False, "overwrite": True}
     for tokenizer, fraction in ((BPE, 0.2), (characters, 0.1)):
-        with pytest.raises(InputError, match="holds other tokens; give overwrite=True"):
+        with pytest.raises(InputError, match="holds other tokens; set overwrite=True"):
             prepare_tokens(path, tokenizer, out, val_fraction=fraction, progress=False)
         assert (out / "train.bin").read_bytes() == kept and TokenData.open(out).meta["fingerprint"] == first
     assert prepare_tokens(path, BPE, out, val_fraction=0.2, **options).meta["fingerprint"] != first
@@ -319,7 +319,7 @@ def test_a_flipped_bit_is_found_and_old_notes_open(tmp_path):
     assert (out / "val.bin").read_bytes() == whole and TokenData.open(out).verify()
     meta = json.loads((out / "meta.json").read_text())
     (out / "meta.json").write_text(json.dumps({**meta, "sha256": {"val.bin": 5}}))
-    with pytest.raises(InputError, match="not a note"):
+    with pytest.raises(InputError, match="isn't written in version"):
         TokenData.open(out)
     del meta["sha256"]
     (out / "meta.json").write_text(json.dumps(meta))
@@ -585,7 +585,7 @@ def test_patterns_replace_nothing_unasked(tmp_path):
     path = tmp_path / "patterns.txt"
     assert write_simple_patterns(path) == path == write_simple_patterns(path)  # the same text: nothing to do
     path.write_text("my own")
-    with pytest.raises(InputError, match="exists; give overwrite=True"):
+    with pytest.raises(InputError, match="exists and holds something else; set overwrite=True"):
         write_simple_patterns(path)
     assert path.read_text() == "my own"
     write_simple_patterns(path, overwrite=True)

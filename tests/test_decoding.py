@@ -193,7 +193,7 @@ def test_no_new_tokens_and_one():
         (dict(repetition_penalty=0), "repetition_penalty"),
         (dict(max_new_tokens=-1), "max_new_tokens"),
         (dict(ids=torch.zeros(1, 0, dtype=torch.long)), "empty"),
-        (dict(ids=torch.full((1, 3), 50)), "knows 0 to 49"),
+        (dict(ids=torch.full((1, 3), 50)), "knows only 0 to 49"),
         (dict(ids=torch.zeros(1, 33, dtype=torch.long)), "context_length"),
     ],
 )

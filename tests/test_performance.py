@@ -686,5 +686,5 @@ def test_pages_prepare_the_texts_that_they_read():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_fast_trainer_keeps_float32_weights(dtype):
     model = GPT(GPTConfig(vocab_size=20, context_length=8, d_model=16, n_layers=1, n_heads=2)).to(dtype)
-    with pytest.raises(InputError, match=f"float32 weights, and token_embedding.weight is {dtype}"):
+    with pytest.raises(InputError, match=f"float32 weights, but token_embedding.weight is {dtype}"):
         FastTrainer(model, (torch.arange(100) % 20, None), TrainingConfig(max_steps=1, device="cpu"), progress=False)

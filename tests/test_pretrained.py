@@ -147,8 +147,8 @@ def padded(lengths=(23, 40, 9), seed: int = 1) -> tuple[torch.Tensor, torch.Tens
     return left_pad([some_ids(length, seed=seed + length).tolist() for length in lengths])
 
 
-def positions_of(is_token: torch.Tensor) -> torch.Tensor:
-    return (is_token.long().cumsum(1) - 1).clamp(min=0)
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def test_logits_and_loss(pair):
@@ -638,9 +638,9 @@ def test_no_tensor_that_could_count_is_left_in_the_file(good_folders, tmp_path, 
 def test_weights_that_are_no_numbers_are_loaded_with_a_warning(good_folders, tmp_path, llama_tied):
     for i, bad in enumerate((math.nan, math.inf, -math.inf)):
         folder = change_tensors(good_folders["llama"], tmp_path / str(i), lambda t: t[QUERY].view(-1)[77:78].fill_(bad))
-        with pytest.warns(UserWarning, match="1 of .* tensors of .*infinite or none at all, blocks.1.attention.q_proj"):
+        with pytest.warns(UserWarning, match="1 of .* tensors of .*NaN or infinite, blocks.1.attention.q_proj"):
             load_pretrained(folder)
-        with pytest.warns(UserWarning, match="infinite or none"):
+        with pytest.warns(UserWarning, match="NaN or infinite"):
             load_pretrained(folder, dtype=torch.float16)
     spoil = spoil_tensors(output_norm__weight=np.full(64, np.nan, dtype=np.float32))
     write_gguf(tmp_path / "x.gguf", "llama", llama_tied, spoil=spoil)
@@ -651,7 +651,7 @@ def test_weights_that_are_no_numbers_are_loaded_with_a_warning(good_folders, tmp
 # --- settings that change what a model computes
 # ---------------------------------------------------------------------------
 
-NOT_NEUTRAL = {  # of other transformers: what no shape betrays
+NOT_NEUTRAL = {  # of other transformers: what no shape reveals
     "is_causal": False,
     "use_bidirectional_attention": True,
     "use_parallel_residual": True,
@@ -2399,7 +2399,7 @@ def test_ids_outside_of_the_vocabulary_are_refused_by_name(tmp_path, llama_tied,
     write_gguf(
         tmp_path / "x.gguf", "llama", llama_tied, spoil=with_settings(**{name.replace(".", "__"): kept(bad, kind)})
     )
-    refused(tmp_path / "x.gguf", f"x.gguf.*{name} is {bad}.*no token", chat_settings)
+    refused(tmp_path / "x.gguf", f"x.gguf.*{name} is {bad}.*isn't a token id", chat_settings)
 
 
 DECODER = {"added_tokens_decoder": {"3": {"content": "</s>"}, "4": {"content": "<|im_end|>"}, "x": 5, "9" * 5000: {}}}
@@ -2476,7 +2476,8 @@ NO_IDS = [2**70, -1, "2", 2.5, True, [2, "3"], [2**32], [None], [[2]], {"a": 1},
 @pytest.mark.parametrize("file", ["generation", "config"])
 def test_an_end_that_is_no_token_is_refused_by_name(tmp_path, file, bad):
     files = {"config": {"vocab_size": 99}} | {file: {"vocab_size": 99, "eos_token_id": bad}}
-    message = refused(chat_folder(tmp_path / "x", **files), "config.json: eos_token_id is .*no token", chat_settings)
+    regex = "config.json: eos_token_id is .*isn't a token id"
+    message = refused(chat_folder(tmp_path / "x", **files), regex, chat_settings)
     assert len(message) < 500
 
 

@@ -238,7 +238,7 @@ def test_bibliography_is_well_formed():
     problems = [f"not an entry: {entry[:60]}" for entry in entries if not re.match(
         rf"- (?:{NAME}, )?{NAME}(?: et al\.| and {NAME})? \(\d{{4}}\)\. \*.+\*\. .*\[.+\]\(https://\S+\)\.$", entry)]
     problems += [
-        f"{key} stands there twice"
+        f"{key} is there twice"
         for key, times in Counter(
             re.match(r"- (.+?\))\.", e).group(1) for e in entries if re.match(r"- (.+?\))\.", e)
         ).items()
@@ -246,9 +246,9 @@ def test_bibliography_is_well_formed():
     ]
     heads = [bibliography()[key].removeprefix("- ").split("). ")[0] for key in keys]
     in_order = sorted(heads, key=lambda head: (head.split()[0].strip(",").lower(), head.split("(")[1]))
-    problems += [f"{head} stands at the wrong place" for head, right in zip(heads, in_order) if head != right][:1]
+    problems += [f"{head} is in the wrong place" for head, right in zip(heads, in_order) if head != right][:1]
     addresses = Counter(re.findall(r"\((https://[^)]*)\)", markdown(BIBLIOGRAPHY)))
-    problems += [f"{address} stands there twice" for address, times in addresses.items() if times > 1]
+    problems += [f"{address} is there twice" for address, times in addresses.items() if times > 1]
     problems += [
         f"{key}: the number is not that of the link"
         for key, entry in bibliography().items()
@@ -451,11 +451,11 @@ def test_glossary_is_well_formed():
     terms = list(glossary())
     problems = [] if 60 <= len(terms) <= 120 else [f"{len(terms)} terms; 60 to 120 are wanted"]
     problems += [
-        f"{term} stands at the wrong place" for term, right in zip(terms, sorted(terms, key=str.lower)) if term != right
+        f"{term} is in the wrong place" for term, right in zip(terms, sorted(terms, key=str.lower)) if term != right
     ][:1]
     everything = " ".join(same_line(prose(page)).lower() for page in NUMBERED if page != GLOSSARY)
     names = Counter(name.lower() for term, text in glossary().items() for name in (term, *aliases(text)))
-    problems += [f"{name} stands there twice" for name, times in names.items() if times > 1]
+    problems += [f"{name} is there twice" for name, times in names.items() if times > 1]
     built = {contents.number(page) for page in NUMBERED}
     for term, text in glossary().items():
         if "\n\n" in text:
@@ -569,7 +569,7 @@ def test_spelling(page):
 def test_the_list_of_words_holds_what_is_needed():
     used = {singular(word) for page in DOCUMENTS for word in WORD.findall(written(page))}
     used |= {word.lower() for word in used}
-    problems = [f"{word} stands there twice" for word, times in Counter(own_words()).items() if times > 1]
+    problems = [f"{word} is there twice" for word, times in Counter(own_words()).items() if times > 1]
     problems += [
         f"{word} is in the dictionary already" for word in own_words() if word.islower() and in_dictionary(word)
     ]

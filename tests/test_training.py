@@ -125,7 +125,7 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_another_loss_is_one_override_and_the_rest_comes_with_it(tmp_path, name, accumulation):
-    "Trained, recorded, checkpointed and resumed to the bit."
+    "Trained, recorded, checkpointed and resumed bit for bit."
     kind, data, options = KINDS[name]
     config = CONFIG.replace(accumulation=accumulation)
     whole = make_trainer(tmp_path / "whole", config, kind, data=data(), **options())
@@ -277,7 +277,8 @@ def test_the_second_signal_claims_no_step_that_was_not_saved(tmp_path):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="step 3, which is not saved; the newest checkpoint is of step 2") as stopped:
+    not_saved = "step 3, which is not saved; the newest checkpoint is from step 2"
+    with pytest.raises(Interrupted, match=not_saved) as stopped:
         make_trainer(tmp_path, on_step=twice).train()
     assert not stopped.value.saved and find_checkpoint(tmp_path).name == "step-0000002"
     with pytest.raises(Interrupted, match="nothing is saved"):
@@ -690,7 +691,7 @@ def test_a_subclasses_own_data_are_compared_too(tmp_path):
 
 def test_a_longer_run_says_that_its_rate_changes(tmp_path):
     make_trainer(tmp_path).train()
-    with pytest.warns(Note, match="max_steps 12 instead of 6 stretches the schedule: .* goes on at .* instead of"):
+    with pytest.warns(Note, match="max_steps 12 instead of 6 stretches the schedule: .* continues at .* instead of"):
         resume(tmp_path, max_steps=12)
     with pytest.warns(Note, match="max_steps 3 leaves nothing to train"):
         resume(tmp_path, max_steps=3)
@@ -873,7 +874,7 @@ def test_no_learning_rate_is_found_for_a_model_that_is_no_number():
     assert "the loss is nan" in one_sentence(lambda: find_learning_rate(model, data, CONFIG, steps=5))
     for rates, losses in (([], []), ([1e-3], [math.nan])):
         suggest = partial(suggest_learning_rate, rates, losses)
-        assert "no loss that is a number" in one_sentence(suggest)
+        assert "no loss is a finite number" in one_sentence(suggest)
     assert suggest_learning_rate([1e-3, 1e-2, 1e-1], [2.0, math.nan, 1.0]) == pytest.approx(1e-2)
     assert training.schedule_factor(5, CONFIG) <= 1
 
@@ -927,4 +928,4 @@ def test_tokens_prepared_anew_are_known_by_their_bytes(tmp_path):
     assert Trainer.resume(tmp_path / "run", progress=False, max_steps=7).train()[-1]["step"] == 7
     (tmp_path / "other.txt").write_text(text.read_text()[::-1])
     prepare_tokens(tmp_path / "other.txt", tokenizer, tmp_path / "tokens", overwrite=True)
-    assert "holds other tokens" in one_sentence(lambda: Trainer.resume(tmp_path / "run", progress=False))
+    assert "doesn't hold the tokens that" in one_sentence(lambda: Trainer.resume(tmp_path / "run", progress=False))

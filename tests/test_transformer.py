@@ -162,7 +162,7 @@ CHANGES = {
     "an adapter": (lambda m: replace(m, "blocks.1.attention.q_proj", Lora), r"blocks\.1\.attention\.q_proj is a Lora"),
     "a subclass": (
         lambda m: setattr(m.blocks[0].feedforward.down, "__class__", other_class(nn.Linear)),
-        r"blocks\.0\.feedforward\.down is a MyLinear where the configuration makes a Linear",
+        r"blocks\.0\.feedforward\.down is a MyLinear, but the configuration calls for a Linear",
     ),
     "another block": (
         lambda m: setattr(m.blocks[0], "__class__", other_class(type(m.blocks[0]))),
@@ -187,12 +187,12 @@ CHANGES = {
     "a buffer": (lambda m: keep_as(m, lambda weight: weight), r"v_proj has no weight"),
     "a subclass of tensor": (lambda m: keep_as(m, sub_parameter), r"v_proj keeps its weight as a Subclass"),
     "another size": (lambda m: keep_as(m, lambda weight: nn.Parameter(weight[:4])), r"v_proj has a weight of shape"),
-    "a setting": (lambda m: setattr(m.blocks[1].attention, "window", 3), r"attention has window=3 where"),
+    "a setting": (lambda m: setattr(m.blocks[1].attention, "window", 3), r"attention has window=3, but"),
     "an activation": (
         lambda m: setattr(m.blocks[1], "feedforward", make_feedforward(16, 48, "relu2", bias=False)),
-        r"blocks\.1\.feedforward is a FeedForward where the configuration makes a SwiGLU",
+        r"blocks\.1\.feedforward is a FeedForward, but the configuration calls for a SwiGLU",
     ),
-    "fewer blocks": (lambda m: m.blocks.__delitem__(0), "has 1 blocks where the configuration says n_layers=2"),
+    "fewer blocks": (lambda m: m.blocks.__delitem__(0), "has 1 blocks, but the configuration says n_layers=2"),
     "another head": (lambda m: setattr(m, "lm_head", nn.Linear(16, 31, bias=False)), "lm_head=Linear"),
     "another forward": (
         lambda m: setattr(m, "__class__", type("Mine", (GPT,), {"forward": lambda self, ids: None})),

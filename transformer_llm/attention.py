@@ -17,7 +17,7 @@ from torch import Tensor, nn
 # %% ../nbs/01_attention.ipynb #ece41d0f
 def softmax(
     x: Float[Tensor, "..."],  # Scores of any size
-    dim: int = -1,  # The axis that is to add up to one
+    dim: int = -1,  # The axis along which the weights add up to one
 ) -> Float[Tensor, "..."]:
     """Turn scores into weights: positive, and adding up to one along `dim`.
 
@@ -58,7 +58,7 @@ def is_boolean(
 
 def combine_masks(
     mask: Mask | None,  # Boolean, added to the scores, or absent
-    allowed: Bool[Tensor, "..."],  # Another condition that has to hold
+    allowed: Bool[Tensor, "..."],  # A second condition that must also hold
 ) -> Mask:
     "Both conditions in one mask, of the first one's kind."
     if mask is None:
@@ -90,7 +90,7 @@ def sliding_window_mask(
     window: int,  # How many keys a query may see, itself included
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "queries keys"]:
-    """The causal mask that also forgets: True for the `window` most recent keys, as in Beltagy et al. (2020), section
+    """The causal mask of a sliding window: True for the `window` most recent keys, as in Beltagy et al. (2020), section
     3.1.
     """
     return causal_mask(n_queries, n_keys, window, device=device)
@@ -99,7 +99,7 @@ def sliding_window_mask(
 def padding_mask(
     attention_mask: Bool[Tensor, "batch keys"],  # True for tokens, False for padding
 ) -> Bool[Tensor, "batch 1 1 keys"]:
-    "Let no query attend to padding: the same keys are closed to every head and every query of a sequence."
+    "Keep every query from attending to padding: all heads and queries of a sequence skip the same keys."
     if attention_mask.ndim != 2:
         raise InputError(
             f"attention_mask must have the axes (batch, keys), not the shape {tuple(attention_mask.shape)}."
@@ -113,7 +113,7 @@ def check_heads(
     v: Float[Tensor, "batch kv_heads keys _"],
     mask: Mask | None = None,
 ) -> None:
-    """Raise `InputError`, which names the axes, for shapes that attention would broadcast into something else."""
+    """Raise an `InputError` that names the axes if attention would broadcast these shapes into something else."""
     for name, x, rows in (("queries", q, "queries"), ("keys", k, "keys"), ("values", v, "keys")):
         if x.ndim != 4:
             raise InputError(
@@ -129,7 +129,7 @@ def check_heads(
         if mask.ndim > 4 or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(scores))):
             raise InputError(
                 f"A mask of shape {tuple(mask.shape)} doesn't fit scores with the axes (batch, heads, queries, keys) = "
-                f"{scores}: each of its axes, counted from the last, must be one or the same."
+                f"{scores}: counted from the last, each of its axes must be 1 or the same size."
             )
 
 
@@ -144,7 +144,7 @@ def expand_kv(
         )
     if n_heads % x.shape[1]:
         raise InputError(
-            f"{x.shape[1]} key/value heads can't be shared out among {n_heads} query heads in equal groups."
+            f"{x.shape[1]} key/value heads can't be shared equally among {n_heads} query heads."
         )
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
@@ -243,7 +243,7 @@ class KVCache:
         v: Float[Tensor, "batch kv_heads seq head_dim"],
     ) -> tuple[Float[Tensor, "batch kv_heads keys head_dim"], Float[Tensor, "batch kv_heads keys head_dim"]]:
         "Append the new tokens' keys and values; return views of all so far. Raises `InputError` when they don't fit."
-        # copying would broadcast a batch of one without a word
+        # copying would silently broadcast a batch of one
         if k.ndim != 4 or k.shape[:2] != self.k.shape[:2] or k.shape[3] != self.k.shape[3] or v.shape != k.shape:
             raise InputError(
                 f"The key-value cache has shape {tuple(self.k.shape)} and can't take keys "
@@ -269,13 +269,13 @@ class KVCache:
         self.length = 0
 
     def reorder(self, index: Int[Tensor, "beams"]) -> None:
-        "Let sequence i become what sequence `index[i]` was, as beam search needs; there may be more or fewer of them."
+        "Make sequence i what sequence `index[i]` was, as beam search needs; the number of sequences may change."
         self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
 
 # %% ../nbs/01_attention.ipynb #17cd88a3
 @dataclass(frozen=True)
 class HeadSizes:
-    "How the heads of a layer share out its width; `InputError` for sizes that don't fit together."
+    "How the heads of a layer share its width; `InputError` for sizes that don't fit together."
 
     d_model: int
     n_heads: int  # Query heads
@@ -290,7 +290,7 @@ class HeadSizes:
         n_kv_heads: int | None = None,  # None: as many as query heads
         head_dim: int | None = None,  # None: d_model // n_heads
     ) -> "HeadSizes":
-        "The sizes, those left out filled in."
+        "The sizes, with those left out filled in."
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         sizes = dict(d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim)
         for name, size in sizes.items():
@@ -309,7 +309,7 @@ Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (q, k) -> (q, k), 
 
 
 class HeadProjections(nn.Module):
-    "The four matrices of equation (1.5), and the way from tokens to each head's queries, keys and values."
+    "The four matrices of equation (1.5), and the path from tokens to each head's queries, keys and values."
 
     def __init__(
         self,
@@ -319,7 +319,7 @@ class HeadProjections(nn.Module):
         output_bias: bool = False,  # In the output projection
         q_norm: nn.Module | None = None,  # Applied to each query head, before rotation
         k_norm: nn.Module | None = None,  # Applied to each key head, before rotation
-        norm_whole: bool = False,  # The two norms take all heads' numbers as one vector, as in OLMo 2
+        norm_whole: bool = False,  # The two norms treat all heads' numbers as one vector, as in OLMo 2
     ):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = sizes.n_heads, sizes.n_kv_heads, sizes.head_dim
@@ -350,7 +350,7 @@ class HeadProjections(nn.Module):
         Float[Tensor, "batch kv_heads seq head_dim"],
         Float[Tensor, "batch kv_heads seq head_dim"],
     ]:
-        "Queries, keys and values of each head, the first two normalised and rotated if that is wanted."
+        "Queries, keys and values of each head, the first two normalised and rotated where the layer does so."
         if x.ndim != 3:
             raise InputError(f"x must have the axes (batch, seq, d_model), not the shape {tuple(x.shape)}.")
         q, k, v = self.qkv(x)
@@ -364,9 +364,9 @@ class HeadProjections(nn.Module):
 # %% ../nbs/01_attention.ipynb #3140a635
 def check_window(
     window: int | None,  # How many keys a query may see, itself included; None: all
-    causal: bool,  # Whether the layer closes later keys
+    causal: bool,  # Whether the layer masks later keys
 ) -> int | None:
-    "The window, if it fits the layer; else `InputError`."
+    "Return the window if it fits the layer; otherwise raise `InputError`."
     if window is not None:
         check_range("window", window, 1, integer=True)
         if not causal:
@@ -378,7 +378,7 @@ def keep_reached(
     k: Float[Tensor, "batch kv_heads keys head_dim"],
     v: Float[Tensor, "batch kv_heads keys head_dim"],
     mask: Mask | None,
-    reach: int,  # How many keys, counted from the last, some query sees
+    reach: int,  # How many of the last keys any query sees
 ) -> tuple[
     Float[Tensor, "batch kv_heads _ head_dim"], Float[Tensor, "batch kv_heads _ head_dim"], Mask | None
 ]:
@@ -393,7 +393,7 @@ def window_mask(
     mask: Mask | None,
     device: torch.device,
 ) -> tuple[Mask | None, bool]:
-    "What to hand to attention as `mask` and `causal`: the window is built into the mask only where it closes a key."
+    "The `mask` and `causal` arguments for attention: the window goes into the mask only where it hides a key."
     if window >= n_keys:
         return mask, True
     return combine_masks(mask, causal_mask(n_queries, n_keys, window, device=device)), False
@@ -416,7 +416,7 @@ class MultiHeadAttention(HeadProjections):
         window: int | None = None,  # A query sees only the `window` most recent keys
         q_norm: nn.Module | None = None,  # Applied to each query head, before rotation
         k_norm: nn.Module | None = None,  # Applied to each key head, before rotation
-        norm_whole: bool = False,  # The two norms take all heads' numbers as one vector, as in OLMo 2
+        norm_whole: bool = False,  # The two norms treat all heads' numbers as one vector, as in OLMo 2
     ):
         sizes = HeadSizes.of(d_model, n_heads, n_kv_heads, head_dim)
         output_bias = bias if output_bias is None else output_bias
@@ -427,7 +427,7 @@ class MultiHeadAttention(HeadProjections):
     def full_mask(
         self, n_queries: int, n_keys: int, mask: Mask | None, device: torch.device
     ) -> tuple[Mask | None, bool]:
-        "What to hand to attention as `mask` and `causal`."
+        "The `mask` and `causal` arguments for attention."
         return (mask, self.causal) if self.window is None else window_mask(n_queries, n_keys, self.window, mask, device)
 
     def attend(

@@ -68,9 +68,9 @@ def check_regular(path: Path) -> None:
         raise InputError(f"{path} is not a regular file; it was not written by this package.")
 
 
-def step_of(folder: Path) -> int:
+def step_of(directory: Path) -> int:
     "The step in a checkpoint's name."
-    return int(folder.name.split("-")[1])
+    return int(directory.name.split("-")[1])
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -130,28 +130,28 @@ def remove_leftovers(run_directory: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def strangers(folder: Path) -> list[Path]:
+def strangers(directory: Path) -> list[Path]:
     "Files in a checkpoint's folder that don't belong to it; a file manager's hidden files don't count."
     try:
-        own = {"checkpoint.json", *read_json(folder / "checkpoint.json")["files"]}
+        own = {"checkpoint.json", *read_json(directory / "checkpoint.json")["files"]}
     except (InputError, KeyError, TypeError):
         own = {"checkpoint.json", *FILES, "tokenizer.json"}
-    return [path for path in folder.iterdir() if path.name not in own and not path.name.startswith(".")]
+    return [path for path in directory.iterdir() if path.name not in own and not path.name.startswith(".")]
 
 
-def discard_checkpoint(folder: str | Path) -> None:
+def discard_checkpoint(directory: str | Path) -> None:
     "Delete a checkpoint; what somebody else put into its folder stays there."
-    folder = Path(folder)
-    if others := strangers(folder):
-        (folder / "checkpoint.json").unlink()  # first, so that it no longer looks like a checkpoint
-        for path in folder.iterdir():
+    directory = Path(directory)
+    if others := strangers(directory):
+        (directory / "checkpoint.json").unlink()  # first, so that it no longer looks like a checkpoint
+        for path in directory.iterdir():
             if path not in others and path.is_file() and not path.name.startswith("."):
                 path.unlink()
         return
     # Renamed first, so that a half-deleted folder no longer looks like a checkpoint.
-    hidden = folder.with_name(f".{folder.name}.old.part")
+    hidden = directory.with_name(f".{directory.name}.old.part")
     shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(folder, hidden)
+    os.rename(directory, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 # %% ../nbs/85_checkpoints.ipynb #aade5c64
@@ -456,25 +456,25 @@ def _read_manifest(folder: Path) -> dict:
     raise InputError(f"{path} is damaged; {_other_checkpoint(folder)}.")
 
 
-def verify_checkpoint(folder: str | Path) -> dict:
+def verify_checkpoint(directory: str | Path) -> dict:
     """Check version, sizes and hashes of a checkpoint's files and return its manifest.
 
     `InputError` names the damaged file.
     """
-    folder = Path(folder)
-    manifest = _read_manifest(folder)
+    directory = Path(directory)
+    manifest = _read_manifest(directory)
     # file managers leave hidden files
-    present = {p.name for p in folder.iterdir() if not p.name.startswith(".")} - {"checkpoint.json"}
+    present = {p.name for p in directory.iterdir() if not p.name.startswith(".")} - {"checkpoint.json"}
     for name in sorted({*manifest["files"], *FILES} | present):
         if name not in present:
-            raise InputError(f"Checkpoint {folder} lacks its file {name}; {_other_checkpoint(folder)}.")
+            raise InputError(f"Checkpoint {directory} lacks its file {name}; {_other_checkpoint(directory)}.")
         if name not in manifest["files"] and name in FILES:
-            raise InputError(f"{folder / 'checkpoint.json'} doesn't list {name}; {_other_checkpoint(folder)}.")
+            raise InputError(f"{directory / 'checkpoint.json'} doesn't list {name}; {_other_checkpoint(directory)}.")
         if name not in manifest["files"]:
             raise InputError(
-                f"Checkpoint {folder} has the unknown file {name}; remove it, or {_other_checkpoint(folder)}."
+                f"Checkpoint {directory} has the unknown file {name}; remove it, or {_other_checkpoint(directory)}."
             )
-        _verify_file(folder / name, manifest["files"][name])
+        _verify_file(directory / name, manifest["files"][name])
     return manifest
 
 # %% ../nbs/85_checkpoints.ipynb #bedef3e0

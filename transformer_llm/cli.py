@@ -493,13 +493,13 @@ def check_out(path: Path) -> None:
         raise InputError(f"{path} already exists; use --overwrite to replace it, or choose another --out.")
 
 
-def check_no_tokens(out: Path) -> None:
+def check_no_tokens(directory: Path) -> None:
     "Raise `InputError` for a folder with files that `data prepare` would replace; its own unfinished work may go on."
     from transformer_llm.runs import TOKEN_FILES
 
-    if (out / "meta.json").exists() or not any(out.glob("shards-*")):
+    if (directory / "meta.json").exists() or not any(directory.glob("shards-*")):
         for name in TOKEN_FILES:
-            check_out(out / name)
+            check_out(directory / name)
 
 # %% ../nbs/92_command_line.ipynb #9972dee3
 def command_shakespeare(args: argparse.Namespace) -> None:
@@ -570,15 +570,15 @@ def run_config(args: argparse.Namespace):
     return RunConfig.from_dict({name: value for name, value in vars(args).items() if name not in other})
 
 
-def run_folder(out: str | None, text_file: str | None, model_size: str | None) -> Path:
+def run_folder(run_directory: str | None, text_file: str | None, model_size: str | None) -> Path:
     "`--out`, or `runs/TEXT-SIZE`."
-    if out:
-        return Path(out)
+    if run_directory:
+        return Path(run_directory)
     text = Path(text_file).resolve().stem if text_file else "shakespeare"
     return Path("runs") / f"{text}-{model_size or 'tiny'}"
 
 # %% ../nbs/92_command_line.ipynb #6d076d43
-def print_plan(trainer, out: Path) -> None:
+def print_plan(trainer, run_directory: Path) -> None:
     "Print what is about to be trained, on what, for how long and where."
     from transformer_llm.runs import check_memory
 
@@ -594,7 +594,7 @@ def print_plan(trainer, out: Path) -> None:
         ("tokens", token_counts(trainer.data)),
         ("steps", steps),
         ("memory", f"about {needed}"),
-        ("run", f"{out}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
+        ("run", f"{run_directory}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
     ])
     sys.stdout.flush()
 
@@ -702,9 +702,9 @@ def train_to_the_end(trainer) -> int:
     return code
 
 
-def train_and_tell(trainer, out: Path) -> int:
+def train_and_tell(trainer, run_directory: Path) -> int:
     "Print the plan, train and draw the curve; an interrupted run says how to continue it. Returns the exit code."
-    print_plan(trainer, out)
+    print_plan(trainer, run_directory)
     estimate = estimate_for(trainer)
     trainer.on_step = lambda trainer, record: estimate(record["step"])
     if not (is_terminal(sys.stdout) and is_terminal(sys.stderr)):
@@ -712,36 +712,36 @@ def train_and_tell(trainer, out: Path) -> int:
     try:
         history = trainer.train()
     except KeyboardInterrupt as interruption:
-        note("\n" + where_it_stands(trainer, out))
+        note("\n" + where_it_stands(trainer, run_directory))
         return 128 + getattr(interruption, "signal", signal.SIGINT)
     except BrokenPipeError:
         trainer.save()
         raise
-    save_curve(history, out / "loss.png")
+    save_curve(history, run_directory / "loss.png")
     return 0
 
 # %% ../nbs/92_command_line.ipynb #4024ebde
-def where_it_stands(trainer, out: Path) -> str:
+def where_it_stands(trainer, run_directory: Path) -> str:
     "What an interrupted run has saved, and how to continue it."
     saved = trainer.saved_step
     if saved is None:
         return f"Stopped at step {trainer.step:,}. Nothing was saved yet; start it again."
     lost = "" if saved == trainer.step else f"; the newest checkpoint is from step {saved:,}"
-    return f"Stopped at step {trainer.step:,}{lost}. Continue with: {resume_command(out)}"
+    return f"Stopped at step {trainer.step:,}{lost}. Continue with: {resume_command(run_directory)}"
 
 
-def resume_command(out: Path) -> str:
-    "What to type to continue the run in `out`."
-    return f"transformer-llm train {typed('out', out)} --resume"
+def resume_command(run_directory: Path) -> str:
+    "What to type to continue the run in `run_directory`."
+    return f"transformer-llm train {typed('out', run_directory)} --resume"
 
 
-def print_result(history: list[dict], out: Path) -> None:
+def print_result(history: list[dict], run_directory: Path) -> None:
     "Print the last losses and what to do next."
     last = {name: row[name] for row in history for name in ("loss", "val_loss") if row.get(name) is not None}
     rows = [("loss", f"{last['loss']:.4f} nats per token")] if "loss" in last else []
     rows += [("validation", f"{last['val_loss']:.4f} nats per token")] if "val_loss" in last else []
     print_rows(rows)
-    print(f"Next: transformer-llm generate {typed('checkpoint', out)} --prompt \"...\"")
+    print(f"Next: transformer-llm generate {typed('checkpoint', run_directory)} --prompt \"...\"")
 
 
 def save_curve(history: list[dict], path: Path) -> None:
@@ -1088,9 +1088,9 @@ def how_to_talk(checkpoint: str, tokenizer) -> dict:
     return roles | dict(chat_template=chat.template, stop_tokens=[i for i in chat.stop_tokens if i in known.values()])
 
 
-def folder_bytes(folder: Path) -> int:
+def folder_bytes(directory: Path) -> int:
     "The size of a folder's files."
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 # %% ../nbs/92_command_line.ipynb #889a3be5
 def command_play(args: argparse.Namespace) -> int:
@@ -1225,7 +1225,7 @@ def command_demo(args: argparse.Namespace) -> None:
     "Train the transformer that counts."
     from transformer_llm.demo import run_demo
 
-    run_demo(out=args.out, seed=args.seed, progress=at_terminal())
+    run_demo(directory=args.out, seed=args.seed, progress=at_terminal())
 
 # %% ../nbs/92_command_line.ipynb #d3c2acc9
 def command_bench(args: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ from transformer_llm.foundations import (
 )
 
 # %% ../nbs/06_dataset.ipynb #15633231
-TEXT_SUFFIXES = (".txt", ".md")  # what counts as text in a folder; a file of its own may have any name
+TEXT_SUFFIXES = (".txt", ".md")  # what counts as text in a folder; a single file may have any name
 
 
 def text_files(path: str | Path) -> list[Path]:
@@ -138,7 +138,7 @@ def arithmetic(a: int, b: int, operation: str = "+") -> str:
 
 
 def random_word(draw: random.Random, low: int, high: int) -> str:
-    "Between `low` and `high` of the letters a to j."
+    "A word of `low` to `high` letters, drawn from a to j."
     return "".join(draw.choice("abcdefghij") for _ in range(draw.randint(low, high)))
 
 
@@ -156,7 +156,7 @@ def pattern_lines(
     n: int,  # How many lines
     seed: int = 0,
 ) -> list[str]:
-    "Random lines of one pattern, the same ones for the same seed."
+    "Random lines of one pattern, the same lines for the same seed."
     draw, make = random.Random(seed), PATTERNS[check_choice("kind", kind, PATTERNS)]
     return [make(draw) for _ in range(n)]
 
@@ -164,9 +164,9 @@ def pattern_lines(
 def write_simple_patterns(
     path: str | Path | None = None,  # None: `simple_patterns.txt` in `data_folder()`
     *,
-    overwrite: bool = False,  # Replace another file that is there
+    overwrite: bool = False,  # Replace a file that holds anything else
 ) -> Path:
-    "Write 400 lines of each pattern, one kind after another in turn; `InputError` if the file holds anything else."
+    "Write 400 lines of each pattern, the patterns taking turns; `InputError` if the file holds anything else."
     path = data_folder() / "simple_patterns.txt" if path is None else Path(path)
     lines = [pattern_lines(kind, 400, seed) for seed, kind in enumerate(PATTERNS)]
     text = ("\n".join(chain.from_iterable(zip(*lines))) + "\n").encode("utf-8")
@@ -174,7 +174,8 @@ def write_simple_patterns(
         with open_regular(path) as file:
             if file.read(len(text) + 1) == text:
                 return path
-        raise InputError(f"{path} exists; give overwrite=True (--overwrite) to replace it, or another file.")
+        raise InputError(f"{path} already exists and holds something else; "
+            "set overwrite=True (--overwrite) to replace it, or choose another file.")
     with atomic_write(path) as file:
         file.write(text)
     return path
@@ -184,11 +185,11 @@ LOOK_AHEAD = 10_000  # characters in which a split looks for a blank line
 
 
 def cut_offset(
-    following: str,  # The text from two characters before the wanted place on
-    left: int,  # Characters of the whole text from there on
+    following: str,  # The text, starting two characters before the wanted place
+    left: int,  # Characters from there to the end of the whole text
 ) -> int:
     "Where to cut `following`: after its first blank line, else after its first line end, else at the wanted place (2)."
-    near = following[: min(LOOK_AHEAD, 2 + left // 2)]  # the held-out part keeps half of its size at least
+    near = following[: min(LOOK_AHEAD, 2 + left // 2)]  # the held-out part keeps at least half of its size
     for mark, first in (("\n\n", 0), ("\n", 1)):
         place = near.find(mark, first)
         if place >= 0 and place + len(mark) < left:
@@ -217,7 +218,7 @@ def split_text(
 # %% ../nbs/06_dataset.ipynb #e2e0d4ba
 def split_chunks(
     path: Path,  # A text file
-    n_characters: int,  # How many it has
+    n_characters: int,  # How many characters it has
     val_fraction: float,
 ) -> Iterator[tuple[str, str]]:
     """Read a file as `('train', chunk)` and then `('val', chunk)` pairs, cut where `split_text` cuts, with bounded
@@ -241,7 +242,7 @@ def split_chunks(
             near = ""
 
 # %% ../nbs/06_dataset.ipynb #b36479c1
-# as the operations that PyTorch lacks for its unsigned types see them: the signed type of that size, and its bits
+# PyTorch lacks operations for its unsigned types: the signed type of the same size, and its bits
 UNSIGNED = {torch.uint16: (torch.int16, 0xFFFF), torch.uint32: (torch.int32, 0xFFFFFFFF)}
 
 
@@ -264,11 +265,11 @@ def check_kind(tokens, name: str = "tokens"):
 
 def check_token_ids(
     tokens,  # List, array or tensor of any shape
-    vocab_size: int | None = None,  # The ids are below it
+    vocab_size: int | None = None,  # All ids must be below it
     *,
-    name: str = "tokens",  # What the person calls it
+    name: str = "tokens",  # What the message calls them
 ):
-    """Return token ids as a tensor or an array; `InputError` for fractions, truth values, negative ids, and ids that
+    """Return token ids as a tensor or an array; `InputError` for fractions, booleans, negative ids, and ids that
     the vocabulary lacks.
     """
     tokens = check_kind(tokens, name)
@@ -307,10 +308,10 @@ def take_tokens(
 
 def random_batch(
     tokens,  # 1-D array, memory map or tensor of token ids
-    batch_size: int,  # Windows
-    context_length: int,  # Inputs a window
+    batch_size: int,  # Number of windows
+    context_length: int,  # Inputs per window
     *,
-    generator: torch.Generator | None = None,  # Where the windows' places are drawn from
+    generator: torch.Generator | None = None,  # The generator that draws the windows' places
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
     """Windows at random places as `(inputs, targets)`: each target is the token after its input.
 
@@ -332,8 +333,8 @@ def random_batch(
 # %% ../nbs/06_dataset.ipynb #7d869975
 def sequential_batches(
     tokens,  # 1-D array, memory map or tensor of token ids
-    batch_size: int,  # Windows
-    context_length: int,  # Inputs a window
+    batch_size: int,  # Number of windows
+    context_length: int,  # Inputs per window
 ) -> Iterator[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]]:
     """Windows side by side as `(inputs, targets)`, so that each token but the first is a target exactly once.
 
@@ -374,7 +375,7 @@ def encode_shard(
     tokenizer,  # `CharTokenizer` or `BPETokenizer`
     target: Path,  # The shard's file
 ) -> int:
-    "Tokenize one shard into a file of its own, unless it is there already; returns the number of characters."
+    "Tokenize one shard into a file of its own, unless that file exists; returns the number of characters."
     if not target.exists():
         try:
             ids = np.fromiter(tokenizer.encode_iterable([text]), dtype=token_dtype(tokenizer.vocab_size))
@@ -400,14 +401,14 @@ def run_in_workers(
     tokenizer,  # Sent to each worker once
     workers: int,  # How many processes
 ) -> Iterator[int]:
-    "Tokenize shards in several processes, at most two waiting for each; yields the characters done, as they are done."
+    "Tokenize shards in several processes, at most two waiting for each; yields the characters of each when it is done."
     from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
-    # a worker finds its functions here, also when a notebook's cell defines them
+    # a worker finds its functions here, even when a notebook's cell defines them
     module = import_module("transformer_llm.dataset")
-    # "spawn" is the way that all systems have, and forking a process that runs threads (torch does) can hang
+    # "spawn" works on every system; forking a process that runs threads (torch does) can hang
     with ProcessPoolExecutor(workers, get_context("spawn"), module.start_worker, (tokenizer,)) as pool:
         try:
             waiting = set()
@@ -419,8 +420,8 @@ def run_in_workers(
             yield from (future.result() for future in waiting)
         except BrokenProcessPool as error:
             raise InputError(
-                "A worker process ended before its work was done; run the same "
-                "command again to continue, with fewer workers."
+                "A worker process ended before its work was done; to continue, run "
+                "the same command again with fewer workers."
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -434,7 +435,7 @@ class TokenData:
         train,  # 1-D array, memory map or tensor of token ids
         val,  # The same, held out; may be empty
         meta: dict | None = None,  # What `prepare_tokens` noted
-        directory: str | Path | None = None,  # Where they lie; None: only in memory
+        directory: str | Path | None = None,  # Their folder; None: only in memory
     ):
         self.train, self.val, self.meta = train, val, meta or {}
         self.directory = None if directory is None else Path(directory)
@@ -460,7 +461,7 @@ class TokenData:
         meta = read_json(directory / "meta.json")
         if not is_note(meta):
             raise InputError(
-                f"{directory / 'meta.json'} is not a note of version "
+                f"{directory / 'meta.json'} isn't written in version "
                 f"{FORMAT_VERSION} of the token format; prepare the tokens again."
             )
         return cls(
@@ -473,7 +474,7 @@ class TokenData:
         )
 
     def verify(self) -> bool:
-        """Hash the files and compare with what `meta.json` notes of them; `InputError` names one that has changed.
+        """Hash the files and compare with the hashes in `meta.json`; `InputError` names one that has changed.
 
         False if there is nothing to compare: tokens in memory, and folders that were prepared before hashes were noted.
         """
@@ -481,7 +482,7 @@ class TokenData:
         for name, seal in (seals or {}).items():
             if sha256_of(self.directory / name) != seal:
                 raise InputError(
-                    f"{self.directory / name} has changed since its tokens were prepared (its SHA-256 is another); "
+                    f"{self.directory / name} has changed since its tokens were prepared (its SHA-256 differs); "
                     "prepare the tokens again."
                 )
         return bool(seals)
@@ -506,14 +507,14 @@ def is_note(meta) -> bool:
 
 
 def is_seal(seals: object) -> bool:
-    "Whether these are hashes of token files: one of each, or none, in a note of old."
+    "Whether these are hashes of token files: one for each, or none in an old `meta.json`."
     return isinstance(seals, dict) and (
         not seals or (set(seals) == {"train.bin", "val.bin"} and all(isinstance(seal, str) for seal in seals.values()))
     )
 
 
 def holds_tokens(directory: str | Path) -> bool:
-    "Whether `prepare_tokens` has written into this folder, be it damaged or of another version: not any `meta.json`."
+    "Whether `prepare_tokens` has written into this folder, even tokens that are damaged or of another version."
     directory = Path(directory)
     if not (directory / "meta.json").is_file() or not (directory / "train.bin").is_file():
         return False
@@ -525,7 +526,7 @@ def holds_tokens(directory: str | Path) -> bool:
 
 
 def map_tokens(path: Path, n_tokens: int, dtype: str) -> np.ndarray:
-    "A read-only memory map of a token file, whose size must be as noted."
+    "A read-only memory map of a token file, whose size must match the note."
     size = path.stat().st_size if path.is_file() else -1
     if size != n_tokens * np.dtype(dtype).itemsize:
         raise InputError(
@@ -550,7 +551,7 @@ def measure_texts(
             lengths[-1] += len(chunk)
             fingerprint.update(chunk.encode("utf-8"))
             blank = blank and chunk.isspace()
-        fingerprint.update(b"\xff")  # a byte that no text holds: where one file ends
+        fingerprint.update(b"\xff")  # marks the end of a file: a byte that no text holds
     if blank:
         raise InputError(f"The text in {path} is empty; give one with text in it.")
     return lengths, fingerprint.hexdigest()
@@ -561,7 +562,7 @@ def between_files(
     ending: str,  # The last two characters before
     path: Path,  # The file that follows
 ) -> str:
-    "What keeps two files apart: `<|endoftext|>` if the tokenizer has it, else a blank line, else a space."
+    "What separates two files: `<|endoftext|>` if the tokenizer has it, else a blank line, else a space."
     end = "<|endoftext|>"
     if end in tokenizer.special_tokens:
         return end
@@ -571,7 +572,7 @@ def between_files(
             tokenizer.encode(text)
             return text
     raise InputError(
-        f"{path} and the file before it would run together: the tokenizer knows no end of text, no newline and no "
+        f"{path} and the file before it would run together: the tokenizer has no end-of-text token, no newline and no "
         "space; train it on text that holds a newline, or join the files yourself."
     )
 
@@ -606,7 +607,7 @@ def group_shards(pieces: Iterator[tuple[str, str]], tokenizer) -> Iterator[tuple
             yield part, text
 
 # %% ../nbs/06_dataset.ipynb #db83f40d
-RULES = 2  # of cutting and joining texts; another number makes another fingerprint
+RULES = 2  # the version of the rules for cutting and joining texts; a part of the fingerprint
 
 
 def prepare_tokens(
@@ -617,7 +618,7 @@ def prepare_tokens(
     val_fraction: float = 0.1,  # Share of each file to hold out, from its end
     workers: int = 1,  # Processes; the result doesn't depend on it
     progress: bool = True,  # Show a bar
-    overwrite: bool = False,  # Replace other tokens that are there
+    overwrite: bool = False,  # Replace different tokens if there are any
 ) -> TokenData:
     """Tokenize a text of any size into memory-mapped files; does nothing if they are there already.
 
@@ -669,7 +670,7 @@ def token_key(tokenizer, val_fraction: float) -> str:
 
 
 def fingerprint_of(path: str | Path, tokenizer, val_fraction: float = 0.1) -> str:
-    "What `prepare_tokens` would note in `meta.json` as the fingerprint of this text, tokenizer and split."
+    "The fingerprint that `prepare_tokens` would note in `meta.json` for this text, tokenizer and split."
     return measure_texts(text_files(path), token_key(tokenizer, val_fraction))[1]
 
 
@@ -683,7 +684,7 @@ def is_prepared(directory: Path, fingerprint: str) -> bool:
 
 
 def check_place(directory: Path, fingerprint: str, shards: Path) -> None:
-    "Raise `InputError` if the folder holds what `prepare_tokens` would replace, and not these tokens, damaged."
+    "Raise `InputError` if `prepare_tokens` would replace anything in the folder but damaged files of these tokens."
     note, found = directory / "meta.json", None
     if note.exists():
         try:
@@ -691,12 +692,13 @@ def check_place(directory: Path, fingerprint: str, shards: Path) -> None:
         except InputError:
             meta = None
         if not isinstance(meta, dict) or meta.get("fingerprint") != fingerprint:
-            found = "other tokens" if holds_tokens(directory) else "a meta.json that is not of these tokens"
-    elif not shards.exists():  # with them, it is what a killed call left
+            found = "other tokens" if holds_tokens(directory) else "a meta.json of something else"
+    elif not shards.exists():  # with shards, it is what a killed call left
         found = next((name for name in ("train.bin", "val.bin") if (directory / name).exists()), None)
     if found:
         raise InputError(
-            f"{directory} holds {found}; give overwrite=True (--overwrite) to replace what is there, or another folder."
+            f"{directory} already holds {found}; set overwrite=True (--overwrite) to replace it, or choose "
+            "another folder."
         )
 
 # %% ../nbs/06_dataset.ipynb #eb388668
@@ -718,12 +720,12 @@ def join_shards(
             seals[target.name] = join_files(files, target)
             meta[f"{part}_tokens"] = target.stat().st_size // np.dtype(meta["dtype"]).itemsize
     except (FileNotFoundError, InputError) as error:
-        if is_prepared(directory, meta["fingerprint"]):  # another process did the same, and was sooner
+        if is_prepared(directory, meta["fingerprint"]):  # another process did the same, and was faster
             return TokenData.open(directory)
         if all(shard.exists() for _, shard in plan):
             raise
         raise InputError(
-            f"Unfinished tokens in {directory} are gone: another process prepares tokens there; wait for it, or give "
+            f"Unfinished tokens in {directory} are gone: another process is preparing tokens there; wait, or choose "
             "another folder."
         ) from error
     except OSError as error:
@@ -734,7 +736,7 @@ def join_shards(
 
 
 def join_files(files: Iterable[Path], target: Path) -> str:
-    "Write files one behind another into `target`, atomically; the SHA-256 of the whole."
+    "Write files one after another into `target`, atomically; returns the SHA-256 of the whole."
     seal = hashlib.sha256()
     with atomic_write(target) as file:
         for part in files:

@@ -42,7 +42,7 @@ from .transformer import GPT, Block, GPTConfig, RMSNorm, check_plain
 # %% ../nbs/13_decoding.ipynb #9545118c
 @torch.inference_mode()
 def memory_bandwidth(
-    n_bytes: int = 2**28,  # Read at once; far more than the caches hold, or it is them that you measure
+    n_bytes: int = 2**28,  # Read at once; far more than the caches hold, or you measure the caches
     repeats: int = 7,
 ) -> float:
     """Bytes per second that the processor reads from memory: the best of several sums over a large matrix and of its
@@ -83,14 +83,14 @@ class FloatMatrix:
         return F.linear(x, self.weight.t(), self.bias)
 
     def into(self, x: Float[Tensor, "batch columns"], out: Float[Tensor, "batch rows"]) -> None:
-        "The product in a tensor that is there already."
+        "The product, written into an existing tensor."
         if self.bias is None:
             torch.mm(x, self.weight, out=out)
         else:
             torch.addmm(self.bias, x, self.weight, out=out)
 
     def add_to(self, x: Float[Tensor, "batch columns"], residual: Float[Tensor, "batch rows"]) -> None:
-        "Add the product to what is there already."
+        "Add the product to an existing tensor."
         residual.addmm_(x, self.weight)
         if self.bias is not None:
             residual.add_(self.bias)
@@ -104,7 +104,7 @@ def rows_product(
     weight: Float[Tensor, "rows columns"],
     bias: Float[Tensor, "rows"] | None,
 ) -> Float[Tensor, "*batch rows"]:
-    "`F.linear` in float32, by torch's other CPU library where that is there and the matrix is worth it."
+    "`F.linear` in float32, by torch's other CPU library where it is available and the matrix is large enough."
     if weight.numel() > HALVES**2:
         with contextlib.suppress(AttributeError, RuntimeError):
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -132,8 +132,8 @@ class HalvedMatrix(FloatMatrix):
     def halves(
         self, row: Float[Tensor, "1 columns"], out: Float[Tensor, "_ half 1"] | None = None
     ) -> Float[Tensor, "_ half 1"]:
-        "Both halves times one row of x, turned up, with the bias."
-        # turned by its strides: as a column of its own, MKL reads it several times more slowly
+        "Both halves times one row of x, as a column, with the bias."
+        # transposed by its strides: MKL reads a real column several times more slowly
         both = row.t().expand(2, -1, -1)
         return (
             torch.bmm(self.weight, both, out=out)
@@ -142,14 +142,14 @@ class HalvedMatrix(FloatMatrix):
         )
 
     def into(self, x: Float[Tensor, "batch columns"], out: Float[Tensor, "batch rows"]) -> None:
-        "The product in a tensor that is there already."
+        "The product, written into an existing tensor."
         if len(x) > 1 or self.rows % 2:
             out.copy_(self(x))
         else:
             self.halves(x, out.view(2, -1, 1))
 
     def add_to(self, x: Float[Tensor, "batch columns"], residual: Float[Tensor, "batch rows"]) -> None:
-        "Add the product to what is there already."
+        "Add the product to an existing tensor."
         if len(x) > 1 or self.rows % 2:
             residual.add_(self(x))
             return
@@ -162,16 +162,16 @@ class OtherMatrix(FloatMatrix):
     "A matrix whose kernel has no form that writes into a given tensor; a subclass says how it multiplies."
 
     def into(self, x: Float[Tensor, "batch columns"], out: Float[Tensor, "batch rows"]) -> None:
-        "The product, copied into a tensor that is there already."
+        "The product, copied into an existing tensor."
         out.copy_(self(x))
 
     def add_to(self, x: Float[Tensor, "batch columns"], residual: Float[Tensor, "batch rows"]) -> None:
-        "Add the product to what is there already."
+        "Add the product to an existing tensor."
         residual.add_(self(x))
 
 
 class PackedMatrix(OtherMatrix):
-    "A bfloat16 matrix in the order that torch's CPU library wants, so that it need not be put into it at every call."
+    "A bfloat16 matrix in the layout that torch's CPU library wants, so that it isn't reordered at every call."
 
     def __init__(self, weight: Float[Tensor, "rows columns"], bias: Float[Tensor, "rows"] | None = None):
         self.weight, self.bias = (
@@ -213,7 +213,7 @@ PIECE = 2**22  # Bytes that are fetched together
 class Int8Matrix(FloatMatrix):
     """x Wᵀ + b in whole numbers, with a scale for each row of W and one for each row of x, equation (13.3).
 
-    A row of x is rounded when it comes, so a batch's rows don't depend on each other.
+    A row of x is rounded as it arrives, so a batch's rows don't depend on each other.
     """
 
     def __init__(self, weight: Float[Tensor, "rows columns"], bias: Float[Tensor, "rows"] | None = None):
@@ -226,7 +226,7 @@ class Int8Matrix(FloatMatrix):
     def works() -> bool:
         """Whether this torch's product of whole numbers is exact on this processor.
 
-        Some cut sums of two terms off at 16 bits.
+        Some cut off sums of two terms at 16 bits.
         """
         largest = torch.full((32, 64), 127, dtype=torch.int8)
         try:
@@ -235,20 +235,20 @@ class Int8Matrix(FloatMatrix):
             return False
 
     def cut(self) -> list[tuple[Int[Tensor, "_ _"], Int[Tensor, "columns _"]]]:
-        "A large matrix in pieces that the caches hold, each also as words of eight numbers; none of a small one."
+        "A large matrix in pieces that the caches hold, each also as words of eight numbers; none for a small one."
         if self.weight.dtype != torch.int8 or self.rows.numel() < COLD or self.rows.shape[1] % 8:
             return []
         return [(rows.view(torch.int64), rows.t()) for rows in self.rows.split(max(1, PIECE // self.rows.shape[1]))]
 
     def multiply(self, whole: Int[Tensor, "batch columns"]) -> Shaped[Tensor, "batch rows"]:
-        "Whole numbers times the matrix, in whole numbers where the product of them works."
+        "Whole numbers times the matrix, in integer arithmetic where that works."
         if self.weight.dtype != torch.int8:
             return whole.float() @ self.weight
         if len(whole) > 1 or not self.pieces:
             return torch._int_mm(whole, self.weight)
         products = []
         for words, piece in self.pieces:
-            words.sum()  # nobody wants the sum, but it has fetched the piece
+            words.sum()  # the sum is not needed, but it has fetched the piece
             products.append(torch._int_mm(whole, piece))
         return products[0] if len(products) == 1 else torch.cat(products, 1)
 
@@ -266,7 +266,7 @@ class Int8Matrix(FloatMatrix):
         return torch.mul(self.multiply(whole), self.scale), scale
 
     def into(self, x: Float[Tensor, "batch columns"], out: Float[Tensor, "batch rows"]) -> None:
-        "The product in a tensor that is there already."
+        "The product, written into an existing tensor."
         sums, scale = self.whole(x)
         if self.bias is None:
             torch.mul(sums, scale, out=out)
@@ -274,7 +274,7 @@ class Int8Matrix(FloatMatrix):
             torch.addcmul(self.bias, sums, scale, out=out)
 
     def add_to(self, x: Float[Tensor, "batch columns"], residual: Float[Tensor, "batch rows"]) -> None:
-        "Add the product to what is there already."
+        "Add the product to an existing tensor."
         residual.addcmul_(*self.whole(x))
         if self.bias is not None:
             residual.add_(self.bias)
@@ -391,7 +391,7 @@ class PackedWeights(GPT):
         if kind not in (torch.float32, torch.bfloat16, torch.float16, "int8"):
             raise InputError(f'dtype must be torch.float32, torch.bfloat16, torch.float16 or "int8", not {kind!r}.')
         if kind == "int8" and model.device.type != "cpu":
-            raise InputError(f'dtype="int8" is for CPUs; on {model.device} take torch.bfloat16.')
+            raise InputError(f'dtype="int8" is for CPUs; on {model.device} use torch.bfloat16.')
         if kind == torch.bfloat16 and model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) <= WIDE:
             model, kind = copy.deepcopy(model).to(kind).float(), torch.float32
         self.config = model.config
@@ -436,7 +436,7 @@ class PackedGPT(PackedWeights):
         return self.dtype
 
     def matrices(self) -> list[FloatMatrix]:
-        "All matrices that one token is multiplied with."
+        "All matrices that one token is multiplied by."
         found = []
         for block in self.blocks:
             attention, network = block.attention, block.feedforward
@@ -466,7 +466,7 @@ def rms_function(
     weight: Float[Tensor, "..."],  # One for each number of a vector, or for each of several heads
     eps: float,
 ) -> Function:
-    "RMSNorm in four operator calls, equation (13.8); `F.rms_norm` makes more of them on a CPU."
+    "RMSNorm in four operator calls, equation (13.8); `F.rms_norm` makes more calls on a CPU."
     width = weight.shape[-1]
     gain, floor = weight.detach().float() * math.sqrt(width), torch.tensor(math.sqrt(width * eps), device=weight.device)
 
@@ -498,7 +498,7 @@ def pairs_of(
 
 
 class WideCache(KVCache):
-    "A `KVCache` whose storage is wider than the numbers that come; it gives them back as they came."
+    "A `KVCache` whose storage is wider than the numbers that come in; it returns them in their own type."
 
     def update(
         self, k: Float[Tensor, "batch kv_heads seq head_dim"], v: Float[Tensor, "batch kv_heads seq head_dim"]
@@ -588,7 +588,7 @@ class TokenBuffers(TokenStore):
         self.q = self.turned[:, :c.n_heads].unflatten(1, (c.n_kv_heads, -1))
         self.new_kv = self.turned[:, c.n_heads:].unflatten(1, (2, -1)).transpose(0, 1)
         stored = dict(dtype=self.kv.dtype, device=made["device"])
-        # then the queries lie one behind the other, and no copy is needed
+        # then the queries are contiguous, and no copy is needed
         one_row = B == 1 and self.q.dtype == self.kv.dtype
         self.q_rows = self.q[0] if one_row else torch.empty(B * c.n_kv_heads, *self.q.shape[2:], **stored)
         self.q_copy = None if one_row else self.q_rows.view(self.q.shape)
@@ -763,7 +763,7 @@ class StepReader(TokenReader):
         tokens: Int[Tensor, "batch"],  # The newest token of each row
         cache: DecoderCache,  # From `new_cache`, with room for one more
     ) -> Float[Tensor, "batch d_model"]:
-        "Read one token per row: the pre-norm block of chapter 04, each product into a buffer that is there already."
+        "Read one token per row: the pre-norm block of chapter 04, each product into an existing buffer."
         t, x = cache[0].length, self.embed_one(tokens, cache)
         turns, qkv, up, (gate, gated_up) = cache.cos is not None, cache.qkv, cache.up, cache.gate_up
         for new_kv, keys, values, layer in zip(*cache.slots(t), self.layers):
@@ -850,7 +850,7 @@ class TextWriter(StepReader):
 class Decoder(TextWriter):
     """A `PackedGPT` that reads one token in as few operator calls as it can, and writes.
 
-    It can be called like the `GPT` that it was made of, with the same results up to rounding, and handed to all
+    It can be called like the `GPT` that it was made from, with the same results up to rounding, and passed to all
     functions of chapter 08. It stays on the device where it was made, can't be trained, and doesn't notice when the
     model's weights change. A model with a replaced module or a hook, which it would ignore, is refused by name.
     """
@@ -870,7 +870,7 @@ class Decoder(TextWriter):
         generator: torch.Generator | int | None = None,  # A generator or a seed; None: torch's global generator
         attention_mask: Bool[Tensor, "batch seq"] | None = None,  # False for padding on the left
     ) -> Int[Tensor, "batch total"]:
-        "What `generation.generate` gives for the same arguments and seed; padded prompts are handed to it."
+        "What `generation.generate` gives for the same arguments and seed; padded prompts are passed on to it."
         sampling = resolve_sampling(
             sampling,
             temperature=temperature,
@@ -881,7 +881,7 @@ class Decoder(TextWriter):
         )
         stops = check_stops(stop_tokens, self).tolist()
         options = dict(sampling=sampling, stop_tokens=stops, generator=generator, attention_mask=attention_mask)
-        stream(self, ids, max_new_tokens, use_cache=False, **options)  # refuses what can't be, and does nothing else
+        stream(self, ids, max_new_tokens, use_cache=False, **options)  # only checks its arguments
         if not self.steps or (attention_mask is not None and not bool(attention_mask.all())):
             return generate(self, ids, max_new_tokens, **options)
         ids, generator = ids.long().to(self.place), make_generator(generator, self.place)
@@ -908,7 +908,7 @@ def speed_bound(
     length: int,  # Tokens in the cache
     bandwidth: float,  # Bytes per second, from `memory_bandwidth`
 ) -> float:
-    "Tokens per second that no batch of one can pass while its weights come from memory, equation (13.1)."
+    "Tokens per second that no batch of one can exceed while its weights come from memory, equation (13.1)."
     return bandwidth / bytes_per_token(decoder, length)
 
 # %% ../nbs/13_decoding.ipynb #b2a02c11
@@ -960,13 +960,13 @@ class Reader:
             value = getattr(sampling, field.name)
             if field.name not in self.KNOWN and value != field.default:
                 raise InputError(
-                    f"Speculative decoding can't use {field.name}={value!r}; leave it out, or write with generate."
+                    f"Speculative decoding can't use {field.name}={value!r}; leave it out, or use generate."
                 )
 
     def distributions(
         self,
         ids: Int[Tensor, "1 total"],  # The whole window
-        n: int,  # How many are asked for, the last ones
+        n: int,  # How many of the last tokens
     ) -> Float[Tensor, "steps vocab"]:
         "What the model expects after each of the last `n` tokens, with the settings applied."
         logits = self.model(ids[:, self.cache[0].length :], cache=self.cache)[0, -n:].double()
@@ -982,7 +982,7 @@ class Reader:
 
 
 def check_pair(model: GPT, draft: GPT, ids: Int[Tensor, "batch seq"]) -> None:
-    "Raise `InputError` unless the two read the same tokens, the draft as many of them, and there is one prompt."
+    "Raise `InputError` unless the two read the same tokens, the draft no fewer of them, and there is one prompt."
     large, small = model.config, draft.config
     if large.vocab_size != small.vocab_size:
         raise InputError(
@@ -1017,7 +1017,7 @@ def speculative(
     algorithm 1.
 
     Temperature and filters act on both models alike; a repetition penalty is refused.
-    Past the context length the window slides as in chapter 08. Models answer as they are: put them in evaluation mode.
+    Past the context length the window slides as in chapter 08. Modes stay as they are: call eval() first.
     """
     check_pair(model, draft, ids)
     lookahead = check_range("lookahead", lookahead, 1, integer=True)

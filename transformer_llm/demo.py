@@ -30,14 +30,14 @@ def counting_sequences(
     starts: Int[Tensor, "batch"],  # First digit of each sequence
     length: int,  # Digits in each
 ) -> Int[Tensor, "batch seq"]:
-    "Sequences that count up from `starts`, digit by digit, 9 being followed by 0 (equation 0.1)."
+    "Sequences that count up from `starts`, digit by digit, with 0 after 9 (equation 0.1)."
     return (starts[:, None] + torch.arange(length)) % 10
 
 # %% ../nbs/00_counting.ipynb #e3a60a10
 TRAINING_STARTS = (0, 1, 2, 3, 4, 5, 6)  # Every training sequence begins with one of these
 HELD_OUT_STARTS = (7, 8, 9)  # No training sequence does
-TRAINING_LENGTH = 24  # Digits of the longest training sequence
-HELD_OUT_LENGTHS = tuple(range(25, 33))  # Lengths that only the test has; 32 is the model's window
+TRAINING_LENGTH = 24  # Digits in the longest training sequence
+HELD_OUT_LENGTHS = tuple(range(25, 33))  # Lengths used only in the test; 32 is the model's window
 
 # %% ../nbs/00_counting.ipynb #7a0658d9
 @dataclass
@@ -50,12 +50,12 @@ class Counter:
 # %% ../nbs/00_counting.ipynb #14ff07c6
 def train_counter(
     steps: int = 200,  # Optimizer steps
-    seed: int = 0,  # Of the weights and of the order of the data
+    seed: int = 0,  # For the weights and the order of the data
     *,
     batch_size: int = 16,  # Sequences per step
     learning_rate: float = 1e-2,  # At the start; it falls to zero in a straight line
     starts: tuple[int, ...] = TRAINING_STARTS,  # First digits to train on
-    length: int = TRAINING_LENGTH,  # Digits of a training sequence
+    length: int = TRAINING_LENGTH,  # Digits in a training sequence
     progress: bool = True,  # Show a progress bar
     watch: Callable[[int, GPT], None] | None = None,  # Called before each step and after the last, with the steps done
 ) -> Counter:
@@ -105,7 +105,7 @@ def count_from(
 def counting_accuracy(
     model: GPT,  # Any model over the ten digits
     starts: tuple[int, ...] = HELD_OUT_STARTS,  # First digits
-    lengths: tuple[int, ...] = HELD_OUT_LENGTHS,  # Digits of the whole sequence
+    lengths: tuple[int, ...] = HELD_OUT_LENGTHS,  # Digits in the whole sequence
 ) -> float:
     "Fraction of digits that are right when the model counts on its own from each start to each length."
     right = total = 0
@@ -129,27 +129,27 @@ def attention_of(
 
 # %% ../nbs/00_counting.ipynb #447c868e
 PICTURES = ("loss.png", "attention.png")
-PICTURE_TITLE = "transformer-llm demo"  # noted inside a picture, which may then be replaced by the next one
+PICTURE_TITLE = "transformer-llm demo"  # written into each picture's metadata: the next demo may replace such a picture
 
 
-def check_pictures(out: Path) -> None:
-    "Make the folder for the pictures; `InputError` if they can't go there or would replace somebody else's."
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give the name of a folder for the pictures.")
+def check_pictures(directory: Path) -> None:
+    "Make the folder for the pictures; `InputError` if they can't go there or would replace someone else's."
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; give the name of a folder for the pictures.")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in (out / name for name in PICTURES):
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in (directory / name for name in PICTURES):
             if path.exists() and PICTURE_TITLE.encode() not in path.read_bytes()[:1000]:
                 raise InputError(f"{path} exists and was not written by this version's demo; move it away, or give "
                                  "another --out.")
     except OSError as error:
-        raise InputError(os_error_sentence("write", out, error)) from error
-    if not os.access(out, os.W_OK):
-        raise InputError(f"Can't write into {out}: you have no permission; give another folder.")
+        raise InputError(os_error_sentence("write", directory, error)) from error
+    if not os.access(directory, os.W_OK):
+        raise InputError(f"Can't write into {directory}: you have no permission; give another folder.")
 
 # %% ../nbs/00_counting.ipynb #fc21174e
-def save_demo_pictures(counter: Counter, out: Path) -> list[Path]:
-    "Save the loss curve and both layers' attention on one sequence into folder `out`; returns the files."
+def save_demo_pictures(counter: Counter, directory: Path) -> list[Path]:
+    "Save the loss curve and both layers' attention on one sequence into `directory`; returns the files."
     import matplotlib
 
     if "matplotlib.pyplot" not in sys.modules:
@@ -164,22 +164,22 @@ def save_demo_pictures(counter: Counter, out: Path) -> list[Path]:
         show_attention(weights, digits, title=f"Layer {layer}, head 0", ax=ax)
     files = []
     for name, figure in zip(PICTURES, (curve.figure, axes[0].figure)):
-        with atomic_write(out / name) as file:
+        with atomic_write(directory / name) as file:
             figure.savefig(file, dpi=150, format="png", metadata={"Title": PICTURE_TITLE})
-        files.append(out / name)
+        files.append(directory / name)
     return files
 
 # %% ../nbs/00_counting.ipynb #e9c22412
 def run_demo(
-    out: str | Path = "demo",  # Folder for the pictures
-    seed: int = 0,  # Of weights and data
+    directory: str | Path = "demo",  # Folder for the pictures
+    seed: int = 0,  # For weights and data
     progress: bool = True,  # Show a progress bar
 ) -> float:
     """Train the counting model, test it on what was held out, print and save what it does.
 
     Returns the held-out accuracy. A folder that can't be used raises `InputError` before anything is trained.
     """
-    check_pictures(Path(out))
+    check_pictures(Path(directory))
     model = GPT(GPTConfig.preset("demo"))
     starts = ", ".join(map(str, HELD_OUT_STARTS))
     print(f"A transformer with {model.num_parameters():,} parameters learns to count.")
@@ -187,7 +187,7 @@ def run_demo(
           f"{TRAINING_LENGTH} digits long.")
     print(f"Held out: the starts {starts} and the lengths {HELD_OUT_LENGTHS[0]} to {HELD_OUT_LENGTHS[-1]}.\n")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model is faster on one core: sharing its work out costs more than doing it
+    torch.set_num_threads(1)  # a model this small is faster on one core: sharing out its work costs more than doing it
     counter = train_counter(seed=seed, progress=progress)
     torch.set_num_threads(threads)
     accuracy = counting_accuracy(counter.model)
@@ -195,7 +195,7 @@ def run_demo(
     print(f"\nTrained in {counter.seconds:.1f} s; loss {losses} nats per digit.")
     print(f"Accuracy on held-out starts and lengths: {accuracy:.1%} of the digits it writes on its own.\n")
     print(f"It was given the 7 and wrote:\n{count_from(counter.model, 7)}\n")
-    for path in save_demo_pictures(counter, Path(out)):
+    for path in save_demo_pictures(counter, Path(directory)):
         print(f"Saved {path}")
     print("\nNext: open nbs/00_counting.ipynb (make lab) to see how this was done, then nbs/01_attention.ipynb.")
     return accuracy

@@ -60,22 +60,22 @@ class LearnedPositions(nn.Module):
 def check_even(name: str, value: int) -> int:
     "Return `value` if it can be cut into pairs. Raises `InputError` otherwise."
     if check_range(name, value, 2, integer=True) % 2:
-        raise InputError(f"{name} must be even, because positions are written in pairs of numbers, not {value}.")
+        raise InputError(f"{name} must be even, not {value}: positions are written in pairs of numbers.")
     return value
 
 # %% ../nbs/03_embeddings.ipynb #4d027a66
 def rotary_frequencies(
     head_dim: int,  # Even: a pair of numbers for each frequency
-    base: float = 10000.0,  # Larger: slower turning
+    base: float = 10000.0,  # Larger: slower rotation
     scaling: "RopeScaling | None" = None,  # Slows some pairs for longer texts
     *,
-    length: int = 1,  # Tokens of the text; only "dynamic" scaling looks at it
+    length: int = 1,  # Tokens of the text; only "dynamic" scaling uses it
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "half"]:
     """How far each pair turns from one token to the next: 1 / base^(2i / head_dim) for pair i.
 
-    In float32, rounded at the same places as in Hugging Face's library, so that a pretrained model meets the angles of
-    its training: at position 6,796 and base 500,000 the last bit of a frequency changes a cosine by 5e-4.
+    In float32, rounded at the same places as in Hugging Face's library, so that a pretrained model sees the angles
+    it was trained with: at position 6,796 and base 500,000 the last bit of a frequency changes a cosine by 5e-4.
     """
     pairs = torch.arange(0, check_even("head_dim", head_dim), 2, device=device).float()
     if scaling is None:
@@ -86,7 +86,7 @@ def rotary_frequencies(
 def rotary_angles(
     positions: Int[Tensor, "*tokens"],
     head_dim: int,  # Even: a pair of numbers for each frequency
-    base: float = 10000.0,  # Larger: slower turning
+    base: float = 10000.0,  # Larger: slower rotation
     scaling: "RopeScaling | None" = None,  # Slows some pairs for longer texts
     *,
     length: int | None = None,  # Tokens of the text, for "dynamic" scaling; None: up to the last position
@@ -103,7 +103,7 @@ def rotary_angles(
 
 # %% ../nbs/03_embeddings.ipynb #b3e31475
 def sinusoidal_table(context_length: int, d_model: int) -> Float[Tensor, "context_length d_model"]:
-    """Sines and cosines of each position at d_model / 2 frequencies, in turn: Vaswani et al. (2017), section 3.5."""
+    """Sines and cosines of each position at d_model / 2 frequencies, in pairs: Vaswani et al. (2017), section 3.5."""
     check_range("context_length", context_length, 1, integer=True)
     cos, sin = rotary_angles(torch.arange(context_length), check_even("d_model", d_model))
     return torch.stack((sin, cos), -1).flatten(-2)
@@ -153,8 +153,8 @@ class Rotary(nn.Module):
         self,
         head_dim: int,  # Even
         *,
-        base: float = 10000.0,  # Larger: slower turning, for longer texts
-        interleaved: bool = False,  # How pairs are laid out: GPT-J and the original Llama; else as Hugging Face
+        base: float = 10000.0,  # Larger: slower rotation, for longer texts
+        interleaved: bool = False,  # Pairs are neighbours, as in GPT-J; else as in Hugging Face's Llama
         scaling: "RopeScaling | None" = None,  # For a model that was stretched to longer texts
     ):
         super().__init__()
@@ -184,10 +184,10 @@ class Rotary(nn.Module):
 def split_pairs(
     weight: Float[Tensor, "rows ..."], n_heads: int, *, pairs_last: bool
 ) -> Float[Tensor, "n_heads a b ..."]:
-    "Rows of a projection as (heads, half, 2) or (heads, 2, half). Raises `InputError` if they don't divide so."
+    "Rows of a projection as (heads, half, 2) or (heads, 2, half). Raises `InputError` if they can't be divided."
     if weight.shape[0] % (2 * check_range("n_heads", n_heads, 1, integer=True)):
         raise InputError(
-            f"{weight.shape[0]} rows can't be cut into pairs for n_heads={n_heads}; give the projection's own number."
+            f"{weight.shape[0]} rows can't be cut into pairs for n_heads={n_heads}; give this projection's n_heads."
         )
     return weight.unflatten(0, (n_heads, -1, 2) if pairs_last else (n_heads, 2, -1))
 
@@ -287,15 +287,15 @@ def slow_by_turns(
 
 def slow_by_pairs(
     frequencies: Float[Tensor, "half"],  # Of all pairs
-    base: float | None,  # That they were made of
+    base: float | None,  # Of these frequencies
     scaling: RopeSettings,
 ) -> Float[Tensor, "half"]:
     "Equation (3.8): section 3.2 of Peng, Quesnelle et al. (2023), counted by pairs as in their code."
     if base is None:
-        raise InputError("rope_scaling kind='yarn' needs the base that the frequencies were made of.")
+        raise InputError("rope_scaling kind='yarn' needs the base of the frequencies.")
     half, original = len(frequencies), scaling.original_context_length
     turns = (scaling.beta_fast, scaling.beta_slow)
-    # the pair, in fractions, that makes n turns in the original context
+    # the (fractional) index of the pair that makes n turns in the original context
     first, last = (half * math.log(original / (n * 2 * math.pi)) / math.log(base) for n in turns)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
@@ -317,7 +317,7 @@ class RopeScaling(RopeSettings):
     - `low_freq_factor`: "llama3": a pair with fewer turns in the original context is slowed by `factor`.
     - `high_freq_factor`: "llama3": a pair with more turns stays as it is.
     - `original_context_length`: tokens that the model was first trained on; None: 8192 for "llama3"; "yarn" and
-      "dynamic" need it, the others don't look at it.
+      "dynamic" need it, the others ignore it.
     - `divisors`: "divisors": one number for each pair; kept as a tuple.
     - `beta_fast`: "yarn": a pair with more turns in the original context stays as it is.
     - `beta_slow`: "yarn": a pair with fewer turns is slowed by `factor`; those between in part.
@@ -338,7 +338,7 @@ class RopeScaling(RopeSettings):
         return cls(**values)
 
     def check_head(self, head_dim: int, base: float = 10000.0) -> None:
-        "Raise `InputError` if this scaling can't be had for heads of that width, or with that base."
+        "Raise `InputError` if this scaling is impossible for heads of this width or with this base."
         if self.kind == "divisors" and len(self.divisors) != head_dim // 2:
             raise InputError(
                 f"rope_scaling needs {head_dim // 2} divisors for "
@@ -359,11 +359,11 @@ class RopeScaling(RopeSettings):
     def slow(
         self,
         frequencies: Float[Tensor, "half"],  # Of all pairs
-        base: float | None = None,  # That they were made of; only "yarn" needs it
+        base: float | None = None,  # Of these frequencies; only "yarn" needs it
     ) -> Float[Tensor, "half"]:
         """The frequencies after scaling: equation (3.7) for "llama3", (3.8) for "yarn".
 
-        Chen et al. (2023) for "linear". What "dynamic" does, `stretch` does before.
+        Chen et al. (2023) for "linear". "dynamic" scaling happens earlier, in `stretch`.
         """
         if self.kind == "divisors":
             return frequencies / frequencies.new_tensor(self.divisors)
@@ -377,7 +377,7 @@ class RopeScaling(RopeSettings):
 def alibi_slopes(n_heads: int) -> Float[Tensor, "heads"]:
     """How fast each head forgets: 2^(-8/n), 2^(-16/n), ..., as in Press et al. (2022), section 3.
 
-    When n is no power of two: those of the next smaller power of two, then every other one of the next larger.
+    When n isn't a power of two: those of the next smaller power, then every other one of the next larger.
     """
     smaller = 2 ** (check_range("n_heads", n_heads, 1, integer=True).bit_length() - 1)
     slopes = [2 ** (-8 * i / smaller) for i in range(1, smaller + 1)]
@@ -386,7 +386,7 @@ def alibi_slopes(n_heads: int) -> Float[Tensor, "heads"]:
 
 
 def _check_lengths(n_queries: int, n_keys: int) -> None:
-    "Refuse what is no pair of lengths: the last query is the last key."
+    "Refuse lengths that don't fit together: the last query is the last key."
     if check_range("n_queries", n_queries, 0, integer=True) > check_range("n_keys", n_keys, 0, integer=True):
         raise InputError(f"n_queries must be at most n_keys={n_keys}, not {n_queries}: the last query is the last key.")
 
@@ -402,7 +402,7 @@ def alibi_bias(
     them).
     """
     n_keys = n_queries if n_keys is None else n_keys
-    if not any(isinstance(length, torch.SymInt) for length in (n_queries, n_keys)):  # open while torch.export traces
+    if not any(isinstance(length, torch.SymInt) for length in (n_queries, n_keys)):  # torch.export
         _check_lengths(n_queries, n_keys)
     query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
     distance = (query - torch.arange(n_keys, device=device)).clamp(min=0)

@@ -34,7 +34,7 @@ from .transformer import GPT
 # %% ../nbs/10_evaluation.ipynb #5d1fd9c7
 @dataclass(frozen=True)
 class Scores:
-    "What a model made of each token of a text."
+    "How well a model predicted each token of a text."
 
     nats: Float[Tensor, "seq"]  # Surprise at the token, in nats
     ranks: Int[Tensor, "seq"]  # How many tokens the model found more probable; 0: this was its first choice
@@ -44,19 +44,19 @@ class Scores:
 
     @property
     def cross_entropy(self) -> float:
-        "Mean surprise at a token in nats, equation (10.1)."
+        "Mean surprise per token in nats, equation (10.1)."
         return self.nats.mean().item()
 
     @property
     def perplexity(self) -> float:
-        "Equation (10.2). Comparable between models that cut text into the same tokens only."
+        "Equation (10.2). Comparable only between models that cut text into the same tokens."
         return self.nats.mean().exp().item()
 
     @property
     def bits_per_byte(self) -> float:
         """Equation (10.3).
 
-        Comparable between any two models on the same text; `InputError` where the number of bytes isn't known.
+        Comparable between any two models on the same text; `InputError` if the number of bytes isn't known.
         """
         if self.n_bytes < 1:
             raise InputError(
@@ -66,15 +66,15 @@ class Scores:
 
     def accuracy(
         self,
-        k: int = 1,  # Right is a token among the model's first `k` choices
+        k: int = 1,  # A token among the model's first `k` choices counts as right
     ) -> float:
         "Share of the predicted tokens that the model had among its first choices; `InputError` if it predicted none."
         check_range("k", k, 1, integer=True)
         predicted = self.context > 0
         if not predicted.any():
             raise InputError(
-                "Accuracy needs a token that was predicted, and the first one of a "
-                "text is not; give a text of at least two tokens."
+                "Accuracy needs a predicted token, and the first token of a "
+                "text isn't predicted; give a text of at least two tokens."
             )
         return (self.ranks[predicted] < k).double().mean().item()
 
@@ -82,7 +82,7 @@ class Scores:
 def join_scores(
     parts: Sequence[Scores],  # Of several texts, by one model
 ) -> Scores:
-    "The scores of several texts as those of one; `InputError` if there are none."
+    "The scores of several texts joined into one; `InputError` if there are none."
     if not len(parts):
         raise InputError("There are no scores to join; score at least one text.")
     names = ("nats", "ranks", "confidence", "context")
@@ -91,14 +91,14 @@ def join_scores(
     )
 
 # %% ../nbs/10_evaluation.ipynb #1667173f
-DENSE = 2**23  # up to so many possible codes, counting them in an array beats sorting
+DENSE = 2**23  # up to this many possible codes, counting them in an array beats sorting
 
 
 def count_codes(
     codes: np.ndarray,  # Whole numbers from 0 on
-    n_codes: int,  # All are below
+    n_codes: int,  # All codes are below it
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "The different codes in order, how often each occurs, and at which of them each place of `codes` stands."
+    "The distinct codes in order, how often each occurs, and the index among them of each entry of `codes`."
     if n_codes > DENSE:
         found, places, counts = np.unique(codes, return_inverse=True, return_counts=True)
         return found, counts, places
@@ -128,7 +128,7 @@ class Followers:
         return cls(codes, codes % vocab_size, counts, first, sums[first[1:]] - sums[first[:-1]])
 
     def find(self, histories: np.ndarray, tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-        "The number of each longer history; -1 for one that was never seen, or has no beginning that was."
+        "The number of each longer history; -1 for one that was never seen, or whose beginning wasn't."
         codes = np.where(histories < 0, -1, histories * vocab_size + tokens)
         places = np.minimum(np.searchsorted(self.codes, codes), len(self.codes) - 1)
         return np.where(self.codes[places] == codes, places, -1)
@@ -136,7 +136,7 @@ class Followers:
 # %% ../nbs/10_evaluation.ipynb #61313474
 def count_levels(
     tokens: np.ndarray,  # The text
-    order: int,  # Tokens of an n-gram
+    order: int,  # Tokens in an n-gram
     vocab_size: int,
 ) -> list[Followers]:
     "What followed the histories of 0, 1, ..., `order - 1` tokens."
@@ -175,7 +175,7 @@ def smoothed(levels: Sequence[Followers], histories: Sequence[np.ndarray], vocab
         kinds = level.first[history + 1] - level.first[history]
         weight = 1 / (level.total[history] + kinds)
         p[rows] *= (kinds * weight)[:, None]
-        # 0, 1, 2, ... anew for each row
+        # 0, 1, 2, ..., starting again in each row
         steps = np.arange(kinds.sum()) - np.repeat(np.cumsum(kinds) - kinds, kinds)
         places = np.repeat(level.first[history], kinds) + steps
         p[np.repeat(rows, kinds), level.tokens[places]] += level.counts[places] * np.repeat(weight, kinds)
@@ -193,7 +193,7 @@ def as_ids(
     if ids is None or ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex())):
         kind = type(tokens).__name__ if ids is None else f"{ids.dtype} of shape {tuple(ids.shape)}"
         raise InputError(
-            f"A text's tokens must be one row of whole numbers, not {kind}; a tokenizer's encode gives them."
+            f"A text's tokens must be one row of whole numbers, not {kind}; a tokenizer's encode makes them."
         )
     return ids.long().cpu()
 
@@ -202,16 +202,16 @@ class NGram(nn.Module):
     """A table of counts with the smoothing of Witten and Bell (1991), equation (10.4), that can be called like a `GPT`.
 
     `fit` needs about 100 bytes of memory for each token of the text, and 150 MB at most besides. Raises `InputError`
-    for an order or tokens that can't be.
+    for an invalid order or invalid tokens.
     """
 
     device = torch.device("cpu")
 
     def __init__(
         self,
-        order: int,  # Tokens of an n-gram: it looks at one less
+        order: int,  # Tokens in an n-gram: it looks at one less
         vocab_size: int,
-        context_length: int = 256,  # The most tokens that it is handed at once
+        context_length: int = 256,  # The most tokens that it reads at once
     ):
         super().__init__()
         self.order = check_range("order", order, 1, 64, integer=True)
@@ -225,7 +225,7 @@ class NGram(nn.Module):
         self,
         tokens,  # The training text: a list, array or tensor of token ids
     ) -> "NGram":
-        "Count a text, in place of what was counted before; returns itself."
+        "Count a text, replacing earlier counts; returns itself."
         tokens, size = as_ids(tokens).numpy(), self.config.vocab_size
         if not len(tokens) or tokens.min() < 0 or tokens.max() >= size:
             raise InputError(
@@ -244,7 +244,7 @@ class NGram(nn.Module):
         ids: Int[Tensor, "batch seq"],
         *,
         attention_mask: Bool[Tensor, "batch seq"] | None = None,  # False for padding on the left
-        cache: None = None,  # There is none: a look into the table costs nothing
+        cache: None = None,  # Always None: looking into the table costs nothing
         last_only: bool = False,  # Only for the token after the last one
     ) -> Float[Tensor, "batch predicted vocab"]:
         "The logarithm of each next token's probability, after each token."
@@ -262,7 +262,7 @@ class NGram(nn.Module):
 def window_spans(
     n_tokens: int,  # Of the whole text
     context_length: int,  # Tokens that the model reads at once
-    stride: int,  # Tokens from one window's beginning to the next one's
+    stride: int,  # Tokens from the beginning of one window to the next
 ) -> list[tuple[int, int, int]]:
     """Each window as `(begin, first, end)`: it holds the tokens `begin` to `end - 1`, and those from `first` on count.
 
@@ -279,12 +279,12 @@ def window_spans(
     return spans
 
 # %% ../nbs/10_evaluation.ipynb #720481b2
-SLICE = 2**24  # logits that are in memory at once, at most: 64 megabytes
+SLICE = 2**24  # the most logits in memory at once: 64 megabytes
 
 
 def judge_logits(
     logits: Float[Tensor, "batch seq vocab"],
-    targets: Int[Tensor, "batch seq"],  # The tokens that came
+    targets: Int[Tensor, "batch seq"],  # The tokens that follow
 ) -> tuple[Float[Tensor, "batch seq"], Int[Tensor, "batch seq"], Float[Tensor, "batch seq"]]:
     """Surprise at each target in nats, its rank, and the probability of the model's first choice.
 
@@ -322,7 +322,7 @@ def score_ends(
     n_scored: int,  # How many tokens at the end of each row are judged
     attention_mask: Bool[Tensor, "batch seq"] | None = None,  # False for padding on the left
 ) -> tuple[Float[Tensor, "batch predicted"], Int[Tensor, "batch predicted"], Float[Tensor, "batch predicted"]]:
-    "`judge_logits` of the last tokens of each row, each predicted from all that stands before it in its row."
+    "`judge_logits` of the last tokens of each row, each predicted from everything before it in its row."
     mask = {} if attention_mask is None else {"attention_mask": attention_mask[:, :-1]}
     with evaluating(model):
         if isinstance(model, GPT):
@@ -337,7 +337,7 @@ def window_settings(
     context_length: int | None,  # Tokens that the model reads at once; None: as many as it can
     stride: int | None,  # Tokens between the beginnings of two windows; None: half a window
 ) -> tuple[int, int]:
-    "Both as numbers; `InputError` for those that can't be."
+    "Both as numbers; `InputError` for invalid ones."
     limit = model.config.context_length
     length = limit if context_length is None else check_range("context_length", context_length, 1, limit, integer=True)
     return length, max(1, length // 2) if stride is None else check_range("stride", stride, 1, length, integer=True)
@@ -356,8 +356,8 @@ def score_tokens(
 ) -> Scores:
     """Score every token of a text exactly once, equation (10.1), with a sliding window (see `window_spans`).
 
-    Evaluation mode, no gradients; the model is given back as it was. Raises `InputError` for a text without tokens,
-    tokens that the model doesn't know, and settings that can't be.
+    Evaluation mode, no gradients; the model's mode is restored. Raises `InputError` for a text without tokens,
+    tokens that the model doesn't know, and invalid settings.
     """
     from tqdm.auto import tqdm
 
@@ -368,14 +368,14 @@ def score_tokens(
     if not len(ids):
         raise InputError("The text is empty; give at least one character to score.")
     start = [check_range("A start token", token, 0, vocab_size - 1, integer=True) for token in start]
-    if not isinstance(model, GPT):  # what isn't ours gives the logits of all places at once
+    if not isinstance(model, GPT):  # a model that isn't ours gives the logits of all places at once
         batch_size = max(1, min(batch_size, SLICE // (context_length * vocab_size)))
     ids = torch.cat([torch.tensor(start, dtype=torch.long), ids])
     low, high = map(int, ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise InputError(
-            f"The text holds token {low if low < 0 else high}, but the model knows "
-            f"0 to {vocab_size - 1} only; use its own tokenizer."
+            f"The text holds token {low if low < 0 else high}, but the model knows only "
+            f"0 to {vocab_size - 1}; use its own tokenizer."
         )
     spans = window_spans(len(ids), context_length, stride)
     uniform = torch.tensor([math.log(vocab_size), 1 / vocab_size], dtype=torch.double)
@@ -397,7 +397,7 @@ def text_ids(
     tokenizer,  # A `CharTokenizer` or `BPETokenizer`
     text: str,
 ) -> Int[Tensor, "seq"]:
-    "The tokens of a text, names of special ones in it read as plain text; `InputError` for what is no text."
+    "The tokens of a text, names of special ones in it read as plain text; `InputError` for anything but a text."
     if not hasattr(tokenizer, "encode"):
         raise InputError(f"A text is scored with the model's own tokenizer, not with {show_value(tokenizer)}.")
     if not isinstance(text, str):
@@ -430,12 +430,12 @@ def binomial_error(
 
 
 def bootstrap_error(
-    numerators: Iterable,  # One for each piece of text: its surprise, say
+    numerators: Iterable,  # One for each piece of text: for example its surprise
     denominators: Iterable,  # Its bytes or tokens
     draws: int = 1000,
     seed: int = 0,
 ) -> float:
-    """Standard error of `sum(numerators) / sum(denominators)` when pieces are drawn anew, after Efron (1979).
+    """Standard error of `sum(numerators) / sum(denominators)` when the pieces are resampled, after Efron (1979).
 
     `InputError` for fewer than two pieces.
     """
@@ -469,7 +469,7 @@ def sign_test(
     first: int,  # Questions that only the first model answers right
     second: int,  # Questions that only the second one answers right
 ) -> float:
-    "How probable a result at least so lopsided is, either way, if both models are equally good."
+    "How probable a result at least this lopsided is, in either direction, if both models are equally good."
     few, many = sorted(check_range(name, x, 0, integer=True) for name, x in (("first", first), ("second", second)))
     n = few + many
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / 2**n)
@@ -495,10 +495,10 @@ def reliability(
 def encode_options(
     tokenizer,  # A `CharTokenizer` or `BPETokenizer`
     question: str,
-    options: Sequence[str],  # Continuations, with the blank that they begin with
+    options: Sequence[str],  # Continuations, including their leading space
 ) -> tuple[list[list[int]], int]:
-    """Tokens of the question with each option, tokenized together, and how many at their beginning are the question's
-    own.
+    """Tokens of the question with each option, tokenized together, and how many of the first ones belong to the
+    question.
 
     Raises `InputError` for options that are missing or empty, and for a question that leaves nothing to predict from.
     """
@@ -507,7 +507,7 @@ def encode_options(
         or len(options) < 2
         or not all(option and isinstance(option, str) for option in options)
     ):
-        raise InputError("Options must be a list of at least two texts that aren't empty.")
+        raise InputError("Options must be a list of at least two texts, none of them empty.")
     asked, *wholes = (
         [*getattr(tokenizer, "prefix", ()), *tokenizer.encode(text, special=False)]
         for text in (question, *(question + option for option in options))
@@ -517,7 +517,7 @@ def encode_options(
     if shared < 1:
         raise InputError(
             "The question is too short: its first token depends on the option, "
-            "and nothing stands before that; put a word in front."
+            "and nothing comes before it; put a word in front."
         )
     return wholes, shared
 
@@ -534,7 +534,7 @@ class OptionScores:
         self,
         by: str = "sum",  # "sum", or divided by each option's length: "token", "byte"
     ) -> int:
-        "The place of the most probable option; of equals, the first."
+        "The index of the most probable option; among equals, the first."
         lengths = {"sum": torch.ones_like(self.n_tokens), "token": self.n_tokens, "byte": self.n_bytes}
         return int((self.totals / lengths[check_choice("by", by, lengths)]).argmax())
 
@@ -542,7 +542,7 @@ class OptionScores:
 def read_once(
     model: GPT,
     asked: Sequence[Sequence[int]],  # The tokens of each question that its options leave as they are
-    ends: Sequence[Sequence[Sequence[int]]],  # For each question, how each of its options goes on
+    ends: Sequence[Sequence[Sequence[int]]],  # For each question, how each of its options continues
 ) -> Float[Tensor, "options predicted"]:
     "Surprise at each token of all options, one row for each, padded on the right."
     ids, mask = (x.to(model.device) for x in left_pad(asked))
@@ -587,7 +587,7 @@ def can_read_once(model: nn.Module, asked: Sequence[Sequence[int]], ends: Sequen
 def score_questions(
     model: nn.Module,  # A `GPT`, an `NGram`, or what can be called like one
     tokenizer,  # The model's own
-    questions: Sequence[tuple[str, Sequence[str]]],  # Each with its options: continuations, with their first blank
+    questions: Sequence[tuple[str, Sequence[str]]],  # Each with its options, including their leading space
     batch_size: int = 8,  # Questions that are read together
 ) -> list[OptionScores]:
     """Score the options of many questions, each question on its own.
@@ -622,7 +622,7 @@ def score_options(
     model: nn.Module,
     tokenizer,
     question: str,
-    options: Sequence[str],  # Continuations, with the blank that they begin with
+    options: Sequence[str],  # Continuations, including their leading space
 ) -> OptionScores:
     "The options of one question; arguments and errors as in `score_questions`."
     return score_questions(model, tokenizer, [(question, options)])[0]
@@ -636,7 +636,7 @@ def choose(
     *,
     by: str = "sum",  # "sum", "token" or "byte"
 ) -> int:
-    "The place of the option that the model finds most probable after the question; errors as in `score_options`."
+    "The index of the option that the model finds most probable after the question; errors as in `score_options`."
     return score_options(model, tokenizer, question, options).best(by)
 
 # %% ../nbs/10_evaluation.ipynb #09ebb179
@@ -655,7 +655,7 @@ class Question:
     subject: str
     text: str
     options: tuple[str, ...]
-    answer: int  # The place of the right option
+    answer: int  # The index of the right option
 
 
 def parse_examples(
@@ -668,9 +668,9 @@ def parse_examples(
 
 
 def load_mmlu_examples() -> list[Question]:
-    """281 questions of MMLU with four options each: the examples of its 57 subjects that are meant for prompts.
+    """281 questions of MMLU with four options each: the prompt examples of its 57 subjects.
 
-    Fetched once with pip out of the package lm-eval, checked by hash; `InputError` says what to do where that fails.
+    Fetched once with pip from the package lm-eval, checked by hash; `InputError` says what to do if that fails.
     """
     way_out = f"put {HARNESS_WHEEL} into the folder {cache_dir()} and try again"
     wheel = fetch_wheel(HARNESS_WHEEL, HARNESS_SHA256, "The benchmark MMLU", way_out)
@@ -692,7 +692,7 @@ def compare_samples(
     """
     check_range("length", length, 1, integer=True)
     if isinstance(prompts, str):
-        raise InputError("prompts must be a list of texts; put the one text into brackets.")
+        raise InputError("prompts must be a list of texts; put a single text into brackets.")
     rows = []
     for prompt in prompts:
         for name, (model, tokenizer) in models.items():
@@ -709,7 +709,7 @@ def compare_samples(
 # %% ../nbs/10_evaluation.ipynb #16ac5293
 @dataclass(frozen=True)
 class Measures:
-    "What one model makes of a text. An error is a standard error by the bootstrap; None where the text is too short."
+    "How well a model predicts a text. An error is a standard error by the bootstrap; None where the text is too short."
 
     bits_per_byte: float  # Equation (10.3)
     bits_per_byte_error: float | None
@@ -727,15 +727,15 @@ class Evaluation:
     n_tokens: int
     n_predicted: int  # Without the first one, unless the tokenizer puts a token before the text
     context_length: int  # Tokens that the model read at once
-    stride: int  # Tokens from one window's beginning to the next one's
-    n_pieces: int  # That the text was cut into for the errors
+    stride: int  # Tokens from the beginning of one window to the next
+    n_pieces: int  # Pieces that the text was cut into for the errors
     model: Measures
     table: Measures
-    table_order: int  # Tokens of an n-gram
+    table_order: int  # Tokens in an n-gram
     table_source: str  # What was counted: "other half" of the text, or "reference"
 
     def to_dict(self) -> dict:
-        "All of it as JSON can hold it."
+        "All of it as plain values for JSON."
         return asdict(self)
 
     def __str__(self) -> str:
@@ -749,7 +749,7 @@ class Evaluation:
             perplexity = show_error(one.perplexity, one.perplexity_error, 2)
             rows.append(f"{name:10}{bits:>20}{perplexity:>22}{right + ' %':>20}")
         errors = (
-            f"± is one standard error, from {self.n_pieces} pieces of the text drawn anew"
+            f"± is one standard error, from {self.n_pieces} resampled pieces of the text"
             if self.n_pieces
             else "the text is too short for an error"
         )
@@ -773,8 +773,8 @@ def token_bytes(
     return found * (n_bytes / max(1.0, found.sum()))
 
 
-PIECE = 100  # tokens of a piece of text, at least
-PIECES = (5, 50)  # a bootstrap of fewer pieces says little, and more say no more
+PIECE = 100  # the fewest tokens in a piece of text
+PIECES = (5, 50)  # a bootstrap of fewer pieces says little, and more add nothing
 
 
 def measure(
@@ -782,16 +782,16 @@ def measure(
     lengths: Float[np.ndarray, "seq"],  # Bytes of each token
     n_pieces: int,  # 0: no errors
 ) -> Measures:
-    "The three numbers and their errors; `InputError` for a text that the model holds to be impossible."
+    "The three numbers and their errors; `InputError` for a text that the model considers impossible."
     if not scores.nats.isfinite().all():
         place = int((~scores.nats.isfinite()).nonzero()[0])
         raise InputError(
-            f"The model gives token {place} of the text the probability zero, so its surprise has no "
+            f"The model gives token {place} of the text probability zero, so its surprise has no "
             "finite number; look at its weights."
         )
     if scores.cross_entropy > 700:
         raise InputError(
-            f"The model's mean surprise is {scores.cross_entropy:,.0f} nats per token, for which there is no finite "
+            f"The model's mean surprise is {scores.cross_entropy:,.0f} nats per token, which has no finite "
             "perplexity; its training has failed or its weights are damaged."
         )
     predicted = scores.context > 0
@@ -821,13 +821,13 @@ def measure(
 def score_by_counts(
     ids: Int[Tensor, "seq"],
     vocab_size: int,
-    order: int,  # Tokens of an n-gram
+    order: int,  # Tokens in an n-gram
     *,
     reference: Int[Tensor, "counted"] | None = None,  # Tokens to count; None: each half of the text by the other
     n_bytes: int = 0,
     start: Sequence[int] = (),  # As for `score_tokens`
 ) -> Scores:
-    "What a table of counts makes of a text that it has not counted."
+    "How well a table of counts predicts a text that it has not counted."
     half = len(ids) // 2
     parts = [(reference, ids, start)] if reference is not None else [
         (ids[half:], ids[:half], start), (ids[:half], ids[half:], ids[:half].tolist()[-max(1, order - 1):])
@@ -853,12 +853,12 @@ def evaluate_text(
     """Bits per byte, perplexity and next-token accuracy of a model on a text, with errors, and beside them those of a
     table of counts on the same tokens.
 
-    Raises `InputError` for a text of fewer than two tokens, and for all that `score_tokens` refuses.
+    Raises `InputError` for a text of fewer than two tokens, and for everything that `score_tokens` refuses.
     """
     ids = text_ids(tokenizer, text)
     if len(ids) < 2:
         what = "has one token" if len(ids) else "is empty"
-        raise InputError(f"The text {what}; an evaluation needs two tokens at least.")
+        raise InputError(f"The text {what}; an evaluation needs at least two tokens.")
     n_bytes, start = len(text.encode("utf-8")), tuple(getattr(tokenizer, "prefix", ()))
     context_length, stride = window_settings(model, context_length, stride)
     scores = score_tokens(

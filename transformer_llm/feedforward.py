@@ -37,7 +37,7 @@ def silu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 # %% ../nbs/02_feedforward.ipynb #7a27ff2f
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu2": relu_squared, "swiglu": silu}  # names in configurations
-GATED = frozenset({"swiglu"})  # those that bend a gate, which multiplies a second projection
+GATED = frozenset({"swiglu"})  # those applied to a gate, which multiplies a second projection
 
 
 def is_gated(activation: str) -> bool:
@@ -53,8 +53,8 @@ class FeedForward(nn.Module):
 
     def __init__(
         self,
-        d_model: int,  # Numbers in a token, in and out
-        d_ff: int,  # Numbers in between
+        d_model: int,  # Numbers per token, in and out
+        d_ff: int,  # Numbers per token, in between
         *,
         activation: str = "gelu",  # "gelu", "gelu_tanh" or "relu2"
         bias: bool = True,  # In both linear maps
@@ -80,8 +80,8 @@ class SwiGLU(nn.Module):
 
     def __init__(
         self,
-        d_model: int,  # Numbers in a token, in and out
-        d_ff: int,  # Numbers in between
+        d_model: int,  # Numbers per token, in and out
+        d_ff: int,  # Numbers per token, in between
         *,
         bias: bool = False,  # In all three linear maps
         dropout: float = 0.0,  # Of the output, while training
@@ -124,7 +124,7 @@ def default_d_ff(d_model: int, activation: str) -> int:
 
 
 def feedforward_parameters(d_model: int, d_ff: int, activation: str, bias: bool) -> int:
-    "How many numbers the network learns."
+    "How many parameters the network has."
     matrices = n_matrices(activation)
     return matrices * d_model * d_ff + (((matrices - 1) * d_ff + d_model) if bias else 0)
 

@@ -27,7 +27,7 @@ from typing import BinaryIO
 
 # %% ../nbs/90_foundations.ipynb #dcbec150
 class InputError(ValueError):
-    "Something that was given to the package can't be used; the message says what, and what to do instead."
+    "Something given to the package can't be used; the message says what, and what to do instead."
 
     def __init__(self, message: str = ""):
         # a file name that is not UTF-8 arrives as lone surrogates, which no terminal or file accepts
@@ -45,7 +45,7 @@ def show_value(value: object, length: int = 60) -> str:
 
 
 def check_range(
-    name: str,  # What the person calls it: `top_p`, `--max_steps`
+    name: str,  # Its name in the message: `top_p`, `--max_steps`
     value: float,  # What was given
     low: float | None = None,  # Smallest allowed value
     high: float | None = None,  # Largest allowed value
@@ -72,7 +72,7 @@ def check_range(
 
 # %% ../nbs/90_foundations.ipynb #12c25c74
 def check_choice(
-    name: str,  # What the person calls it
+    name: str,  # Its name in the message
     value: str,  # What was given
     choices: Iterable[str],  # What is allowed
 ) -> str:
@@ -226,11 +226,11 @@ def read_json(
     path: str | Path,  # A file; a pipe or a device is refused
     max_bytes: int = JSON_BYTES,  # A larger file is refused before it is read
 ) -> object:
-    "Read a JSON file; a missing, damaged or too large one raises `InputError` with its name."
+    "Read a JSON file; one that is missing, damaged or too large raises `InputError` with its name."
     path = Path(path)
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size  # `read` takes as much memory as it is asked for
+            size = os.fstat(file.fileno()).st_size  # `read` takes as much memory as it is told to read
             content = file.read(min(max_bytes, size) + 1)
         if len(content) > max_bytes:
             raise InputError(f"{path} is larger than the {max_bytes:,} bytes allowed for such a JSON file.")

@@ -30,7 +30,7 @@ def apply_temperature(
 ) -> Float[Tensor, "batch vocab"]:
     """Divide the logits by the temperature, equation (8.1).
 
-    `InputError` below 0.001, where 0 is meant: the most probable token.
+    `InputError` below 0.001: for the most probable token, `sample` takes temperature 0.
     """
     if not 1e-3 <= check_range("temperature", temperature, 0):
         way_out = "sample, stream and generate take temperature=0 for the most probable token"
@@ -42,13 +42,13 @@ def keep_from(
     logits: Float[Tensor, "batch vocab"],
     threshold: Float[Tensor, "batch 1"],  # The smallest logit that stays
 ) -> Float[Tensor, "batch vocab"]:
-    "Set every logit below the row's threshold to minus infinity; equal logits share one fate."
+    "Set every logit below the row's threshold to minus infinity; equal logits are treated alike."
     return logits.masked_fill(logits < threshold, -math.inf)
 
 
 def top_k_filter(
     logits: Float[Tensor, "batch vocab"],
-    k: int,  # How many tokens stay; more than the vocabulary holds: all
+    k: int,  # How many tokens stay; all if the vocabulary holds fewer
 ) -> Float[Tensor, "batch vocab"]:
     "Keep the `k` most probable tokens, Fan et al. (2018); `InputError` when `k` is less than 1."
     k = int(check_range("top_k", k, 1, integer=True))
@@ -57,7 +57,7 @@ def top_k_filter(
 
 def top_p_filter(
     logits: Float[Tensor, "batch vocab"],
-    p: float,  # How much probability the kept tokens have together, at least
+    p: float,  # The least probability that the kept tokens have together
 ) -> Float[Tensor, "batch vocab"]:
     """Keep the fewest most probable tokens that have probability `p` together, Holtzman et al. (2020), equation (8.2).
 
@@ -102,7 +102,7 @@ def penalise_seen(
     seen: Bool[Tensor, "batch vocab"],  # Tokens that have occurred
     penalty: float,  # Above 1: less probable than the model says
 ) -> Float[Tensor, "batch vocab"]:
-    "Divide the positive logits of tokens that have occurred by the penalty, and multiply the negative ones with it."
+    "Divide the positive logits of tokens that have occurred by the penalty, and multiply the negative ones by it."
     check_range("repetition_penalty", penalty, 0.01)
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -112,7 +112,7 @@ def repetition_penalty(
     ids: Int[Tensor, "batch seq"],  # The tokens so far
     penalty: float,  # Above 1: less probable than the model says
 ) -> Float[Tensor, "batch vocab"]:
-    "Make the tokens in `ids` less probable, Keskar et al. (2019, section 4.1), here with an eye on the sign."
+    "Make the tokens in `ids` less probable, Keskar et al. (2019, section 4.1), here taking the sign into account."
     return penalise_seen(logits, mark_seen(ids, logits.shape[-1]), penalty)
 
 # %% ../nbs/08_generation.ipynb #23573146
@@ -145,7 +145,7 @@ def filter_logits(
 
 # %% ../nbs/08_generation.ipynb #3af76458
 def check_settings(sampling: "Sampling") -> None:
-    "Raise `InputError` that names the first field of a `Sampling` that can't be, its value and what is allowed."
+    "Raise an `InputError` that names the first invalid field of a `Sampling`, its value and what is allowed."
     if check_range("temperature", sampling.temperature, 0) != 0:
         apply_temperature(torch.zeros(1, 1), sampling.temperature)  # refuses what is too small to divide by
     if sampling.top_k is not None:
@@ -166,7 +166,7 @@ class Sampling:
     - `min_p`: draw only tokens at least this fraction as probable as the best, 0 to 1; None: from all.
     - `repetition_penalty`: 0.01 or more; above 1, tokens that have occurred become less probable; 1: they don't.
 
-    Raises `InputError` that names the field, the value and what is allowed.
+    Raises an `InputError` that names the field, the value and what is allowed.
     """
 
     temperature: float = 1.0
@@ -184,7 +184,7 @@ class Sampling:
         return self.from_dict(self.to_dict() | changes)
 
     def to_dict(self) -> dict:
-        "All fields as a dictionary of plain values, fit for JSON."
+        "All fields as a dictionary of plain values, ready for JSON."
         return asdict(self)
 
     @classmethod
@@ -244,11 +244,11 @@ def sample(
 
 def resolve_sampling(
     sampling: Sampling | None,  # None: `Sampling()`
-    **given,  # Fields of its own; None: as in `sampling`
+    **given,  # Single fields, which win over `sampling`; None: as in `sampling`
 ) -> Sampling:
-    "The settings that a function works with which takes a `Sampling`, its fields, or both."
+    "The settings of a function that takes a `Sampling`, its fields, or both."
     if not isinstance(sampling, Sampling | None):
-        raise InputError(f"sampling must be a Sampling, not {sampling!r:.60}; write Sampling(temperature=0.8), say.")
+        raise InputError(f"sampling must be a Sampling, such as Sampling(temperature=0.8), not {sampling!r:.60}.")
     changes = {name: value for name, value in given.items() if value is not None}
     return (sampling or Sampling()).replace(**changes)
 
@@ -266,7 +266,7 @@ def make_generator(
 # %% ../nbs/08_generation.ipynb #006f7e9d
 @contextmanager
 def evaluating(
-    model: nn.Module,  # Its modules get back the mode that they had
+    model: nn.Module,  # Its modules' modes are restored at the end
 ) -> Iterator[None]:
     "Without dropout and without gradients, for as long as the `with` block lasts."
     training = [module for module in model.modules() if module.training]
@@ -281,16 +281,16 @@ def evaluating(
 
 
 def check_model(model: nn.Module) -> None:
-    "Raise `InputError` for something that is no model, a text or a tokenizer say."
+    "Raise `InputError` for anything but a model, such as a text or a tokenizer."
     if not callable(model) or not hasattr(getattr(model, "config", None), "context_length"):
         raise InputError(f"model must be a GPT, or what can be called like one, not a {type(model).__name__}.")
 
 
 def check_stops(
     stop_tokens: Iterable[int],
-    model: nn.Module,  # Which must know them
+    model: nn.Module,  # The model, which must know them
 ) -> Int[Tensor, "stops"]:
-    "The tokens that end a row, as a tensor; raises `InputError` for what is no token of the model."
+    "The tokens that end a row, as a tensor; raises `InputError` for ids that the model doesn't know."
     check_model(model)
     stop_tokens = stop_tokens.tolist() if isinstance(stop_tokens, Tensor) else stop_tokens
     if isinstance(stop_tokens, str) or not isinstance(stop_tokens, Iterable):
@@ -307,7 +307,8 @@ def check_prompt(
 ) -> list[int]:
     """Each prompt's number of tokens.
 
-    Raises `InputError` for one that is empty, too long, foreign or padded on the right, and for what is no prompt.
+    Raises `InputError` for a prompt that is empty, too long or padded on the right, for ids that the model doesn't
+    know, and for anything but a tensor of ids.
     """
     check_model(model)
     if not isinstance(ids, Tensor):
@@ -318,7 +319,7 @@ def check_prompt(
     if not isinstance(attention_mask, Tensor | None):
         raise InputError(f"attention_mask must be a tensor, True for tokens, not {attention_mask!r:.40}.")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise InputError(f"ids must be whole numbers, token ids, not {ids.dtype}.")
+        raise InputError(f"ids must be token ids, which are whole numbers, not {ids.dtype}.")
     if ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
         shapes = tuple(ids.shape) if attention_mask is None else (tuple(ids.shape), tuple(attention_mask.shape))
         raise InputError(
@@ -340,15 +341,15 @@ def check_prompt(
     if low < 0 or high >= vocab_size:
         raise InputError(
             f"The prompt holds token {int(low if low < 0 else high)}, but the model "
-            f"knows 0 to {vocab_size - 1} only; use its own tokenizer."
+            f"knows only 0 to {vocab_size - 1}; use its own tokenizer."
         )
     return lengths
 
 # %% ../nbs/08_generation.ipynb #c962d389
 class NumberCheck:
-    """Refuses logits that are not numbers, with a sentence.
+    """Raises `InputError` for logits that are not numbers.
 
-    A CPU looks at every step. A GPU would have to be waited for: there a step only adds to what `ask` looks at every
+    On a CPU every step is checked. On a GPU that would mean waiting: there a step only adds to what `ask` checks every
     32 steps and at the end.
     """
 
@@ -357,7 +358,7 @@ class NumberCheck:
         self.sum, self.steps = 0.0, 0
 
     def add(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
-        "Look at the best logit of each row, now or later; the logits come back as they are."
+        "Look at the best logit of each row, now or later; the logits are returned unchanged."
         best = logits.amax(-1)
         best = best if len(best) == 1 else best.sum()
         if self.at_once:
@@ -429,7 +430,7 @@ class TextWindow:
         return None if self.first is None else torch.arange(self.ids.shape[1], device=self.ids.device) >= self.first
 
     def next_logits(self) -> Float[Tensor, "batch vocab"]:
-        "Read what has not been read, and score the next token of every row."
+        "Read the tokens that are new, and score the next token of every row."
         if max(self.lengths) > self.limit:
             self.slide()
         new = self.ids if self.cache is None else self.ids[:, self.n_read:]
@@ -443,7 +444,7 @@ class TextWindow:
         self.lengths = [length + 1 for length in self.lengths]
 
     def reorder(self, index: Int[Tensor, "beams"]) -> None:
-        "Let row i become what row `index[i]` was. For rows without padding."
+        "Make row i what row `index[i]` was. For rows without padding."
         self.ids, self.lengths = self.ids[index], self.lengths[:1] * len(index)
         for layer in self.cache or ():
             layer.reorder(index)
@@ -468,8 +469,8 @@ def stream(
     """Write token by token: each step gives one token for every row, until all rows have stopped.
 
     A row that has stopped repeats its stop token. Past the context length, a row forgets the older half of its window
-    (see `TextWindow`). The model answers in evaluation mode and is given back as it was. Raises `InputError`, at once,
-    for settings and prompts that can't be, and while writing for logits that are not numbers.
+    (see `TextWindow`). The model runs in evaluation mode, and its mode is restored. Raises `InputError` at once for
+    invalid settings and prompts, and while writing for logits that are not numbers.
     """
     sampling = resolve_sampling(
         sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -526,7 +527,7 @@ def generate(
     use_cache: bool = True,  # Keep keys and values, so that each token is read once
     attention_mask: Bool[Tensor, "batch seq"] | None = None,  # False for padding on the left
 ) -> Int[Tensor, "batch total"]:
-    "The prompts with the new tokens behind them; a row that stops early is filled up with its stop token."
+    "The prompts followed by the new tokens; a row that stops early is padded with its stop token."
     sampling = resolve_sampling(
         sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -539,7 +540,7 @@ def left_pad(
     prompts: Sequence[Sequence[int]],  # Token ids, of different lengths
     pad_token: int = 0,  # Any token of the vocabulary; it is never read
 ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    "Prompts of different lengths as one batch that ends together, and where its tokens are (for `attention_mask`)."
+    "Prompts of different lengths as one batch, aligned on the right, and where its tokens are (`attention_mask`)."
     width = max((len(prompt) for prompt in prompts), default=0)
     ids = [[pad_token] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     attention_mask = [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts]
@@ -549,11 +550,11 @@ def left_pad(
 
 # %% ../nbs/08_generation.ipynb #2093abdc
 def check_tokenizer(tokenizer) -> None:
-    "Raise `InputError` for something that can't make tokens of a text and a text of tokens."
+    "Raise `InputError` for anything that can't turn text into tokens and back."
     if not (hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")) or isinstance(tokenizer, str):
         raise InputError(
             f"tokenizer must be the model's own CharTokenizer or BPETokenizer, not {tokenizer!r:.40}; "
-            "load_model gives it with the model."
+            "load_model returns it with the model."
         )
 
 
@@ -562,7 +563,7 @@ def stop_ids(
     stop_tokens: Iterable[int] | None,  # None: the tokenizer's special tokens
     vocab_size: int | None = None,  # The model's: a special token that it doesn't know can't end a text
 ) -> tuple[int, ...]:
-    "The tokens that end a text: by default the special ones, not what else was added, such as `<think>`."
+    "The tokens that end a text: by default the special ones, not other added ones such as `<think>`."
     check_tokenizer(tokenizer)
     if stop_tokens is not None:
         return tuple(stop_tokens)
@@ -590,10 +591,10 @@ def prompt_ids(
     tokenizer,  # A `CharTokenizer` or `BPETokenizer`
     text: str,
 ) -> list[int]:
-    "A prompt's token ids, behind those that begin every text where the tokenizer has such a `prefix` (Llama 3)."
+    "A prompt's token ids, after the `prefix` that begins every text if the tokenizer has one (Llama 3)."
     check_tokenizer(tokenizer)
     if not isinstance(text, str):
-        raise InputError(f"A prompt must be text, not {text!r:.40}; for token ids there is generate.")
+        raise InputError(f"A prompt must be text, not {text!r:.40}; for token ids use generate.")
     return [*getattr(tokenizer, "prefix", ()), *tokenizer.encode(text)]
 
 # %% ../nbs/08_generation.ipynb #260cdb8e
@@ -628,7 +629,7 @@ def generate_text(
     ids, attention_mask = left_pad(tokens)
     options = dict(stop_tokens=stops, generator=generator, use_cache=use_cache, attention_mask=attention_mask)
     written = generate(model, ids, max_new_tokens, sampling=sampling, **options)
-    hidden = len(getattr(tokenizer, "prefix", ()))  # the reader's text does not show it
+    hidden = len(getattr(tokenizer, "prefix", ()))  # not shown in the text
     return [
         tokenizer.decode([*start[hidden:], *before_stop(row, stops)])
         for start, row in zip(tokens, written[:, ids.shape[1] :].tolist())
@@ -651,7 +652,7 @@ def stream_text(
     generator: torch.Generator | int | None = None,  # A generator or a seed; None: torch's global generator
     use_cache: bool = True,  # Keep keys and values, so that each token is read once
 ) -> Iterator[str]:
-    "Continue one prompt and give the new text piece by piece, whole characters only."
+    "Continue one prompt and yield the new text piece by piece, whole characters only."
     sampling = resolve_sampling(
         sampling, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -667,7 +668,7 @@ def decode_pieces(
     tokens: Iterator[Int[Tensor, "1"]],
     stops: tuple[int, ...],  # Not shown
 ) -> Iterator[str]:
-    "The text of a stream of tokens, as soon as its characters are whole."
+    "The text of a stream of tokens, as soon as its characters are complete."
     decoder = tokenizer.stream_decoder()
     for token in map(int, tokens):
         piece = "" if token in stops else decoder.feed(token)
@@ -687,7 +688,7 @@ def keep_best(
 
 
 class EndedTexts:
-    "The best ended texts of each prompt so far, best first, filled up with their last token to the same length."
+    "The best ended texts of each prompt so far, best first, padded with their last token to the same length."
 
     def __init__(self, ids: Int[Tensor, "batch seq"], n_beams: int):
         self.ids = ids[:, None].expand(-1, n_beams, -1)
@@ -696,10 +697,10 @@ class EndedTexts:
 
     def add(
         self,
-        ids: Int[Tensor, "batch ended total"],  # At least as long as those that are here
+        ids: Int[Tensor, "batch ended total"],  # At least as long as those kept so far
         scores: Float[Tensor, "batch ended"],  # Minus infinity: not a text
     ) -> None:
-        "Keep the best of these and of those that are here."
+        "Keep the best of these and those kept so far."
         fill = self.ids[:, :, -1:].expand(-1, -1, ids.shape[2] - self.ids.shape[2])
         ids = torch.cat([torch.cat([self.ids, fill], 2), ids], 1)
         lengths = torch.cat([self.lengths, torch.full_like(scores, ids.shape[2], dtype=torch.long)], 1)
@@ -725,9 +726,9 @@ def beam_candidates(
 ) -> tuple[Int[Tensor, "batch beams total"], Float[Tensor, "batch beams"]]:
     """The `n_beams` best continuations that a beam search finds, best first, and their scores, equation (8.6).
 
-    A continuation that stopped is filled up with its stop token. A score of minus infinity marks a beam for which
-    there was no continuation. All prompts have the same length. Raises `InputError` for settings and prompts that
-    can't be, and for logits that are not numbers.
+    A continuation that stopped is padded with its stop token. A score of minus infinity marks a beam for which
+    there was no continuation. All prompts have the same length. Raises `InputError` for invalid settings and prompts,
+    and for logits that are not numbers.
     """
     max_new_tokens = int(check_range("max_new_tokens", max_new_tokens, 0, integer=True))
     n_beams = int(check_range("n_beams", n_beams, 1, integer=True))
@@ -772,7 +773,7 @@ def beam_search(
 ) -> Int[Tensor, "batch total"]:
     """Each prompt with the best continuation that a beam search finds.
 
-    A row that stops early is filled up with its stop token.
+    A row that stops early is padded with its stop token.
     """
     options = dict(n_beams=n_beams, length_penalty=length_penalty, stop_tokens=stop_tokens, use_cache=use_cache)
     return beam_candidates(model, ids, max_new_tokens, **options)[0][:, 0]

@@ -45,7 +45,7 @@ def matmul_peak(
 
 
 def time_of_product(dtype: torch.dtype, size: int, seconds: float, device: str | torch.device) -> float:
-    "Seconds that the fastest of many products of two square matrices takes, tried for `seconds`, and once at least."
+    "Seconds for the fastest of many products of two square matrices, tried for `seconds` but at least once."
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out, fastest, end = torch.empty_like(a), math.inf, time.perf_counter() + seconds
     while fastest == math.inf or time.perf_counter() < end:
@@ -60,16 +60,16 @@ def time_of_product(dtype: torch.dtype, size: int, seconds: float, device: str |
 def fastest_dtype(seconds: float = 0.2, device: str | torch.device = "cpu") -> str:
     """The `dtype` of a `TrainingConfig` in which this machine multiplies matrices fastest.
 
-    Measured, because instructions alone don't tell.
+    Measured, because the processor's instructions alone don't tell.
     """
     names = ("float32", "bfloat16")
     return max(names, key=lambda name: matmul_peak(getattr(torch, name), seconds / 2, device=device))
 
 
 def utilisation(
-    tokens_per_second: float,  # Of training
+    tokens_per_second: float,  # While training
     config: GPTConfig,
-    peak: float,  # Operations a second, from `matmul_peak`
+    peak: float,  # Operations per second, from `matmul_peak`
     seq: int | None = None,  # Tokens in a sequence; None: context_length
 ) -> float:
     """Model FLOPs utilisation, equation (11.1): the share of the peak that the model's own products take.
@@ -80,13 +80,13 @@ def utilisation(
 
 # %% ../nbs/11_fast.ipynb #a227e358
 class _Workspace:
-    "Large tensors that are needed for a moment, made once and used at every step."
+    "Large tensors that are needed only briefly, made once and reused at every step."
 
     def __init__(self):
         self.tensors: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple, like: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
-        "Storage for numbers of this shape; what it holds is left from the last time."
+        "Storage for numbers of this shape; it still holds what the last use left there."
         count, stored = math.prod(shape), self.tensors.get(name)
         if stored is None or stored.numel() < count or stored.dtype != dtype or stored.device != like.device:
             stored = self.tensors[name] = torch.empty(count, dtype=dtype, device=like.device)
@@ -113,7 +113,7 @@ class _Packed:
             self.places = self.grad.split(sizes)
 
     def claim(self) -> bool:
-        "Make the masters' gradients slices of `grad`. True if they had any: then what comes is to be added."
+        "Make the masters' gradients slices of `grad`. True if they had any: then new ones must be added."
         before = [master.grad for master in self.masters]
         add = any(grad is not None for grad in before)
         for master, place, grad in zip(self.masters, self.places, before):
@@ -340,11 +340,11 @@ class _BatchedAttention(torch.autograd.Function):
 # %% ../nbs/11_fast.ipynb #04dbe029
 def attention_block(
     seq: int,
-    bytes_each: int,  # Of a number
+    bytes_each: int,  # Bytes per number
 ) -> int:
     """Queries computed together: an eighth of the sequence, at least 64.
 
-    Of narrow numbers 128, because their products take less time than their calls.
+    For narrow numbers 128, because their products take less time than their calls.
     """
     return max(64 if bytes_each >= 4 else 128, -(-seq // 8))
 
@@ -362,8 +362,8 @@ def batched_attention(
     check_heads(q, k, v, mask)
     if q.shape[2] != k.shape[2] or (mask is not None and is_boolean(mask)):
         raise InputError(
-            "batched_attention takes as many keys as queries, and a mask that is added to the scores; for other keys "
-            "and boolean masks take attention_fused."
+            "batched_attention needs as many keys as queries, and a mask that is added to the scores; for other keys "
+            "and boolean masks use attention_fused."
         )
     if block is None:
         block = attention_block(q.shape[2], q.element_size())
@@ -379,7 +379,7 @@ GRADIENT_ROWS = 4096
 def _gradient_place(
     packed: _Packed | None, matrix: Float[Tensor, "vocab d_model"], dtype: torch.dtype, workspace: _Workspace
 ) -> Float[Tensor, "vocab d_model"]:
-    # the last step's gradient of this size, if nobody uses it any more; who takes it out has it for himself
+    # the last step's gradient of this size, if nothing uses it any more; taken out, it is the caller's alone
     last = workspace.tensors.pop("gradient", None)
     free = last is not None and last is not packed.masters[0].grad
     return last if free else torch.empty_like(matrix, dtype=dtype)
@@ -392,7 +392,7 @@ def _to_probabilities(
     dtype: torch.dtype,
     workspace: _Workspace,
 ) -> Float[Tensor, "tokens 1"]:
-    # turns logits into probabilities in their place, on a CPU some rows at a time that stay in the caches; returns
+    # turns logits into probabilities in place, on a CPU some rows at a time that stay in the caches; returns
     # the logarithm of each target's
     chosen = torch.empty(target.shape, dtype=dtype, device=logits.device)
     rows = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
@@ -453,7 +453,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total -= log_p[:, 0] @ share[rows, 0]
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
-            error = logits  # the probabilities, less one at the target; scatter_ would turn 16 bits into 32 and back
+            error = logits  # the probabilities, minus one at the target; scatter_ would turn 16 bits into 32 and back
             error[torch.arange(len(h), device=h.device), target[:, 0]] = log_p[:, 0].expm1().to(h.dtype)
             if wants_hidden:
                 torch.mm(error, matrix, out=grad_hidden[rows]).mul_(share[rows])
@@ -539,13 +539,13 @@ class _PackedWeights:
         model: GPT,
         dtype: torch.dtype = torch.bfloat16,  # Of the copies and of the matrix products
         *,
-        checkpointing: bool = False,  # Keep only each block's input for the backward pass and compute the rest again
+        checkpointing: bool = False,  # Keep only each block's input for the backward pass and recompute the rest
         chunk: int = 512,  # Tokens whose logits exist at one time
     ):
         self.model = model = check_plain(model, "A working copy (FastTrainer)", gradients=True, calls_start=True)
         if model.config.dropout > 0:
             raise InputError(
-                "A working copy has no dropout, and this model has "
+                "A working copy has no dropout, but this model has "
                 f"dropout={model.config.dropout}; train it with Trainer."
             )
         self.config, self.dtype, self.checkpointing = model.config, dtype, checkpointing
@@ -556,7 +556,7 @@ class _PackedWeights:
         self.refresh()
 
     def _pack_all(self) -> None:
-        "Take the model's weights as they are now, and watch from now on whether they stay the model's."
+        "Take the model's weights as they are now, and watch from now on whether the model keeps them."
         model = self.model
         self.layers = [self._pack(block) for block in model.blocks]
         head = model.token_embedding.weight if model.lm_head is None else model.lm_head.weight
@@ -582,7 +582,7 @@ class _PackedWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the masters in: once a step, after the optimizer has moved them.
+        """Copy the masters in: once per step, after the optimizer has moved them.
 
         If modules, weights or hooks of the model have changed since, it is checked and packed again.
         """
@@ -602,7 +602,7 @@ class _PackedParts(_PackedWeights):
         return self._tables[name, seq]
 
     def _mask(self, seq: int, bias: Float[Tensor, "..."] | None) -> Float[Tensor, "..."] | None:
-        # what is added to the scores; None where causal is all
+        # what is added to the scores; None where the causal mask is enough
         if bias is None and (self.config.window or seq) >= seq:
             return None
 
@@ -737,10 +737,10 @@ class WorkingCopy(_PackedBlocks):
 class FusedAdamW(AdamW):
     """Chapter 07's AdamW in one pass over the memory instead of eight.
 
-    Its states have the same names, so that a run can change between the two.
+    Its states have the same names, so that a run can switch between the two.
     """
 
-    divisor = 1.0  # of all gradients; above one where they are clipped
+    divisor = 1.0  # every gradient is divided by it; above one if they are clipped
 
     def _step_group(self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         for state in states:
@@ -764,14 +764,14 @@ class FusedAdamW(AdamW):
         )
 
 
-FusedAdamW.__name__ = AdamW.__name__  # the name that checkpoints know
+FusedAdamW.__name__ = AdamW.__name__  # the name that checkpoints use
 
 
 def gradient_norm(
     parameters: Iterable[nn.Parameter],  # Those without a gradient are left out
 ) -> Float[Tensor, ""]:
-    """Joint norm of all gradients, first that of each row: a norm of rows is computed by all cores, one of a whole
-    matrix isn't.
+    """Joint norm of all gradients, row by row first: the norms of rows use all cores, the norm of a whole matrix
+    doesn't.
     """
     rows = [torch.linalg.vector_norm(p.grad, dim=-1).flatten() for p in parameters if p.grad is not None]
     return torch.linalg.vector_norm(torch.cat(rows)) if rows else torch.zeros(())
@@ -780,7 +780,7 @@ def gradient_norm(
 class FastTrainer(Trainer):
     """A `Trainer` whose steps use a `WorkingCopy` in the configuration's dtype; its checkpoints are the Trainer's.
 
-    With `compile` in the configuration the model is computed as there, and only the optimizer is another.
+    With `compile` in the configuration the model runs as it does there, and only the optimizer differs.
     """
 
     def __init__(self, model: GPT, data, config: TrainingConfig, *, checkpointing: bool = False, **options):
@@ -788,12 +788,12 @@ class FastTrainer(Trainer):
         for name, weight in self.model.named_parameters():
             if weight.dtype != torch.float32 and not config.compile:
                 raise InputError(
-                    f"FastTrainer keeps float32 weights, and {name} is {weight.dtype}; call model.float() first and "
+                    f"FastTrainer keeps float32 weights, but {name} is {weight.dtype}; call model.float() first and "
                     "choose the dtype in the configuration, or train the model as it is with Trainer."
                 )
         dtype = getattr(torch, config.dtype)
         self.copy = None if config.compile else WorkingCopy(self.model, dtype, checkpointing=checkpointing)
-        self.divisor = 1.0  # of all gradients; above one where they are clipped
+        self.divisor = 1.0  # every gradient is divided by it; above one if they are clipped
         for optimizer in self.optimizers:
             if type(optimizer) is AdamW:
                 optimizer.__class__ = FusedAdamW  # the states stay
@@ -801,7 +801,7 @@ class FastTrainer(Trainer):
                 group["dtype"] = dtype
 
     def refresh(self) -> None:
-        "Bring the working copy up to what the optimizer has moved."
+        "Bring the working copy up to date with what the optimizer has moved."
         if self.copy is not None:
             self.copy.refresh()
 
@@ -813,7 +813,7 @@ class FastTrainer(Trainer):
     def loss(
         self, batch: tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]
     ) -> tuple[Float[Tensor, ""], int]:
-        "As `Trainer.loss`, a chunk of the targets at a time."
+        "As `Trainer.loss`, one chunk of the targets at a time."
         if self.copy is None:
             return super().loss(batch)
         inputs, targets = batch
@@ -821,7 +821,7 @@ class FastTrainer(Trainer):
         return self.copy.loss(inputs, targets, divisor=max(1, count)), count
 
     def clip(self) -> float:
-        "The gradient's norm; what clipping divides by is left to the optimizer, which reads each gradient anyway."
+        "The gradient's norm; clipping's division is left to the optimizer, which reads each gradient anyway."
         if self.copy is None:
             return super().clip()
         norm = gradient_norm(self.model.parameters()).item()
@@ -930,7 +930,7 @@ class _MemoryCounter(TorchDispatchMode):
 
 
 def measure_peak_memory(run: Callable[[], object]) -> int:
-    """The most bytes that tensors took at one time while `run()` made them: counted, not read off the process, so
+    """The most bytes that the tensors made by `run()` took at one time: counted, not read off the process, so
     always the same.
     """
     with _MemoryCounter() as counter:
@@ -953,7 +953,7 @@ class _Checkpointed:
 
 
 def checkpoint_activations(model: GPT, on: bool = True) -> GPT:
-    """From now on each block keeps only its input for the backward pass, and computes the rest once more there.
+    """From now on each block keeps only its input for the backward pass, and recomputes the rest there.
 
     Chen et al. (2016). In place; works with every trainer.
     """

@@ -36,14 +36,14 @@ from .transformer import GPT, GPT2_STYLE, GPTConfig
 # %% ../nbs/09_pretrained.ipynb #29b04aa5
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "olmo2")  # `model_type` in config.json
 ROTARY = dict(norm="rmsnorm", position="rotary", activation="swiglu")  # what all but GPT-2 have in common
-EPSILON = {"olmo2": 1e-5}  # of the norm where the file does not say; for the others 1e-6
-VARIANTS = {  # and in what they differ from Llama
+EPSILON = {"olmo2": 1e-5}  # the norm's, if the file does not say; 1e-6 for the others
+VARIANTS = {  # and how they differ from Llama
     "qwen2": dict(qkv_bias=True),
     "qwen3": dict(qk_norm=True),
     "olmo2": dict(qk_norm=True, qk_norm_whole=True, norm_placement="output"),
 }
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-NEUTRAL = {  # settings of other transformers that no shape betrays, and the value at which each changes nothing
+NEUTRAL = {  # settings of other transformers that no shape reveals, and the value at which each changes nothing
     "quantization_config": None,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
@@ -76,10 +76,10 @@ def check_family(
     family: object,  # What the file calls its architecture
     known: Iterable[str] = FAMILIES,
 ) -> str:
-    "Return the family if the book's transformer can be it; `InputError` names it and lists those that can be loaded."
+    "Return the family if the book's transformer supports it; `InputError` names it and lists those that it supports."
     if family not in tuple(known):
         raise InputError(
-            f"The architecture {shortened(family)} can't be loaded; this book's transformer can be {', '.join(known)}."
+            f"The architecture {shortened(family)} can't be loaded; this book's transformer runs {', '.join(known)}."
         )
     return family
 
@@ -92,7 +92,7 @@ def needed(values: Mapping[str, Any], name: str) -> Any:
 
 
 def flag(values: Mapping[str, Any], name: str) -> bool:
-    "A field that is true or false; false where the file says nothing."
+    "A field that is true or false; false if the file says nothing."
     value = values.get(name)
     if not isinstance(value, bool | None):
         raise InputError(f"The model's configuration sets {name} to {shortened(value)}, which is not true or false.")
@@ -100,7 +100,7 @@ def flag(values: Mapping[str, Any], name: str) -> bool:
 
 
 def refuse_settings(values: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    "Raise `InputError` for a setting that this book's transformer does not have; an absent one is as expected."
+    "Raise `InputError` for a setting that this book's transformer does not have; an absent one counts as expected."
     for name, wanted in expected.items():
         if values.get(name, wanted) not in (wanted, None):
             raise InputError(
@@ -112,7 +112,7 @@ def refuse_settings(values: Mapping[str, Any], expected: Mapping[str, Any]) -> N
 def config_from_hf(
     values: Mapping[str, Any],  # A parsed config.json
 ) -> GPTConfig:
-    "The configuration of a Hugging Face model in this book's words; `InputError` names what can't be expressed."
+    "The configuration of a Hugging Face model in this book's terms; `InputError` names what can't be expressed."
     if not isinstance(values, Mapping):
         raise InputError("config.json holds no configuration (a JSON object); the file is damaged or of another kind.")
     family = check_family(values.get("model_type"))
@@ -127,7 +127,7 @@ def gpt2_config(values: Mapping[str, Any]) -> GPTConfig:
     if activation not in tuple(GELUS):
         raise InputError(
             "The model's configuration sets activation_function to "
-            f"{shortened(activation)}, and only {', '.join(GELUS)} can be loaded."
+            f"{shortened(activation)}, but only {', '.join(GELUS)} can be loaded."
         )
     return GPTConfig(
         vocab_size=needed(values, "vocab_size"),
@@ -167,13 +167,13 @@ def rotary_config(family: str, values: Mapping[str, Any]) -> GPTConfig:
 
 
 def layer_biases(family: str, values: Mapping[str, Any]) -> bool:
-    "Whether every linear layer has a bias; `InputError` where only some of them have one."
+    "Whether every linear layer has a bias; `InputError` if only some of them have one."
     found = {name: flag(values, name) for name in ("attention_bias", "mlp_bias")}
     if family == "llama":
         if len(set(found.values())) > 1:
             raise InputError(
                 "The model's configuration sets only one of attention_bias and "
-                "mlp_bias, and this book's transformer has both or neither."
+                "mlp_bias, but this book's transformer has both or neither."
             )
         return found["mlp_bias"]
     for name, there in found.items():
@@ -197,13 +197,13 @@ def rope_settings(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
 
 
 def rope_description(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    "What config.json says about rotary positions; `InputError` where it says two things, or one for some layers."
+    "What config.json says about rotary positions; `InputError` if it contradicts itself or differs between layers."
     old, new = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
     for rope in (old, new):
         if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
             raise InputError(
                 "The model's configuration describes its rotary positions as "
-                f"{shortened(rope)}, and only one description for all layers can be read."
+                f"{shortened(rope)}, but only one description for all layers can be read."
             )
     alike = [{**rope, "rope_type": rope.get("rope_type", rope.get("type"))} for rope in (old, new) if rope]
     shared = set.intersection(*map(set, alike)) - {"type"} if alike else ()
@@ -220,11 +220,11 @@ def rope_description(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def rope_scaling(kind: object, rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
     """How a model was stretched to longer texts, as transformers reads it (its file modeling_rope_utils.py).
 
-    A field that is absent has the value that it has there.
+    An absent field has its default there.
     """
     if kind not in ROPE_KINDS:
         raise InputError(
-            f"The model scales its rotary positions in the way {shortened(kind)}, and only "
+            f"The model's rotary scaling is {shortened(kind)}, but only "
             f"{', '.join(map(repr, ROPE_KINDS))} can be loaded."
         )
     longest = check_range("max_position_embeddings", needed(values, "max_position_embeddings"), 1, integer=True)
@@ -256,13 +256,13 @@ def yarn_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 # %% ../nbs/09_pretrained.ipynb #83e1f5a6
-WINDOWED = ("mistral", "qwen2", "qwen3")  # the families that have a window, of 4,096 tokens where the file names none
+WINDOWED = ("mistral", "qwen2", "qwen3")  # the families that have a window, of 4,096 tokens if the file names none
 
 
 def sliding_window(family: str, values: Mapping[str, Any]) -> int | None:
     """How many tokens attention sees; None: all.
 
-    `InputError` where some layers have a window and others have none, and where two settings contradict each other.
+    `InputError` if some layers have a window and others have none, or if two settings contradict each other.
     """
     window = values.get("sliding_window", 4096 if family in WINDOWED else None) or None
     if family.startswith("qwen") and not flag(values, "use_sliding_window"):
@@ -295,7 +295,7 @@ def attention_kind(
         known = "full_attention", "sliding_attention"
         if not isinstance(kinds, list | tuple) or kinds[0] not in known or any(kind != kinds[0] for kind in kinds):
             raise InputError(
-                f"The model's configuration sets layer_types to {shortened(kinds)}, and this book's transformer has "
+                f"The model's configuration sets layer_types to {shortened(kinds)}, but this book's transformer has "
                 f"one kind for all layers, {' or '.join(known)}."
             )
         return kinds[0]
@@ -379,14 +379,14 @@ NOT_WEIGHTS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)h
 # %% ../nbs/09_pretrained.ipynb #ed7e8b12
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file, and which of our parameters it holds: one, or several below each other (GPT-2's queries, keys
-    and values).
+    """A tensor of a file, and which of our parameters it holds: one, or several stacked (GPT-2's queries, keys and
+    values).
     """
 
     name: str  # In the file
     holds: tuple[str, ...]  # Our names
     transposed: bool = False  # Stored as (in, out)
-    heads: int = 0  # Above 0: the rows of so many heads are in the interleaved rotary layout
+    heads: int = 0  # Above 0: the rows of this many heads are in the interleaved rotary layout
 
 
 def split_name(name: str) -> tuple[str, str, str]:
@@ -420,9 +420,9 @@ def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):
             one = {name: tuple(p.shape) for name, p in GPT(replace(config, n_layers=1)).named_parameters()}
-    except (RuntimeError, TypeError):  # how torch speaks of sizes, and products of sizes, beyond 2⁶³
+    except (RuntimeError, TypeError):  # how torch reports sizes, and products of sizes, beyond 2⁶³
         raise InputError(
-            "A model of these sizes can't be; one of its tensors would hold more than 2⁶³ bytes."
+            "A model of these sizes is impossible: one of its tensors would hold more than 2⁶³ bytes."
         ) from None
     block = [name for name in one if name.startswith("blocks.0.")]
     shapes: dict[str, tuple[int, ...]] = {}
@@ -522,7 +522,7 @@ def gguf_rotary(
     )
     if setting("rope.dimension_count", config.head_dim) != config.head_dim:
         raise InputError(
-            "The model turns only a part of each head by its position (rope.dimension_count is "
+            "The model rotates only a part of each head by its position (rope.dimension_count is "
             f"{setting('rope.dimension_count')}), which this book's transformer can't do."
         )
     if setting("attention.value_length", config.head_dim) != config.head_dim:
@@ -544,7 +544,7 @@ def gguf_scaling(file: GGUFFile, family: str) -> RopeScaling | None:
     factor = setting("factor", file.value(f"{family}.rope.scale_linear", 1.0)) or 1.0
     if kind not in ("none", "linear", "yarn"):
         raise InputError(
-            f"The model scales its rotary positions in the way {shortened(kind)}, and only 'linear', 'yarn' "
+            f"The model's rotary scaling is {shortened(kind)}, but only 'linear', 'yarn' "
             "and Llama 3's can be loaded."
         )
     stretched = kind != "none" and factor != 1
@@ -581,7 +581,7 @@ def gguf_yarn(
 
 # %% ../nbs/09_pretrained.ipynb #5d1279e6
 def may_be_left(config: GPTConfig, name: str, shape: tuple[int, ...]) -> bool:
-    "Whether a tensor that is none of the model's weights changes nothing, so that it may be left in the file."
+    "Whether a tensor that isn't one of the model's weights changes nothing, so that it can be ignored."
     if name == "lm_head.weight":
         return config.tied_embeddings  # `own_head` has compared it
     if name == "rope_freqs.weight":  # which has become a part of the configuration
@@ -622,8 +622,8 @@ def take_tensor(
     sizes: Sequence[int],  # How many rows each of our parameters has
     dtype: torch.dtype | None,
 ) -> list[Float[Tensor, "rows ..."]]:
-    """Our parameters from one tensor of the file: turned over, cut, reordered where its layout says so, and otherwise
-    left where it is.
+    """Our parameters from one tensor of the file: transposed, cut or reordered where its layout says so, and otherwise
+    left in place.
     """
     tensor = tensor if dtype is None else tensor.to(dtype)
     tensor = tensor.T.contiguous() if entry.transposed else tensor
@@ -641,7 +641,7 @@ def warn_of_odd_numbers(
     odd = [name for name, weight in weights.items() if not all(map(torch.isfinite, torch.aminmax(some(weight))))]
     if odd:
         warnings.warn(
-            f"{len(odd)} of {len(weights)} tensors of {label} hold numbers that are infinite or none at all, "
+            f"{len(odd)} of {len(weights)} tensors of {label} hold values that are NaN or infinite, "
             f"{odd[0]} among them; the file is damaged, or its training failed.",
             stacklevel=3,
         )
@@ -655,8 +655,8 @@ def load_pretrained(
 ) -> GPT:
     """A model with weights that somebody else trained, in evaluation mode.
 
-    Nothing is loaded before all fits: a file that is damaged, incomplete or of another kind raises `InputError`.
-    Weights that are no numbers are loaded with a warning.
+    Nothing is loaded before all is checked: a file that is damaged, incomplete or of another kind raises `InputError`.
+    Weights that aren't numbers are loaded with a warning.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError(f"dtype must be None or a floating-point type such as torch.float32, not {dtype!r}.")
@@ -676,7 +676,7 @@ def load_pretrained(
 def open_pretrained(path: Path) -> tuple[GPTConfig, list[Stored], SafetensorsFiles | GGUFFile]:
     """A model's configuration, the tensors that it is made of, and the files that hold them.
 
-    All checked against each other. Tied embeddings become untied where the files hold an output matrix of its own.
+    All checked against each other. Tied embeddings become untied if the files hold a separate output matrix.
     """
     if path.suffix == ".gguf":
         source = open_gguf(path)
@@ -690,8 +690,8 @@ def open_pretrained(path: Path) -> tuple[GPTConfig, list[Stored], SafetensorsFil
             config = replace(config, tied_embeddings=False)
     if config.n_layers > len(source.shapes):  # before a billion layers are made
         raise InputError(
-            f"The configuration speaks of {config.n_layers:,} layers, and "
-            f"{source.label} holds {len(source.shapes):,} tensors."
+            f"The configuration asks for {config.n_layers:,} layers, but "
+            f"{source.label} holds only {len(source.shapes):,} tensors."
         )
     stored = gguf_tensors(family, config) if path.suffix == ".gguf" else hf_tensors(family, config)
     prefix = stored[0].name.split(".")[0] + "."
@@ -706,8 +706,8 @@ def open_pretrained(path: Path) -> tuple[GPTConfig, list[Stored], SafetensorsFil
 def own_head(family: str, source: SafetensorsFiles) -> bool:
     """Whether a Hugging Face model's files hold an output matrix that differs from its embedding.
 
-    It then counts, though config.json calls the two tied: the weights that were trained make the logits right, and
-    transformers (`tie_weights`, from version 5 on) takes them too.
+    It then counts, even if config.json calls the two tied: the trained weights give the right logits, and
+    transformers (`tie_weights`, from version 5 on) uses them too.
     """
     embedding, head = HF_NAMES[family]["token_embedding"] + ".weight", "lm_head.weight"
     if embedding not in source.shapes:  # saved without the prefix
@@ -718,7 +718,7 @@ def own_head(family: str, source: SafetensorsFiles) -> bool:
 
 
 def named(path: Path, function: Callable, *arguments: Any) -> Any:
-    "Call the function; its `InputError` gets the file's name in front."
+    "Call the function; its `InputError` then begins with the file's name."
     try:
         return function(*arguments)
     except InputError as error:
@@ -738,24 +738,24 @@ def gguf_tokenizer(file: GGUFFile) -> BPETokenizer:
     get = lambda name, default, kind: file.value(f"tokenizer.ggml.{name}", default, kind)
     if (model := get("model", None, str)) != "gpt2":
         raise InputError(
-            f"Can't use the tokenizer of {file.label}: it is of the kind "
-            f"{shortened(model)}, and only byte-level BPE ('gpt2') can be read."
+            f"Can't use the tokenizer of {file.label}: its kind is "
+            f"{shortened(model)}, but only byte-level BPE ('gpt2') can be read."
         )
     tokens, merges = file.words("tokenizer.ggml.tokens"), file.words("tokenizer.ggml.merges")
     kinds = get("token_type", [], list)
     ends = {i for i, token in enumerate(tokens) if token in TURN_ENDS}
-    # the maker's own, such as <think>, end no text, unless their name says so (as in llama.cpp)
+    # the maker's own, such as <think>, don't end a text unless their name says so (as in llama.cpp)
     own = [i for i, kind in enumerate(kinds) if kind == 4 and i not in ends]
     special = [i for i, kind in enumerate(kinds) if kind == 3 or (kind == 4 and i in ends)]
     pre = get("pre", "gpt-2" if file.value("general.architecture") == "gpt2" else None, str)
     if pre is None:  # as llama.cpp does it, which warns too
         warnings.warn(
-            f"{file.label} does not say how its tokenizer cuts a text into words; llama.cpp's default is taken, "
+            f"{file.label} does not say how its tokenizer cuts a text into words; llama.cpp's default is used, "
             "which may differ from what the model was trained with.",
             stacklevel=3,
         )
         pre = "default"
-    # llama.cpp's rule where a file does not say
+    # llama.cpp's rule if a file does not say
     bos, begins = get("bos_token_id", None, int), get("add_bos_token", pre in ("llama-bpe", "llama3"), bool)
     prefix = (bos,) if begins and bos not in (None, *NO_TOKEN) else ()
     options = dict(added=own, pattern=pre, prefix=prefix)
@@ -787,7 +787,7 @@ TURN_ENDS = (  # tokens that end a turn or a text wherever they are used; llama.
 
 
 def end_tokens(
-    ids: Iterable[int],  # Those that a file names as an end, wherever it does
+    ids: Iterable[int],  # Those that a file names as an end in any of its settings
     template: str | None,
     known: Mapping[str, int],  # Tokens and their ids
 ) -> tuple[int, ...]:
@@ -803,7 +803,7 @@ def check_token_id(
 ) -> int:
     "Return the value if it is a token's id."
     if type(value) is not int or not 0 <= value < n_tokens:
-        raise InputError(f"{name} is {shortened(value)}, which is no token; their ids go from 0 to {n_tokens - 1:,}.")
+        raise InputError(f"{name} is {shortened(value)}, which isn't a token id; ids run from 0 to {n_tokens - 1:,}.")
     return value
 
 # %% ../nbs/09_pretrained.ipynb #550813d8
@@ -853,7 +853,7 @@ def folder_chat(directory: Path) -> ChatSettings:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    "A JSON file of settings; empty where there is none."
+    "A JSON file of settings; empty if there is none."
     content = read_json(path) if path.exists() else {}
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings (a JSON object); the file is damaged or of another kind.")
@@ -861,7 +861,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 # %% ../nbs/09_pretrained.ipynb #b017c84d
 def folder_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    "The chat template of a folder, from chat_template.jinja or tokenizer_config.json; None where there is none."
+    "The chat template of a folder, from chat_template.jinja or tokenizer_config.json; None if there is none."
     jinja = directory / "chat_template.jinja"
     if jinja.exists():
         try:
@@ -879,16 +879,16 @@ def folder_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     elif isinstance(template, dict):
         template = template.get("default", 0)
     if not isinstance(template, str | None):
-        raise InputError(f"{directory / 'tokenizer_config.json'} holds a chat_template that is no text.")
+        raise InputError(f"{directory / 'tokenizer_config.json'} holds a chat_template that isn't text.")
     return template
 
 
 def token_name(settings: Mapping[str, Any], role: str) -> str:
-    "The name of a token by its role, such as 'eos_token'; empty where there is none."
+    "The name of a token by its role, such as 'eos_token'; empty if there is none."
     token = settings.get(role)
     name = token.get("content") if isinstance(token, dict) else token
     if not isinstance(name, str | None):
-        raise InputError(f"tokenizer_config.json sets {role} to {shortened(token)}, which is no token's name.")
+        raise InputError(f"tokenizer_config.json sets {role} to {shortened(token)}, which isn't the name of a token.")
     return name or ""
 
 

@@ -329,18 +329,18 @@ def remove_run(
                 remove_files(folder, TOKEN_FILES)
         for folder in checkpoint_folders(out):
             discard_checkpoint(folder)
-        remove_files(out, RUN_FILES, folder_too=False)
+        remove_files(out, RUN_FILES, directory_too=False)
         remove_files(out / "tensorboard", [path.name for path in out.glob("tensorboard/events.out.tfevents.*")])
     except OSError as error:
         raise InputError(os_error_sentence("remove", out, error)) from error
 
 
-def remove_files(folder: Path, names: tuple[str, ...] | list[str], folder_too: bool = True) -> None:
-    "Remove these files of a folder, and the folder if nothing else is in it."
+def remove_files(directory: Path, names: tuple[str, ...] | list[str], directory_too: bool = True) -> None:
+    "Remove these files of a directory, and the directory if nothing else is in it."
     for name in names:
-        (folder / name).unlink(missing_ok=True)
-    if folder_too and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+        (directory / name).unlink(missing_ok=True)
+    if directory_too and directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
 
 # %% ../nbs/84_runs.ipynb #b06313f3
 @contextmanager

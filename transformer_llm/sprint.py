@@ -41,7 +41,7 @@ def character_ids(text: str) -> np.ndarray:
 
 
 def read_characters(path: str | Path, val_fraction: float = 0.1) -> tuple[TokenData, CharTokenizer]:
-    """A text file as characters' ids, split as in chapter 06, and the tokenizer that encodes them.
+    """A text file as character ids, split as in chapter 06, and the tokenizer that encodes them.
 
     One look-up in a table for each character.
     """
@@ -76,13 +76,13 @@ def count_loss(
         at = np.searchsorted(contexts, before[1]).clip(max=len(contexts) - 1)
         known = contexts[at] == before[1]
         p = np.where(known, (np.maximum(seen - discount, 0) + discount * kinds[at] * p) / total[at], p)
-        for tokens, code in zip((train, val), before):  # one more character of context, the nearest at the lowest place
+        for tokens, code in zip((train, val), before):  # one more character of context, the nearest in the lowest digit
             code[n:] += (tokens[:-n] + 1) * base ** (n - 1)
     return {"val_loss": float(-np.log(p[1:]).mean()), "seconds": time.perf_counter() - start, "order": order}
 
 # %% ../nbs/12_sprint.ipynb #35d0261c
 class _Normalise(torch.autograd.Function):
-    "x over its root mean square; keeps only the result and one number a vector."
+    "x over its root mean square; keeps only the result and one number per vector."
 
     @staticmethod
     def forward(ctx: object, x: Float[Tensor, "*axes d_model"], eps: float) -> Float[Tensor, "*axes d_model"]:
@@ -121,7 +121,7 @@ MULTIPLIERS = (1000003, 2654435761, 805459861, 3674653429, 2097192037, 143486943
 
 def ngram_rows(
     ids: Int[Tensor, "batch seq"],  # -1: nothing there (before the start, padding)
-    ngrams: Sequence[tuple[int, int]],  # (order, rows of the table that are its own), orders from 2 to 7
+    ngrams: Sequence[tuple[int, int]],  # (order, rows of the table reserved for it), orders from 2 to 7
     vocab_size: int,
 ) -> Int[Tensor, "batch seq orders"]:
     "For each token and order n, the row of the last n tokens: equation (12.4), 64-bit products wrapping around."
@@ -171,14 +171,14 @@ class RowAdagrad(torch.optim.Optimizer):
 
 # %% ../nbs/12_sprint.ipynb #eadc3845
 class RememberingCache(KVCache):
-    "A layer's keys and values that also remembers the tokens, for what looks back at them before the first block."
+    "A layer's cache that also remembers the tokens, for parts that look back at them before the first block."
 
     def __init__(self, batch_size: int, n_kv_heads: int, capacity: int, head_dim: int, **options):
         super().__init__(batch_size, n_kv_heads, capacity, head_dim, **options)
         self.ids = torch.full((batch_size, capacity), -1, dtype=torch.int64, device=self.k.device)
 
     def reorder(self, index: Int[Tensor, "beams"]) -> None:
-        "As `KVCache.reorder`, the tokens too."
+        "As `KVCache.reorder`, for the tokens too."
         super().reorder(index)
         self.ids = self.ids.index_select(0, index)
 
@@ -264,7 +264,7 @@ class NGramGPT(GPT):
 
 # %% ../nbs/12_sprint.ipynb #6843a828
 class FewPasses(NGramGPT):
-    "A way through the blocks with fewer passes over memory, computed from the weights alone."
+    "A path through the blocks with fewer passes over memory, computed from the weights alone."
 
     turns: Tensor  # Rotations, as complex numbers
     closed: Tensor  # What is added to the scores: minus infinity for later tokens
@@ -276,7 +276,7 @@ class FewPasses(NGramGPT):
             return False
         if self._watch is None or self._watch.changed():
             try:
-                check_plain(self, "The short way of a SprintGPT", gradients=True, calls_start=True)
+                check_plain(self, "The short path of a SprintGPT", gradients=True, calls_start=True)
                 self._plain = all(bool((p == 1).all()) for name, p in self.named_parameters() if "norm" in name)
             except InputError:
                 self._plain = False
@@ -307,9 +307,9 @@ class FewPasses(NGramGPT):
         positions: Int[Tensor, "..."] | None = None,
         cache: list[KVCache] | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
-        """As `GPT.hidden_states`; without a cache, a mask or positions by a way of fewer passes over memory.
+        """As `GPT.hidden_states`; without a cache, a mask or positions, by a path with fewer passes over memory.
 
-        That way computes from the weights alone; a model with replaced modules or hooks takes the usual one.
+        That path computes from the weights alone; a model with replaced modules or hooks takes the usual path.
         """
         plain = cache is None and attention_mask is None and positions is None and self._is_plain()
         if not plain:
@@ -326,7 +326,7 @@ class SprintGPT(FewPasses):
     """A small GPT made to learn fast on a CPU: hashed n-grams and the previous token are added to each token's
     embedding.
 
-    Gains of norms stay one. Raises `InputError` for a configuration whose fields differ from `FIXED`.
+    The gains of the norms stay at one. Raises `InputError` for a configuration whose fields differ from `FIXED`.
     """
 
     only_start_differs = True  # for `check_plain`: blocks, norm and output are those of a GPT
@@ -357,7 +357,7 @@ class SprintGPT(FewPasses):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights of the blocks with standard deviation 1/(2√rows in), embeddings with `init_std`.
+        """Draw the weights of the blocks with standard deviation 1/(2√inputs), embeddings with `init_std`.
 
         What writes to the stream or the logits starts at zero.
         """
@@ -393,7 +393,7 @@ def evaluate_all(model: nn.Module, tokens: Int[Tensor, "tokens"], batch_size: in
 
 # %% ../nbs/12_sprint.ipynb #c5643158
 class SprintTrainer(Trainer):
-    """A `Trainer` for a `SprintGPT` on a CPU: places of all batches drawn at once, a table that moves by rows, no
+    """A `Trainer` for a `SprintGPT` on a CPU: places of all batches drawn at once, a table updated by rows, no
     clipping; it writes no checkpoints.
     """
 
@@ -488,9 +488,9 @@ def run_recipe(
     path: str | Path,  # A text file
     seed: int = 0,
     *,
-    threads: int | None = None,  # None: as PyTorch is set
-    eval_every: int = 0,  # Also evaluate so often, with the clock stopped; 0: only at the end
-    eval_tokens: int | None = None,  # Of the validation text, for those; None: all
+    threads: int | None = None,  # None: PyTorch's own setting
+    eval_every: int = 0,  # Steps between further evaluations, with the clock stopped; 0: only at the end
+    eval_tokens: int | None = None,  # Of the validation text, for those evaluations; None: all
     model_too: bool = False,  # Also return the model and the tokenizer, as "model" and "tokenizer"
 ) -> dict:
     """Read, encode, build, train, evaluate once on the whole last tenth: everything but imports is in `seconds`.

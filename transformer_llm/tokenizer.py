@@ -50,7 +50,7 @@ def visible(token: bytes) -> str:
 
 
 def token_bytes(text: str) -> bytes:
-    "The bytes of a token that is written so; `InputError` for any other writing."
+    "The bytes of a token written this way; `InputError` for any other spelling."
     try:
         return bytes(map(CHARACTER_BYTES.__getitem__, text))
     except KeyError:
@@ -58,14 +58,14 @@ def token_bytes(text: str) -> bytes:
 
 
 def shortened(text: object) -> str:
-    "A value out of a file for a message: in ASCII, and 40 characters at most."
+    "A value from a file, as a message shows it: in ASCII, at most 40 characters."
     shown = ascii(text)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 # %% ../nbs/05_tokenizer.ipynb #eeeeaad8
 def refuse_half_characters(
     text: str,  # The text to check
-    start: int = 0,  # Characters that stood before it
+    start: int = 0,  # Characters before it
 ) -> None:
     "Raise `InputError` if `text` holds a lone surrogate: half of a UTF-16 pair, which no UTF-8 file can hold."
     try:
@@ -97,7 +97,7 @@ class StreamDecoder:
 def tokenizer_file(
     path: str | Path,  # A file, or a folder for `tokenizer.json`
 ) -> Path:
-    "The file that `path` means: itself, or `tokenizer.json` in it where it is a folder or has no `.json` at its end."
+    "The file that `path` means: `path` itself, or `tokenizer.json` in it if it is a folder or doesn't end in `.json`."
     path = Path(path)
     is_file = path.is_file() or (path.suffix == ".json" and not path.is_dir())
     return path if is_file else path / "tokenizer.json"
@@ -107,8 +107,8 @@ class Tokenizer:
     "What both tokenizers share: decoding, streams and files. A subclass has `encode`, `decode_bytes` and `to_json`."
 
     special_tokens: dict = {}  # name -> id of the marks that end a text or frame it
-    added_tokens: dict = {}  # name -> id of all that is cut out of a text whole: these, and others such as <think>
-    prefix: tuple = ()  # ids that the model wants before every text; `encode` does not add them
+    added_tokens: dict = {}  # name -> id of all names that are cut out whole: these, and others such as <think>
+    prefix: tuple = ()  # ids that the model expects before every text; `encode` does not add them
 
     def decode(self, ids: Iterable) -> str:
         """Text of token ids (integers, an array or a 1-D tensor).
@@ -118,12 +118,12 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream_decoder(self) -> StreamDecoder:
-        "A decoder that is fed one id at a time; all that it gives, joined, equals `decode`."
+        "A decoder that is fed one id at a time; its pieces, joined, equal `decode`."
         return StreamDecoder(self.decode_bytes)
 
     def first_cut(self, text: str, start: int) -> int | None:
-        """The first place after `start` at which `text` falls into parts whose ids, joined, are those of the whole,
-        whatever follows it; None if there is none.
+        """The first place after `start` where `text` can be cut so that the parts' ids, joined, are those of the whole,
+        whatever follows; None if there is none.
         """
         return None
 
@@ -150,7 +150,7 @@ class Tokenizer:
     def __reduce__(self):
         from transformer_llm.tokenizer_files import tokenizer_from_json
 
-        return tokenizer_from_json, (self.to_json(),)  # so a worker process can be given a tokenizer
+        return tokenizer_from_json, (self.to_json(),)  # so that a tokenizer can be sent to a worker process
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, special_tokens={list(self.special_tokens)})"
@@ -175,7 +175,7 @@ def __getattr__(name: str):
 
 # %% ../nbs/05_tokenizer.ipynb #704a40ef
 def check_text(text: object) -> None:
-    "Raise `InputError` for what is no text."
+    "Raise `InputError` for anything but a text."
     if not isinstance(text, str):
         raise InputError(f"A tokenizer encodes a text (str), not {shortened(text)} ({type(text).__name__}).")
 
@@ -184,7 +184,7 @@ def token_values(
     ids: object,  # Token ids
     values: Mapping,  # id -> what it stands for
 ) -> list:
-    "Look up each id; an id outside the vocabulary, or what is no list of whole numbers, raises `InputError`."
+    "Look up each id; an id outside the vocabulary, or anything but a list of whole numbers, raises `InputError`."
     given = ids
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     try:
@@ -195,7 +195,8 @@ def token_values(
         ) from None
     except TypeError:
         raise InputError(
-            f"Token ids are whole numbers in one row, such as [5, 7], not {shortened(given)} ({type(given).__name__})."
+            "Token ids must be whole numbers in one row, such as [5, 7], not "
+            f"{shortened(given)} ({type(given).__name__})."
         ) from None
 
 # %% ../nbs/05_tokenizer.ipynb #2c012c24
@@ -210,7 +211,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: str | Iterable[str]) -> "CharTokenizer":
-        "Give each character of the text an id, in the order of their code points; `InputError` if there is none."
+        "Give each character of the text an id, in the order of their code points; `InputError` if the text is empty."
         found = set()
         for text in [texts] if isinstance(texts, str) else texts:
             refuse_half_characters(text)
@@ -228,8 +229,8 @@ class CharTokenizer(Tokenizer):
         check_text(text)
         return self.look_up(text)
 
-    def look_up(self, text: str, start: int = 0) -> list[int]:  # Characters that stood before it
-        "`encode` of a part of a longer text."
+    def look_up(self, text: str, start: int = 0) -> list[int]:  # Characters before it
+        "`encode` for a part of a longer text."
         try:
             return list(map(self.ids.__getitem__, text))
         except KeyError:
@@ -275,7 +276,7 @@ def merge_pair(
 ) -> tuple[dict, dict]:
     """Merge `pair` from left to right in all its words.
 
-    How much each neighbouring pair's count changes, and where the new pairs stand.
+    Returns how much each neighbouring pair's count changes, and the words in which the new pairs occur.
     """
     (left, right), change, found = pair, defaultdict(int), defaultdict(list)
     for place in places:
@@ -297,12 +298,12 @@ def merge_pair(
 # %% ../nbs/05_tokenizer.ipynb #8175daf4
 def learn_merges(
     word_counts: Mapping[str, int],  # How often each word occurs
-    n_merges: int,  # How many to learn; fewer come back where the words have no more pairs
+    n_merges: int,  # How many to learn; fewer if the words run out of pairs
     *,
     progress: bool = False,  # Show a bar
 ) -> list[tuple[int, int]]:
-    """Byte-pair encoding's merges as pairs of ids: the most frequent pair first, and of equals the one with the
-    smallest ids: Sennrich et al. (2016), algorithm 1.
+    """Byte-pair encoding's merges as pairs of ids: the most frequent pair first, and among equals the one
+    with the smallest ids: Sennrich et al. (2016), algorithm 1.
     """
     from tqdm.auto import tqdm
 
@@ -319,7 +320,7 @@ def learn_merges(
     with tqdm(total=n_merges, desc="learning merges", unit="merge", disable=not progress) as bar:
         while queue and len(merges) < n_merges:
             count, pair = heapq.heappop(queue)
-            if -count != pair_counts[pair]:  # other merges took some since: back in line with today's count
+            if -count != pair_counts[pair]:  # other merges have taken some: back into the queue with its new count
                 if pair_counts[pair] > 0:
                     heapq.heappush(queue, (-pair_counts[pair], pair))
                 continue
@@ -363,20 +364,20 @@ PATTERNS = {
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 SPLITTERS = {name: regex.compile(pattern) for name, pattern in PATTERNS.items()}
-# llama.cpp's way where a file names no pattern: four cuts, each of the pieces of the one before
+# llama.cpp's default if a file names no pattern: four cuts, each of the pieces of the one before
 SIMPLE = (r"[\p{P}$+<=>^~|]+", r"\p{N}+", "[0-9][0-9][0-9]")
 FOUR_CUTS = (SIMPLE[0], "gpt2", SIMPLE[1], SIMPLE[2])
 
 # %% ../nbs/05_tokenizer.ipynb #40305b37
 LONGEST_PATTERN = 4096  # characters
 PATIENCE = 5.0  # seconds for one text, and one more for each 20,000 characters
-MOST_COPIES = 10_000  # that counted repetitions such as {1,3} may ask the compiler for, all multiplied
-PROBE = "Aa1 \n\t'!\u00e9\u8a9e\u0301\U0001f98a \r\n_\u00bd  b"  # one of each kind
+MOST_COPIES = 10_000  # the most copies that counted repetitions such as {1,3} may multiply up to
+PROBE = "Aa1 \n\t'!\u00e9\u8a9e\u0301\U0001f98a \r\n_\u00bd  b"  # one character of each kind
 
 
 @cache
 def compile_pattern(pattern: str) -> "regex.Pattern":
-    "One of `PATTERNS`, or an expression in the dialect of the `regex` package; `InputError` says why it can't be one."
+    "One of `PATTERNS`, or an expression in the dialect of the `regex` package; `InputError` says why it can't be used."
     if pattern in SPLITTERS:
         return SPLITTERS[pattern]
     repeats = (map(int, regex.findall(r"\d{1,9}", braces)) for braces in regex.findall(r"\{[\d,]+\}", pattern))
@@ -387,7 +388,8 @@ def compile_pattern(pattern: str) -> "regex.Pattern":
         return regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:
         raise InputError(
-            f"The pattern {shortened(pattern)} is none of {', '.join(PATTERNS)} and no regular expression ({error})."
+            f"The pattern {shortened(pattern)} is not one of {', '.join(PATTERNS)}, "
+            f"and not a valid regular expression ({error})."
         ) from None
 
 # %% ../nbs/05_tokenizer.ipynb #00bf7371
@@ -395,9 +397,9 @@ def find_words(
     expression: "regex.Pattern",  # What a word is
     text: str,  # What to cut
     *,
-    gaps: bool,  # Characters that no word takes are words of their own; otherwise they raise `InputError`
+    gaps: bool,  # Characters that no word covers are words of their own; otherwise they raise `InputError`
 ) -> list[str]:
-    "The words of a text, all of it, by any expression; `InputError` for one that takes too long."
+    "The words that any expression cuts a text into; `InputError` for one that takes too long."
     words, done, seconds = [], 0, PATIENCE + len(text) / 20_000
     try:
         for match in expression.finditer(text, timeout=seconds):
@@ -418,7 +420,8 @@ def find_words(
         ) from None
     if start > done and not gaps:
         raise InputError(
-            f"The pattern {shortened(expression.pattern)} takes no word at {shortened(text[done:start])}; pattern must "
+            f"The pattern {shortened(expression.pattern)} matches nothing at "
+                f"{shortened(text[done:start])}; pattern must "
             f"be one of {', '.join(PATTERNS)}, or an expression that covers every character (one that ends in |\\s+|.)."
         )
     return words + ([text[done:]] if start > done else [])
@@ -429,7 +432,7 @@ def word_splitter(
 ) -> Callable[[str], list[str]]:
     """What cuts a text into words.
 
-    An expression has to cover all text. Of several, each cuts the pieces of the one before, and what it doesn't match
+    An expression must cover all text. Of several, each cuts the pieces of the one before, and what it doesn't match
     stays a piece.
     """
     if not isinstance(pattern, str):
@@ -454,7 +457,7 @@ class NameFinder:
     def __init__(self, names: Iterable[str]):
         self.names = frozenset(names)
         self.sorted, self.longest = sorted(self.names), max(map(len, self.names), default=0)
-        self.pattern = special_pattern(self.names) if len(self.names) <= 300 else None  # more take it long to compile
+        self.pattern = special_pattern(self.names) if len(self.names) <= 300 else None  # more are slow to compile
         self.lengths = defaultdict(set)
         for name in self.names:
             self.lengths[name[0]].add(len(name))
@@ -487,7 +490,7 @@ class NameFinder:
         return [*pieces, text[done:]]
 
     def unfinished(self, text: str, start: int) -> int:
-        "Where, from `start` on, the earliest name may begin that the end of `text` leaves unfinished; else its length."
+        "The first place from `start` on where the end of `text` may begin a name; else the length of `text`."
         for position in range(max(start, len(text) - self.longest + 1), len(text)):
             tail = text[position:]
             place = bisect_right(self.sorted, tail)
@@ -500,7 +503,7 @@ LONG_MARKS = regex.compile(r"\p{M}{32,}")
 
 
 def sort_marks(marks: str) -> str:
-    """The same accents one by one, in the order that NFC wants: n log n steps for n of them, where Python's `normalize`
+    """The same accents one by one, in NFC's order: n log n steps for n of them, where Python's `normalize`
     takes n².
     """
     apart = "".join(unicodedata.normalize("NFD", mark) for mark in marks)
@@ -519,7 +522,7 @@ class NameCutter:
     def __init__(
         self,
         names: Iterable[str],  # Added tokens
-        normalized: Collection[str],  # Those of them that are looked for when the text is composed, behind the others
+        normalized: Collection[str],  # Those that are looked for after the others, in the composed text
         normalization: str | None,  # None or "NFC"
     ):
         names = list(names)
@@ -530,7 +533,7 @@ class NameCutter:
         if len(self.written) < sum(name in normalized for name in names):
             raise InputError("two of its normalized added tokens are the same text when their accents are composed")
         if self.early.names & self.written.keys():
-            raise InputError(f"its added token {shortened(min(self.early.names & self.written.keys()))} means two ids")
+            raise InputError(f"its added token {shortened(min(self.early.names & self.written.keys()))} has two ids")
 
     def split(self, text: str) -> list[str]:
         "Text and names in turn; the first and the last piece are text."
@@ -547,7 +550,7 @@ class NameCutter:
         return pieces
 
     def holds_across(self, text: str, cut: int) -> bool:
-        "Whether the text holds a name that begins before the cut and ends behind it."
+        "Whether the text holds a name that begins before the cut and ends after it."
         for finder in (self.early, self.late):
             for start in range(max(0, cut - finder.longest + 1), cut):
                 for length in finder.lengths.get(text[start], ()):
@@ -566,7 +569,7 @@ def count_words(
     pattern: str | Sequence[str] = "gpt2",  # As in `BPETokenizer`
     progress: bool = False,  # Show a bar
     slice_size: int = 2**20,  # Characters that are split at a time
-    limit: int = 2**21,  # Distinct words to keep; beyond it the rarer ones are forgotten
+    limit: int = 2**21,  # Distinct words to keep; beyond that, rarer ones are dropped
 ) -> Counter:
     """Count the pre-tokenization pattern's words over all documents, exactly up to `limit` distinct ones.
 
@@ -592,7 +595,7 @@ def count_words(
 
 
 def bound_words(counts: Counter) -> Counter:
-    "The same words, those beyond `LONGEST_WORD` in parts: merging within a word of n bytes takes up to n² steps."
+    "The same words, those longer than `LONGEST_WORD` in parts: merging within a word of n bytes takes up to n² steps."
     for word in [word for word in counts if len(word) > LONGEST_WORD]:
         times = counts.pop(word)
         for start in range(0, len(word), LONGEST_WORD):
@@ -604,7 +607,7 @@ def apply_merges(
     ids: Sequence[int],  # Ids of a word's bytes
     ranks: Mapping[tuple[int, int], tuple[int, int]],  # pair -> (rank, id of the merged token)
 ) -> tuple[int, ...]:
-    "Merge the pair of lowest rank, the leftmost of equals, until none is left: n bytes in O(n log n) steps."
+    "Merge the pair of lowest rank, the leftmost among equals, until none is left: n bytes in O(n log n) steps."
     ids, n = list(ids), len(ids)
     after, before = list(range(1, n + 1)), list(range(-1, n - 1))
     queue = [(*ranks[pair], i, pair) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
@@ -626,7 +629,7 @@ def apply_merges(
 class WordCache(dict):
     "Words already encoded: word -> token ids. A new word is encoded on its first look-up."
 
-    def __init__(self, encode_word: Callable[[str], tuple], limit: int = 2**17):  # Words to keep before starting anew
+    def __init__(self, encode_word: Callable[[str], tuple], limit: int = 2**17):  # Words to keep, then it empties
         self.encode_word, self.limit = encode_word, limit
 
     def __missing__(self, word: str) -> tuple:
@@ -638,7 +641,7 @@ class WordCache(dict):
         return ids
 
 # %% ../nbs/05_tokenizer.ipynb #fbaa8de5
-MOST_ADDED, LONGEST_NAME = 65_536, 512  # added tokens, and characters of one: real models have 6,500 of at most 50
+MOST_ADDED, LONGEST_NAME = 65_536, 512  # added tokens, characters in each: real models have 6,500 of at most 50
 HIGHEST_ID = 2**31 - 1
 
 
@@ -652,27 +655,28 @@ def check_names(
     for name, i in added.items():
         if not isinstance(name, str) or len(name) > LONGEST_NAME:
             raise InputError(
-                f"The added token {shortened(name)} is no text of at most {LONGEST_NAME} characters, and can't be used."
+                f"The added token {shortened(name)} is not a text of at most {LONGEST_NAME} "
+                "characters, so it can't be used."
             )
         refuse_half_characters(name)
         token = bytes(map(CHARACTER_BYTES.get, name)) if all(map(CHARACTER_BYTES.__contains__, name)) else None
         if not name or vocab.get(token, i) != i:
             raise InputError(
                 f"{shortened(name)} can't be a special token or another added one: "
-                f"{'it is empty' if not name else 'an ordinary token is written so'}; "
-                "give it a name of its own, such as '<|endoftext|>'."
+                f"{'it is empty' if not name else 'an ordinary token is written the same way'}; "
+                "choose another name, such as '<|endoftext|>'."
             )
 
 
 def check_special_tokens(names: Sequence[str]) -> None:
-    "Raise `InputError` for names that no tokenizer can be trained with: those above, and one that stands there twice."
+    "Raise `InputError` for names that no tokenizer can be trained with: those above, and one that is listed twice."
     twice = next((name for name, times in Counter(names).items() if times > 1), None)
     if twice is not None:
-        raise InputError(f"The special token {shortened(twice)} stands there twice; give each a name of its own.")
+        raise InputError(f"The special token {shortened(twice)} is listed twice; give each token its own name.")
     check_names(dict.fromkeys(names, -1), {bytes([byte]): byte for byte in BYTES})
 
 # %% ../nbs/05_tokenizer.ipynb #c20a28fc
-# which no character of an ordinary text needs
+# bytes that no character of an ordinary text needs
 RARE_BYTES = {*range(32), 127, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 256)} - set(b"\t\n\r")
 
 
@@ -690,7 +694,7 @@ def check_fit(tokenizer: "BPETables") -> None:
     if any(type(i) is not int or not 0 <= i <= HIGHEST_ID for i in ids):
         raise InputError(f"its token ids are not whole numbers from 0 to {HIGHEST_ID:,}")
     if len(names) < len(tokenizer.added_tokens) or len(set(ids)) < len(ids) - shared:
-        raise InputError("its token ids are not whole numbers that differ from each other")
+        raise InputError("its token ids are not distinct whole numbers")
     for left, right in tokenizer.merges:
         if not (left in tokenizer.vocab and right in tokenizer.vocab and left + right in tokenizer.vocab):
             raise InputError(
@@ -698,7 +702,7 @@ def check_fit(tokenizer: "BPETables") -> None:
                 f"{shortened(visible(right))} names a token that its vocabulary lacks"
             )
     if not set(tokenizer.prefix) <= set(tokenizer.special_tokens.values()):
-        raise InputError(f"its prefix {shortened(list(tokenizer.prefix))} holds an id that is no special token's")
+        raise InputError(f"its prefix {shortened(list(tokenizer.prefix))} holds an id that belongs to no special token")
 
 # %% ../nbs/05_tokenizer.ipynb #a26ace05
 def merge_ranks(
@@ -716,7 +720,7 @@ def merge_ranks(
 
 
 def train_bpe(
-    texts: str | Iterable[str | Iterable[str]],  # As in `BPETokenizer.train`, and so are the others
+    texts: str | Iterable[str | Iterable[str]],  # As in `BPETokenizer.train`, like the arguments below
     vocab_size: int,
     special_tokens: Sequence[str],
     *,
@@ -727,7 +731,7 @@ def train_bpe(
     "The vocabulary, merges and special tokens that `BPETokenizer.train` learns."
     names = [special_tokens] if isinstance(special_tokens, str) else list(special_tokens)
     check_special_tokens(names)
-    word_splitter(pattern)  # which refuses one that can't be used
+    word_splitter(pattern)  # refuses one that can't be used
     vocab_size = check_range("vocab_size", vocab_size, 256 + len(names), integer=True)
     word_counts = count_words([texts] if isinstance(texts, str) else texts, names, pattern=pattern, progress=progress)
     if not word_counts:
@@ -737,8 +741,8 @@ def train_bpe(
     if len(pairs) < n_merges and not fewer:
         raise InputError(
             f"This text gives at most {vocab_size - n_merges + len(pairs)} "
-            f"tokens, not the vocab_size of {vocab_size}; "
-            "give it more text or a smaller vocab_size."
+            f"tokens, fewer than the vocab_size of {vocab_size}; "
+            "give more text or a smaller vocab_size."
         )
     tokens = [bytes([byte]) for byte in BYTES]
     for left, right in pairs:
@@ -758,12 +762,12 @@ class BPETables(Tokenizer):
         special_tokens: Mapping[str, int],  # Name -> id
         *,
         added_tokens: Mapping[str, int] | None = None,  # Name -> id of those that are cut out whole and not special
-        normalized: Collection[str] = (),  # Added tokens that are looked for after `normalization`, behind the others
+        normalized: Collection[str] = (),  # Added tokens that are looked for after the others, in the composed text
         pattern: str | Sequence[str] = "gpt2",  # What cuts the text into words: see `word_splitter`
         ignore_merges: bool = False,  # A word that is a token needs no merges, as in Llama 3
         # "NFC" composes accents before anything else, as in Qwen 2; then `decode` gives the composed text
         normalization: str | None = None,
-        prefix: Sequence[int] = (),  # Ids of special tokens that the model wants before each text; `encode` adds none
+        prefix: Sequence[int] = (),  # Ids of special tokens that the model expects before each text; `encode` adds none
     ):
         self.vocab, self.merges = dict(vocab), list(merges)
         self.special_tokens = dict(special_tokens)
@@ -815,7 +819,7 @@ class BPETokenizer(BPETables):
         special_tokens: Sequence[str] = ("<|endoftext|>",),  # Each one token, never merged with its neighbours
         pattern: str | Sequence[str] = "gpt2",  # One of `PATTERNS`, or your own: see `word_splitter`
         progress: bool = False,  # Show a bar
-        fewer: bool = False,  # Take what the text gives where that is less than `vocab_size`
+        fewer: bool = False,  # Accept fewer tokens than `vocab_size` if the text gives no more
     ) -> "BPETokenizer":
         """Learn a vocabulary from text; `InputError` if it holds too few pairs for `vocab_size`, unless `fewer`.
 
@@ -829,7 +833,7 @@ class BPETokenizer(BPETables):
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; a lone surrogate raises `InputError`.
 
-        With `special=False` the names of special tokens are ordinary text: use it for text from strangers.
+        With `special=False` the names of special tokens are ordinary text: use it for text that you don't trust.
         """
         check_text(text)
         pieces, ids = self.cutters[bool(special)].split(text), []
@@ -845,7 +849,7 @@ class BPETokenizer(BPETables):
     def encode_iterable(self, chunks: Iterable[str], *, special: bool = True) -> Iterator[int]:
         """Token ids of the chunks' joined text, equal to `encode` of it wherever the chunks end.
 
-        Holds a chunk and some thousand characters at a time, or the longest stretch without a safe place to cut; under
+        Holds a chunk and a few thousand characters at a time, or the longest stretch without a safe place to cut; with
         a pattern of your own, for which no place is known to be safe, all of the text.
         """
         from transformer_llm.tokenizer_files import encode_stream
@@ -853,8 +857,8 @@ class BPETokenizer(BPETables):
         return encode_stream(self, chunks, special=special)
 
     def first_cut(self, text: str, start: int) -> int | None:
-        """The first place after `start` at which `text` falls into parts whose ids, joined, are those of the whole,
-        whatever follows it; None if there is none.
+        """The first place after `start` where `text` can be cut so that the parts' ids, joined, are those of the whole,
+        whatever follows; None if there is none.
         """
         from transformer_llm.tokenizer_files import can_cut, first_cut
 

@@ -106,7 +106,7 @@ def _set(config: "GPTConfig", name: str, value) -> None:
 
 
 def _check_fields(config: "GPTConfig") -> None:
-    "Check each field by itself, and bring numbers to their type."
+    "Check each field by itself, and convert numbers to their type."
     for name in SIZES:
         if getattr(config, name) is not None or name not in MAY_BE_NONE:
             _set(config, name, int(check_range(name, getattr(config, name), 1, integer=True)))
@@ -120,7 +120,7 @@ def _check_fields(config: "GPTConfig") -> None:
 
 
 def _derived(config: "GPTConfig") -> dict[str, int | bool]:
-    "What the fields that may be None stand for."
+    "What None means in the fields that allow it."
     return dict(
         n_kv_heads=config.n_heads,
         head_dim=config.d_model // config.n_heads,
@@ -133,7 +133,7 @@ def _fill_sizes(config: "GPTConfig") -> None:
     "Fill in the fields that follow from others, and check that they fit together."
     if config.head_dim is None and config.d_model % config.n_heads:
         raise InputError(
-            f"d_model must be a multiple of n_heads={config.n_heads} where head_dim isn't given, not {config.d_model}."
+            f"d_model must be a multiple of n_heads={config.n_heads} when head_dim isn't given, not {config.d_model}."
         )
     for name, value in _derived(config).items():
         if getattr(config, name) is None:
@@ -168,12 +168,12 @@ class ConfigMethods:
         return cls.from_dict(PRESETS[check_choice("preset", name, PRESETS)] | changes)
 
     def replace(self, **changes) -> "GPTConfig":
-        "A copy with some fields changed; those that follow from others still do where they are at their default."
+        "A copy with some fields changed; derived fields that are at their default are derived again."
         derived = {name: None for name, value in _derived(self).items() if getattr(self, name) == value}
         return self.from_dict(self.to_dict() | derived | changes)
 
     def to_dict(self) -> dict:
-        "All fields as a dictionary of plain values, fit for JSON."
+        "All fields as a dictionary of plain values, ready for JSON."
         return asdict(self)
 
     @classmethod
@@ -192,11 +192,11 @@ class ConfigMethods:
 @dataclass(frozen=True)
 class GPTConfig(ConfigMethods):
     """The shape of a model. Every field is checked; `n_kv_heads`, `head_dim`, `d_ff` and `qkv_bias` follow from others
-    when None. A bad one raises `InputError` that names the field, the value and what is allowed.
+    when None. An invalid one raises an `InputError` that names the field, the value and what is allowed.
 
-    - `vocab_size`: different tokens. `context_length`: the most tokens the model reads at once.
-    - `d_model`: width of the residual stream. `n_layers`: blocks.
-    - `n_heads`: query heads. `n_kv_heads`: key/value heads; None: as many as `n_heads`.
+    - `vocab_size`: number of different tokens. `context_length`: the most tokens the model reads at once.
+    - `d_model`: width of the residual stream. `n_layers`: number of blocks.
+    - `n_heads`: number of query heads. `n_kv_heads`: of key/value heads; None: as many as `n_heads`.
     - `head_dim`: width of a head; None: d_model // n_heads.
     - `d_ff`: hidden width of the feed-forward network; None: `default_d_ff`.
     - `norm`: "layernorm" or "rmsnorm". `norm_eps`: what it adds before it divides, 0 to 1.
@@ -328,9 +328,9 @@ def _check_scaling(config: GPTConfig, total: int, cache: list[KVCache] | None) -
     if cache is None or scaling is None or scaling.kind != "dynamic" or total <= scaling.original_context_length:
         return
     raise InputError(
-        f"With rope_scaling kind='dynamic', {total} tokens turn by other angles than the "
-        f"{scaling.original_context_length} of original_context_length, so the keys in a cache would be wrong; "
-        "read the text without one (use_cache=False)."
+        f"With rope_scaling kind='dynamic', the angles for {total} tokens differ from those for "
+        f"original_context_length={scaling.original_context_length}, so cached keys would be wrong; "
+        "read the text without a cache (use_cache=False)."
     )
 
 
@@ -340,12 +340,12 @@ def _check_reading(
     attention_mask: Bool[Tensor, "..."] | None,
     cache: list[KVCache] | None,
 ) -> tuple[int, int]:
-    "Refuse ids, a mask or a cache that the model can't read; how many tokens are in the cache, and with the new ones."
+    "Refuse ids, a mask or a cache that don't fit; returns how many tokens are cached, and how many with the new ones."
     past = cache[0].length if cache else 0
     if ids.ndim != 2:
         raise InputError(
             f"Token ids must have shape (batch, seq), not {tuple(ids.shape)}; "
-            "one sequence becomes a batch with ids[None]."
+            "turn one sequence into a batch with ids[None]."
         )
     if cache is not None and len(cache) != config.n_layers:
         raise InputError(
@@ -400,7 +400,7 @@ class Backbone(nn.Module):
     def _positions(
         self, ids: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch keys"] | None, past: int
     ) -> Int[Tensor, "..."]:
-        "The place of each new token: counted from the start, or over real tokens only."
+        "The position of each new token: counted from the start, or over real tokens only."
         if attention_mask is None:
             return torch.arange(past, past + ids.shape[1], device=ids.device)
         return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past:]
@@ -414,10 +414,10 @@ class Backbone(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq d_model"], Mask | None, Rotate | None]:
         "What the first block needs: embedded tokens, the mask (None where causal is enough), the rotation."
         c, (past, total) = self.config, _check_reading(self.config, ids, attention_mask, cache)
-        attention_mask = None if attention_mask is None else attention_mask.bool()  # ones and zeros will do
+        attention_mask = None if attention_mask is None else attention_mask.bool()  # ones and zeros work too
         positions = self._positions(ids, attention_mask, past) if positions is None else positions
         x = self.token_embedding(ids)
-        if c.position == "sinusoidal":  # the table's entries are of size one: Vaswani et al. (2017), section 3.4
+        if c.position == "sinusoidal":  # the table's entries have size one: Vaswani et al. (2017), section 3.4
             x = x * math.sqrt(c.d_model)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions).to(x.dtype)
@@ -450,7 +450,7 @@ class LanguageModel(Backbone):
         positions: Int[Tensor, "..."] | None = None,
         cache: list[KVCache] | None = None,
     ) -> Float[Tensor, "batch seq d_model"]:
-        "What the model knows at each token after the last block and the final norm; arguments as in `forward`."
+        "The hidden state of each token after the last block and the final norm; arguments as in `forward`."
         x, mask, rotate = self._start(ids, attention_mask, positions, cache)
         for block, layer_cache in zip(self.blocks, [None] * len(self.blocks) if cache is None else cache):
             x = block(x, mask, rotate=rotate, cache=layer_cache)
@@ -473,7 +473,7 @@ class LanguageModel(Backbone):
     ) -> Float[Tensor, "batch predicted vocab"] | tuple[Float[Tensor, "batch predicted vocab"], Float[Tensor, ""]]:
         """Logits for the token after each one, and with `targets` also the mean cross-entropy in nats.
 
-        No token attends to padding; the logits of padding itself are finite and mean nothing. The loss is NaN when
+        No token attends to padding; the logits at padding are finite but meaningless. The loss is NaN when
         every target is ignored. Raises `InputError` when cached and new tokens together exceed `context_length`, and
         for ids, an attention_mask or a cache of the wrong shape.
         """
@@ -501,19 +501,19 @@ class GPT(LanguageModel):
         dtype: torch.dtype | None = torch.float32,  # None: as in the file
         device: str = "cpu",
     ) -> "GPT":
-        "A model with weights that somebody else trained, in evaluation mode: the door to chapter 09."
+        "A model with weights that somebody else trained, in evaluation mode: see chapter 09."
         from transformer_llm.pretrained import load_pretrained
 
         return load_pretrained(name, dtype=dtype, device=device)
 
     def save_pretrained(self, directory: str | Path, tokenizer=None, **options) -> Path:
-        "Write the model (and its tokenizer) as Hugging Face's libraries read it: the door to `transformer_llm.export`."
+        "Write the model (and its tokenizer) in Hugging Face's format: see `transformer_llm.export`."
         from transformer_llm.export import save_pretrained
 
         return save_pretrained(self, directory, tokenizer, **options)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
-        "How many numbers the model has learned or can learn; tied weights count once."
+        "How many parameters the model has, tied weights counted once; `trainable_only` leaves out the frozen ones."
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
     def new_cache(
@@ -543,7 +543,7 @@ class GPT(LanguageModel):
 
 # %% ../nbs/04_transformer.ipynb #99ac8628
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_GRADIENT_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")  # of modules and of weights
+_GRADIENT_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks")  # on modules and on weights
 _DROPPING = ("dropout", "p")  # settings that mean something in training only
 
 
@@ -571,7 +571,7 @@ def _beside(
 
 # %% ../nbs/04_transformer.ipynb #31837da5
 def _odd_part(module: nn.Module | None, plain: nn.Module, gradients: bool) -> str:
-    "What is unlike the plain module, in words that go on from its name; nothing if all is well."
+    "What differs from the plain module, worded to follow its name; nothing if all is well."
     if any(getattr(module, kind, None) for kind in _FORWARD_HOOKS + (_GRADIENT_HOOKS if gradients else ())):
         return "carries a hook"
     for name, value in vars(module).items():
@@ -583,7 +583,7 @@ def _odd_part(module: nn.Module | None, plain: nn.Module, gradients: bool) -> st
         value = getattr(module, name, None)
         if type(value) is not type(wanted) or value != wanted:
             shown = [getattr(x, "__name__", repr(x)) for x in (value, wanted)]
-            return f"has {name}={shown[0]} where the configuration says {shown[1]}"
+            return f"has {name}={shown[0]}, but the configuration says {shown[1]}"
     return _odd_weight(module, plain, gradients)
 
 
@@ -598,22 +598,22 @@ def _odd_weight(module: nn.Module, plain: nn.Module, gradients: bool) -> str:
         if type(weight) is not nn.Parameter:
             return f"keeps its {name} as a {type(weight).__name__}, not a plain Parameter"
         if weight.shape != wanted.shape:
-            return f"has a {name} of shape {tuple(weight.shape)} where the configuration says {tuple(wanted.shape)}"
+            return f"has a {name} of shape {tuple(weight.shape)}, but the configuration calls for {tuple(wanted.shape)}"
         if gradients and any(getattr(weight, kind, None) for kind in _GRADIENT_HOOKS):
             return f"has a {name} whose gradient carries a hook"
     return ""
 
 # %% ../nbs/04_transformer.ipynb #2544eeb8
 def _first_oddity(model: nn.Module, gradients: bool) -> str:
-    "Name the first part of a `GPT` that isn't what its configuration makes; nothing if all are."
+    "Name the first part of a `GPT` that isn't what its configuration calls for; nothing if all are."
     if len(model.blocks) != model.config.n_layers:
-        return f"it has {len(model.blocks)} blocks where the configuration says n_layers={model.config.n_layers}"
+        return f"it has {len(model.blocks)} blocks, but the configuration says n_layers={model.config.n_layers}"
     with torch.device("meta"):  # shapes only, no storage
         plain = GPT(replace(model.config, n_layers=1))
     for name, module, wanted in _beside(model, plain):
         if name and class_of(module) is not type(wanted):
             found = "absent" if module is None else f"a {type(module).__name__}"
-            return f"{name} is {found} where the configuration makes a {type(wanted).__name__}"
+            return f"{name} is {found}, but the configuration calls for a {type(wanted).__name__}"
         if odd := _odd_part(module, wanted, gradients):
             return f"{name or 'it'} {odd}"
     return ""
@@ -634,28 +634,28 @@ def _odd_kind(kind: type, calls_start: bool) -> str:
 
 def check_plain(
     model: nn.Module,
-    what: str,  # Who asks: the sentence begins with it
+    what: str,  # Who asks: the message begins with it
     *,
     gradients: bool = False,  # It computes gradients too: refuse hooks on them, and changed dropout
     calls_start: bool = False,  # It calls the model's own `_start`, which a subclass may have replaced
 ) -> "GPT":
     """The model, for code that computes it from its weights and would ignore a replaced module or a hook.
 
-    Frozen and tied weights, any dtype and device, and `torch.compile` are as good as plain. Anything else that the
-    configuration doesn't make raises `InputError`, which names the first such module.
+    Frozen and tied weights, any dtype and device, and `torch.compile` count as plain. Anything else that the
+    configuration doesn't call for raises `InputError`, which names the first such module.
     """
     model = unwrap(model)
     if odd := _odd_kind(type(model), calls_start) or _first_oddity(model, gradients):
         raise InputError(
-            f"{what} can't compute this model: {odd}; use the model itself (Trainer, generate), or put back what "
-            "its configuration makes."
+            f"{what} can't compute this model: {odd}; use the model itself (Trainer, generate), or restore what "
+            "its configuration calls for."
         )
     return model
 
 # %% ../nbs/04_transformer.ipynb #abc8de6f
 class Watch:
-    """Notices in a few microseconds a block that a checked model may have changed since: another module or weight, a
-    weight's new storage, a method of an instance's own, more hooks or fewer.
+    """Notices, in a few microseconds per block, that a checked model may have changed since: another module or weight,
+    a weight's new storage, an instance's own method, more or fewer hooks.
 
     It doesn't see a setting that was changed in place, such as another `eps`.
     """
@@ -669,7 +669,7 @@ class Watch:
         self.before = self.state()
 
     def __deepcopy__(self, memo: dict) -> None:
-        "A copied model is another model, which nobody watches yet."
+        "A copied model is another model, which isn't watched yet."
 
     def state(self) -> tuple:
         "What is compared: identities, addresses and counts."
@@ -687,7 +687,7 @@ class Watch:
 
 # %% ../nbs/04_transformer.ipynb #8fea04d6
 def parameter_table(model: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
-    """Each parameter's name, shape and count of numbers, in the order in which torch lists them.
+    """Each parameter's name, shape and size, in the order in which torch lists them.
 
     `format_parameters` prints it.
     """
@@ -712,10 +712,10 @@ def flops_per_token(
     seq: int | None = None,  # Tokens read at once; None: context_length
     training: bool = False,  # Also the backward pass, which costs twice the forward pass
 ) -> int:
-    """Floating-point operations a token: two for each multiply-add of a matrix product (equation 4.6).
+    """Floating-point operations per token: two for each multiply-add of a matrix product (equation 4.6).
 
-    Norms, activations and the embedding look-up are left out, and no discount is given for the masked half of attention
-    or for a window.
+    Norms, activations and the embedding look-up are left out, and nothing is deducted for the masked half of
+    attention or for a window.
     """
     c, seq = config, config.context_length if seq is None else seq
     projections = 2 * c.d_model * c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads)

@@ -335,7 +335,7 @@ def call(
     """
     if not callable(answer):
         raise Wrong(
-            f"A function is asked for, but this is {describe(answer)}. Pass "
+            f"The exercise asks for a function, but this is {describe(answer)}. Pass "
             "the function by its name, without calling it."
         )
     copies, named = cloned(args), cloned(kwargs)
@@ -388,7 +388,7 @@ def same_shape(
     "Raise `Wrong`, with the names of the axes, unless `got` is a tensor of the wanted shape."
     names, shape = axes.split(), tuple(wanted.shape if isinstance(wanted, Tensor) else wanted)
     has, what = verb(what, "has", "have"), what[0].upper() + what[1:]
-    aim = f"{named_shape(names, shape)} is asked for"
+    aim = f"the exercise asks for {named_shape(names, shape)}"
     if not isinstance(got, Tensor):
         raise Wrong(f"{what} should be a tensor; {aim}, but this is {describe(got)}, of type {type(got).__name__}.")
     mine = tuple(got.shape)
@@ -520,7 +520,7 @@ def same_number(
     """
     answer = as_python(answer)
     if isinstance(answer, bool) or not isinstance(answer, int | float):
-        raise Wrong(f"A number is asked for, but this is {describe(answer)}.")
+        raise Wrong(f"The exercise asks for a number, but this is {describe(answer)}.")
     allowed = lambda aim: abs(answer - aim) <= tolerance * abs(aim) + 1e-9
     if allowed(right):
         return
@@ -543,7 +543,7 @@ def same_choice(
     plain = lambda choice: choice.strip().lower() if isinstance(choice, str) else choice
     answer = as_python(answer)
     if isinstance(answer, Tensor) or hasattr(answer, "__array__"):
-        raise Wrong(f"A single choice is asked for, but this is {describe(answer)}.")
+        raise Wrong(f"The exercise asks for a single choice, but this is {describe(answer)}.")
     if plain(answer) == plain(right) and isinstance(answer, bool) == isinstance(right, bool):
         return
     for option, why in options.items():
@@ -564,7 +564,7 @@ def no_leak(
     before = call(function, x)
     if not isinstance(before, Tensor) or before.ndim <= at or before.shape[at] != x.shape[at]:
         raise Wrong(
-            f"A tensor with {x.shape[at]} entries along {axis} is asked for, one for "
+            f"The exercise asks for a tensor with {x.shape[at]} entries along {axis}, one for "
             f"each of the input's, but this is {describe(before)}."
         )
     for later in range(1, x.shape[at]):
@@ -586,7 +586,7 @@ def gradient_reaches(
     "Raise `Wrong` if no gradient flows from the result back to `x`."
     x = x.detach().clone().requires_grad_()
     if not isinstance(result := call(function, x), Tensor):  # what it raises is reported there
-        raise Wrong(f"A tensor is asked for, so that a gradient can flow back, but this is {describe(result)}.")
+        raise Wrong(f"The exercise asks for a tensor, so that a gradient flows back, but this is {describe(result)}.")
     result = function(x)
     if not result.requires_grad:
         raise Wrong(

@@ -54,7 +54,7 @@ def check_paper(answer) -> str:
     }
     mistakes = {}
     for (power, numerators), (closing, close_it), column in itertools.product(powers.items(), closings.items(), (0, 1)):
-        sentences = [power, closing, "This is the second number of the output; the first one is asked for." * column]
+        sentences = [power, closing, "This is the second number of the output; give the first one." * column]
         if any(sentences):
             mistakes[" ".join(sentence for sentence in sentences if sentence)] = mean(close_it(numerators), column)
     mistakes["You gave all the weight to the better match. It gets 8 of 10 parts, and cat itself gets the rest."] = 8.0
@@ -139,12 +139,12 @@ def check_softmax(answer) -> str:
         )
     same_values(got, apart.softmax(-1), "queries keys", "the result for rows that lie 1000 apart")
     gradient_reaches(lambda scores: answer(scores, -1), x)
-    return "It adds up to one along any axis, stands scores of 1000, and lets the gradient through."
+    return "It adds up to one along any axis, survives scores of 1000, and lets the gradient through."
 
 # %% ../../nbs/exercises/01_attention.ipynb #519ded59
 @exercise("1.3", "A mask for the newest queries")
 def check_mask(answer) -> str:
-    "`answer(n_queries, n_keys)` gives the boolean causal mask whose last query stands at the last key."
+    "`answer(n_queries, n_keys)` gives the boolean causal mask whose last query is at the last key."
     generator = fresh("1.3")
     draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))
     sizes = [(3, 8), (4, 4), (1, 6), (1, 1)] + [(n, n + draw(1, 6)) for n in (draw(2, 9), draw(2, 9))]
@@ -160,9 +160,9 @@ def check_mask(answer) -> str:
         for value, sentence in (
             (
                 every.tril().bool(),
-                f"Your first query stands at the first key. With {n_queries} queries and "
+                f"Your first query is at the first key. With {n_queries} queries and "
                 f"{n_keys} keys, {earlier} tokens were read before: "
-                f"the first query is token {earlier}, and the last query stands at the last key.",
+                f"the first query is token {earlier}, and the last query is at the last key.",
             ),
             (
                 ~right,
@@ -196,7 +196,7 @@ def check_mask(answer) -> str:
                 "Numbers are added to the scores, where 1 and 0 would close nothing."
             )
         same_values(got, right, "queries keys", f"the mask of {n_queries} queries and {n_keys} keys")
-    return "The last query stands at the last key, for one query, for all, and for random numbers of them."
+    return "The last query is at the last key, for one query, for all, and for random numbers of them."
 
 # %% ../../nbs/exercises/01_attention.ipynb #4c478d8f
 @exercise("1.4", "One head of attention")
@@ -364,9 +364,9 @@ def check_cache(answer) -> str:
             / 2,
             "This is one layer. Each layer has a cache of its own, because its keys and values differ.": right / layers,
             "You counted numbers; each takes four bytes.": right / size,
-            "This is in millions of bytes; the bytes are asked for.": right / 1e6,
+            "This is in millions of bytes; the exercise asks for the bytes.": right / 1e6,
             "You counted bits. A byte is eight of them.": right * 8,
-            "This is one token (or you counted thousands of bytes); the bytes of all 1,000 are asked for.": right
+            "This is one token (or you counted thousands of bytes); give the bytes of all 1,000.": right
             / tokens,
         },
     )
@@ -438,14 +438,14 @@ def check_reach(answer) -> str:
             f"a layer reaches only {step} tokens back.": math.ceil(
                 way / window
             ),
-            f"With so many layers the last token reaches {step * (layers - 1)} "
-            f"tokens back, and the first stands {way} back: round up.": layers
+            f"With this many layers the last token reaches {step * (layers - 1)} "
+            f"tokens back, and the first is {way} back: round up.": layers
             - 1,
             "A number of layers is whole; the last one reaches a little further than it has to.": way / step,
             f"That would be one token a layer. A window of {window} reaches {step} tokens back.": way,
         },
     )
-    return f"Each layer reaches {step} tokens further back, and the first token stands {way} back."
+    return f"Each layer reaches {step} tokens further back, and the first token is {way} back."
 
 # %% ../../nbs/exercises/01_attention.ipynb #51c53d3c
 @exercise("1.9", "Wishes that a symmetric match can meet")
@@ -453,7 +453,7 @@ def check_wishes(answer) -> str:
     "Which wish lists vectors compared by x · x can meet: two that look for each other, a chain, a circle of three."
     answer = as_python(answer)
     if not isinstance(answer, list | tuple) or len(answer) != 3 or not all(isinstance(one, bool) for one in answer):
-        raise Wrong("A list of three is asked for, each True or False, such as [True, True, True].")
+        raise Wrong("The exercise asks for a list of three, each True or False, such as [True, True, True].")
     pair, chain, circle = answer
     if all(answer):
         raise Wrong("The chapter has shown for one of these lists that no vectors can do it. Which one goes around?")
@@ -485,9 +485,9 @@ def check_growth(answer) -> str:
             "That is how the projections grow. A table of scores has queries × keys entries, and both grow.": 10,
             "You counted the heads as well; there are as many before as after, so they cancel.": 800,
             "You doubled the factor. Both sides of the table grow tenfold: multiply.": 20,
-            "That is how many entries one table has afterwards; the factor is asked for.": 10_000**2,
+            "That is how many entries one table has afterwards; the exercise asks for the factor.": 10_000**2,
             "That is the length cubed. A table of scores has two sides.": 1000,
-            "That is the difference of the lengths; the factor of the entries is asked for.": 9000,
+            "That is the difference of the lengths; the exercise asks for the factor of the entries.": 9000,
         },
     )
     return "Ten times as many queries, each with ten times as many keys."

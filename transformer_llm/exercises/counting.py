@@ -29,7 +29,7 @@ def check_digit(answer: object) -> str:
         {
             "This is the digit before it: positions are counted from 0, so that "
             "position 24 is 24 steps after the start, not 23.": (start + position - 1) % 10,
-            "This is the digit after it: the start stands at position 0, "
+            "This is the digit after it: the start is at position 0, "
             "and 24 steps after it is not 25 steps.": (start + position + 1) % 10,
             "You have added right, but tokens are digits: after 9 the count "
             "begins again at 0, so take all tens away (mod 10).": start + position,
@@ -56,7 +56,7 @@ def check_sequences(answer: object) -> str:
         got = call(answer, starts, length, step)
         if isinstance(got, list):
             raise Wrong(
-                "The result is a list, and a tensor is asked for: a model reads "
+                "The exercise asks for a tensor, but the result is a list: a model reads "
                 "tensors. `torch.tensor(...)` makes one of a list of lists."
             )
         if isinstance(got, Tensor) and got.shape == (batch, length + 1):
@@ -150,7 +150,7 @@ def check_accuracy(answer: object) -> str:
         value = call(answer, written, right)
         if isinstance(value, Tensor) and value.numel() > 1:
             raise Wrong(
-                "One number is asked for, and this is a tensor of shape "
+                "The exercise asks for one number, but this is a tensor of shape "
                 f"{tuple(value.shape)}: the mean is taken over both axes at once."
             )
         mistakes = {
@@ -174,7 +174,7 @@ def check_accuracy(answer: object) -> str:
             .item(),
             "This is the number of right digits; divide by how many there are.": float(hits[:, 1:].sum()),
             "This is the fraction of wrong digits.": 1 - fraction,
-            "This is a percentage; a fraction from 0 to 1 is asked for.": 100 * fraction,
+            "This is a percentage; the exercise asks for a fraction from 0 to 1.": 100 * fraction,
             "The first row is left out. The given digits are the first column: `[:, 1:]`.": hits[1:]
             .double()
             .mean()
@@ -213,7 +213,7 @@ def check_mask(answer: object) -> str:
         answer,
         "b",
         {
-            "a": "Nobody can predict them from the past. But without the mask the digit to be predicted stands in the "
+            "a": "Nobody can predict them from the past. But without the mask the digit to be predicted is in the "
             "input, one position on, and nothing keeps the model from looking at it.",
             "c": "Fresh digits are drawn at every step, so there is nothing to learn by heart: with the mask, ln 10 is "
             "the least that any model can reach.",
@@ -231,7 +231,7 @@ def check_mask(answer: object) -> str:
 def check_counting_down(answer: object) -> str:
     "A model that has been trained to count down; it writes from each of the ten digits."
     if isinstance(getattr(answer, "model", None), nn.Module):
-        raise Wrong("This is a model and its losses together; hand over the model alone (`.model`).")
+        raise Wrong("This is a model and its losses together; pass the model alone (`.model`).")
     if not isinstance(answer, GPT):
         kind = (
             "a class"
@@ -241,8 +241,8 @@ def check_counting_down(answer: object) -> str:
             else f"of type {type(answer).__name__}"
         )
         raise Wrong(
-            f"A trained model of class GPT is asked for, and this is {kind}. "
-            "Hand over the model itself, after its training."
+            f"The exercise asks for a trained model of class GPT, but this is {kind}. "
+            "Pass the model itself, after its training."
         )
     if answer.config.vocab_size != 10 or answer.config.context_length < TRAINING_LENGTH:
         raise Wrong(
@@ -310,4 +310,4 @@ def check_stripe(answer: object) -> str:
             "On the diagonal a position looks at itself: at the digit that it has just read.": 0,
         },
     )
-    return "The digit to say next stands one after the same place in the first block: period - 1 = 11 positions back."
+    return "The digit to say next comes one after the same place in the first block: period - 1 = 11 positions back."

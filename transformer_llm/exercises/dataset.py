@@ -47,7 +47,7 @@ def check_number_of_windows(answer: object) -> str:
 def two_of(result: object, names: str) -> tuple:
     "The two parts of a result; `Wrong` if it isn't a pair."
     if not isinstance(result, tuple | list) or len(result) != 2:
-        raise Wrong(f"A pair ({names}) is asked for, and this is {describe(result)}.")
+        raise Wrong(f"The exercise asks for a pair ({names}), but this is {describe(result)}.")
     return tuple(result)
 
 
@@ -120,7 +120,7 @@ def check_make_windows(answer: object) -> str:
 def whole_starts(part: object) -> list[int]:
     "The starts as a list; `Wrong` if they are none, or no whole numbers."
     if not hasattr(part, "__len__") or isinstance(part, str) or isinstance(part, Tensor) and part.ndim != 1:
-        raise Wrong(f"All starts of a part are asked for, in a tensor with one axis, and this is {describe(part)}.")
+        raise Wrong(f"The exercise asks for a part's starts, in a tensor with one axis, but this is {describe(part)}.")
     if isinstance(part, Tensor) and part.is_floating_point() and len(part):
         raise Wrong(
             f"The starts are {str(part.dtype).removeprefix('torch.')}, and a number with a "
@@ -191,7 +191,7 @@ def check_pack(answer: object) -> str:
         got = call(answer, ids, size)
         case = f"With vocab_size = {size:,}"
         if not isinstance(got, np.ndarray) or got.shape != (len(ids),):
-            raise Wrong(f"{case}, a NumPy array of shape ({len(ids)},) is asked for, and this is {describe(got)}.")
+            raise Wrong(f"{case}, the exercise asks for an array of shape ({len(ids)},), but this is {describe(got)}.")
         if got.dtype.kind == "f":
             raise Wrong(
                 f"{case}, the array holds {got.dtype}: tokens are whole numbers, "
@@ -217,7 +217,7 @@ def check_pack(answer: object) -> str:
         if got.dtype.itemsize < wanted().itemsize:
             raise Wrong(
                 f"{case}, {got.dtype} holds these ids in one byte, but a type of two or four bytes "
-                "is asked for: a token file is read back as one of these two."
+                "is needed: a token file is read back as one of these two."
             )
         if got.dtype.kind == "u" and got.dtype != wanted:
             raise Wrong(
@@ -226,7 +226,7 @@ def check_pack(answer: object) -> str:
             )
         if got.dtype != wanted:
             raise Wrong(
-                f"{case}, an unsigned type is asked for, {np.dtype(wanted)}, and this is "
+                f"{case}, the exercise asks for an unsigned type, {np.dtype(wanted)}, but this is "
                 f"{got.dtype}: a signed one has room for half as many ids."
             )
     return "Every id comes back, up to the largest of its vocabulary, and no byte is wasted."
@@ -279,7 +279,7 @@ def compare_sliding(
     case = f"With {len(tokens)} tokens, T = {length} and stride {stride}"
     windows, last = call(answer, tokens, length, stride), len(tokens) - 1
     if not isinstance(windows, list | tuple) or not windows:
-        raise Wrong(f"{case}, a list of pairs is asked for, and this is {describe(windows)}.")
+        raise Wrong(f"{case}, the exercise asks for a list of pairs, but this is {describe(windows)}.")
     starts = list(range(0, max(1, last - length + stride), stride))
     times, new = torch.zeros(len(tokens), dtype=torch.int64), 0
     for number, window in enumerate(windows):
@@ -336,7 +336,7 @@ def report_times(times: Int[Tensor, "_"], case: str, reached: int, last: int) ->
     if (times[1:] > 1).any():
         token = 1 + int((times[1:] > 1).int().argmax())
         raise Wrong(
-            f"{case}, token {token} is asked for {times[token]} times: it stands in windows that overlap, and would "
+            f"{case}, token {token} is asked for {times[token]} times: it is in windows that overlap, and would "
             "count more than others in the mean. Put −100 where an earlier window has asked already."
         )
 
@@ -395,11 +395,11 @@ def check_packed_mask(answer: object) -> str:
         right = masks.pop("right")
         got = call(answer, ids, end)
         if isinstance(got, Tensor) and got.shape == right.shape[1:] and len(ids) == 1:
-            raise Wrong("One mask for each row of the batch is asked for: the shape is (batch, seq, seq).")
+            raise Wrong("The exercise asks for one mask for each row of the batch: the shape is (batch, seq, seq).")
         if isinstance(got, Tensor) and not (got.dtype == torch.bool):
             raise Wrong(
-                f"Truth values are asked for, and this mask holds {str(got.dtype).removeprefix('torch.')}: compare "
-                "instead of subtracting, or end with `.bool()`."
+                f"The exercise asks for truth values, but this mask holds {str(got.dtype).removeprefix('torch.')}: "
+                "compare instead of subtracting, or end with `.bool()`."
             )
         same_values(got, right, "batch seq seq", "the mask", masks)
     return "Each token sees itself and the earlier tokens of its own document, in every row of the batch."

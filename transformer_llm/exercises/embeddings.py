@@ -147,7 +147,7 @@ def check_match(answer) -> str:
     )
     return (
         "The two arrows stand four times 30 = 120 degrees apart, and cos "
-        "120° = -1/2, wherever the pair stands in the text."
+        "120° = -1/2, wherever the pair is in the text."
     )
 
 # %% ../../nbs/exercises/03_embeddings.ipynb #628c3d57
@@ -338,7 +338,7 @@ def check_read_on(answer) -> str:
             "the queries' positions start again at 0": (0, None),
             "the keys' positions start again at 0": (None, 0),
             "positions are one too large, which leaves a gap behind the cache": (before + 1, before + 1),
-            "positions are one too small, and the first new token stands where the last cached one does": (
+            "positions are one too small, and the first new token is where the last cached one is": (
                 before - 1,
                 before - 1,
             ),
@@ -357,8 +357,8 @@ def check_read_on(answer) -> str:
                 )
         mistakes["New tokens see later ones: the causal mask is missing."] = read_on(inputs, causal=False)
         mistakes[
-            "The causal mask stands at the wrong place: the first new token is not the "
-            "first of the text. The last query stands at the last key; "
+            "The causal mask is in the wrong place: the first new token is not the "
+            "first of the text. The last query is at the last key; "
             "torch's `is_causal` does it otherwise."
         ] = read_on(inputs, first_at_first=True)
         mistakes["Your output covers the new tokens only. Put the cached keys and values in front of theirs."] = (

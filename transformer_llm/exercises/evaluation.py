@@ -210,7 +210,7 @@ def check_spans(
             list(span) for span in spans
         ]
     except (TypeError, ValueError, AssertionError) as error:
-        raise Wrong(f"A list of (begin, first, end) is asked for; {case} yours gives {describe(spans)}.") from error
+        raise Wrong(f"A list of (begin, first, end) is needed; {case} yours gives {describe(spans)}.") from error
     for begin, first, end in spans:
         if end - begin - 1 > context_length:
             raise Wrong(
@@ -222,7 +222,7 @@ def check_spans(
         if first <= begin:
             raise Wrong(
                 f"The window from {begin} counts token {first}, which it can't predict: "
-                f"nothing stands before it in this window ({case})."
+                f"nothing comes before it in this window ({case})."
             )
     counted = [t for _, first, end in spans for t in range(first, end)]
     twice = next((t for t in counted if counted.count(t) > 1), None)
@@ -340,13 +340,13 @@ def check_option_sums(answer: object) -> str:
                 "the last n_tokens of each row belong to the option.": option_sums(
                     logits, ids, whole
                 ),
-                "These are means. A sum is asked for: the logarithm of the option's whole probability.": right
+                "These are means. The exercise asks for a sum: the logarithm of the option's whole probability.": right
                 / n_tokens,
                 "You summed logits, not log-probabilities: the softmax's denominator "
                 "is missing, and it differs from place to place.": raw,
                 "The sign is turned: these are surprises, and the most probable option has the "
-                "smallest. Log-probabilities are asked for, never above zero.": -right,
-                "These are probabilities. Their logarithms are asked for; the "
+                "smallest. The exercise asks for log-probabilities, never above zero.": -right,
+                "These are probabilities. The exercise asks for their logarithms; the "
                 "probability of a long option would vanish.": right.exp(),
                 "You left each option's first token out. It is predicted by the last token of the question.": fewer,
                 "All rows were taken to be as long as the longest option. "
@@ -420,7 +420,7 @@ def check_paired_error(answer: object) -> str:
                 "You divided by the number of questions instead of its root, "
                 "or divided the draws' spread once more.": spread
                 / m,
-                "That is the difference itself. Its error is asked for: the spread over the draws.": gain.mean().item(),
+                "That is the difference itself. Give its error: the spread over the draws.": gain.mean().item(),
                 "That is the error in numbers of questions. Take the mean "
                 "over the questions of each draw, not the sum.": right
                 * m,

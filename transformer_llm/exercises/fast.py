@@ -279,7 +279,7 @@ def check_speedup(answer: object) -> str:
         plain, fast = machine.steps(ratio)
         got = call(answer, plain, fast, machine.clock, machine.wait, turns)
         if not isinstance(got, int | float):
-            raise Wrong(f"A number is asked for, how many times faster `fast` is, and this is {describe(got)}.")
+            raise Wrong(f"The exercise asks for a number, how much faster `fast` is, but this is {describe(got)}.")
         order = machine.order
         if min(order.count("plain"), order.count("fast")) < turns:
             raise Wrong(f"{turns} steps of each are to be measured, and you made {order.count('plain')} plain ones and "

@@ -29,7 +29,7 @@ def check_on_paper(answer: object) -> str:
     try:
         got = torch.as_tensor(answer, dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):
-        raise Wrong("A list of two numbers is asked for, like `[3, 3]`.") from None
+        raise Wrong("The exercise asks for a list of two numbers, like `[3, 3]`.") from None
     right = down @ bent
     if close(got, right):
         return (
@@ -40,11 +40,11 @@ def check_on_paper(answer: object) -> str:
         "The curve is missing: between the matrices every negative "
         "number becomes zero and the others are squared.": down
         @ asked,
-        "Your curve sets negative numbers to zero but does not square the others: ReLU, and ReLU² is asked for.": down
+        "Your curve sets negative numbers to zero but does not square the others: that is ReLU, not ReLU².": down
         @ asked.relu(),
         "Your curve squares the negative numbers too. They have to become zero; only positive ones are squared.": down
         @ asked**2,
-        "The curve stands between the matrices only; you have applied it to the result again.": (down @ bent).relu()
+        "The curve goes between the matrices only; you have applied it to the result again.": (down @ bent).relu()
         ** 2,
         "These are the hidden numbers. They still have to go through the second matrix.": bent,
         "These are the answers to the three questions. The curve and the second matrix are still missing.": asked,
@@ -53,7 +53,7 @@ def check_on_paper(answer: object) -> str:
         if close(got, value):
             raise Wrong(sentence)
     if got.shape != right.shape:
-        raise Wrong(f"Two numbers are asked for, like `[3, 3]`, and this is {describe(answer)}.")
+        raise Wrong(f"The exercise asks for two numbers, like `[3, 3]`, but this is {describe(answer)}.")
     wrong = [place for place, is_wrong in zip(("first", "second"), (got != right).tolist()) if is_wrong]
     raise Wrong(
         f"The {' and the '.join(wrong)} of your numbers {'are' if len(wrong) == 2 else 'is'} not right. "
@@ -82,13 +82,13 @@ def check_largest_error(answer: object) -> str:
             .abs()
             .max()
             .item(),
-            "This is the mean error; the largest is asked for.": off.abs().mean().item(),
-            "This is the mean squared error; the largest error is asked for.": off.square().mean().item(),
-            "This is the largest squared error; the error itself is asked for.": right**2,
+            "This is the mean error; the exercise asks for the largest.": off.abs().mean().item(),
+            "This is the mean squared error; the exercise asks for the largest error.": off.square().mean().item(),
+            "This is the largest squared error; the exercise asks for the error itself.": right**2,
             "This is the error with the larger sign only: take it "
             "without its sign (`.abs()`) before the maximum.": off.max().item(),
-            "A size is asked for, so it has no sign.": -right,
-            "This is an error relative to GELU; its plain difference is asked for.": relative[relative.isfinite()]
+            "A size has no sign.": -right,
+            "This is an error relative to GELU; give its plain difference.": relative[relative.isfinite()]
             .max()
             .item(),
             "This is the largest error times 1000, as in the picture of the tanh form.": 1000 * right,
@@ -126,10 +126,10 @@ def check_feedforward(answer: object) -> str:
         result = bent @ down.T + down_bias
         mistakes = {
             "The curve is missing: without it the two matrices are one.": asked @ down.T + down_bias,
-            "The curve is ReLU, without the square: ReLU² is asked for.": asked.relu() @ down.T + down_bias,
+            "The curve is ReLU, without the square; the exercise asks for ReLU².": asked.relu() @ down.T + down_bias,
             "Your curve squares negative numbers too. First the maximum with zero, then the square.": asked**2 @ down.T
             + down_bias,
-            "The curve is GELU: ReLU² is asked for.": gelu(asked) @ down.T + down_bias,
+            "The curve is GELU; the exercise asks for ReLU².": gelu(asked) @ down.T + down_bias,
             "`up_bias` is missing: it is added before the curve.": (x @ up.T).relu() ** 2 @ down.T + down_bias,
             "`up_bias` is added after the curve. It shifts the question, so it has to stand inside.": (
                 (x @ up.T).relu() ** 2 + up_bias
@@ -264,7 +264,7 @@ def check_size(answer: object) -> str:
             * -(-8 * d_model // 3),
             "The width is rounded to a whole number, but not up to a multiple of 16.": 3 * d_model * (8 * d_model // 3),
             "The biases are counted; this network has none.": feedforward_parameters(d_model, width, "swiglu", True),
-            "This is the width. Three matrices of d_model · d_ff numbers are asked for.": width,
+            "This is the width. The exercise asks for three matrices of d_model · d_ff numbers.": width,
             "This is one matrix; the network has three.": d_model * width,
             "These are the operations for a token, two for each parameter.": 2 * 3 * d_model * width,
         },
@@ -296,7 +296,7 @@ def check_memory(answer: object) -> str:
         result = call(answer, keys, values, threshold)
         if not isinstance(result, tuple | list) or len(result) != 3:
             raise Wrong(
-                "Three tensors are asked for, up_weight, up_bias and "
+                "The exercise asks for three tensors, up_weight, up_bias and "
                 "down_weight: `return up_weight, up_bias, down_weight`."
             )
         for part, shape, axes, what in zip(
@@ -365,9 +365,9 @@ def check_collapse(answer: object) -> str:
         up, up_bias, down, down_bias = randn(d_ff, d_model), randn(d_ff), randn(d_out, d_ff), randn(d_out)
         result = call(answer, up, up_bias, down, down_bias)
         if not isinstance(result, tuple | list) or len(result) != 2:
-            raise Wrong("Two tensors are asked for, weight and bias: `return weight, bias`.")
+            raise Wrong("The exercise asks for two tensors, weight and bias: `return weight, bias`.")
         if any(part is None or part is ... for part in result):
-            raise Unanswered("One of the two is still missing: give back the weight and the bias.")
+            raise Unanswered("One of the two is still missing: return the weight and the bias.")
         weights, biases = (
             {},
             {
@@ -378,7 +378,7 @@ def check_collapse(answer: object) -> str:
         )
         if d_model == d_ff == d_out:
             weights = {
-                "The matrices are in the wrong order: `up` is applied first, so it stands next to x, on the right.": up
+                "The matrices are in the wrong order: `up` is applied first, so it is next to x, on the right.": up
                 @ down,
                 "The weight is transposed: x is multiplied by `weight.T`, so "
                 "that `weight` is down times up, as it stands.": (
@@ -414,9 +414,9 @@ def check_reading(answer: object) -> str:
         hidden, down = randn(windows, units).relu() ** 2, randn(characters, units) + 2 * randn(characters, 1)
         result = call(answer, hidden, down, unit, n)
         if not isinstance(result, tuple | list) or len(result) != 2:
-            raise Wrong("Two tensors are asked for, windows and characters: `return windows, characters`.")
+            raise Wrong("The exercise asks for two tensors, windows and characters: `return windows, characters`.")
         if any(part is None or part is ... for part in result):
-            raise Unanswered("One of the two is still missing: give back the windows and the characters.")
+            raise Unanswered("One of the two is still missing: return the windows and the characters.")
         raised = down[:, unit] - down.mean(1)
         same_values(
             result[0],
@@ -424,10 +424,10 @@ def check_reading(answer: object) -> str:
             "n",
             "the list of windows",
             {
-                "These windows wake the unit least. The largest hidden numbers are asked for.": hidden[:, unit]
+                "These windows wake the unit least. The exercise asks for the largest hidden numbers.": hidden[:, unit]
                 .topk(n, largest=False)
                 .indices,
-                "These are the hidden numbers; their places are asked for, which `topk(n).indices` gives.": hidden[
+                "These are the hidden numbers; give their places, which `topk(n).indices` gives.": hidden[
                     :, unit
                 ]
                 .topk(n)
@@ -444,7 +444,7 @@ def check_reading(answer: object) -> str:
                 "You left out the comparison with the other units. Some characters are raised by all units: subtract "
                 "the mean over the units, `down_weight.mean(1)`, first; the mean over characters changes no "
                 "order.": down[:, unit].topk(n).indices,
-                "These characters are lowered most. The ones that are raised are asked for.": raised.topk(
+                "These characters are lowered most. The exercise asks for the ones that are raised.": raised.topk(
                     n, largest=False
                 ).indices,
                 "The right characters, but the weakest comes first.": raised.topk(n).indices.flip(0),

@@ -121,7 +121,7 @@ def temperature_mistakes(
         "must run over the vocabulary, the last axis.": (
             logits / temperature
         ).softmax(0),
-        "These are the divided logits. The probabilities are asked for; the softmax is missing.": logits / temperature,
+        "These are the divided logits, not the probabilities: the softmax is missing.": logits / temperature,
     }
 
 
@@ -152,7 +152,7 @@ def check_temperature(answer: object) -> str:
             "Treat 0 by itself: all probability goes to the largest logit.": torch.full_like(
                 logits, torch.nan
             ),
-            "At temperature 0 you give back the distribution of temperature 1. The limit of ever "
+            "At temperature 0 you return the distribution of temperature 1. The limit of ever "
             "lower temperatures is meant: all probability on the largest logit.": logits.softmax(
                 -1
             ),
@@ -225,7 +225,7 @@ def top_p_mistakes(
     right = back(enough, index)
     dropped = (
         "The token that crosses the line is dropped, and keeping the most probable one does not mend it: what you keep "
-        "has less probability than p. Ask whether what stands *before* a token is still less than p."
+        "has less probability than p. Ask whether what comes *before* a token is still less than p."
     )
     return {
         dropped: back((ordered.cumsum(-1) < p) | best, index),
@@ -239,14 +239,14 @@ def top_p_mistakes(
         ),
         "The token that crosses the line is dropped: you keep tokens while their running "
         "sum is at most p, so what you keep has less probability than p. Ask instead "
-        "whether what stands *before* a token is still less than p.": back(
+        "whether what comes *before* a token is still less than p.": back(
             ordered.cumsum(-1) <= p, index
         ),
         "The tokens are not sorted: you add up probabilities in the order of "
         "the vocabulary. The most probable ones come first.": cut(
             probabilities.cumsum(-1) - probabilities < p
         ),
-        "The mask stands in sorted order, but the logits in the vocabulary's. Carry "
+        "The mask is in sorted order, but the logits in the vocabulary's. Carry "
         "it back: gather it with index.argsort(1), or scatter it.": cut(
             enough
         ),
@@ -258,11 +258,11 @@ def top_p_mistakes(
         "weight is exp(0) = 1). Minus infinity removes a token.": right.masked_fill(
             right.isinf(), 0.0
         ),
-        "You give back probabilities. The filter's result are logits, "
+        "You return probabilities. The filter's result are logits, "
         "so that the next rule can be put behind it.": right.softmax(
             -1
         ),
-        "The kept probabilities are right, but they still need to be logits: give back "
+        "The kept probabilities are right, but they still need to be logits: return "
         "the logits, with minus infinity where a token is removed.": probabilities.masked_fill(
             right.isinf(), 0.0
         ),
@@ -345,7 +345,7 @@ def check_min_p(answer: object) -> str:
                 "fraction of the largest, not a distance from it.": cut(
                     logits, probabilities >= probabilities.amax(-1, keepdim=True) - p
                 ),
-                "You give back probabilities. The filter's result are logits, "
+                "You return probabilities. The filter's result are logits, "
                 "so that the next rule can be put behind it.": right.softmax(
                     -1
                 ),
@@ -451,7 +451,7 @@ def check_draw(answer: object) -> str:
     if isinstance(got, Tensor) and got.shape == (2 * n, 1):
         raise Wrong(
             f"The result has shape (batch {2 * n}, 1): one column, as torch.multinomial "
-            "gives it. One number for each row is asked for; take [:, 0]."
+            "gives it. The exercise asks for one number for each row; take [:, 0]."
         )
     same_shape(got, (2 * n,), "batch")
     if got.is_floating_point() or got.dtype == torch.bool:
@@ -610,7 +610,7 @@ def loop_mistakes(
             view=lambda ids: ids[:, -context + 1 :]
         ),
         f"The model is shown the oldest {context} tokens, so it never sees what it has "
-        f"written since. The newest are asked for: ids[:, -{context}:].": dict(
+        f"written since. Show it the newest: ids[:, -{context}:].": dict(
             view=lambda ids: ids[:, :context]
         ),
         "The next token's logits stand at the last position; you take those of the first: use [:, -1].": dict(
@@ -679,7 +679,7 @@ def judge_loop(
     if not isinstance(got, Tensor) or got.ndim != 2:
         same_shape(got, right, "batch total")
     named = {
-        "Only the new tokens come back. The whole text is asked for, the prompt included.": right[:, start:],
+        "Only the new tokens come back. The exercise asks for the whole text, the prompt included.": right[:, start:],
         "The text goes on after the stop token. It should end with it.": endless,
         **{sentence: greedy_loop(model, ids, new, stop, **way) for sentence, way in loop_mistakes(context).items()},
     }
@@ -690,7 +690,7 @@ def judge_loop(
     n = got.shape[1]
     if stop in ids and n in (start, start + 1) and torch.equal(got, right[:, :n]):
         raise Wrong(
-            "The stop token stands in the prompt, and your function takes that for the end. "
+            "The stop token is in the prompt, and your function takes that for the end. "
             "Only a stop token that it has written itself ends the text."
         )
     if stops and torch.equal(got, right[:, :-1]):
@@ -769,7 +769,7 @@ def check_keys(answer: object) -> str:
             "Half of a square is nearly it, but the diagonal belongs to the triangle: 1 + 2 + … + 100.": new**2 / 2,
             "You begin with a step that reads nothing: the first step reads the prompt, one token.": right - new,
             "One step too many: the 100th new token is written, but it need not be read.": right + new + 1,
-            "That is the ratio of both ways. The number of keys without the cache is asked for.": right / new,
+            "That is the ratio of both ways. The exercise asks for the number of keys without the cache.": right / new,
         },
     )
     return f"1 + 2 + … + {new} = {right:,} keys instead of {new}: the grey rows of the picture, again and again."

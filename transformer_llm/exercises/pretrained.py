@@ -26,7 +26,7 @@ def three_parts(
 ) -> Float[Tensor, "a rows columns"]:
     "The three matrices as one tensor; `Wrong` if they aren't three matrices."
     if not isinstance(result, list | tuple | Tensor) or len(result) != 3:
-        raise Wrong(f"Three matrices are asked for, for queries, keys and values, and this is {describe(result)}.")
+        raise Wrong(f"The exercise asks for three matrices (queries, keys, values), but this is {describe(result)}.")
     for name, part in zip(("queries", "keys", "values"), result):
         same_shape(part, (width, width), "out in", f"the matrix for the {name}")
     return torch.stack(list(result))

@@ -31,8 +31,8 @@ def check_byte_count(answer) -> str:
         len(data),
         mistakes={
             "Those are the characters. A character beyond 7F takes two bytes or more.": len(text),
-            "You gave two bytes to each character beyond 7F. 語 stands beyond 7FF and "
-            "takes three, the fox stands beyond FFFF and takes four.": len(
+            "You gave two bytes to each character beyond 7F. 語 is beyond 7FF and "
+            "takes three, the fox is beyond FFFF and takes four.": len(
                 text
             )
             + beyond,
@@ -60,7 +60,7 @@ def same_pairs(
 ) -> None:
     "Raise `Wrong` unless the counts of all pairs are right; pairs counted zero times don't matter."
     if not isinstance(got, Mapping):
-        raise Wrong(f"A dictionary is asked for, from a pair of ids to a count; this is of type {type(got).__name__}.")
+        raise Wrong(f"The exercise asks for a dictionary (pair of ids to count); this is of type {type(got).__name__}.")
     odd = [key for key in got if not isinstance(key, tuple) or len(key) != 2]
     if odd:
         raise Wrong(f"The keys should be pairs (a, b): tuples of two ids. Yours has the key {odd[0]!r}.")
@@ -115,7 +115,7 @@ def check_pair_counts(answer) -> str:
                 ),
                 "You sort each pair. (a, b) and (b, a) are different pairs: b "
                 "follows a in one, a follows b in the other.": ordered,
-                "You turn each pair round: in (a, b), b stands behind a.": {
+                "You turn each pair round: in (a, b), b comes after a.": {
                     pair[::-1]: count for pair, count in right.items()
                 },
                 "You skip overlapping pairs: aaa holds (a, a) twice, since n in "
@@ -134,7 +134,7 @@ def merged(
     ids: Sequence[int],
     pair: tuple[int, int],
     new_id: int,
-    limit: int | None = None,  # At most so many places
+    limit: int | None = None,  # At most this many places
 ) -> list[int]:
     "One merge, from left to right."
     result, i = [], 0
@@ -156,7 +156,7 @@ def same_ids(
     """
     for got, *_ in cases:
         if not isinstance(got, list | tuple):
-            raise Wrong(f"A list of ids is asked for; this is of type {type(got).__name__}.")
+            raise Wrong(f"The exercise asks for a list of ids; this is of type {type(got).__name__}.")
     wrong = [(list(got), list(right), given) for got, right, _, given in cases if list(got) != list(right)]
     if not wrong:
         return
@@ -185,12 +185,12 @@ def check_merge(answer) -> str:
                     call(answer, ids, pair, 256),
                     right,
                     {
-                        "Only the first place is merged; every place where the pair stands has to be.": merged(
+                        "Only the first place is merged; every place where the pair occurs has to be.": merged(
                             ids, pair, 256, limit=1
                         ),
                         "You go from the right. In aaa both places overlap, and the rule is from the "
                         "left: (aa) a. Two programs that differ here give different ids.": right_to_left,
-                        "A new token is put in for each place where the pair stands, and both "
+                        "A new token is put in for each place where the pair occurs, and both "
                         "of its halves count twice: in aaa the middle a is used for two "
                         "merges. Jump over both halves after a merge.": overlapping(
                             ids, pair, 256
@@ -262,11 +262,11 @@ def check_tie(answer) -> str:
         "trainer takes the smallest first id, then the smallest second.": lambda ties: (
             max(ties)
         ),
-        "you take the one that stands first in the dictionary. Then the order of "
+        "you take the one that comes first in the dictionary. Then the order of "
         "reading decides, and two runs can give two tokenizers.": lambda ties: (
             ties[0]
         ),
-        "you take the one that stands last in the dictionary. Then the order of "
+        "you take the one that comes last in the dictionary. Then the order of "
         "reading decides, and two runs can give two tokenizers.": lambda ties: (
             ties[-1]
         ),
@@ -310,7 +310,7 @@ def check_token_count(answer) -> str:
         mistakes={
             "You took the longest tokens that fit, or worked from left to right: that, he. Encoding goes by the "
             "order of the merges: h+e and t+he come before a+t, and then the second t is gone.": 2,
-            "Those are the letters. At the start h stands beside e, so the first merge finds its place.": len("thathe"),
+            "Those are the letters. At the start h is beside e, so the first merge finds its place.": len("thathe"),
             "You stopped after h+e. The next merge, t+he, finds its pair too: the first merge made it.": len(
                 tokens_on_paper("thathe", ON_PAPER[:1])
             ),
@@ -409,7 +409,7 @@ def check_encode(answer) -> str:
                     "bytes take 0 to 255, so merges[k] makes 256 + k.": encoded(
                         ids, merges, first=0
                     ),
-                    "Each merge is applied at one place only; it applies wherever its pair stands.": once,
+                    "Each merge is applied at one place only; it applies wherever its pair occurs.": once,
                     "Only the first merge is applied; the others follow, in their order.": first,
                 },
                 f"{ids} with the merges {merges}",
@@ -500,20 +500,20 @@ def check_stream(answer) -> str:
         except Wrong as wrong:
             if "UnicodeDecodeError" in str(wrong):
                 raise Wrong(
-                    f"{wrong} Half a character is no error: its other bytes come with the next piece."
+                    f"{wrong} Half a character isn't an error: its other bytes come with the next piece."
                 ) from None
             raise
         if not isinstance(got, list | tuple) or not all(isinstance(one, str) for one in got):
-            raise Wrong("A list of texts is asked for, one for each piece and one for what is left at the end.")
+            raise Wrong("The exercise asks for a list of texts, one per piece and one for what is left at the end.")
         if len(got) == len(pieces):
             raise Wrong(
-                f"You give {len(got)} texts for {len(pieces)} pieces; one more is asked for: "
+                f"You give {len(got)} texts for {len(pieces)} pieces; one more is needed: "
                 "what is left when the stream ends, even if it is empty."
             )
         if len(got) != len(pieces) + 1:
             raise Wrong(
                 f"You give a list of {len(got)} for {len(pieces)} pieces; {len(pieces) + 1} "
-                "texts are asked for, one a piece and one for the end."
+                "texts are needed, one per piece and one for the end."
             )
         judge_stream(list(got), pieces, streamed(pieces), kind)
     return (
@@ -581,10 +581,10 @@ def check_prompt(answer) -> str:
     ):
         got = call(answer, tokenizer, trusted, typed)
         if not isinstance(got, list | tuple):
-            raise Wrong(f"A list of token ids is asked for; this is of type {type(got).__name__}.")
+            raise Wrong(f"The exercise asks for a list of token ids; this is of type {type(got).__name__}.")
         if not all(isinstance(i, int) for i in got):
             raise Wrong(
-                "One flat list of ids is asked for, and yours holds something else: two lists are joined with `+`."
+                "The exercise asks for one flat list of ids; yours holds something else: two lists are joined with `+`."
             )
         text, marks = tokenizer.decode(got), list(got).count(end)
         if text == typed + trusted:
@@ -657,12 +657,12 @@ def check_unread(answer) -> str:
         in_the_text = {i for i in everything if tokenizer.decode_bytes([i]) in text.encode()}
         got = call(answer, tokenizer, text)
         if not isinstance(got, list | tuple):
-            raise Wrong(f"A list of ids is asked for; this is of type {type(got).__name__}.")
+            raise Wrong(f"The exercise asks for a list of ids; this is of type {type(got).__name__}.")
         got = list(got)
         if got == right:
             continue
         mistakes = {
-            "Those are the ids that the text does use. The others are asked for.": sorted(used),
+            "Those are the ids that the text does use. The exercise asks for the others.": sorted(used),
             "You leave the 256 single bytes out. They are tokens too, and a text leaves most of them unread.": [
                 i for i in right if i >= 256
             ],

@@ -66,7 +66,7 @@ def wrong_losses(logits: Float[Tensor, "batch seq vocab"], targets: Int[Tensor, 
         "batch only. Take the mean over all targets.": surprise.sum(
             1
         ).mean(),
-        "You give back one loss for each position. Take their mean.": surprise,
+        "You return one loss for each position. Take their mean.": surprise,
         "The sign is lost: a logarithm of a probability is negative, and the loss is minus that.": -surprise.mean(),
         "The softmax runs over the wrong axis: here over the positions (seq). "
         "Probabilities must add up to one over the vocabulary, the last axis.": -picked(
@@ -200,7 +200,7 @@ ADAMW_MISTAKES = {
              "in the first steps. Divide them by 1 − β₁ᵗ and 1 − β₂ᵗ.",
     "plain m": "The bias correction of m is missing: it starts at zero too. Divide it by 1 − β₁ᵗ.",
     "plain v": "The bias correction of v is missing: it starts at zero too. Divide it by 1 − β₂ᵗ.",
-    "inside": "ε stands inside the root. (7.5) adds it after the root: √v̂ + ε.",
+    "inside": "ε is inside the root. (7.5) adds it after the root: √v̂ + ε.",
     "no root": "The root is missing: the step must not depend on the gradient's size, so m̂ is divided by √v̂.",
     "no "
     "rate": "The decay lacks the learning rate: the weight shrinks by the factor 1 − λ at each step. (7.5) has 1 − ηλ.",
@@ -227,7 +227,7 @@ def check_adamw_step(answer: object) -> str:
             g = torch.randn(6, generator=generator) * 2
             got = call(answer, w, g, m, v, t, *numbers.values(), eps, decay)
             if not isinstance(got, tuple | list) or len(got) != 3:
-                raise Wrong(f"Three tensors (w, m, v) are asked for, and this is {describe(got)}.")
+                raise Wrong(f"The exercise asks for three tensors (w, m, v), but this is {describe(got)}.")
             give = lambda change="": adamw_formula(w, g, m, v, t, *numbers.values(), eps, decay, change)
             new_w, new_m, new_v = give()
             same_values(
@@ -240,7 +240,7 @@ def check_adamw_step(answer: object) -> str:
                     "and is divided by √v̂ with them. In AdamW it acts on the weight alone.": give(
                         "coupled"
                     )[1],
-                    "You give back the corrected m. The next step would correct it "
+                    "You return the corrected m. The next step would correct it "
                     "once more: keep m itself, and correct a copy.": new_m
                     / (1 - 0.8**t),
                     "The factor 1 − β₁ on the gradient is missing: m would grow "
@@ -257,7 +257,7 @@ def check_adamw_step(answer: object) -> str:
                 f"v after step {t}",
                 {
                     "v is a mean of squares: the gradient must be squared.": 0.9 * v + 0.1 * g,
-                    "You give back the corrected v. The next step would correct it "
+                    "You return the corrected v. The next step would correct it "
                     "once more: keep v itself, and correct a copy.": new_v
                     / (1 - 0.9**t),
                     "The factor 1 − β₂ on the squared gradient is missing.": 0.9 * v + g * g,
@@ -346,7 +346,7 @@ def check_schedule(answer: object) -> str:
                 or not isinstance(share, Real)
                 and not (isinstance(share, Tensor) and share.numel() == 1)
             ):
-                raise Wrong(f"A number is asked for, and at step {step} your function gives {describe(share)}.")
+                raise Wrong(f"The exercise asks for a number, but at step {step} yours gives {describe(share)}.")
         same_values(
             torch.tensor([float(share) for share in got]),
             cosine_curve(warmup, total, minimum),
@@ -417,7 +417,7 @@ def check_clip(answer: object) -> str:
         )
         got = call(answer, gradients, limit)
         if not isinstance(got, tuple | list) or len(got) != len(gradients):
-            raise Wrong(f"A list of {len(gradients)} tensors is asked for, and this is {describe(got)}.")
+            raise Wrong(f"The exercise asks for a list of {len(gradients)} tensors, but this is {describe(got)}.")
         for sentence, wrong in (
             (sentence, clip_formula(gradients, limit, change)) for change, sentence in CLIP_MISTAKES.items()
         ):
@@ -510,7 +510,7 @@ def check_accumulation(answer: object) -> str:
         got = call(answer, model, parts)
         if not isinstance(got, tuple | list) or len(got) != len(right) or any(g is None for g in got):
             raise Wrong(
-                f"A list of {len(right)} gradients is asked for, one for each parameter, and "
+                f"The exercise asks for a list of {len(right)} gradients, one for each parameter, and "
                 f"this is {describe(got)}. Each part needs its `backward()`."
             )
         for number, (axes, name) in enumerate(
@@ -593,7 +593,7 @@ def check_loop(answer: object) -> str:
         got = got.detach().float() if isinstance(got, Tensor) else got
         if not isinstance(got, Tensor):
             if isinstance(got, bool) or not isinstance(got, Real):
-                raise Wrong(f"A number is asked for, the held-out loss, and this is {describe(got)}.")
+                raise Wrong(f"The exercise asks for a number, the held-out loss, but this is {describe(got)}.")
             got = torch.tensor(float(got))
         both = {
             f"There are two mistakes left. {LOOP_MISTAKES['not cleared']} "
@@ -669,7 +669,7 @@ def check_passing(answer: object) -> str:
     "The first step at which the mean of 20 losses is below that of the best reader of pairs."
     step = PASSED["pairs"]
     if isinstance(answer, Real) and not isinstance(answer, bool) and 2.0 < float(answer) < 3.0:
-        raise Wrong("That is a loss. The step at which the losses get below the ruler is asked for.")
+        raise Wrong("That is a loss. The exercise asks for the step at which the losses get below the ruler.")
     same_number(
         answer,
         step,

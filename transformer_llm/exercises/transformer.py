@@ -76,7 +76,7 @@ def layer_norm_mistakes(
         / (x.var(-1, correction=1, keepdim=True) + eps).sqrt()
         * weight
         + bias,
-        "ε stands outside the root: equation (4.2) adds it to the variance, and takes the root of the sum.": centred
+        "ε is outside the root: equation (4.2) adds it to the variance, and takes the root of the sum.": centred
         / (variance.sqrt() + eps)
         * weight
         + bias,
@@ -168,7 +168,7 @@ def rms_norm_mistakes(
         "numbers shrink as d_model grows. (4.3) divides the sum by d.": x
         / (square.sum(-1, keepdim=True) + eps).sqrt()
         * weight,
-        "ε stands outside the root: (4.3) adds it to the mean square, and takes the root of the sum.": x
+        "ε is outside the root: (4.3) adds it to the mean square, and takes the root of the sum.": x
         / (mean_square.sqrt() + eps)
         * weight,
         "The ε that was handed over is not in it: without ε a vector of zeros is divided by zero.": x
