@@ -7,7 +7,7 @@ it is there, and one that is there already is not made again (delete the file to
 run after about N seconds, to try the script; such runs go to runs/rewards-trial.json.
 
 Let nothing else run on the machine meanwhile: seconds count. The main run takes about two minutes for each seed, and
-the switches four times as long.
+the switches five times as long.
 """
 import argparse
 import os
@@ -43,11 +43,15 @@ THREADS = 2
 SEEDS = 5  # of the main run and of every switch
 FEWER = 3  # of what fails
 
-SWITCHES = {  # name: about, what is changed in the main run's policy
+# name: about, what is changed in the main run's policy. The clip can only act on the second update with a batch of
+# answers, so that switch is turned over where a batch serves twice; these runs make as many updates, from half the
+# answers.
+SWITCHES = {
     "undivided": ("no division by the deviation", dict(divide=not REWARD_POLICY.divide)),
-    "by_length": ("a mean over tokens", dict(by_length=not REWARD_POLICY.by_length)),
-    "unclipped": ("no clipping", dict(clip=0.0)),
+    "by_length": ("a mean over an answer's tokens", dict(by_length=not REWARD_POLICY.by_length)),
     "divergence": ("divergence, weight 0.05", dict(kl=0.05)),
+    "twice": ("two updates per batch", dict(updates=2)),
+    "twice_unclipped": ("two updates per batch, no clip", dict(updates=2, clip=0.0)),
 }
 
 # A checker that looks at the ones only, which are written first.

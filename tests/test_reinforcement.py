@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,9 @@ from transformer_llm.tokenizer import CharTokenizer
 from transformer_llm.training import TrainingConfig
 from transformer_llm.transformer import GPT, GPT2_STYLE, GPTConfig
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "book"))
+import reward_runs
+
 CONFIG = TrainingConfig(
     max_steps=6, batch_size=32, learning_rate=3e-3, warmup_steps=0, schedule="constant", weight_decay=0.0,
     eval_every=3, checkpoint_every=2, log_every=1, device="cpu",
@@ -58,6 +62,7 @@ SHAPES = {
 def echo(monkeypatch):
     "A task that a small model learns in seconds: say the digit again; prompts of two lengths."
     monkeypatch.setitem(RULES, "echo", Rule(lambda p, answer: answer == p[-2], lambda p: p[-2]))
+    monkeypatch.setitem(RULES, "one digit", Rule(lambda p, answer: float(len(answer) == 1)))
     prompts = [f"{digit}=" for digit in range(6)] + [f"+{digit}=" for digit in range(6)]
     return make_task("echo", prompts, held_out=2, characters="0123456789", longest=3)
 
@@ -230,7 +235,7 @@ def test_trl_has_the_same_advantages_and_losses():
     new.requires_grad_()
     counts = torch.arange(5) < torch.randint(1, 6, (24, 1), generator=generator)
     worth = advantages(rewards).flatten()
-    for kind, length, kl in itertools.product(("grpo", "luspo"), (None,), (0.0, 0.3)):
+    for kind, kl in itertools.product(("grpo", "luspo"), (0.0, 0.3)):
         policy = Policy(by_length=kind == "grpo", clip=0.2, kl=kl)
         trainer = SimpleNamespace(
             _get_per_token_logps_and_entropies=lambda *args, **options: (new, torch.zeros(24, 5), None),
@@ -239,7 +244,7 @@ def test_trl_has_the_same_advantages_and_losses():
             args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
             use_vllm=False, model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
             max_completion_length=5, _entropy_bonus_enabled=False, _metrics=MetricsOfTrl(),
-            accelerator=SimpleNamespace(gather=lambda x: x, num_processes=1),
+            accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1),
         )  # fmt: skip
         inputs = dict(
             prompt_ids=torch.zeros(24, 2), prompt_mask=torch.ones(24, 2), completion_ids=torch.zeros(24, 5),
@@ -248,7 +253,7 @@ def test_trl_has_the_same_advantages_and_losses():
         theirs = grpo.GRPOTrainer._compute_loss(trainer, None, inputs)
         ours = policy_loss(new, old, worth, counts, policy, reference)
         gradients = [torch.autograd.grad(loss, new, retain_graph=True)[0] for loss in (ours, theirs)]
-        assert abs(ours.item() - theirs.item()) < 1e-5, (kind, length, kl)
+        assert abs(ours.item() - theirs.item()) < 1e-5, (kind, kl)
         assert largest_difference(*gradients) < 1e-6 and gradients[0].abs().max() > 1e-3
 
 
@@ -297,9 +302,11 @@ POLICIES = {
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_a_stopped_run_goes_on_to_the_bit(echo, tmp_path, name, stop):
+    task = echo._replace(rule="one digit")  # often right, so that there is something to learn
+
     def run(folder, **options):
         trainer = ReinforceTrainer(
-            small_model(echo), echo, CONFIG, policy=POLICIES[name], run_directory=folder, progress=False, **options
+            small_model(echo), task, CONFIG, policy=POLICIES[name], run_directory=folder, progress=False, **options
         )
         trainer.train()
         return trainer
@@ -311,7 +318,7 @@ def test_a_stopped_run_goes_on_to_the_bit(echo, tmp_path, name, stop):
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", on_step=interrupt)
-    again = ReinforceTrainer.resume(tmp_path / "stopped", echo, progress=False)
+    again = ReinforceTrainer.resume(tmp_path / "stopped", task, progress=False)
     assert again.step == stop and again.policy == POLICIES[name]
     again.train()
     for part in ("weights", "tensors"):
@@ -460,3 +467,20 @@ def test_the_command_says_what_it_did_and_refuses_in_a_sentence(checkpoint, tmp_
 
 def test_the_command_knows_the_chapter_s_tasks():
     assert cli.REWARD_TASKS == tuple(TASKS)
+
+
+def test_the_script_makes_no_run_twice_and_keeps_each_at_once(tmp_path):
+    for _ in range(2):  # a second process finds the file
+        runs, made = reward_runs.Runs(tmp_path / "rewards.json", None), []
+        for seed in (0, 1):
+            runs.once("main", "main", seed, "all as it is", lambda: made.append(1) or {"seconds": 1.23456, "curve": []})
+    assert not made and [run["seed"] for run in runs.load()["runs"]] == [0, 1]
+    assert runs.load()["runs"][0]["seconds"] == 1.2346 and runs.load()["machine"]["threads"] == 2
+
+
+def test_the_script_s_runs_hold_what_the_chapter_reads(echo):
+    model, runs = small_model(echo), SimpleNamespace(seconds=None)
+    result = reward_runs.learn(runs, echo, model, CONFIG, Policy(group=8), echo._replace(rule="one digit"))
+    assert [point["step"] for point in result["curve"]] == [3, 6] and result["stopped"] is None
+    assert {"right", "reward", "entropy", "length", "signal", "seconds"} <= set(result["curve"][0])
+    assert set(result["before"]) == {"right", "pass@1", "pass@16"} and result["cpu_seconds"] > 0
