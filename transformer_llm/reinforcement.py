@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['END', 'RULES', 'TASKS', 'REWARD_START', 'REWARD_POLICY', 'REWARD_CONFIG', 'REWARD_NOTE', 'Rule', 'Task', 'find_rule',
            'make_task', 'sum_of', 'value_of', 'reaches', 'expression_for', 'countdown_prompts', 'sums', 'load_task',
-           'Policy', 'advantages', 'kl_estimate', 'policy_loss', 'Rollouts', 'answer_log_probs', 'Sampler', 'exact',
-           'pass_at', 'TaskTrainer', 'SolvedTrainer', 'ReinforceTrainer', 'small_model', 'small_start', 'start_rewards',
-           'continue_rewards']
+           'Policy', 'advantages', 'kl_estimate', 'policy_loss', 'Rollouts', 'answer_log_probs', 'GroupWriter',
+           'Sampler', 'exact', 'pass_at', 'TaskTrainer', 'SolvedTrainer', 'reference_log_probs', 'measures_of',
+           'RewardTraining', 'ReinforceTrainer', 'small_model', 'small_start', 'start_rewards', 'continue_rewards']
 
 # %% ../nbs/17_reinforcement.ipynb #04a045ed
 import itertools
@@ -135,7 +135,7 @@ def countdown_prompts() -> list[str]:
         found += [f"{','.join(numbers)}>{value}=" for value in sorted(values) if 0 < value < 100]
     return found
 
-
+# %% ../nbs/17_reinforcement.ipynb #86b2d38b
 RULES |= {
     "addition": Rule(lambda p, answer: answer == str(sum_of(p))[::-1], lambda p: str(sum_of(p))[::-1]),
     "addition-plain": Rule(lambda p, answer: answer == str(sum_of(p)), lambda p: str(sum_of(p))),
@@ -296,8 +296,8 @@ def answer_log_probs(
     return logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
 # %% ../nbs/17_reinforcement.ipynb #42a1d9d3
-class Sampler:
-    "Asks a model a task's prompts, and has the answers judged."
+class GroupWriter:
+    "Writes groups of answers to a task's prompts."
 
     def __init__(
         self,
@@ -319,6 +319,46 @@ class Sampler:
         if self.width > limit:
             raise InputError(f"A prompt and its answer take up to {self.width} tokens, but the model's context_length "
                              f"is {limit}; use a larger one or shorter prompts.")
+
+    def encode(self, prompt: str) -> list[int]:
+        "A prompt's tokens."
+        return self.ids.get(prompt) or self.tokenizer.encode(prompt)
+
+    @torch.inference_mode()
+    def write(
+        self,
+        decoder: Decoder,
+        prompts: Int[Tensor, "prompts seq"],  # Each is read once
+        group: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+    ) -> tuple[Int[Tensor, "answers longest"], Bool[Tensor, "answers longest"], Float[Tensor, "answers longest"],
+               Float[Tensor, "answers"]]:
+        "Tokens (0 behind the end), which of them count, their log-probabilities, and the entropy along each answer."
+        (n, seq), longest = prompts.shape, self.task.longest
+        read, cache = decoder.new_cache(n, seq), decoder.new_cache(n * group, seq + longest)
+        logits = decoder(prompts, cache=read, last_only=True)[:, -1].float().repeat_interleave(group, 0)
+        for one, many in zip(read, cache):
+            many.k[:, :, :seq] = one.k.repeat_interleave(group, 0)
+            many.v[:, :, :seq] = one.v.repeat_interleave(group, 0)
+            many.length = seq
+        alive = torch.ones(n * group, dtype=torch.bool, device=logits.device)
+        steps, entropy = [], torch.zeros(n * group, device=logits.device)
+        for place in range(longest):
+            log_p = logits.log_softmax(-1)
+            tokens = sampling.draw(logits, generator=generator)
+            picked = log_p.gather(-1, tokens[:, None])[:, 0]
+            entropy += torch.special.entr(log_p.exp()).sum(-1) * alive
+            steps.append((tokens * alive, alive, picked * alive))
+            alive = alive & (tokens != self.end)
+            if place + 1 < longest:
+                logits = decoder(tokens[:, None], cache=cache, last_only=True)[:, -1].float()
+        tokens, counts, log_probs = (torch.stack(parts, 1) for parts in zip(*steps))
+        return tokens, counts, log_probs, entropy
+
+# %% ../nbs/17_reinforcement.ipynb #68a113ae
+class Sampler(GroupWriter):
+    "Asks a model a task's prompts, and has the answers judged."
 
     @torch.no_grad()
     def sample(
@@ -359,42 +399,6 @@ class Sampler:
         rewards = [float(judge(prompt, answer)) if done else 0.0 for prompt, answer, done in answers]
         rewards = torch.tensor(rewards, device=out.ids.device).view(-1, group)
         return out._replace(rewards=rewards, entropy=entropy)
-
-    def encode(self, prompt: str) -> list[int]:
-        "A prompt's tokens."
-        return self.ids.get(prompt) or self.tokenizer.encode(prompt)
-
-    @torch.inference_mode()
-    def write(
-        self,
-        decoder: Decoder,
-        prompts: Int[Tensor, "prompts seq"],  # Each is read once
-        group: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-    ) -> tuple[Int[Tensor, "answers longest"], Bool[Tensor, "answers longest"], Float[Tensor, "answers longest"],
-               Float[Tensor, "answers"]]:
-        "Tokens (0 behind the end), which of them count, their log-probabilities, and the entropy along each answer."
-        (n, seq), longest = prompts.shape, self.task.longest
-        read, cache = decoder.new_cache(n, seq), decoder.new_cache(n * group, seq + longest)
-        logits = decoder(prompts, cache=read, last_only=True)[:, -1].float().repeat_interleave(group, 0)
-        for one, many in zip(read, cache):
-            many.k[:, :, :seq] = one.k.repeat_interleave(group, 0)
-            many.v[:, :, :seq] = one.v.repeat_interleave(group, 0)
-            many.length = seq
-        alive = torch.ones(n * group, dtype=torch.bool, device=logits.device)
-        steps, entropy = [], torch.zeros(n * group, device=logits.device)
-        for place in range(longest):
-            log_p = logits.log_softmax(-1)
-            tokens = sampling.draw(logits, generator=generator)
-            picked = log_p.gather(-1, tokens[:, None])[:, 0]
-            entropy += torch.special.entr(log_p.exp()).sum(-1) * alive
-            steps.append((tokens * alive, alive, picked * alive))
-            alive = alive & (tokens != self.end)
-            if place + 1 < longest:
-                logits = decoder(tokens[:, None], cache=cache, last_only=True)[:, -1].float()
-        tokens, counts, log_probs = (torch.stack(parts, 1) for parts in zip(*steps))
-        return tokens, counts, log_probs, entropy
 
 # %% ../nbs/17_reinforcement.ipynb #1be25fa5
 def exact(
@@ -469,11 +473,37 @@ class SolvedTrainer(TaskTrainer):
         return ids[:, :-1], targets[:, 1:]
 
 # %% ../nbs/17_reinforcement.ipynb #6769db3c
-class ReinforceTrainer(TaskTrainer):
-    """Learns a task from rewards: group-relative policy optimisation, and what is left of it with switches off.
+@torch.no_grad()
+def reference_log_probs(
+    model: GPT,
+    weights: dict[str, Tensor],  # The reference's, by the names of the model's parameters
+    batch: Rollouts,
+) -> Float[Tensor, "answers seq"]:
+    "Of the answers' tokens, by this model with the reference's weights."
+    logits = torch.func.functional_call(model, weights, (batch.ids[:, :-1],))
+    found = torch.zeros_like(batch.log_probs)
+    found[:, 1:] = answer_log_probs(logits, batch.ids)
+    return found.where(batch.is_answer, 0.0)
 
-    `batch_size` counts answers: that many, divided by the policy's group, are the prompts of a batch.
-    """
+
+def measures_of(
+    batch: Rollouts,
+    ratio: Float[Tensor, "tokens"],  # Of new to old probability
+    clip: float,
+) -> dict[str, float]:
+    "What a step's history says besides the loss."
+    spread = batch.rewards.amax(1) > batch.rewards.amin(1)
+    return {
+        "reward": batch.rewards.mean().item(),
+        "entropy": batch.entropy.item(),
+        "length": batch.is_answer.sum().item() / len(batch.ids),
+        "signal": spread.float().mean().item(),  # share of the groups that don't agree
+        "clipped": ((ratio - 1).abs() > clip).float().mean().item() if clip else 0.0,
+    }
+
+# %% ../nbs/17_reinforcement.ipynb #25415585
+class RewardTraining(TaskTrainer):
+    "Updates from rewards: the part of a `ReinforceTrainer` that learns."
 
     def __init__(
         self,
@@ -494,9 +524,8 @@ class ReinforceTrainer(TaskTrainer):
         if getattr(model.config, "dropout", 0) > 0:
             raise InputError("With dropout the model that learns isn't the one that answered; set dropout to 0.")
         super().__init__(model, data, config, tokenizer=tokenizer, **options)
-        self.reference = {}
-        if self.policy.kl:
-            self.reference = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        named = self.model.named_parameters() if self.policy.kl else ()
+        self.reference = {name: p.detach().clone() for name, p in named}
         self.rollouts = Rollouts.empty(config.batch_size // group, group, self.sampler.width, self.device)
         self.measures: dict[str, float] = {}
 
@@ -507,7 +536,9 @@ class ReinforceTrainer(TaskTrainer):
             drawn = torch.randint(len(self.data.train), (n,), generator=self.generator).tolist()
             asked = [self.data.train[i] for i in drawn]
             found = self.sampler.sample(asked, self.policy.group, generator=self.generator)
-            self.rollouts = found._replace(reference=self.reference_log_probs(found)) if self.reference else found
+            if self.reference:
+                found = found._replace(reference=reference_log_probs(self.model, self.reference, found))
+            self.rollouts = found
         return self.rollouts
 
     def loss(self, batch: Rollouts) -> tuple[Float[Tensor, ""], int]:
@@ -522,27 +553,15 @@ class ReinforceTrainer(TaskTrainer):
         different, where = ids.unique(dim=0, return_inverse=True)
         log_probs = answer_log_probs(self._logits(different[:, :-1]), different)[where]
         loss = policy_loss(log_probs, old, worth[rows], own, self.policy, batch.reference[rows, 1:])
-        self.measures = self.measure(batch, (log_probs.detach() - old)[own].exp())
+        self.measures = measures_of(batch, (log_probs.detach() - old)[own].exp(), self.policy.clip)
         return loss * (len(ids) / len(worth)), len(worth)
 
-    def measure(self, batch: Rollouts, ratio: Float[Tensor, "tokens"]) -> dict[str, float]:
-        "What a step's history says besides the loss."
-        spread = batch.rewards.amax(1) > batch.rewards.amin(1)
-        return {
-            "reward": batch.rewards.mean().item(),
-            "entropy": batch.entropy.item(),
-            "length": batch.is_answer.sum().item() / len(batch.ids),
-            "signal": spread.float().mean().item(),  # share of the groups that don't agree
-            "clipped": ((ratio - 1).abs() > self.policy.clip).float().mean().item() if self.policy.clip else 0.0,
-        }
+# %% ../nbs/17_reinforcement.ipynb #bd3576c8
+class ReinforceTrainer(RewardTraining):
+    """Learns a task from rewards: group-relative policy optimisation, and what is left of it with switches off.
 
-    @torch.no_grad()
-    def reference_log_probs(self, batch: Rollouts) -> Float[Tensor, "answers seq"]:
-        "Of the answers' tokens, by the model that the run began with."
-        logits = torch.func.functional_call(self.model, self.reference, (batch.ids[:, :-1],))
-        found = torch.zeros_like(batch.log_probs)
-        found[:, 1:] = answer_log_probs(logits, batch.ids)
-        return found.where(batch.is_answer, 0.0)
+    `batch_size` counts answers: that many, divided by the policy's group, are the prompts of a batch.
+    """
 
     def _keep(self, record: dict) -> None:
         super()._keep(record | {name: round(value, 6) for name, value in self.measures.items()})
