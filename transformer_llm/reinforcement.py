@@ -224,7 +224,7 @@ def kl_estimate(
     log_probs: Float[Tensor, "*tokens"],  # Of drawn tokens, by the model that drew them
     reference: Float[Tensor, "*tokens"],  # Of the same tokens, by the reference
 ) -> Float[Tensor, "*tokens"]:
-    "An estimate of the divergence from the reference that is never negative: Schulman (2020), equation (17.9)."
+    "An estimate of the divergence from the reference that is never negative: Schulman (2020)."
     difference = reference - log_probs
     return difference.exp() - difference - 1
 
