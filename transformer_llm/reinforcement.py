@@ -196,12 +196,12 @@ class Policy:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}.")
 
-    def to_tensor(self) -> Float[Tensor, "fields"]:
+    def to_tensor(self) -> Float[Tensor, "_"]:
         "All fields as numbers, for a checkpoint."
         return torch.tensor([float(value) for value in astuple(self)], dtype=torch.float64)
 
     @classmethod
-    def from_tensor(cls, numbers: Float[Tensor, "fields"]) -> "Policy":
+    def from_tensor(cls, numbers: Float[Tensor, "_"]) -> "Policy":
         "What `to_tensor` made."
         kinds = [type(field.default) for field in fields(cls)]
         return cls(*(kind(number) for kind, number in zip(kinds, numbers.tolist(), strict=True)))
@@ -332,7 +332,7 @@ class GroupWriter:
         group: int,
         sampling: Sampling,
         generator: torch.Generator | None,
-    ) -> tuple[Int[Tensor, "answers longest"], Bool[Tensor, "answers longest"], Float[Tensor, "answers longest"],
+    ) -> tuple[Int[Tensor, "answers steps"], Bool[Tensor, "answers steps"], Float[Tensor, "answers steps"],
                Float[Tensor, "answers"]]:
         "Tokens (0 behind the end), which of them count, their log-probabilities, and the entropy along each answer."
         (n, seq), longest = prompts.shape, self.task.longest
@@ -598,12 +598,12 @@ class ReinforceTrainer(RewardTraining):
 REWARD_START = TrainingConfig(
     max_steps=5000, batch_size=64, learning_rate=3e-3, schedule="constant", warmup_steps=0, weight_decay=0.0,
     device="cpu",
-)  # fmt: skip
+)
 REWARD_POLICY = Policy(group=32, updates=1)
 REWARD_CONFIG = TrainingConfig(
     max_steps=450, batch_size=1024, learning_rate=1.5e-3, schedule="linear", warmup_steps=20, min_lr_fraction=0.0,
     weight_decay=0.0, betas=(0.9, 0.99), eval_every=20, checkpoint_every=50, device="cpu",
-)  # fmt: skip
+)
 
 
 def small_model(task: Task, seed: int = 0) -> GPT:
