@@ -630,7 +630,7 @@ def small_start(
         while trainer.step < trainer.config.max_steps and earned < least:
             trainer.train_step()
             if trainer.step % every == 0:
-                earned = exact(model, trainer.tokenizer, task, task.train[:looked_at])
+                earned = trainer.sampler.sample(task.train[:looked_at], greedy=True).rewards.mean().item()
         if least <= earned <= at_most:
             return model.eval()
     raise InputError(f"No start earned between {least:g} and {at_most:g} on this task; give a model of your own.")
