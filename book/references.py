@@ -5,6 +5,7 @@ import html
 import posixpath
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -202,28 +203,29 @@ def citation_spans(text: str, page: str, targets: Targets, problems: list[str]) 
     return spans
 
 
+@cache
+def term_pattern(terms: tuple[str, ...]) -> re.Pattern:
+    "Any of these terms, whole, in the singular or with an `s`; the longest that fits."
+    words = (re.escape(term).replace(r"\ ", r"\s+") for term in sorted(terms, key=len, reverse=True))
+    return re.compile(r"(?<![\w-])(" + "|".join(words) + r")s?(?![\w-])", re.I)
+
+
 def term_spans(text: str, page: str, targets: Targets, left: dict[str, tuple[str, str]]) -> list[tuple[int, int, dict]]:
     "The first mention of each term on a page; terms found are taken out of `left`."
     spans = []
-    if left:
-        known = {term.lower(): term for term in left}
-        pattern = (
-            r"(?<![\w-])("
-            + "|".join(re.escape(t).replace(r"\ ", r"\s+") for t in sorted(known, key=len, reverse=True))
-            + r")s?(?![\w-])"
-        )
-        for found in re.finditer(pattern, text, re.I):
-            if (term := known.get(words(found.group(1)).lower())) in left:
-                anchor, definition = left[term]
-                spans.append(
-                    (
-                        found.start(),
-                        found.end(),
-                        {"href": relative(f"glossary.html#{anchor}", page), "class": "term", "title": definition},
-                    )
+    known = {term.lower(): term for term in targets.terms}
+    for found in term_pattern(tuple(known)).finditer(text) if left else ():
+        if (term := known.get(words(found.group(1)).lower())) in left:
+            anchor, definition = left[term]
+            spans.append(
+                (
+                    found.start(),
+                    found.end(),
+                    {"href": relative(f"glossary.html#{anchor}", page), "class": "term", "title": definition},
                 )
-                for name in [name for name in left if left[name][0] == anchor]:
-                    del left[name]
+            )
+            for name in [name for name in left if left[name][0] == anchor]:
+                del left[name]
     return spans
 
 

@@ -100,7 +100,7 @@ def somewhere_else(tmp_path, monkeypatch):
 # --- the command itself -------------------------------------------------------------------------------------------
 
 COMMANDS = ["", "demo", "data", "data shakespeare", "data patterns", "data prepare", "tokenizer", "tokenizer train",
-            "train", "generate", "chat", "evaluate", "export", "shakespeare", "bench", "info"]
+            "train", "finetune", "generate", "chat", "evaluate", "export", "shakespeare", "bench", "info"]
 COMMANDS = [command.split() for command in COMMANDS]
 
 
@@ -767,7 +767,7 @@ def test_demo_gets_its_flags(capsys, monkeypatch):
     calls = []
     monkeypatch.setattr(demo, "run_demo", lambda **options: calls.append(options))
     succeeds(capsys, "demo", "--out", "here", "--seed", 3)
-    assert calls == [{"out": "here", "seed": 3, "progress": False}]
+    assert calls == [{"directory": "here", "seed": 3, "progress": False}]
 
 
 @pytest.fixture(scope="session")
@@ -1058,6 +1058,7 @@ def test_bench_without_its_peers(capsys, cheap, monkeypatch):
 
 PATH_FLAGS = {
     "train": ["--text_file", "--tokenizer", "--out"],
+    "finetune": ["--model", "--checkpoint", "--data", "--template", "--out"],
     "data prepare --out x": ["--text_file", "--tokenizer", "--out"],
     "data patterns": ["--out"],
     "data shakespeare": ["--out"],

@@ -743,3 +743,24 @@ def test_rows_of_16_bits_are_multiplied_in_float32_where_a_processor_has_no_inst
     weight, bias, x = torch.randn(24, 16).bfloat16(), torch.randn(24).bfloat16(), torch.randn(5, 16).bfloat16()
     wanted = F.linear(x.float(), weight.float(), bias.float()).bfloat16()
     assert torch.equal(decoding.FloatMatrix(weight, bias)(x), wanted)
+
+
+@pytest.mark.parametrize("columns", [1, 576, 1024, 1025, 5000])
+def test_eight_bit_rows_are_multiplied_exactly_where_a_processor_has_no_instructions_for_them(monkeypatch, columns):
+    "The largest sums there can be, and any others: the same whole numbers as from 64-bit ones."
+    monkeypatch.setattr(decoding, "PIECE", 7 * columns)  # several pieces, the last one smaller
+    generator = torch.Generator().manual_seed(0)
+    for low in (127, -127):
+        whole = torch.randint(low, 128, (decoding.MANY, columns), generator=generator).to(torch.int8)
+        rows = torch.randint(low, 128, (24, columns), generator=generator).to(torch.int8)
+        assert torch.equal(decoding.exact_product(whole, rows).long(), whole.long() @ rows.long().t())
+
+
+def test_an_eight_bit_matrix_gives_the_same_by_either_product(monkeypatch):
+    torch.manual_seed(0)
+    matrix, x = decoding.Int8Matrix(torch.randn(24, 1100)), torch.randn(9, 1100)
+    found = []
+    for slow in (False, True):
+        monkeypatch.setattr(decoding, "slow_in_8_bits", lambda: slow)
+        found.append(matrix(x))
+    assert torch.equal(*found)

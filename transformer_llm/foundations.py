@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['JSON_BYTES', 'InputError', 'show_value', 'check_range', 'check_choice', 'os_error_sentence', 'user_path',
            'check_regular_file', 'open_regular', 'sync_folder', 'atomic_write', 'write_json', 'read_json', 'sha256_of',
-           'cache_dir', 'set_seed', 'pick_device', 'memory_bytes', 'largest_difference', 'shape_checker',
-           'check_shapes']
+           'cache_dir', 'set_seed', 'pick_device', 'memory_bytes', 'largest_difference', 'type_check',
+           'checked_by_kind', 'check_shapes']
 
 # %% ../nbs/90_foundations.ipynb #016c3f89
+import ast
 import errno
 import hashlib
 import json
@@ -19,10 +20,12 @@ import random
 import secrets
 import stat
 import sys
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from types import FunctionType
 from typing import BinaryIO
 
 # %% ../nbs/90_foundations.ipynb #dcbec150
@@ -326,73 +329,138 @@ def largest_difference(a, b) -> float:
     return torch.stack(largest).max().item() if largest else 0.0  # torch's max keeps a NaN, Python's can lose it
 
 # %% ../nbs/90_foundations.ipynb #077f6397
-def _kind_of_call(args, kwargs) -> tuple | None:
-    "The types of a call's arguments, for tensors also shape and dtype; None if one of them holds other values."
+def _kind(value: object) -> object:
+    "A value's type, for a tensor also shape and dtype, for a tuple its items'; None if a check must look inside it."
     import torch
 
-    kind = []
-    for name, value in (*enumerate(args), *kwargs.items()):
-        if isinstance(value, torch.Tensor):
-            kind.append((name, type(value), value.shape, value.dtype))
-        elif isinstance(value, Collection) and not isinstance(value, (str, bytes)):
-            return None
-        else:
-            kind.append((name, type(value)))
-    return tuple(kind)
+    if isinstance(value, torch.Tensor):
+        return type(value), value.shape, value.dtype
+    if type(value) is tuple and len(value) < 10:
+        kinds = tuple(map(_kind, value))
+        return None if None in kinds else kinds
+    return None if isinstance(value, Collection) and not isinstance(value, (str, bytes)) else type(value)
 
 
-def shape_checker(function, limit: int = 1000):
-    """Decorate `function` with beartype's run-time type check, which also accepts a whole number as a `float`.
+def _kind_of_call(args: tuple, kwargs: dict) -> tuple | None:
+    "The kinds of a call's arguments; None if one of them has none, or has a length that is only a symbol."
+    kinds = (*map(_kind, args), *kwargs, *map(_kind, kwargs.values()))
+    try:
+        hash(kinds)
+    except TypeError:  # while torch.export traces, a length has no hash
+        return None
+    return None if None in kinds else kinds
+
+# %% ../nbs/90_foundations.ipynb #a6f87e05
+def type_check(function):
+    "Decorate `function` with beartype's run-time type check, which also accepts a whole number as a `float`."
+    from beartype import BeartypeConf, beartype
+
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+
+
+def _result_checker(function):
+    "A function that checks a call's result as jaxtyping would, without the call."
+    from jaxtyping import jaxtyped
+
+    here = threading.local()
+
+    def replay(*args, **kwargs):
+        return here.result
+
+    # annotations in quotes are read among the names of the function's own module
+    replay = FunctionType(replay.__code__, function.__globals__, closure=replay.__closure__)
+    checked = jaxtyped(typechecker=type_check)(wraps(function)(replay))
+
+    def check_result(result, args: tuple, kwargs: dict) -> None:
+        here.result = result
+        try:
+            checked(*args, **kwargs)
+        finally:
+            del here.result  # or the last result would live as long as the function
+
+    return check_result
+
+# %% ../nbs/90_foundations.ipynb #f064daad
+def checked_by_kind(function, limit: int = 1000):
+    """Decorate a function, or a class, with jaxtyping's check of types and shapes.
 
     The check is written when the function is first called: a page imports a thousand functions and calls few of them.
     A function inside another one gets its check at once, because it may be a signal handler, which can run while
     beartype holds a lock.
-    A call whose arguments have the types, shapes and dtypes of an earlier one that passed isn't checked again, for
-    up to `limit` kinds of calls; calls with lists, dictionaries and the like are checked every time.
+    A call whose arguments and result have the types, shapes and dtypes of an earlier one that passed isn't checked
+    again, for up to `limit` kinds of calls; calls with lists, dictionaries and the like are checked every time.
     """
-    passed = set()
+    from jaxtyping import config, jaxtyped
 
-    def write_check():
-        from beartype import BeartypeConf, beartype
-
-        return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
-
-    checked = write_check() if "<locals>" in function.__qualname__ else None
+    write_check = jaxtyped(typechecker=type_check)
+    if not isinstance(function, FunctionType):
+        return write_check(function)
+    passed = {}  # For each kind of call: the kinds of its results
+    promises_result = "return" in function.__annotations__
+    at_once = "<locals>" in function.__qualname__
+    checked = write_check(function) if at_once else None
+    check_result = _result_checker(function) if at_once and promises_result else None
 
     @wraps(function)
     def check_and_call(*args, **kwargs):
-        nonlocal checked
-        try:
-            kind = _kind_of_call(args, kwargs)
-            known = kind in passed
-        except TypeError:  # while torch.export traces, a length is a symbol without a hash
-            kind, known = None, False
-        if known:
+        nonlocal checked, check_result
+        if config.jaxtyping_disable:
             return function(*args, **kwargs)
-        checked = checked or write_check()
-        result = checked(*args, **kwargs)
-        if kind is not None and len(passed) < limit:
-            passed.add(kind)
+        kind = _kind_of_call(args, kwargs)
+        results = None if kind is None else passed.get(kind)
+        if results is None:
+            checked = checked or write_check(function)
+            result = checked(*args, **kwargs)
+            if kind is not None and len(passed) < limit:
+                passed[kind] = {_kind_of_call((result,), {})} - {None}
+            return result
+        result = function(*args, **kwargs)
+        if promises_result and (kind := _kind_of_call((result,), {})) not in results:
+            check_result = check_result or _result_checker(function)
+            check_result(result, args, kwargs)
+            if kind is not None and len(results) < limit:
+                results.add(kind)
         return result
 
     return check_and_call
+
+# %% ../nbs/90_foundations.ipynb #abcddb94
+def _own_checker():
+    """What puts `checked_by_kind` where jaxtyping puts its own decorator; None if this jaxtyping has no place for it:
+    then every call is checked.
+    """
+    import importlib
+
+    try:
+        from jaxtyping._import_hook import Typechecker
+    except ImportError:
+        return None
+
+    class Checker(Typechecker):
+        def get_ast(self) -> ast.expr:
+            return ast.parse(f"jaxtyping._import_hook.Typechecker.lookup[{self.hash!r}]", mode="eval").body
+
+    importlib.import_module("transformer_llm.foundations")  # where `checked_by_kind` is found
+    return Checker("transformer_llm.foundations.checked_by_kind")
 
 
 def check_shapes() -> None:
     """Turn on jaxtyping's shape checks for modules of this package imported from now on, and for later cells of a
     notebook.
     """
-    import importlib
     import sys
 
     from jaxtyping import install_import_hook
 
-    importlib.import_module("transformer_llm.foundations")  # where the hook and the notebook find `shape_checker`
+    checker, plain = _own_checker(), "transformer_llm.foundations.type_check"
     if not any(type(finder).__module__.startswith("jaxtyping") for finder in sys.meta_path):
-        install_import_hook("transformer_llm", "transformer_llm.foundations.shape_checker")
+        hook = install_import_hook("transformer_llm", plain).hook
+        hook._typechecker = checker or hook._typechecker
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and not getattr(shell, "_transformer_llm_checked", False):
         shell.run_line_magic("load_ext", "jaxtyping")
-        shell.run_line_magic("jaxtyping.typechecker", "transformer_llm.foundations.shape_checker")
+        shell.run_line_magic("jaxtyping.typechecker", plain)
+        transformer = shell.ast_transformers[-1]  # the one that the line above has added
+        transformer._typechecker = checker or transformer._typechecker
         shell._transformer_llm_checked = True

@@ -237,7 +237,7 @@ def model_config(config: RunConfig, vocab_size: int) -> GPTConfig:
     return GPTConfig.preset(config.model_size or "tiny", vocab_size=vocab_size, **changes)
 
 # %% ../nbs/84_runs.ipynb #c31b37a8
-RUN_FILES = ("metrics.jsonl", "command.json", "loss.png")
+RUN_FILES = ("metrics.jsonl", "command.json", "finetune.json", "loss.png")
 TOKEN_FILES = ("train.bin", "val.bin", "meta.json", "tokenizer.json")
 
 
@@ -268,6 +268,8 @@ def began_run(path: Path) -> bool:
     if path.name == "metrics.jsonl":
         return path.is_file() and path.stat().st_size == 0
     try:
+        if path.name == "finetune.json":  # chapter 14's
+            return isinstance(read_json(path), dict)
         return path.name == "command.json" and bool(run_note(path))
     except InputError:
         return False

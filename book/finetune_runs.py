@@ -1,0 +1,198 @@
+"""Make data/finetuning.json, the runs that chapter 14 shows.
+
+    python book/finetune_runs.py [PART ...]
+
+PART is one of whom, grid, facts, smollm2. Each result is written as soon as it is there, and one that is there already
+is not made again (delete the file to begin anew). `whom`, `grid` and `facts` train small models on made-up people with
+the functions of the chapter's own lesson, for a few minutes of one core; other processes may run beside them.
+
+`smollm2` fine-tunes SmolLM2 on 1,000 made-up tasks (`--steps N` makes it shorter, and keeps nothing); its run is in
+runs/finetune-smollm2, and a run that was stopped goes on. Its minutes count only if nothing else runs on the machine.
+"""
+import ast
+import copy
+import inspect
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from transformer_llm.dataset import load_shakespeare, read_text
+from transformer_llm.evaluation import score_text
+from transformer_llm.finetuning import (
+    FACTS,
+    FineTuneConfig,
+    People,
+    answers,
+    continue_finetuning,
+    format_of_run,
+    hold_out,
+    load_dialogues,
+    start_finetuning,
+    without_copies,
+)
+from transformer_llm.foundations import read_json, write_json
+from transformer_llm.pretrained import load_pretrained
+from transformer_llm.runs import holds_run
+from transformer_llm.training import TrainingConfig, make_optimizers, schedule_factor, set_learning_rate
+from transformer_llm.transformer import GPT, GPTConfig
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "data" / "finetuning.json"
+SEEDS = (0, 1, 2)
+RATES, STEPS = (1e-4, 1e-3), (100, 300)
+LESSON = ("read_statements", "conversation", "tune", "right", "recites", "bits_per_byte", "old_windows")
+NAMES = dict(torch=torch, F=F, copy=copy, GPT=GPT, GPTConfig=GPTConfig, TrainingConfig=TrainingConfig, FACTS=FACTS,
+             make_optimizers=make_optimizers, schedule_factor=schedule_factor, set_learning_rate=set_learning_rate,
+             pad_sequence=torch.nn.utils.rnn.pad_sequence)
+
+
+def lesson_functions() -> dict:
+    "The functions that the lesson defines, from its own cells."
+    cells = json.loads((ROOT / "nbs" / "14_finetuning.ipynb").read_text(encoding="utf-8"))["cells"]
+    names = dict(NAMES)
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            for node in ast.parse("".join(cell["source"])).body:
+                if isinstance(node, ast.FunctionDef) and node.name in LESSON:
+                    exec(compile(ast.Module([node], []), "lesson", "exec"), names)
+    return names
+
+
+def load() -> dict:
+    return read_json(FILE) if FILE.exists() else {}
+
+
+def keep(part: str, run: dict) -> None:
+    found = load()
+    found.setdefault(part, []).append(run)
+    write_json(FILE, found)
+    print(part, run, flush=True)
+
+
+def has(part: str, **wanted) -> bool:
+    return any(all(run[name] == value for name, value in wanted.items()) for run in load().get(part, []))
+
+
+class Readers:
+    "For each seed its people, a model that has read about them, and the examples; made when first asked for."
+
+    def __init__(self):
+        self.lesson, self.made = lesson_functions(), {}
+        self.steps = inspect.signature(self.lesson["tune"]).parameters["steps"].default
+
+    def __call__(self, seed: int) -> dict:
+        if seed not in self.made:
+            people = People(seed=seed)
+            base, text = self.lesson["read_statements"](people, seed=seed)
+            asked, never = people.names[:75], people.names[75:]
+            examples = [self.lesson["conversation"](people, name, kind) for name in asked for kind in FACTS]
+            self.made[seed] = dict(people=people, base=base, text=text, asked=asked, never=never, examples=examples)
+        self.lesson["people"] = self.made[seed]["people"]  # `bits_per_byte` spells the words with it
+        return self.made[seed]
+
+    def judge(self, model, one: dict) -> dict:
+        right, bits = self.lesson["right"], self.lesson["bits_per_byte"]
+        return {
+            "asked": right(model, one["people"], one["asked"]),
+            "never": right(model, one["people"], one["never"]),
+            "bits_before": bits(one["base"], one["text"]),
+            "bits_after": bits(model, one["text"]),
+        }
+
+
+def whom(readers: Readers) -> None:
+    "All weights, or the table of embeddings frozen; answers only, or old text as well."
+    tune, old_windows = readers.lesson["tune"], readers.lesson["old_windows"]
+    for seed in SEEDS:
+        for frozen in (False, True):
+            for mixed in (False, True):
+                if has("whom", seed=seed, frozen=frozen, mixed=mixed):
+                    continue
+                one = readers(seed)
+                model = copy.deepcopy(one["base"])
+                model.token_embedding.weight.requires_grad_(not frozen)
+                more = old_windows(one["text"], len(one["examples"]), seed=seed) if mixed else []
+                model = tune(model, one["examples"] + more, steps=(2 if mixed else 1) * readers.steps, seed=seed)
+                keep("whom", {"seed": seed, "frozen": frozen, "mixed": mixed, **readers.judge(model, one)})
+
+
+def grid(readers: Readers) -> None:
+    "Rates and numbers of steps, all weights."
+    for seed in SEEDS:
+        for rate in RATES:
+            for steps in STEPS:
+                if has("grid", seed=seed, rate=rate, steps=steps):
+                    continue
+                one = readers(seed)
+                model = readers.lesson["tune"](one["base"], one["examples"], steps=steps, rate=rate, seed=seed)
+                keep("grid", {"seed": seed, "rate": rate, "steps": steps, **readers.judge(model, one)})
+
+
+def facts(readers: Readers) -> None:
+    "People whom no statement is about, taught by questions alone: their answers, and other statements about them."
+    for seed in SEEDS:
+        if has("facts", seed=seed):
+            continue
+        one, lesson = readers(seed), readers.lesson
+        people, strangers = one["people"], one["people"].strangers
+        more = [lesson["conversation"](people, name, kind) for name in strangers for kind in FACTS]
+        more += lesson["old_windows"](one["text"], len(one["examples"]), seed=seed)
+        model = lesson["tune"](one["base"], one["examples"] + more, steps=2 * readers.steps, seed=seed)
+        keep("facts", {
+            "seed": seed,
+            "answers": lesson["right"](model, people, strangers),
+            "statements": lesson["recites"](model, people, strangers),
+            "asked": lesson["right"](model, people, one["asked"]),
+            "asked_statements": lesson["recites"](model, people, one["asked"]),
+        })
+
+
+def smollm2(steps: int | None = None) -> None:
+    "SmolLM2 on 1,000 made-up tasks: loss, exact answers and bits per byte before and after."
+    if "smollm2" in load() and steps is None:
+        return
+    torch.set_num_threads(2)
+    out = ROOT / "runs" / ("finetune-smollm2" if steps is None else "finetune-smollm2-short")
+    training = {"batch_size": 8, "learning_rate": 2e-5} | ({} if steps is None else {"max_steps": steps})
+    config = FineTuneConfig(model="smollm2", data="tasks", packed=True, context_length=512, training=training)
+    if holds_run(out):
+        trainer, counts = continue_finetuning(out, progress=True)
+    else:
+        trainer, counts = start_finetuning(out, config, progress=True)
+    print(counts, flush=True)
+    trainer.train()
+    n_shown, n_asked = 5, 100 if steps is None else 5
+    held = hold_out(without_copies(load_dialogues("tasks")), config.val_fraction, trainer.config.seed)[1][:n_asked]
+    text = read_text(load_shakespeare(ROOT / "data" / "shakespeare.txt", progress=False))
+    text = text[-20_000 if steps is None else -1_000 :]
+    chat_format, found = format_of_run(out), []
+    after = trainer.model
+    for model in (load_pretrained("smollm2"), after):
+        trainer.model = model
+        written = answers(model, chat_format, [dialogue.question for dialogue in held], 40)
+        exact = sum(a.strip() == dialogue.answer for a, dialogue in zip(written, held)) / len(held)
+        bits = score_text(model, chat_format.tokenizer, text).bits_per_byte
+        found.append((trainer.evaluate(), exact, bits, written))
+    shown = [{"question": dialogue.question[-1]["content"], "right": dialogue.answer, "before": a, "after": b}
+             for dialogue, a, b in zip(held[:n_shown], found[0][3], found[1][3])]
+    result = {"pairs": counts.read, "steps": trainer.step, "minutes": trainer.seconds / 60,
+              "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+              "threads": 2, "answers": shown}
+    result |= {name: [one[place] for one in found] for place, name in enumerate(("loss", "exact", "bits"))}
+    print(result)
+    if steps is None:
+        write_json(FILE, load() | {"smollm2": result})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    start, arguments, readers = time.perf_counter(), sys.argv[1:], Readers()
+    short = int(arguments.pop(arguments.index("--steps") + 1)) if "--steps" in arguments else None
+    for part in [name for name in arguments if name != "--steps"] or ["whom", "grid", "facts", "smollm2"]:
+        smollm2(short) if part == "smollm2" else {"whom": whom, "grid": grid, "facts": facts}[part](readers)
+    print(f"{time.perf_counter() - start:.0f} s")
