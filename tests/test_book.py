@@ -4,6 +4,7 @@ The checks are shown to fail on a small book of two chapters, an appendix and a 
 """
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -439,3 +440,35 @@ def test_the_checks_say_what_they_do_not_cover(monkeypatch, capsys):
 )
 def test_tensors_without_a_shape_are_noticed(annotation, bare):
     assert bare_tensors(ast.parse(annotation, mode="eval").body) == bare
+
+
+# What `make test` says of notebooks
+# -------------------------------------------------------------------------------------------------------------
+
+def as_nbdev_test(monkeypatch, tmp_path: Path, script: str):
+    "Let `run.run_notebooks` start this script instead of nbdev_test."
+    program = tmp_path / "nbdev_test"
+    program.write_text(f"#!{sys.executable}\n{script}")
+    program.chmod(0o755)
+    monkeypatch.setattr(run, "TOOLS", tmp_path)
+    monkeypatch.setattr(run, "notebooks", lambda: [ROOT / "nbs" / name for name in ("a.ipynb", "b.ipynb")])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script with its interpreter in its first line")
+def test_a_notebook_that_runs_for_ever_is_ended_and_named(monkeypatch, tmp_path, capsys):
+    script = "import subprocess, time\nprint('Starting nbs/a.ipynb\\n- Completed nbs/a.ipynb', flush=True)\n"
+    script += "subprocess.Popen(['sleep', '600'])\nprint('Starting nbs/b.ipynb', flush=True)\ntime.sleep(600)\n"
+    as_nbdev_test(monkeypatch, tmp_path, script)
+    assert run.run_notebooks(dict(os.environ), minutes=0.02) == (1, ["nbs/b.ipynb"], False)
+    assert "not at its end" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script with its interpreter in its first line")
+def test_failing_notebooks_are_named(monkeypatch, tmp_path):
+    script = "print('Starting nbs/a.ipynbStarting nbs/b.ipynb\\n')\n"
+    script += "print('- Completed nbs/b.ipynb\\n- Completed nbs/a.ipynb')\n"
+    as_nbdev_test(monkeypatch, tmp_path, script)
+    assert run.run_notebooks(dict(os.environ)) == (2, [], True)
+    script += "print('nbdev Tests Failed On The Following Notebooks:\\n=====\\n\\tb.ipynb')\nraise SystemExit(1)\n"
+    as_nbdev_test(monkeypatch, tmp_path, script)
+    assert run.run_notebooks(dict(os.environ)) == (1, ["b.ipynb"], False)

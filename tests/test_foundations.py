@@ -233,6 +233,21 @@ def test_a_wrong_call_is_refused_however_many_right_ones_came_before(added):
     added(torch.ones(2, 4), torch.ones(4))
 
 
+def test_pairs_of_pairs_of_pairs_are_not_looked_through():
+    "A tuple that holds the same tuple twice, many times over, has more items than there are atoms."
+
+    @checked_by_kind
+    def length(items: tuple) -> int:
+        return len(items)
+
+    pairs = ((1, 2), (3, 4))
+    assert foundations._kind(pairs) == ((int, int), (int, int))
+    assert foundations._kind((pairs, pairs)) is None
+    for _ in range(99):
+        pairs = (pairs, pairs)
+    assert length(pairs) == length(pairs) == 2
+
+
 def test_what_a_list_holds_is_looked_at_every_time(added):
     added(torch.ones(2, 3), torch.ones(3), ["a"])
     with pytest.raises(TypeCheckError):

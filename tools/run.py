@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 from execute import notebooks
 
 ROOT = Path(__file__).parent.parent
@@ -21,11 +23,14 @@ def section(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def run_notebooks(environment: dict[str, str]) -> tuple[int, int]:
-    "Every notebook through nbdev_test; returns how many passed and failed."
+def run_notebooks(environment: dict[str, str], minutes: float = 20) -> tuple[int, list[str], bool]:
+    """Every notebook through nbdev_test; returns how many passed, which didn't, and whether nbdev_test is content.
+
+    A notebook that runs for more than so many minutes will run for ever: everything is stopped, and it is named.
+    """
     section("notebooks (nbdev_test)")
-    paths = notebooks()
-    completed = set()
+    paths = {path.resolve(): path.relative_to(ROOT).as_posix() for path in notebooks()}
+    running, completed, failed = {}, set(), []
     command = [str(TOOLS / "nbdev_test"), "--n_workers", "2", "--timing", "--do_print"]
     with subprocess.Popen(
         command,
@@ -37,14 +42,30 @@ def run_notebooks(environment: dict[str, str]) -> tuple[int, int]:
         encoding="utf-8",
         errors="replace",
     ) as process:
+        ended = threading.Event()
+        threading.Thread(target=stop_the_endless, args=(process, running, 60 * minutes, ended), daemon=True).start()
         for line in process.stdout:
             print(line, end="", flush=True)
-            if found := re.match(r"- Completed (.*\.ipynb)\s*$", line):
-                completed.add((ROOT / found.group(1)).resolve())
-    failed = [path.relative_to(ROOT).as_posix() for path in paths if path.resolve() not in completed]
-    if failed:
-        print("failed:", ", ".join(failed), flush=True)
-    return len(paths) - len(failed), len(failed) or int(process.returncode != 0)
+            for path in re.findall(r"Starting (\S.*?\.ipynb)", line):  # two workers can share a line
+                running[(ROOT / path).resolve()] = time.perf_counter()
+            for path in re.findall(r"- Completed (\S.*?\.ipynb)", line):
+                completed.add((ROOT / path).resolve())
+                running.pop((ROOT / path).resolve(), None)
+            failed += re.findall(r"^\t(\S.*\.ipynb)$", line)  # nbdev_test's own list, at its end
+        ended.set()
+    failed += [name for path, name in paths.items() if path not in completed]
+    return len(paths) - len(failed), failed, process.returncode == 0
+
+
+def stop_the_endless(process: subprocess.Popen, running: dict[Path, float], seconds: float, ended: threading.Event):
+    "End the process, and those it started, once one of the running notebooks has taken so long."
+    while not ended.wait(min(10, seconds)):
+        slow = [path for path, start in list(running.items()) if time.perf_counter() - start > seconds]
+        if slow:
+            print(f"not at its end after {seconds / 60:.0f} minutes: {', '.join(map(str, slow))}", flush=True)
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            return process.kill()
 
 
 def run_pytest(environment: dict[str, str]) -> tuple[int, int, int]:
@@ -86,12 +107,15 @@ def main() -> int:
         os.environ, OMP_NUM_THREADS="1", PYTHONUTF8="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1"
     )
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or every kernel would compile the package anew
-    notebooks, notebooks_failed = run_notebooks(environment)
+    notebooks, failed_notebooks, content = run_notebooks(environment)
     tests, tests_failed, skipped = run_pytest(environment)
     left = left_behind(before)
     for line in left:
         print(f"left behind by the notebooks or the tests: {line}")
-    passed, failed = notebooks + tests, notebooks_failed + tests_failed + bool(left)
+    for name in failed_notebooks:
+        print(f"failed: {name}")
+    passed = notebooks + tests
+    failed = (len(failed_notebooks) or int(not content)) + tests_failed + bool(left)
     section(f"{notebooks} notebooks and {tests} tests in {time.perf_counter() - start:.0f} s")
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""), flush=True)
     return 1 if failed else 0

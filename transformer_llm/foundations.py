@@ -329,14 +329,17 @@ def largest_difference(a, b) -> float:
     return torch.stack(largest).max().item() if largest else 0.0  # torch's max keeps a NaN, Python's can lose it
 
 # %% ../nbs/90_foundations.ipynb #077f6397
-def _kind(value: object) -> object:
-    "A value's type, for a tensor also shape and dtype, for a tuple its items'; None if a check must look inside it."
+def _kind(value: object, depth: int = 2) -> object:
+    """A value's type, for a tensor also shape and dtype, for a tuple its items'; None if a check must look inside it.
+
+    Tuples in tuples in tuples have none: pairs of pairs of pairs have more items than anyone can look at.
+    """
     import torch
 
     if isinstance(value, torch.Tensor):
         return type(value), value.shape, value.dtype
-    if type(value) is tuple and len(value) < 10:
-        kinds = tuple(map(_kind, value))
+    if type(value) is tuple and len(value) < 10 and depth:
+        kinds = tuple(_kind(item, depth - 1) for item in value)
         return None if None in kinds else kinds
     return None if isinstance(value, Collection) and not isinstance(value, (str, bytes)) else type(value)
 
