@@ -176,8 +176,9 @@ def smollm2(steps: int | None = None) -> None:
         return
     torch.set_num_threads(2)
     out = ROOT / "runs" / ("finetune-smollm2" if steps is None else "finetune-smollm2-short")
-    training = {"batch_size": 2, "learning_rate": 1e-4} | ({} if steps is None else {"max_steps": steps})
-    config = FineTuneConfig(model="smollm2", data="tasks", packed=True, context_length=512, training=training)
+    training = {"batch_size": 2} | ({} if steps is None else {"max_steps": steps, "eval_every": 0})
+    config = FineTuneConfig(model="smollm2", data="tasks", packed=True, context_length=512, training=training,
+                            epochs=1 if steps is None else None)
     if holds_run(out):
         trainer, counts = continue_finetuning(out, progress=True)
     else:
@@ -195,7 +196,7 @@ def smollm2(steps: int | None = None) -> None:
         written = answers(model, chat_format, [dialogue.question for dialogue in held], 40)
         exact = sum(a.strip() == dialogue.answer for a, dialogue in zip(written, held)) / len(held)
         bits = score_text(model, chat_format.tokenizer, text).bits_per_byte
-        found.append((trainer.evaluate(), exact, bits, written))
+        found.append((trainer.evaluate(None if steps is None else 1), exact, bits, written))
     shown = [{"question": dialogue.question[-1]["content"], "right": dialogue.answer, "before": a, "after": b}
              for dialogue, a, b in zip(held[:n_shown], found[0][3], found[1][3])]
     result = {"pairs": counts.read, "steps": trainer.step, "minutes": trainer.seconds / 60,
