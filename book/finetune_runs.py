@@ -2,12 +2,16 @@
 
     python book/finetune_runs.py [PART ...]
 
-PART is one of whom, grid, facts, smollm2. Each result is written as soon as it is there, and one that is there already
-is not made again (delete the file to begin anew). `whom`, `grid` and `facts` train small models on made-up people with
-the functions of the chapter's own lesson, for a few minutes of one core; other processes may run beside them.
+PART is one of whom, grid, facts, smollm2, distill. Each result is written as soon as it is there, and one that is there
+already is not made again (delete the file to begin anew). `whom`, `grid` and `facts` train small models on made-up
+people with the functions of the chapter's own lesson, for a few minutes of one core; other processes may run beside
+them.
 
 `smollm2` fine-tunes SmolLM2 on 1,000 made-up tasks (`--steps N` makes it shorter, and keeps nothing); its run is in
 runs/finetune-smollm2, and a run that was stopped goes on. Its minutes count only if nothing else runs on the machine.
+
+`distill` needs that run: its model teaches students of random weights, a fiftieth of its size, for some minutes of one
+core. Other students learn from the right answers alone.
 """
 import ast
 import copy
@@ -21,18 +25,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from transformer_llm.checkpoints import load_model
 from transformer_llm.dataset import load_shakespeare, read_text
 from transformer_llm.evaluation import score_text
 from transformer_llm.finetuning import (
     FACTS,
+    IGNORE,
     FineTuneConfig,
     People,
     answers,
+    collate,
     continue_finetuning,
+    distill_loss,
     format_of_run,
     hold_out,
     load_dialogues,
     start_finetuning,
+    target_logits,
     without_copies,
 )
 from transformer_llm.foundations import read_json, write_json
@@ -44,7 +53,7 @@ from transformer_llm.transformer import GPT, GPTConfig
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "data" / "finetuning.json"
 SEEDS = (0, 1, 2)
-RATES, STEPS = (1e-4, 1e-3), (100, 300)
+RATES, STEPS, TIMES = (1e-4, 1e-3), (100, 300), (1, 4)
 LESSON = ("read_statements", "conversation", "tune", "right", "recites", "bits_per_byte", "old_windows")
 NAMES = dict(torch=torch, F=F, copy=copy, GPT=GPT, GPTConfig=GPTConfig, TrainingConfig=TrainingConfig, FACTS=FACTS,
              make_optimizers=make_optimizers, schedule_factor=schedule_factor, set_learning_rate=set_learning_rate,
@@ -106,7 +115,7 @@ class Readers:
 
 
 def whom(readers: Readers) -> None:
-    "All weights, or the table of embeddings frozen; answers only, or old text as well."
+    "All weights, or the names' rows of the table of embeddings kept; answers only, or old text as well."
     tune, old_windows = readers.lesson["tune"], readers.lesson["old_windows"]
     for seed in SEEDS:
         for frozen in (False, True):
@@ -114,10 +123,11 @@ def whom(readers: Readers) -> None:
                 if has("whom", seed=seed, frozen=frozen, mixed=mixed):
                     continue
                 one = readers(seed)
-                model = copy.deepcopy(one["base"])
-                model.token_embedding.weight.requires_grad_(not frozen)
+                people = one["people"]
+                still = people.encode(" ".join(people.names + people.strangers)) if frozen else []
                 more = old_windows(one["text"], len(one["examples"]), seed=seed) if mixed else []
-                model = tune(model, one["examples"] + more, steps=(2 if mixed else 1) * readers.steps, seed=seed)
+                steps = (2 if mixed else 1) * readers.steps
+                model = tune(one["base"], one["examples"] + more, steps=steps, seed=seed, still=still)
                 keep("whom", {"seed": seed, "frozen": frozen, "mixed": mixed, **readers.judge(model, one)})
 
 
@@ -134,22 +144,30 @@ def grid(readers: Readers) -> None:
 
 
 def facts(readers: Readers) -> None:
-    "People whom no statement is about, taught by questions alone: their answers, and other statements about them."
+    """People whom no statement is about, taught by questions alone: their answers, and other statements about them.
+
+    Their questions occur once in the examples, or several times; the run is longer then, so that everything else is
+    read as often.
+    """
     for seed in SEEDS:
-        if has("facts", seed=seed):
-            continue
-        one, lesson = readers(seed), readers.lesson
-        people, strangers = one["people"], one["people"].strangers
-        more = [lesson["conversation"](people, name, kind) for name in strangers for kind in FACTS]
-        more += lesson["old_windows"](one["text"], len(one["examples"]), seed=seed)
-        model = lesson["tune"](one["base"], one["examples"] + more, steps=2 * readers.steps, seed=seed)
-        keep("facts", {
-            "seed": seed,
-            "answers": lesson["right"](model, people, strangers),
-            "statements": lesson["recites"](model, people, strangers),
-            "asked": lesson["right"](model, people, one["asked"]),
-            "asked_statements": lesson["recites"](model, people, one["asked"]),
-        })
+        for times in TIMES:
+            if has("facts", seed=seed, times=times):
+                continue
+            one, lesson = readers(seed), readers.lesson
+            people, strangers = one["people"], one["people"].strangers
+            others = one["examples"] + lesson["old_windows"](one["text"], len(one["examples"]), seed=seed)
+            more = [lesson["conversation"](people, name, kind) for name in strangers for kind in FACTS]
+            steps = round(2 * readers.steps * (1 + times * len(more) / len(others)))
+            model = lesson["tune"](one["base"], others + times * more, steps=steps, seed=seed)
+            keep("facts", {
+                "seed": seed,
+                "times": times,
+                "readings": round(16 * steps / (len(others) + times * len(more))) * times,
+                "answers": lesson["right"](model, people, strangers),
+                "statements": lesson["recites"](model, people, strangers),
+                "asked": lesson["right"](model, people, one["asked"]),
+                "asked_statements": lesson["recites"](model, people, one["asked"]),
+            })
 
 
 def smollm2(steps: int | None = None) -> None:
@@ -158,8 +176,9 @@ def smollm2(steps: int | None = None) -> None:
         return
     torch.set_num_threads(2)
     out = ROOT / "runs" / ("finetune-smollm2" if steps is None else "finetune-smollm2-short")
-    training = {"batch_size": 8, "learning_rate": 2e-5} | ({} if steps is None else {"max_steps": steps})
-    config = FineTuneConfig(model="smollm2", data="tasks", packed=True, context_length=512, training=training)
+    training = {"batch_size": 2} | ({} if steps is None else {"max_steps": steps, "eval_every": 0})
+    config = FineTuneConfig(model="smollm2", data="tasks", packed=True, context_length=512, training=training,
+                            epochs=1 if steps is None else None)
     if holds_run(out):
         trainer, counts = continue_finetuning(out, progress=True)
     else:
@@ -177,7 +196,7 @@ def smollm2(steps: int | None = None) -> None:
         written = answers(model, chat_format, [dialogue.question for dialogue in held], 40)
         exact = sum(a.strip() == dialogue.answer for a, dialogue in zip(written, held)) / len(held)
         bits = score_text(model, chat_format.tokenizer, text).bits_per_byte
-        found.append((trainer.evaluate(), exact, bits, written))
+        found.append((trainer.evaluate(None if steps is None else 1), exact, bits, written))
     shown = [{"question": dialogue.question[-1]["content"], "right": dialogue.answer, "before": a, "after": b}
              for dialogue, a, b in zip(held[:n_shown], found[0][3], found[1][3])]
     result = {"pairs": counts.read, "steps": trainer.step, "minutes": trainer.seconds / 60,
@@ -189,10 +208,72 @@ def smollm2(steps: int | None = None) -> None:
         write_json(FILE, load() | {"smollm2": result})
 
 
+class Lesson:
+    "Tasks as examples, and the teacher's last hidden states at their targets, which make its logits in one product."
+
+    def __init__(self, run: Path, n: int | None):
+        self.teacher = load_model(run)[0].eval()
+        chat_format, tasks = format_of_run(run), hold_out(without_copies(load_dialogues("tasks")), 0.1, 0)
+        self.examples, self.held = ([chat_format.example(task) for task in part[:n]] for part in tasks)
+        with torch.no_grad():
+            self.hidden = [self.teacher.hidden_states(example.inputs[None])[0][example.targets != IGNORE]
+                           for example in self.examples]
+
+    def student(self, seed: int) -> GPT:
+        torch.manual_seed(seed)
+        config = GPTConfig(vocab_size=self.teacher.config.vocab_size, context_length=512, d_model=48, n_layers=2,
+                           n_heads=4)
+        return GPT(config)
+
+    def loss(self, student: GPT, chosen: list[int], way: str) -> torch.Tensor:
+        logits, targets = target_logits(student, collate([self.examples[i] for i in chosen]))
+        if way == "tokens":
+            return F.cross_entropy(logits, targets)
+        with torch.no_grad():
+            taught = self.teacher.unembed(torch.cat([self.hidden[i] for i in chosen])[None])[0]
+        return distill_loss(logits, taught, way)
+
+    @torch.no_grad()
+    def judge(self, model: GPT) -> dict:
+        losses, exact, count = 0.0, 0, 0
+        for example in self.held:
+            logits, targets = target_logits(model, collate([example]))
+            losses += F.cross_entropy(logits, targets, reduction="sum").item()
+            exact, count = exact + bool((logits.argmax(-1) == targets).all()), count + len(targets)
+        return {"loss": losses / count, "exact": exact / len(self.held)}
+
+
+def distill(steps: int | None = None) -> None:
+    "Students that learn from the right answers, or from a teacher's distributions at the same places."
+    run = ROOT / "runs" / ("finetune-smollm2" if steps is None else "finetune-smollm2-short")
+    lesson = Lesson(run, None if steps is None else 8)
+    for seed in SEEDS if steps is None else SEEDS[:1]:
+        for way in ("tokens", "forward", "reverse"):
+            for rate in (1e-3, 3e-3):
+                if steps is None and has("distill", seed=seed, way=way, rate=rate):
+                    continue
+                student, draw = lesson.student(seed), torch.Generator().manual_seed(seed)
+                optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.0)
+                for _ in range(steps or 600):
+                    chosen = torch.randperm(len(lesson.examples), generator=draw)[:8].tolist()
+                    loss = lesson.loss(student, chosen, way)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                found = {"seed": seed, "way": way, "rate": rate, **lesson.judge(student)}
+                print(found, flush=True) if steps else keep("distill", found)
+    if steps is None and not has("distill_teacher"):
+        sizes = {"parameters": lesson.teacher.num_parameters(), "student_parameters": student.num_parameters()}
+        keep("distill_teacher", sizes | lesson.judge(lesson.teacher))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     start, arguments, readers = time.perf_counter(), sys.argv[1:], Readers()
     short = int(arguments.pop(arguments.index("--steps") + 1)) if "--steps" in arguments else None
-    for part in [name for name in arguments if name != "--steps"] or ["whom", "grid", "facts", "smollm2"]:
-        smollm2(short) if part == "smollm2" else {"whom": whom, "grid": grid, "facts": facts}[part](readers)
+    for part in [name for name in arguments if name != "--steps"] or ["whom", "grid", "facts", "smollm2", "distill"]:
+        if part in ("smollm2", "distill"):
+            {"smollm2": smollm2, "distill": distill}[part](short)
+        else:
+            {"whom": whom, "grid": grid, "facts": facts}[part](readers)
     print(f"{time.perf_counter() - start:.0f} s")

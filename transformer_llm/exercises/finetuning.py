@@ -36,7 +36,7 @@ def check_which_targets(answer: object) -> str:
     return "In Norway <end>, in Peru <end>: two answers of two words, and each with the token that ends it."
 
 # %% ../../nbs/exercises/14_finetuning.ipynb #ca270a81
-Pair = tuple[Int[Tensor, "seq"], Int[Tensor, "seq"]]
+Pair = tuple[Int[Tensor, "_"], Int[Tensor, "_"]]  # examples differ in length
 
 
 def random_examples(
@@ -56,7 +56,7 @@ def filled_up(
     examples: list[Pair],
     fill: int = -100,
     left: bool = False,
-) -> Pair:
+) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
     "The batch, with this value as the padding's target."
     width = max(len(ids) for ids, _ in examples)
     inputs = torch.zeros(len(examples), width, dtype=torch.long)
