@@ -8,7 +8,8 @@ people with the functions of the chapter's own lesson, for a few minutes of one 
 them.
 
 `smollm2` fine-tunes SmolLM2 on 1,000 made-up tasks (`--steps N` makes it shorter, and keeps nothing); its run is in
-runs/finetune-smollm2, and a run that was stopped goes on. Its minutes count only if nothing else runs on the machine.
+runs/finetune-smollm2, and a run that was stopped goes on. Its minutes are those of one core, and count only if that
+core does nothing else.
 
 `distill` needs that run: its model teaches students of random weights, a fiftieth of its size, for some minutes of one
 core. Other students learn from the right answers alone.
@@ -174,7 +175,6 @@ def smollm2(steps: int | None = None) -> None:
     "SmolLM2 on 1,000 made-up tasks: loss, exact answers and bits per byte before and after."
     if "smollm2" in load() and steps is None:
         return
-    torch.set_num_threads(2)
     out = ROOT / "runs" / ("finetune-smollm2" if steps is None else "finetune-smollm2-short")
     training = {"batch_size": 2} | ({} if steps is None else {"max_steps": steps, "eval_every": 0})
     config = FineTuneConfig(model="smollm2", data="tasks", packed=True, context_length=512, training=training,
@@ -201,7 +201,7 @@ def smollm2(steps: int | None = None) -> None:
              for dialogue, a, b in zip(held[:n_shown], found[0][3], found[1][3])]
     result = {"pairs": counts.read, "steps": trainer.step, "minutes": trainer.seconds / 60,
               "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-              "threads": 2, "answers": shown}
+              "threads": torch.get_num_threads(), "answers": shown}
     result |= {name: [one[place] for one in found] for place, name in enumerate(("loss", "exact", "bits"))}
     print(result)
     if steps is None:
