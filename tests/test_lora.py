@@ -371,6 +371,7 @@ def change_settings(folder: Path, **changes) -> None:
     (dict(r="many"), "r must be a whole number"),
     (dict(lora_alpha=None), "lora_alpha must be a number"),
     (dict(rank_pattern=[1]), "rank_pattern must give a number for each pattern"),
+    (dict(use_rslora="no"), "use_rslora must be true or false, not 'no'"),
     (dict(rank_pattern={"(": 1}), "rank_pattern holds a name that is no regular expression"),
 ])
 def test_settings_that_mean_something_else_are_refused(tmp_path, changes, words):
@@ -400,6 +401,7 @@ def test_adapters_of_other_models_and_damaged_ones_are_refused_and_nothing_chang
         ({**tensors, "model.norm.weight": torch.ones(4)}, "no matrix of an adapter"),
         ({name: t for name, t in tensors.items() if name != first}, "don't belong together"),
         ({}, "holds no adapter"),
+        ({**tensors, first: torch.full_like(tensors[first], torch.nan)}, "hold NaN or infinity"),
     ):
         save_file(change, folder / "adapter_model.safetensors")
         with pytest.raises(InputError, match=words) as error:
@@ -413,6 +415,8 @@ def test_adapters_of_other_models_and_damaged_ones_are_refused_and_nothing_chang
         load_lora(fresh(), folder)
     with pytest.raises(InputError, match="has no adapter_config.json"):
         load_lora(fresh(), tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        load_lora(fresh(), tmp_path / "nowhere")
 
 
 def test_a_folder_is_replaced_only_if_asked_and_only_an_adapter(tmp_path):
