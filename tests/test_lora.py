@@ -535,6 +535,19 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
     assert_equal_bits(weights(resumed.model), weights(whole.model))
 
 
+def test_stored_runs_have_three_seeds_each_and_no_best_rate_at_the_edge():
+    stored = json.loads((Path(__file__).parents[1] / "data" / "lora.json").read_text(encoding="utf-8"))
+    for part, where in (("ranks", "rank"), ("places", "pattern")):
+        by_case: dict = {}
+        for run in stored[part]:
+            by_case.setdefault((run["task"], run[where]), {}).setdefault(run["rate"], {})[run["seed"]] = run["loss"]
+        assert len(by_case) == {"ranks": 8, "places": 4}[part]
+        for case, rates in by_case.items():
+            assert all(set(seeds) == {0, 1, 2} for seeds in rates.values()), case
+            best = min(rates, key=lambda rate: sum(rates[rate].values()))
+            assert min(rates) < best < max(rates), (case, best)
+
+
 # The command line
 
 @pytest.fixture(scope="module")
