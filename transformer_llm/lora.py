@@ -55,7 +55,7 @@ from transformer_llm.foundations import (
 from .model_files import SafetensorsFiles
 from .pretrained import hf_tensors, parameter_shapes
 from .training import SavedTraining, Trainer, training_note
-from .transformer import GPT, GPTConfig
+from .transformer import GPT, GPTConfig, activations_per_token
 
 # %% ../nbs/15_lora.ipynb #5b1e2a04
 class LowRank(nn.Module):
