@@ -1,14 +1,23 @@
-"""Make data/lora.json, the runs of SmolLM2 that chapter 15 shows.
+"""Make data/lora.json, the runs that chapter 15 shows.
 
-    python book/lora_runs.py [lora | eight_bits] [--steps N]
+    python book/lora_runs.py [PART ...]
 
-Each trains adapters of rank 8 on the 1,000 made-up tasks of chapter 14, with the same held-out tasks and the same
-windows as `book/finetune_runs.py smollm2`, whose run of all weights stands beside them on the page. The rate is ten
-times that run's. A result is written as soon as it is there, and not made again (delete it from the file to begin
-anew); the runs are in runs/lora-smollm2 and runs/lora-smollm2-eight_bits, and one that was stopped goes on. `--steps N`
-makes them shorter, and keeps nothing. Minutes and memory count only if nothing else runs on the machine, and memory
-only for one run per call.
+PART is one of ranks, places, lora, eight_bits. Each result is written as soon as it is there, and one that is there
+already is not made again (delete it from the file to begin anew). `ranks` and `places` train the small model of the
+chapter's lesson, with the lesson's own functions, for a few minutes of one core; other processes may run beside them.
+
+`lora` and `eight_bits` fine-tune SmolLM2: each trains adapters of rank 8 on the 1,000 made-up tasks of chapter 14, with
+the same held-out tasks and the same windows as `book/finetune_runs.py smollm2`, whose run of all weights stands beside
+them on the page. The rate is ten times that run's. The runs are in runs/lora-smollm2 and
+runs/lora-smollm2-eight_bits, and one that was stopped goes on. `--steps N` makes them shorter, and keeps nothing.
+Minutes and memory count only if nothing else runs on the machine, and memory only for one of these two parts per call.
 """
+import ast
+import contextlib
+import itertools
+import json
+import os
+import platform
 import resource
 import sys
 import time
@@ -37,7 +46,71 @@ from transformer_llm.transformer import GPT
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "data" / "lora.json"
-RANK, RATE = 8, 2e-4
+RANK, RATE = 8, 2e-4  # of SmolLM2's adapters
+SEEDS, TASKS = (0, 1, 2), ("shouted", "cipher")
+RATES = {1: (3e-3, 1e-2, 3e-2, 1e-1), 4: (3e-3, 1e-2, 3e-2, 1e-1), 16: (3e-3, 1e-2, 3e-2, 1e-1),
+         None: (1e-3, 3e-3, 1e-2, 3e-2)}  # by rank; None: all weights
+PLACES = {"blocks.*.attention.*": 8, "blocks.*.feedforward.*": 6}  # pattern: rank
+PLACE_RATES = (1e-2, 3e-2, 1e-1)
+LESSON = {"F", "mean", "tokens", "base", "LoRA", "train_all", "end", "match", "end_at"}
+
+
+def machine() -> dict:
+    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "torch": torch.__version__, "python": platform.python_version()}
+
+
+def defined(source: str) -> set[str]:
+    "The names that a cell makes."
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            found |= {part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return found
+
+
+def lesson() -> dict:
+    "What the lesson's own cells make, run in their order until all of LESSON is there; the base is trained on the way."
+    cells = json.loads((ROOT / "nbs" / "15_lora.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict = {}
+    with contextlib.chdir(ROOT / "nbs"):
+        for cell in cells:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "code" and not LESSON <= names.keys() and defined(source) & LESSON:
+                exec(compile(source, "lesson", "exec"), names)
+    return names
+
+
+def keep(part: str, run: dict) -> None:
+    found = load()
+    found.setdefault(part, []).append(run)
+    write_json(FILE, found)
+    print(part, run, flush=True)
+
+
+def has(part: str, wanted: dict) -> bool:
+    return any(wanted.items() <= run.items() for run in load().get(part, []))
+
+
+def ranks(names: dict) -> None:
+    "Ranks and all weights, each at four rates."
+    for task, rank, seed in itertools.product(TASKS, RATES, SEEDS):
+        for rate in RATES[rank]:
+            wanted = dict(task=task, rank=rank, rate=rate, seed=seed)
+            if not has("ranks", wanted):
+                keep("ranks", wanted | {"loss": round(names["end"](**wanted), 5)})
+
+
+def places(names: dict) -> None:
+    "Adapters beside the matrices of attention or of the feed-forward layers, nearly as many numbers."
+    for task, (pattern, rank), rate, seed in itertools.product(TASKS, PLACES.items(), PLACE_RATES, SEEDS):
+        wanted = dict(task=task, pattern=pattern, rank=rank, rate=rate, seed=seed)
+        if not has("places", wanted):
+            keep("places", wanted | {"loss": round(names["end_at"](**wanted), 5)})
 
 
 def prepare(model: GPT, eight_bits: bool) -> GPT:
@@ -46,7 +119,7 @@ def prepare(model: GPT, eight_bits: bool) -> GPT:
 
 
 def load() -> dict:
-    return read_json(FILE) if FILE.exists() else {}
+    return read_json(FILE) if FILE.exists() else {"machine": machine()}
 
 
 def run(name: str, steps: int | None = None) -> None:
@@ -93,9 +166,19 @@ def run(name: str, steps: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     start, arguments = time.perf_counter(), sys.argv[1:]
     short = int(arguments.pop(arguments.index("--steps") + 1)) if "--steps" in arguments else None
-    for part in [name for name in arguments if name != "--steps"] or ["lora", "eight_bits"]:
-        run(part, short)
+    small: dict = {}
+    for part in arguments or ["ranks", "places", "lora", "eight_bits"]:
+        if part in ("ranks", "places"):
+            torch.set_num_threads(1)
+            if not small:
+                write_json(FILE, load())  # the lesson reads it
+                small = lesson()
+            {"ranks": ranks, "places": places}[part](small)
+        elif part in ("lora", "eight_bits"):
+            torch.set_num_threads(2)
+            run(part, short)
+        else:
+            sys.exit(f"There is no part {part}; choose from ranks, places, lora, eight_bits.")
     print(f"{time.perf_counter() - start:.0f} s")

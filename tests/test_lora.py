@@ -31,6 +31,7 @@ from transformer_llm.lora import (
     linear_layers,
     load_adapted,
     load_lora,
+    lora_training_memory,
     merge_lora,
     merged,
     quantise_base,
@@ -208,6 +209,22 @@ def test_adapters_beside_eight_bits_train_merge_and_refuse_the_fast_paths(kind):
         Decoder(quantise_base(fresh(KINDS[kind])))
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_predicted_memory_holds_what_15_2_counts_and_refuses_trained_weights_in_eight_bits(int8):
+    model = GPT(SHAPE)
+    layers = linear_layers(model).values()
+    pairs = sum(4 * (one.in_features + one.out_features) for one in layers)
+    matrices = sum(one.weight.numel() for one in layers)
+    scales = sum(one.out_features for one in layers) if int8 else 0
+    frozen = 4 * model.num_parameters() - (3 * matrices if int8 else 0) + 4 * scales
+    small, large = (lora_training_memory(SHAPE, 4, batch, 24, int8=int8) for batch in (1, 3))
+    per_sequence = (large - small) / 2
+    assert small - per_sequence == frozen + 12 * pairs  # the pairs and two moments; gradients come when activations go
+    assert lora_training_memory(SHAPE, None, 1, 1) == 20 * model.num_parameters()  # (15.2), and the optimizer's copy
+    with pytest.raises(InputError, match="can't be trained"):
+        lora_training_memory(SHAPE, None, 1, int8=True)
+
+
 # peft, both ways
 
 @pytest.fixture(scope="module")
@@ -371,6 +388,7 @@ def change_settings(folder: Path, **changes) -> None:
     (dict(r="many"), "r must be a whole number"),
     (dict(lora_alpha=None), "lora_alpha must be a number"),
     (dict(rank_pattern=[1]), "rank_pattern must give a number for each pattern"),
+    (dict(use_rslora="no"), "use_rslora must be true or false, not 'no'"),
     (dict(rank_pattern={"(": 1}), "rank_pattern holds a name that is no regular expression"),
 ])
 def test_settings_that_mean_something_else_are_refused(tmp_path, changes, words):
@@ -400,6 +418,7 @@ def test_adapters_of_other_models_and_damaged_ones_are_refused_and_nothing_chang
         ({**tensors, "model.norm.weight": torch.ones(4)}, "no matrix of an adapter"),
         ({name: t for name, t in tensors.items() if name != first}, "don't belong together"),
         ({}, "holds no adapter"),
+        ({**tensors, first: torch.full_like(tensors[first], torch.nan)}, "hold NaN or infinity"),
     ):
         save_file(change, folder / "adapter_model.safetensors")
         with pytest.raises(InputError, match=words) as error:
@@ -413,6 +432,8 @@ def test_adapters_of_other_models_and_damaged_ones_are_refused_and_nothing_chang
         load_lora(fresh(), folder)
     with pytest.raises(InputError, match="has no adapter_config.json"):
         load_lora(fresh(), tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        load_lora(fresh(), tmp_path / "nowhere")
 
 
 def test_a_folder_is_replaced_only_if_asked_and_only_an_adapter(tmp_path):
@@ -529,6 +550,19 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path):
     while whole.step < last:
         whole.train_step()
     assert_equal_bits(weights(resumed.model), weights(whole.model))
+
+
+def test_stored_runs_have_three_seeds_each_and_no_best_rate_at_the_edge():
+    stored = json.loads((Path(__file__).parents[1] / "data" / "lora.json").read_text(encoding="utf-8"))
+    for part, where in (("ranks", "rank"), ("places", "pattern")):
+        by_case: dict = {}
+        for run in stored[part]:
+            by_case.setdefault((run["task"], run[where]), {}).setdefault(run["rate"], {})[run["seed"]] = run["loss"]
+        assert len(by_case) == {"ranks": 8, "places": 4}[part]
+        for case, rates in by_case.items():
+            assert all(set(seeds) == {0, 1, 2} for seeds in rates.values()), case
+            best = min(rates, key=lambda rate: sum(rates[rate].values()))
+            assert min(rates) < best < max(rates), (case, best)
 
 
 # The command line
