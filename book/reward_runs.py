@@ -44,11 +44,13 @@ FILE, TRIAL = ROOT / "data" / "rewards.json", ROOT / "runs" / "rewards-trial.jso
 THREADS = 2
 SEEDS = 5  # of the main run and the control
 FEWER = 3  # of every switch, and of what fails
+SHORT = 400  # updates of a switch's run, and of one that fails, to save time
 
-# name: about, what is changed in the main run's policy. The clip can only act on the second update with a batch of
+# name: about, what is changed in the library's policy. The clip can only act on the second update with a batch of
 # answers, so that switch is turned over where a batch serves twice; these runs make as many updates, from half the
 # answers.
 SWITCHES = {
+    "short": ("all as in the library", {}),
     "undivided": ("no division by the deviation", dict(divide=not REWARD_POLICY.divide)),
     "by_length": ("a mean over an answer's tokens", dict(by_length=not REWARD_POLICY.by_length)),
     "divergence": ("divergence, weight 0.05", dict(kl=0.05)),
@@ -165,14 +167,14 @@ def main_run(runs: Runs, task: Task) -> None:
 
 
 def switches(runs: Runs, task: Task) -> None:
-    "Each switch turned over, one at a time: the first starts, seeds and number of steps of the main run."
+    "Each switch turned over, one at a time, and a run with none turned over: the main run's first starts and seeds."
     for seed in range(FEWER):
         for name, (about, changes) in SWITCHES.items():
             policy = replace(REWARD_POLICY, **changes)
 
             def make(seed=seed, policy=policy):
                 model, _ = runs.start(task, seed)
-                return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed), policy)
+                return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed, max_steps=SHORT), policy)
 
             runs.once("switches", name, seed, about, make)
 
@@ -183,16 +185,16 @@ def failures(runs: Runs, task: Task) -> None:
     for seed in range(FEWER):
 
         def too_fast(seed=seed):
-            config = REWARD_CONFIG.replace(seed=seed, learning_rate=rate)
+            config = REWARD_CONFIG.replace(seed=seed, max_steps=SHORT, learning_rate=rate)
             return learn(runs, task, runs.start(task, seed)[0], config, REWARD_POLICY)
 
         def too_weak(seed=seed):
             model, _ = runs.start(task, seed, least=0.03, at_most=0.08)
-            return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed), REWARD_POLICY)
+            return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed, max_steps=SHORT), REWARD_POLICY)
 
         def cheated(seed=seed):
             judged, model = task._replace(rule="ones"), runs.start(task, seed)[0]
-            return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed), REWARD_POLICY, judged)
+            return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed, max_steps=SHORT), REWARD_POLICY, judged)
 
         runs.once("failures", "rate", seed, f"rate {rate:g}", too_fast)
         runs.once("failures", "weak", seed, "a start of 3 to 8 %", too_weak)
