@@ -6,10 +6,12 @@ PART is one of main, switches, failures, control; without one, all of them in th
 it is there, and one that is there already is not made again (delete the file to begin anew). `--seconds N` ends every
 run after about N seconds, to try the script; such runs go to runs/rewards-trial.json.
 
-Let nothing else run on the machine meanwhile: seconds count. The main run takes about two minutes for each seed, and
-the switches five times as long.
+Let nothing else run on the machine while `main` and `control` are made: their seconds count. In the other parts only
+the answers count, so that two processes may share the work, each with `--threads 1` and a part of its own. A run costs
+about two minutes of processor time, all of them together about an hour.
 """
 import argparse
+import fcntl
 import os
 import platform
 import time
@@ -40,13 +42,15 @@ from transformer_llm.transformer import GPT
 ROOT = Path(__file__).parents[1]
 FILE, TRIAL = ROOT / "data" / "rewards.json", ROOT / "runs" / "rewards-trial.json"
 THREADS = 2
-SEEDS = 5  # of the main run and of every switch
-FEWER = 3  # of what fails
+SEEDS = 5  # of the main run and the control
+FEWER = 3  # of every switch, and of what fails
+SHORT = 400  # updates of a switch's run, and of one that fails, to save time
 
-# name: about, what is changed in the main run's policy. The clip can only act on the second update with a batch of
+# name: about, what is changed in the library's policy. The clip can only act on the second update with a batch of
 # answers, so that switch is turned over where a batch serves twice; these runs make as many updates, from half the
 # answers.
 SWITCHES = {
+    "short": ("all as in the library", {}),
     "undivided": ("no division by the deviation", dict(divide=not REWARD_POLICY.divide)),
     "by_length": ("a mean over an answer's tokens", dict(by_length=not REWARD_POLICY.by_length)),
     "divergence": ("divergence, weight 0.05", dict(kl=0.05)),
@@ -71,10 +75,13 @@ class Runs:
         "The run of this part, name and seed, made now unless it is there."
         if any((run["part"], run["name"], run["seed"]) == (part, name, seed) for run in self.load()["runs"]):
             return
-        result = {"part": part, "name": name, "seed": seed, "about": about} | make()
-        results = self.load()
-        results["runs"].append(rounded(result))
-        write_json(self.path, results)
+        result = {"part": part, "name": name, "seed": seed, "about": about, "threads": torch.get_num_threads()} | make()
+        TRIAL.parent.mkdir(exist_ok=True)
+        with open(TRIAL.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at another part
+            results = self.load()
+            results["runs"].append(rounded(result))
+            write_json(self.path, results)
         print({key: value for key, value in rounded(result).items() if key != "curve"}, flush=True)
 
     def start(self, task: Task, seed: int, **limits) -> tuple[GPT, float]:
@@ -93,7 +100,6 @@ def machine() -> dict:
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "threads": THREADS,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -161,14 +167,14 @@ def main_run(runs: Runs, task: Task) -> None:
 
 
 def switches(runs: Runs, task: Task) -> None:
-    "Each switch turned over, one at a time: the main run's starts, seeds and number of steps."
-    for seed in range(SEEDS):
+    "Each switch turned over, one at a time, and a run with none turned over: the main run's first starts and seeds."
+    for seed in range(FEWER):
         for name, (about, changes) in SWITCHES.items():
             policy = replace(REWARD_POLICY, **changes)
 
             def make(seed=seed, policy=policy):
                 model, _ = runs.start(task, seed)
-                return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed), policy)
+                return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed, max_steps=SHORT), policy)
 
             runs.once("switches", name, seed, about, make)
 
@@ -179,16 +185,16 @@ def failures(runs: Runs, task: Task) -> None:
     for seed in range(FEWER):
 
         def too_fast(seed=seed):
-            config = REWARD_CONFIG.replace(seed=seed, learning_rate=rate)
+            config = REWARD_CONFIG.replace(seed=seed, max_steps=SHORT, learning_rate=rate)
             return learn(runs, task, runs.start(task, seed)[0], config, REWARD_POLICY)
 
         def too_weak(seed=seed):
             model, _ = runs.start(task, seed, least=0.03, at_most=0.08)
-            return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed), REWARD_POLICY)
+            return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed, max_steps=SHORT), REWARD_POLICY)
 
         def cheated(seed=seed):
             judged, model = task._replace(rule="ones"), runs.start(task, seed)[0]
-            return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed), REWARD_POLICY, judged)
+            return learn(runs, task, model, REWARD_CONFIG.replace(seed=seed, max_steps=SHORT), REWARD_POLICY, judged)
 
         runs.once("failures", "rate", seed, f"rate {rate:g}", too_fast)
         runs.once("failures", "weak", seed, "a start of 3 to 8 %", too_weak)
@@ -222,10 +228,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--seconds", type=float, help="end every run after about this long, to try the script")
+    parser.add_argument("--threads", type=int, default=THREADS, help=f"of each run (default: {THREADS})")
     args = parser.parse_args()
     for part in args.parts:
         check_choice("PART", part, PARTS)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(args.threads)
     results = Runs(FILE if args.seconds is None else TRIAL, args.seconds)
     for part in args.parts or PARTS:
         PARTS[part](results, load_task("addition"))
