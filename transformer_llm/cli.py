@@ -991,20 +991,20 @@ def trained_share(model) -> str:
     return f"{total:,}" if trained == total else f"{total:,}, of which {trained:,} are trained ({trained / total:.2%})"
 
 
-def save_adapter(trainer, out: Path) -> None:
+def save_adapter(trainer, run_directory: Path) -> None:
     "Where a run trained an adapter, also write it alone, as peft reads it."
     from transformer_llm.finetuning import note_of_run
     from transformer_llm.lora import active_adapter, save_lora
 
     if active_adapter(trainer.model) is None:
         return
-    config = note_of_run(out)["config"]
+    config = note_of_run(run_directory)["config"]
     base = config["model"] or config["checkpoint"]
-    folder = save_lora(trainer.model, out / "adapter", base_model=base, overwrite=True)
+    folder = save_lora(trainer.model, run_directory / "adapter", base_model=base, overwrite=True)
     print_rows([("adapter", f"{folder}, {human_bytes(folder_bytes(folder))}")])
 
 
-def print_finetune_plan(trainer, out: Path, counts) -> None:
+def print_finetune_plan(trainer, run_directory: Path, counts) -> None:
     "Print what is about to be fine-tuned, on which conversations and for how long."
     settings, data = trainer.config, trainer.data
     kind = "packed windows" if data.packed else "conversations"
@@ -1015,7 +1015,7 @@ def print_finetune_plan(trainer, out: Path, counts) -> None:
         ("read", str(counts)),
         ("conversations", f"{len(data.train):,} to train on, {len(data.val):,} to validate"),
         ("steps", f"{settings.max_steps:,} of {per_step} {kind} ({epochs:.3g} epochs)"),
-        ("run", f"{out}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
+        ("run", f"{run_directory}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
     ])
     sys.stdout.flush()
 
@@ -1066,7 +1066,7 @@ def prefer_to_the_end(trainer, counts=None) -> int:
     return code
 
 
-def print_prefer_plan(trainer, out: Path, counts) -> None:
+def print_prefer_plan(trainer, run_directory: Path, counts) -> None:
     "Print what is about to be trained, on which pairs, by which loss and for how long."
     settings, data = trainer.config, trainer.data
     per_step = settings.batch_size * settings.accumulation
@@ -1079,7 +1079,7 @@ def print_prefer_plan(trainer, out: Path, counts) -> None:
         ("pairs", f"{len(data.train):,} to train on, {len(data.val):,} to validate"),
         ("loss", ", ".join([kind.upper() if kind != "simpo" else "SimPO", *chosen])),
         ("steps", f"{settings.max_steps:,} of {per_step} pairs ({epochs:.3g} epochs)"),
-        ("run", f"{out}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
+        ("run", f"{run_directory}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
     ])
     sys.stdout.flush()
 

