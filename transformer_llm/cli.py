@@ -339,7 +339,8 @@ def add_prefer(commands) -> None:
     add_length_flags(parser, "pairs", "2")
     add("--batch_size", type=whole(1), metavar="N", help="pairs per step (default: 8)")
     add("--accumulation", type=whole(1), metavar="N", help="batches added up before each step (default: 1)")
-    add("--learning_rate", type=number(0, 10), metavar="X", help="the peak learning rate (default: 0.00001, with --lora 0.0001)")
+    add("--learning_rate", type=number(0, 10), metavar="X",
+        help="the peak learning rate (default: 0.00001, with --lora 0.0001)")
     add("--warmup_steps", type=whole(0), metavar="N", help="steps over which the learning rate rises")
     add("--eval_every", type=whole(0), metavar="N", help="steps between validations, 0 for one at the end")
     add("--checkpoint_every", type=whole(0), metavar="N",
