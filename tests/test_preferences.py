@@ -572,6 +572,24 @@ def test_mistakes_at_the_command_line_are_one_sentence(speller, pairs_file, tmp_
         assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("step-*"))
 
 
+def test_adapters_learn_alone_from_the_reference_of_their_base(speller, pairs_file, tmp_path, capsys):
+    from transformer_llm.checkpoints import load_model
+    from transformer_llm.lora import load_lora
+
+    out = tmp_path / "run"
+    base = ["--checkpoint", speller, "--data", pairs_file, "--out", out, "--device", "cpu", "--lora"]
+    assert command(*base, 99) == 2 and "rank must be at most 16" in capsys.readouterr().err and not out.exists()
+    assert command(*base, 2, "--max_steps", 4, "--learning_rate", 0.01) == 0
+    assert "are trained" in capsys.readouterr().out
+    data, model = load_preferences(out / "preferences.safetensors"), load_model(speller)[0]
+    assert torch.allclose(pair_logprobs(model, data.train), data.train_reference, atol=1e-5)
+    adapted = load_lora(model, out / "adapter")
+    report = measure_preferences(adapted, data.train, data.train_reference)
+    assert report.accuracy > 0.5 and report.rejected < report.chosen
+    assert command("--resume", "--out", out, "--max_steps", 6) == 0
+    assert load_checkpoint(out).step == 6
+
+
 def test_a_resumed_run_keeps_its_objective(speller, pairs_file, tmp_path, capsys):
     out = tmp_path / "run"
     base = ["--checkpoint", speller, "--data", pairs_file, "--out", out, "--device", "cpu"]

@@ -332,13 +332,15 @@ def add_prefer(commands) -> None:
     add("--margin", type=number(0, 1000), metavar="X", help="with --kind simpo: what a chosen answer must win by")
     add("--supervised", type=number(0, 1000), metavar="X",
         help="weight of the chosen answers' surprise in the loss (default: 0)")
+    add("--lora", type=whole(1), metavar="R", help="train adapters of rank R beside the blocks' frozen matrices")
     add_split_flag(parser)
     add("--context_length", type=whole(2), metavar="N",
         help="tokens of the longest conversation that is used (default: the model's, at most 512)")
     add_length_flags(parser, "pairs", "2")
     add("--batch_size", type=whole(1), metavar="N", help="pairs per step (default: 8)")
     add("--accumulation", type=whole(1), metavar="N", help="batches added up before each step (default: 1)")
-    add("--learning_rate", type=number(0, 10), metavar="X", help="the peak learning rate (default: 0.00001)")
+    add("--learning_rate", type=number(0, 10), metavar="X",
+        help="the peak learning rate (default: 0.00001, with --lora 0.0001)")
     add("--warmup_steps", type=whole(0), metavar="N", help="steps over which the learning rate rises")
     add("--eval_every", type=whole(0), metavar="N", help="steps between validations, 0 for one at the end")
     add("--checkpoint_every", type=whole(0), metavar="N",
@@ -1023,7 +1025,8 @@ def print_finetune_plan(trainer, run_directory: Path, counts) -> None:
 def command_prefer(args: argparse.Namespace) -> int:
     "Make a model prefer, or continue such a run."
     from transformer_llm.finetuning import FineTuneConfig
-    from transformer_llm.preferences import Objective, continue_preferring, start_preferring
+    from transformer_llm.lora import add_lora, holds_adapters, with_adapters
+    from transformer_llm.preferences import Objective, PreferenceTrainer, continue_preferring, start_preferring
     from transformer_llm.runs import TRAINING_FIELDS, hold
 
     given = {name: value for name, value in vars(args).items() if name != "command"}
@@ -1033,12 +1036,17 @@ def command_prefer(args: argparse.Namespace) -> int:
     if out is None:
         out = Path("runs") / f"prefer-{Path(given.pop('data') if resume else given['data']).stem}"
     if resume:
-        return prefer_to_the_end(continue_preferring(out, given, progress=at_terminal()))
+        kind = with_adapters(PreferenceTrainer) if holds_adapters(out) else PreferenceTrainer
+        return prefer_to_the_end(continue_preferring(out, given, trainer_class=kind, progress=at_terminal()))
     objective = Objective(**{name: given.pop(name) for name in Objective._fields if name in given})
     training = {name: given.pop(name) for name in TRAINING_FIELDS if name in given}
+    way: dict = dict(overwrite=overwrite, progress=at_terminal())
+    if rank := given.pop("lora", None):
+        training.setdefault("learning_rate", 1e-4)
+        way |= dict(prepare=partial(add_lora, rank=rank), trainer_class=with_adapters(PreferenceTrainer))
     config = FineTuneConfig(**given, training=training)
     with hold(Path(out)):
-        return prefer_to_the_end(*start_preferring(out, config, objective, overwrite=overwrite, progress=at_terminal()))
+        return prefer_to_the_end(*start_preferring(out, config, objective, **way))
 
 
 def prefer_to_the_end(trainer, counts=None) -> int:
@@ -1062,6 +1070,7 @@ def prefer_to_the_end(trainer, counts=None) -> int:
             ("in order", f"{found.accuracy:.1%} of {found.n_pairs:,} {'held-out ' if held else ''}pairs"),
             ("answers", f"chosen {found.chosen:+.2f}, rejected {found.rejected:+.2f} nats against the start"),
         ])
+        save_adapter(trainer, out)
         print(f"Next: transformer-llm chat {typed('model', out)}")
     return code
 
@@ -1074,7 +1083,7 @@ def print_prefer_plan(trainer, run_directory: Path, counts) -> None:
     chosen = [f"{name} {value:g}" for name, value in zip(data.objective._fields[1:], numbers) if value]
     epochs = settings.max_steps * per_step / len(data.train)
     print_rows([
-        ("parameters", f"{trainer.model.num_parameters():,}"),
+        ("parameters", trained_share(trainer.model)),
         *([("read", str(counts))] if counts else []),
         ("pairs", f"{len(data.train):,} to train on, {len(data.val):,} to validate"),
         ("loss", ", ".join([kind.upper() if kind != "simpo" else "SimPO", *chosen])),

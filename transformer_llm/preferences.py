@@ -13,7 +13,7 @@ __all__ = ['QUESTIONS', 'KINDS', 'PAIR_SETS', 'FRAMES', 'DATA_FILE', 'PREFER_DEF
 
 # %% ../nbs/16_preferences.ipynb #ef6f7fce
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -606,6 +606,8 @@ def start_preferring(
     config: FineTuneConfig,  # `data` holds pairs; `turns` and `packed` have no meaning here
     objective: Objective | None = None,
     *,
+    prepare: Callable[[GPT], GPT] | None = None,  # Changes the model once the reference is computed
+    trainer_class: type[PreferenceTrainer] = PreferenceTrainer,
     overwrite: bool = False,  # Remove the run in the folder, once everything is accepted
     progress: bool = False,  # Show a bar
 ) -> tuple[PreferenceTrainer, Counts]:
@@ -625,7 +627,8 @@ def start_preferring(
         settings = settings_for(config, len(parts[0]), window).replace(device=device)
         set_seed(settings.seed)
         data = prepare_preferences(model, *parts, objective, settings.batch_size)
-        trainer = PreferenceTrainer(
+        model = model if prepare is None else prepare(model)
+        trainer = trainer_class(
             model, data, settings, run_directory=out, tokenizer=chat_format.tokenizer, progress=progress
         )
         if overwrite:
@@ -657,6 +660,7 @@ def continue_preferring(
     run_directory: str | Path,
     changes: Mapping | None = None,  # Of `max_steps` and `device`
     *,
+    trainer_class: type[PreferenceTrainer] = PreferenceTrainer,
     progress: bool = False,
 ) -> PreferenceTrainer:
     "A trainer that goes on from a run's newest checkpoint, exact to the bit."
@@ -668,4 +672,4 @@ def continue_preferring(
             f"A resumed run keeps what it began with; leave out --{' and --'.join(other)}, or start another run."
         )
     with hold(out):
-        return PreferenceTrainer.resume(out, load_preferences(out / DATA_FILE), progress=progress, **changes)
+        return trainer_class.resume(out, load_preferences(out / DATA_FILE), progress=progress, **changes)
