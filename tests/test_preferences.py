@@ -445,44 +445,45 @@ def test_no_other_objective_reference_or_pairs_on_resuming(tmp_path):
             PreferenceTrainer.resume(tmp_path, other)
 
 
+def run_to_its_end(kind: str, run: str, data: str, seconds_per_step: str = "0") -> None:
+    "Begin the run, or continue it."
+    data, trainer = load_preferences(data), PreferenceTrainer if kind == "prefer" else RewardTrainer
+    if Path(run).exists():
+        trainer.resume(run, data, progress=False).train()
+        return
+    model = fresh_model(dropout=0.1)
+    model = model if kind == "prefer" else RewardModel.from_gpt(model)
+    slow = lambda trainer, record: time.sleep(float(seconds_per_step))
+    config = CONFIG.replace(max_steps=40, accumulation=2)
+    trainer(model, data, config, run_directory=run, progress=False, on_step=slow).train()
+
+
 KILLED = """
-import sys, time
-from pathlib import Path
+import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from test_preferences import CONFIG, fresh_model
-from transformer_llm.preferences import PreferenceTrainer, RewardModel, RewardTrainer, load_preferences
-kind, run, data = sys.argv[2], Path(sys.argv[3]), load_preferences(sys.argv[4])
-config = CONFIG.replace(max_steps=40, accumulation=2)
-trainer = PreferenceTrainer if kind == "prefer" else RewardTrainer
-slow = lambda trainer, record: time.sleep(0.02)
-if run.exists():
-    trainer.resume(run, data, progress=False).train()
-else:
-    model = fresh_model(dropout=0.1)
-    model = model if kind == "prefer" else RewardModel.from_gpt(model)
-    trainer(model, data, config, run_directory=run, progress=False, on_step=slow).train()
+from test_preferences import run_to_its_end
+run_to_its_end(*sys.argv[2:])
 """
 
 
 @pytest.mark.parametrize("kind", ["prefer", "reward"])
 def test_a_killed_run_goes_on_to_the_bit(kind, tmp_path):
-    save_preferences(make_data(fresh_model(dropout=0.1)), tmp_path / "preferences.safetensors")
-    call = [sys.executable, "-c", KILLED, str(Path(__file__).parent), kind]
-    arguments = lambda name: [*call, str(tmp_path / name), str(tmp_path / "preferences.safetensors")]
-    subprocess.run(arguments("whole"), check=True, timeout=120)
-    process = subprocess.Popen(arguments("killed"))
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / "step-0000006" / "checkpoint.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+    whole, killed, data = (str(tmp_path / name) for name in ("whole", "killed", "preferences.safetensors"))
+    save_preferences(make_data(fresh_model(dropout=0.1)), data)
+    run_to_its_end(kind, whole, data)
+    call = [sys.executable, "-c", KILLED, str(Path(__file__).parent), kind, killed, data, "0.1"]
+    process = subprocess.Popen(call)
+    while not Path(killed, "step-0000006", "checkpoint.json").exists():
+        assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
     process.wait()
-    assert load_checkpoint(tmp_path / "killed").step < 40
-    subprocess.run(arguments("killed"), check=True, timeout=120)
-    assert load_checkpoint(tmp_path / "killed").step == load_checkpoint(tmp_path / "whole").step == 40
-    assert_equal_bits(load_checkpoint(tmp_path / "whole").weights, load_checkpoint(tmp_path / "killed").weights)
+    assert load_checkpoint(killed).step < 40
+    run_to_its_end(kind, killed, data)
+    assert load_checkpoint(killed).step == load_checkpoint(whole).step == 40
+    assert_equal_bits(load_checkpoint(whole).weights, load_checkpoint(killed).weights)
 
 
 # Runs from files, and the command
