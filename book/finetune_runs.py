@@ -55,6 +55,8 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "data" / "finetuning.json"
 SEEDS = (0, 1, 2)
 RATES, STEPS, TIMES = (1e-4, 1e-3), (100, 300), (1, 4)
+RATES_OF_STUDENTS, STEPS_OF_STUDENTS = (1e-3, 3e-3), 150
+TAUGHT = 400  # tasks that students read
 LESSON = ("read_statements", "conversation", "tune", "right", "recites", "bits_per_byte", "old_windows")
 NAMES = dict(torch=torch, F=F, copy=copy, GPT=GPT, GPTConfig=GPTConfig, TrainingConfig=TrainingConfig, FACTS=FACTS,
              make_optimizers=make_optimizers, schedule_factor=schedule_factor, set_learning_rate=set_learning_rate,
@@ -211,7 +213,7 @@ def smollm2(steps: int | None = None) -> None:
 class Lesson:
     "Tasks as examples, and the teacher's last hidden states at their targets, which make its logits in one product."
 
-    def __init__(self, run: Path, n: int | None):
+    def __init__(self, run: Path, n: int):
         self.teacher = load_model(run)[0].eval()
         chat_format, tasks = format_of_run(run), hold_out(without_copies(load_dialogues("tasks")), 0.1, 0)
         self.examples, self.held = ([chat_format.example(task) for task in part[:n]] for part in tasks)
@@ -243,18 +245,24 @@ class Lesson:
         return {"loss": losses / count, "exact": exact / len(self.held)}
 
 
+def better_rate(way: str) -> float:
+    "The rate that the first seed's students of this kind learned better with."
+    tried = [run for run in load()["distill"] if run["way"] == way and run["seed"] == SEEDS[0]]
+    return min(tried, key=lambda run: run["loss"])["rate"]
+
+
 def distill(steps: int | None = None) -> None:
     "Students that learn from the right answers, or from a teacher's distributions at the same places."
     run = ROOT / "runs" / ("finetune-smollm2" if steps is None else "finetune-smollm2-short")
-    lesson = Lesson(run, None if steps is None else 8)
+    lesson = Lesson(run, TAUGHT if steps is None else 8)
     for seed in SEEDS if steps is None else SEEDS[:1]:
         for way in ("tokens", "forward", "reverse"):
-            for rate in (1e-3, 3e-3):
+            for rate in RATES_OF_STUDENTS if seed == SEEDS[0] else [better_rate(way)]:
                 if steps is None and has("distill", seed=seed, way=way, rate=rate):
                     continue
                 student, draw = lesson.student(seed), torch.Generator().manual_seed(seed)
                 optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.0)
-                for _ in range(steps or 600):
+                for _ in range(steps or STEPS_OF_STUDENTS):
                     chosen = torch.randperm(len(lesson.examples), generator=draw)[:8].tolist()
                     loss = lesson.loss(student, chosen, way)
                     optimizer.zero_grad()
