@@ -6,9 +6,9 @@ PART is one of main, switches, failures, control; without one, all of them in th
 it is there, and one that is there already is not made again (delete the file to begin anew). `--seconds N` ends every
 run after about N seconds, to try the script; such runs go to runs/rewards-trial.json.
 
-Seconds are those of processor time, all threads together, so that other work on the machine hardly changes them. A run
-costs about two minutes, all of them together about an hour; two processes may share the work, each with a part of its
-own.
+Let nothing else run on the machine while `main` and `control` are made: their seconds count. In the other parts only
+the answers count, so that two processes may share the work, each with `--threads 1` and a part of its own. A run costs
+about two minutes of processor time, all of them together about an hour.
 """
 import argparse
 import fcntl
@@ -41,7 +41,7 @@ from transformer_llm.transformer import GPT
 
 ROOT = Path(__file__).parents[1]
 FILE, TRIAL = ROOT / "data" / "rewards.json", ROOT / "runs" / "rewards-trial.json"
-THREADS = 1
+THREADS = 2
 SEEDS = 5  # of the main run and the control
 FEWER = 3  # of every switch, and of what fails
 SHORT = 250  # updates of a switch's run, and of one that fails, to save time
@@ -88,8 +88,8 @@ class Runs:
         "A copy of this seed's start, and the seconds that it took."
         key = (seed, *limits.items())
         if key not in self.starts:
-            began = time.process_time()
-            self.starts[key] = small_start(task, seed, **limits), time.process_time() - began
+            began = time.perf_counter()
+            self.starts[key] = small_start(task, seed, **limits), time.perf_counter() - began
         model, seconds = self.starts[key]
         copy = GPT(model.config)
         copy.load_state_dict(model.state_dict())
@@ -128,7 +128,7 @@ def found(model: GPT, task: Task) -> dict:
 def learn(
     runs: Runs, task: Task, model: GPT, config: TrainingConfig, policy: Policy, judged: Task | None = None
 ) -> dict:
-    """One run: its curve, its seconds of processor time (evaluations included) and what it ends with.
+    """One run: its curve, its seconds (evaluations included) and what it ends with.
 
     `judged`: the task whose rule rewards the answers, if it is not the one that is wanted.
     """
@@ -136,7 +136,7 @@ def learn(
     before, curve, wanted = found(model, task), [], Sampler(model, trainer.tokenizer, task)
     began, own = time.perf_counter(), time.process_time()
     stopped = None
-    while trainer.step < config.max_steps and not over(runs, own):
+    while trainer.step < config.max_steps and not over(runs, began):
         try:
             trainer.train_step()
         except TrainingError as error:
@@ -144,14 +144,14 @@ def learn(
             break
         if trainer.step % config.eval_every == 0 or trainer.step == config.max_steps:
             right = wanted.sample(task.held_out, greedy=True).rewards.mean().item()
-            seconds = time.process_time() - own
+            seconds = time.perf_counter() - began
             curve.append({"step": trainer.step, "seconds": seconds, "right": right} | trainer.measures)
-    spent = {"seconds": time.process_time() - own, "by_the_clock": time.perf_counter() - began}
+    spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - own}
     return {"before": before, "after": found(model, task), "stopped": stopped, "curve": curve} | spent
 
 
 def over(runs: Runs, began: float) -> bool:
-    return runs.seconds is not None and time.process_time() - began > runs.seconds
+    return runs.seconds is not None and time.perf_counter() - began > runs.seconds
 
 
 def main_run(runs: Runs, task: Task) -> None:
@@ -208,15 +208,15 @@ def control(runs: Runs, task: Task) -> None:
         def make(seed=seed):
             model, _ = runs.start(task, seed)
             trainer = SolvedTrainer(model, task, REWARD_START.replace(seed=seed + 100), progress=False)
-            before, began, curve = found(model, task), time.process_time(), []
+            before, began, curve = found(model, task), time.perf_counter(), []
             while trainer.step < REWARD_START.max_steps and not over(runs, began):
                 trainer.train_step()
                 if trainer.step % 20 == 0:
                     right = 1 - trainer.evaluate()
-                    curve.append({"step": trainer.step, "seconds": time.process_time() - began, "right": right})
+                    curve.append({"step": trainer.step, "seconds": time.perf_counter() - began, "right": right})
                     if right >= 0.95:
                         break
-            spent = time.process_time() - began
+            spent = time.perf_counter() - began
             return {"before": before, "after": found(model, task), "curve": curve, "seconds": spent}
 
         runs.once("control", "written", seed, "written answers until 95 % are right", make)
