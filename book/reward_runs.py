@@ -44,7 +44,7 @@ FILE, TRIAL = ROOT / "data" / "rewards.json", ROOT / "runs" / "rewards-trial.jso
 THREADS = 2
 SEEDS = 5  # of the main run and the control
 FEWER = 3  # of every switch, and of what fails
-SHORT = 400  # updates of a switch's run, and of one that fails, to save time
+SHORT = 250  # updates of a switch's run, and of one that fails, to save time
 
 # name: about, what is changed in the library's policy. The clip can only act on the second update with a batch of
 # answers, so that switch is turned over where a batch serves twice; these runs make as many updates, from half the

@@ -601,7 +601,7 @@ REWARD_START = TrainingConfig(
 )
 REWARD_POLICY = Policy(group=32, updates=1)
 REWARD_CONFIG = TrainingConfig(
-    max_steps=820, batch_size=1024, learning_rate=1.5e-3, schedule="linear", warmup_steps=20, min_lr_fraction=0.0,
+    max_steps=700, batch_size=1024, learning_rate=1.5e-3, schedule="linear", warmup_steps=20, min_lr_fraction=0.0,
     weight_decay=0.0, betas=(0.9, 0.99), eval_every=20, checkpoint_every=50, device="cpu",
 )
 
