@@ -240,11 +240,13 @@ def add_reinforce(commands) -> None:
     add("--task", choices=REWARD_TASKS, metavar="TASK", help=f"one of {', '.join(REWARD_TASKS)} (default: addition)")
     add("--checkpoint", type=some_path, metavar="DIR",
         help="a run's folder, or a checkpoint, to improve (default: a small model that has seen a few answers)")
+    add("--lora", type=whole(1), metavar="R", help="train adapters of rank R beside the blocks' frozen matrices")
     add("--max_steps", type=whole(1), metavar="N", help="batches of answers to learn from")
     add("--batch_size", type=whole(2), metavar="N", help="answers per batch")
     add("--learning_rate", type=number(0, 10), metavar="X", help="the peak learning rate")
     add("--seed", type=whole(0), metavar="N", help="the same seed gives the same run")
     add("--device", choices=DEVICES, help="where to compute (default: cpu)")
+    add("--dtype", choices=("float32", "bfloat16"), help="float32; bfloat16 is refused, with the reason")
     add("--out", type=some_path, metavar="DIR", help="the run's folder (default: runs/reinforce-TASK)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
@@ -896,10 +898,9 @@ def command_reinforce(args: argparse.Namespace) -> int:
     task, model, tokenizer = given.pop("task", "addition"), None, None
     if "checkpoint" in given:
         model, tokenizer = load_writer(given.pop("checkpoint"), "cpu")
+    way: dict = dict(overwrite=overwrite, progress=at_terminal(), rank=given.pop("lora", None))
     with hold(out):
-        return reinforce_to_the_end(
-            start_rewards(out, task, model, tokenizer, overwrite=overwrite, progress=at_terminal(), **given)
-        )
+        return reinforce_to_the_end(start_rewards(out, task, model, tokenizer, **way, **given))
 
 
 def reinforce_to_the_end(trainer) -> int:
@@ -912,7 +913,7 @@ def reinforce_to_the_end(trainer) -> int:
     group = trainer.policy.group
     print_rows([
         ("task", f"{task.rule}, {len(task.train):,} prompts to train on, {len(task.held_out):,} held out"),
-        ("parameters", f"{trainer.model.num_parameters():,}"),
+        ("parameters", trained_share(trainer.model)),
         ("steps", f"{steps:,} of {trainer.config.batch_size // group} prompts × {group} answers"),
         ("run", f"{out}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
         ("reward", f"{1 - trainer.evaluate():.1%} for greedy answers to held-out prompts"),
@@ -928,6 +929,7 @@ def reinforce_to_the_end(trainer) -> int:
         note("\n" + said)
         return 128 + getattr(interruption, "signal", signal.SIGINT)
     print_rows([("reward", f"{1 - trainer.evaluate():.1%} for greedy answers to held-out prompts")])
+    save_adapter(trainer, out)
     print(f"Next: transformer-llm generate {typed('checkpoint', out)} --prompt {shlex.quote(task.held_out[0])} "
           f"--temperature 0 --max_new_tokens {task.longest}")
     return 0
@@ -998,8 +1000,8 @@ def save_adapter(trainer, run_directory: Path) -> None:
 
     if active_adapter(trainer.model) is None:
         return
-    config = note_of_run(run_directory)["config"]
-    base = config["model"] or config["checkpoint"]
+    config = (note_of_run(run_directory) or {}).get("config", {})  # a run of reinforce has none
+    base = config.get("model") or config.get("checkpoint")
     folder = save_lora(trainer.model, run_directory / "adapter", base_model=base, overwrite=True)
     print_rows([("adapter", f"{folder}, {human_bytes(folder_bytes(folder))}")])
 

@@ -6,8 +6,9 @@
 __all__ = ['END', 'RULES', 'TASKS', 'REWARD_START', 'REWARD_POLICY', 'REWARD_CONFIG', 'REWARD_NOTE', 'Rule', 'Task', 'find_rule',
            'make_task', 'sum_of', 'value_of', 'reaches', 'expression_for', 'countdown_prompts', 'sums', 'load_task',
            'Policy', 'advantages', 'kl_estimate', 'policy_loss', 'Rollouts', 'answer_log_probs', 'GroupWriter',
-           'Sampler', 'exact', 'pass_at', 'TaskTrainer', 'SolvedTrainer', 'reference_log_probs', 'measures_of',
-           'RewardTraining', 'ReinforceTrainer', 'small_model', 'small_start', 'start_rewards', 'continue_rewards']
+           'Sampler', 'exact', 'pass_at', 'TaskTrainer', 'SolvedTrainer', 'reference_log_probs',
+           'check_reward_settings', 'measures_of', 'RewardTraining', 'ReinforceTrainer', 'small_model', 'small_start',
+           'start_rewards', 'continue_rewards']
 
 # %% ../nbs/17_reinforcement.ipynb #04a045ed
 import itertools
@@ -25,8 +26,17 @@ from torch import Tensor
 
 from .checkpoints import load_checkpoint, plain_name
 from .decoding import Decoder
-from .foundations import InputError, check_choice, check_range, read_json, user_path, write_json
+from transformer_llm.foundations import (
+    InputError,
+    check_choice,
+    check_range,
+    read_json,
+    set_seed,
+    user_path,
+    write_json,
+)
 from .generation import Sampling
+from .lora import active_adapter, add_lora, holds_adapters, merged, with_adapters
 from .runs import check_free, remove_run
 from .tokenizer import CharTokenizer
 from .training import Trainer, TrainingConfig
@@ -375,7 +385,8 @@ class Sampler(GroupWriter):
         """
         if not prompts:
             raise InputError("There is no prompt to answer.")
-        decoder, width = Decoder(self.model), self.width
+        model, width = self.model, self.width
+        decoder = Decoder(model if active_adapter(model) is None else merged(model))
         sampling = Sampling(temperature=0.0 if greedy else 1.0)
         out = Rollouts.empty(len(prompts), group, width, self.model.device)
         entropies = torch.zeros(len(prompts) * group, device=out.ids.device)
@@ -476,7 +487,7 @@ class SolvedTrainer(TaskTrainer):
 @torch.no_grad()
 def reference_log_probs(
     model: GPT,
-    weights: dict[str, Tensor],  # The reference's, by the names of the model's parameters
+    weights: dict[str, Tensor],  # The reference's, by the names of the model's trained parameters
     batch: Rollouts,
 ) -> Float[Tensor, "answers seq"]:
     "Of the answers' tokens, by this model with the reference's weights."
@@ -484,6 +495,18 @@ def reference_log_probs(
     found = torch.zeros_like(batch.log_probs)
     found[:, 1:] = answer_log_probs(logits, batch.ids)
     return found.where(batch.is_answer, 0.0)
+
+
+def check_reward_settings(config: TrainingConfig, policy: Policy) -> None:
+    "Raise `InputError` for settings with which nothing can be learned from rewards."
+    if config.batch_size % policy.group:
+        raise InputError(f"batch_size counts answers, and {config.batch_size} can't be cut into groups of "
+                         f"{policy.group}.")
+    if config.accumulation > 1:
+        raise InputError("Rewards are compared within a batch; use a larger batch_size instead of accumulation.")
+    if config.dtype != "float32":
+        raise InputError(f"dtype must be float32 to learn from rewards: in {config.dtype} the probabilities in training "
+                         "aren't those that the answers were drawn with.")
 
 
 def measures_of(
@@ -517,15 +540,15 @@ class RewardTraining(TaskTrainer):
     ):
         self.policy = policy or Policy()
         group = self.policy.group
-        if config.batch_size % group:
-            raise InputError(f"batch_size counts answers, and {config.batch_size} can't be cut into groups of {group}.")
-        if config.accumulation > 1:
-            raise InputError("Rewards are compared within a batch; use a larger batch_size instead of accumulation.")
+        check_reward_settings(config, self.policy)
         if getattr(model.config, "dropout", 0) > 0:
             raise InputError("With dropout the model that learns isn't the one that answered; set dropout to 0.")
+        if any(p.element_size() < 4 for p in model.parameters()):
+            raise InputError("The model's weights must be float32 to learn from rewards: in 16 bits the probabilities in "
+                             "training aren't those that the answers were drawn with; use model.float().")
         super().__init__(model, data, config, tokenizer=tokenizer, **options)
         named = self.model.named_parameters() if self.policy.kl else ()
-        self.reference = {name: p.detach().clone() for name, p in named}
+        self.reference = {name: p.detach().clone() for name, p in named if p.requires_grad}
         self.rollouts = Rollouts.empty(config.batch_size // group, group, self.sampler.width, self.device)
         self.measures: dict[str, float] = {}
 
@@ -646,6 +669,7 @@ def start_rewards(
     tokenizer: Any = None,  # Of the model; None: the task's
     *,
     policy: Policy = REWARD_POLICY,
+    rank: int | None = None,  # Of adapters to train beside the blocks' frozen matrices; None: train all weights
     overwrite: bool = False,  # Remove the run in the folder
     progress: bool = False,
     **settings,  # Of `TrainingConfig`, instead of those of `REWARD_CONFIG`
@@ -653,9 +677,15 @@ def start_rewards(
     "A trainer at step 0 of a new run."
     out, config = user_path(run_directory), REWARD_CONFIG.replace(**settings)
     check_free(out, overwrite)
-    data = load_task(task)
+    check_reward_settings(config, policy)
+    data, kind = load_task(task), ReinforceTrainer
+    if rank is not None and model is None:
+        add_lora(small_model(data), rank)  # refuses what it must before the start is trained
     model = small_start(data, config.seed) if model is None else model
-    trainer = ReinforceTrainer(
+    if rank is not None:
+        set_seed(config.seed)
+        model, kind = add_lora(model, rank), with_adapters(ReinforceTrainer)
+    trainer = kind(
         model, data, config, policy=policy, tokenizer=tokenizer, run_directory=out, progress=progress
     )
     if overwrite:
@@ -672,4 +702,5 @@ def continue_rewards(run_directory: str | Path, *, progress: bool = False, **cha
     note = read_json(out / REWARD_NOTE)
     if not isinstance(note, dict) or not isinstance(note.get("task"), str):
         raise InputError(f"{out / REWARD_NOTE} doesn't name a task; it is damaged.")
-    return ReinforceTrainer.resume(out, load_task(note["task"]), progress=progress, **changes)
+    kind = with_adapters(ReinforceTrainer) if holds_adapters(out) else ReinforceTrainer
+    return kind.resume(out, load_task(note["task"]), progress=progress, **changes)
