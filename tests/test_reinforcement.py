@@ -36,6 +36,7 @@ from transformer_llm.reinforcement import (
     advantages,
     answer_log_probs,
     exact,
+    gym_task,
     kl_estimate,
     load_task,
     make_task,
@@ -451,6 +452,51 @@ def test_every_task_can_be_solved_and_judges(name):
         assert task.judge(prompt, answer[:-1] + "7") == 0.0 and task.judge(prompt, "") == 0.0
 
 
+def test_a_task_of_reasoning_gym_without_the_package_names_the_way(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    way = "needs the package reasoning-gym, which is not installed; run: pip install reasoning-gym"
+    with pytest.raises(InputError, match=way):
+        gym_task("count_bits")
+    out = tmp_path / "run"
+    assert main(["reinforce", "--task", "reasoning-gym:count_bits", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert way in error and "Traceback" not in error and not out.exists()
+
+
+def test_a_task_of_reasoning_gym_has_its_questions_and_its_scorer():
+    gym = pytest.importorskip("reasoning_gym")
+    task, other = gym_task("prime_factorization", 50, 3), gym_task("prime_factorization", 50, 4)
+    assert task == gym_task("prime_factorization", 50, 3) and task.rule != other.rule
+    data = gym.create_dataset("prime_factorization", size=50, seed=3)
+    entries = {entry["question"]: entry for entry in data}
+    assert {*task.train, *task.held_out} == set(entries) and len(task.held_out) == round(len(entries) / 5)
+    scores = set()
+    for prompt, entry in entries.items():
+        answer = task.solve(prompt)
+        assert answer == entry["answer"] + END and len(answer) <= task.longest
+        assert set(prompt + answer) <= set(task.characters) and task.judge(prompt, answer[:-1]) == 1.0
+        for tried in ("2", "2 × 2 × 3"):
+            assert task.judge(prompt, tried) == data.score_answer(tried, entry)
+            scores.add(task.judge(prompt, tried))
+        with pytest.raises(ValueError):
+            data.score_answer("2 × )", entry)
+        assert task.judge(prompt, "2 × )") == 0.0
+    assert 0 < max(scores) < 1
+    with pytest.raises(InputError, match="has no data set 'chess'"):
+        load_task("reasoning-gym:chess")
+
+
+def test_a_run_on_a_task_of_reasoning_gym_goes_on(tmp_path, capsys):
+    pytest.importorskip("reasoning_gym")
+    task, base, out = load_task("reasoning-gym:count_bits"), tmp_path / "base", tmp_path / "run"
+    save_checkpoint(base, 0, small_model(task, context_length=128), tokenizer=task.tokenizer())
+    words = ["reinforce", "--task", "reasoning-gym:count_bits", "--checkpoint", str(base), "--batch_size", "32"]
+    assert main([*words, "--max_steps", "1", "--out", str(out)]) == 0
+    assert "4,000 prompts to train on, 1,000 held out" in capsys.readouterr().out
+    assert main(["reinforce", "--out", str(out), "--resume", "--max_steps", "2"]) == 0
+    assert "continued at step 1" in capsys.readouterr().out
+
+
 @given(st.text("0123+-*", max_size=7))
 def test_expressions_have_python_s_value(text):
     plain = re.fullmatch(r"\d{1,3}([+*-]\d{1,3})*", text)  # neither signs nor powers
@@ -486,7 +532,7 @@ def test_the_command_trains_an_adapter_that_can_be_given_away(checkpoint, tmp_pa
     assert largest_difference(merged(given)(ids), whole(ids)) < 1e-6
     assert largest_difference(base(ids), whole(ids)) > 1e-4
     for more, sentence in (
-        (["--lora", "17"], "rank must be at most 16, the smaller side of blocks.0.attention.q_proj (16 × 16), not 17."),
+        (["--lora", "17"], "rank must be at most 16, the smaller side of blocks.0.attention.q_proj"),
         (["--dtype", "bfloat16"], "dtype must be float32 to learn from rewards"),
     ):
         assert main(command(checkpoint, tmp_path / "new", *more)) == 2
