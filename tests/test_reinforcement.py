@@ -1,4 +1,5 @@
 """Rewards: gradients by enumeration, two ways to the same log-probabilities, trl's numbers, killed runs, bad input."""
+import copy
 import itertools
 import json
 import math
@@ -19,7 +20,9 @@ from hypothesis import strategies as st
 from transformer_llm.checkpoints import load_checkpoint, save_checkpoint
 from transformer_llm import cli
 from transformer_llm.cli import main
+from transformer_llm.decoding import Decoder
 from transformer_llm.foundations import InputError, largest_difference
+from transformer_llm.lora import add_lora, load_lora, merged, quantise_base, switch_lora, with_adapters
 from transformer_llm.reinforcement import (
     END,
     RULES,
@@ -33,6 +36,7 @@ from transformer_llm.reinforcement import (
     advantages,
     answer_log_probs,
     exact,
+    gym_task,
     kl_estimate,
     load_task,
     make_task,
@@ -42,6 +46,7 @@ from transformer_llm.reinforcement import (
 )
 from transformer_llm.tokenizer import CharTokenizer
 from transformer_llm.training import TrainingConfig
+from transformer_llm.runs import load_any
 from transformer_llm.transformer import GPT, GPT2_STYLE, GPTConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "book"))
@@ -163,6 +168,50 @@ def test_sampling_and_training_agree(echo, shape):
     distribution = model(found.ids[:, :-1]).log_softmax(-1)
     entropy = torch.special.entr(distribution.exp()).sum(-1)[own].mean()
     assert abs(entropy.item() - found.entropy.item()) < 1e-5
+
+
+def adapted(model: GPT, seed=0, rank=2, alpha=8.0) -> GPT:
+    "The model with an adapter that is no longer new: its B isn't zero."
+    add_lora(model, rank, alpha, generator=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".B"):
+                p.normal_(0, 0.3, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sampling_and_training_agree_with_adapters(echo, shape, eight_bits):
+    model = small_model(echo, **SHAPES[shape])
+    model = adapted(quantise_base(model) if eight_bits else model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = Sampler(model, echo.tokenizer(), echo).sample(echo.train, 8, generator=torch.Generator().manual_seed(0))
+    own = found.is_answer[:, 1:]
+    with torch.no_grad():
+        log_probs = answer_log_probs(model(found.ids[:, :-1]), found.ids)
+        switch_lora(model, None)
+        without = answer_log_probs(model(found.ids[:, :-1]), found.ids)
+    assert largest_difference(log_probs[own], found.log_probs[:, 1:][own]) < 1e-5
+    assert largest_difference(without[own], found.log_probs[:, 1:][own]) > 0.1  # the adapter speaks in the answers
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_bfloat16_could_not_hold_that_equality_and_is_refused(echo):
+    model = small_model(echo)
+    found = Sampler(model, echo.tokenizer(), echo).sample(echo.train, 8, generator=torch.Generator().manual_seed(0))
+    own = found.is_answer[:, 1:]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        new = answer_log_probs(model(found.ids[:, :-1]), found.ids)[own]
+    for drawing in (torch.float32, torch.bfloat16):
+        old = answer_log_probs(Decoder(model, dtype=drawing)(found.ids[:, :-1]), found.ids)[own]
+        assert largest_difference(new, old) > 1e-3
+    with pytest.raises(InputError, match="dtype must be float32 .* in bfloat16 the probabilities"):
+        ReinforceTrainer(model, echo, CONFIG.replace(dtype="bfloat16"), policy=Policy(group=8))
+    with pytest.raises(InputError, match="weights must be float32 .* use model.float"):
+        ReinforceTrainer(small_model(echo).to(torch.bfloat16), echo, CONFIG, policy=Policy(group=8))
 
 
 def test_the_same_generator_gives_the_same_answers(echo):
@@ -301,12 +350,15 @@ POLICIES = {
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_a_stopped_run_goes_on_to_the_bit(echo, tmp_path, name, stop):
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_stopped_run_goes_on_to_the_bit(echo, tmp_path, name, stop, lora):
     task = echo._replace(rule="one digit")  # often right, so that there is something to learn
+    kind = with_adapters(ReinforceTrainer) if lora else ReinforceTrainer
+    fresh = lambda: adapted(small_model(echo)) if lora else small_model(echo)
 
     def run(folder, **options):
-        trainer = ReinforceTrainer(
-            small_model(echo), task, CONFIG, policy=POLICIES[name], run_directory=folder, progress=False, **options
+        trainer = kind(
+            fresh(), task, CONFIG, policy=POLICIES[name], run_directory=folder, progress=False, **options
         )
         trainer.train()
         return trainer
@@ -318,7 +370,7 @@ def test_a_stopped_run_goes_on_to_the_bit(echo, tmp_path, name, stop):
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", on_step=interrupt)
-    again = ReinforceTrainer.resume(tmp_path / "stopped", task, progress=False)
+    again = kind.resume(tmp_path / "stopped", task, progress=False)
     assert again.step == stop and again.policy == POLICIES[name]
     again.train()
     for part in ("weights", "tensors"):
@@ -326,8 +378,10 @@ def test_a_stopped_run_goes_on_to_the_bit(echo, tmp_path, name, stop):
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), part
     timeless = lambda history: [{k: v for k, v in r.items() if "second" not in k} for r in history]
     assert timeless(whole.history) == timeless(again.history)
-    start = small_model(echo)
-    assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), again.model.parameters()))
+    start, end = fresh().state_dict(), again.model.state_dict()
+    moved = {key for key in start if not torch.equal(start[key], end[key])}
+    trained = {key for key, p in again.model.named_parameters() if p.requires_grad}
+    assert moved == trained and (not lora or all(key.endswith((".A", ".B")) for key in moved))
 
 
 def test_another_task_is_refused_on_resume(echo, tmp_path):
@@ -398,6 +452,51 @@ def test_every_task_can_be_solved_and_judges(name):
         assert task.judge(prompt, answer[:-1] + "7") == 0.0 and task.judge(prompt, "") == 0.0
 
 
+def test_a_task_of_reasoning_gym_without_the_package_names_the_way(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    way = "needs the package reasoning-gym, which is not installed; run: pip install reasoning-gym"
+    with pytest.raises(InputError, match=way):
+        gym_task("count_bits")
+    out = tmp_path / "run"
+    assert main(["reinforce", "--task", "reasoning-gym:count_bits", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert way in error and "Traceback" not in error and not out.exists()
+
+
+def test_a_task_of_reasoning_gym_has_its_questions_and_its_scorer():
+    gym = pytest.importorskip("reasoning_gym")
+    task, other = gym_task("prime_factorization", 50, 3), gym_task("prime_factorization", 50, 4)
+    assert task == gym_task("prime_factorization", 50, 3) and task.rule != other.rule
+    data = gym.create_dataset("prime_factorization", size=50, seed=3)
+    entries = {entry["question"]: entry for entry in data}
+    assert {*task.train, *task.held_out} == set(entries) and len(task.held_out) == round(len(entries) / 5)
+    scores = set()
+    for prompt, entry in entries.items():
+        answer = task.solve(prompt)
+        assert answer == entry["answer"] + END and len(answer) <= task.longest
+        assert set(prompt + answer) <= set(task.characters) and task.judge(prompt, answer[:-1]) == 1.0
+        for tried in ("2", "2 × 2 × 3"):
+            assert task.judge(prompt, tried) == data.score_answer(tried, entry)
+            scores.add(task.judge(prompt, tried))
+        with pytest.raises(ValueError):
+            data.score_answer("2 × )", entry)
+        assert task.judge(prompt, "2 × )") == 0.0
+    assert 0 < max(scores) < 1
+    with pytest.raises(InputError, match="has no data set 'chess'"):
+        load_task("reasoning-gym:chess")
+
+
+def test_a_run_on_a_task_of_reasoning_gym_goes_on(tmp_path, capsys):
+    pytest.importorskip("reasoning_gym")
+    task, base, out = load_task("reasoning-gym:count_bits"), tmp_path / "base", tmp_path / "run"
+    save_checkpoint(base, 0, small_model(task, context_length=128), tokenizer=task.tokenizer())
+    words = ["reinforce", "--task", "reasoning-gym:count_bits", "--checkpoint", str(base), "--batch_size", "32"]
+    assert main([*words, "--max_steps", "1", "--out", str(out)]) == 0
+    assert "4,000 prompts to train on, 1,000 held out" in capsys.readouterr().out
+    assert main(["reinforce", "--out", str(out), "--resume", "--max_steps", "2"]) == 0
+    assert "continued at step 1" in capsys.readouterr().out
+
+
 @given(st.text("0123+-*", max_size=7))
 def test_expressions_have_python_s_value(text):
     plain = re.fullmatch(r"\d{1,3}([+*-]\d{1,3})*", text)  # neither signs nor powers
@@ -416,16 +515,46 @@ def checkpoint(tmp_path):
     return folder
 
 
+def test_the_command_trains_an_adapter_that_can_be_given_away(checkpoint, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(command(checkpoint, out, "--lora", "4", "--learning_rate", "0.01", "--max_steps", "4")) == 0
+    said = capsys.readouterr().out
+    assert "are trained" in said and "adapter" in said
+    assert main(["reinforce", "--out", str(out), "--resume", "--max_steps", "6"]) == 0
+    assert "continued at step 4" in capsys.readouterr().out
+    start, end = load_checkpoint(checkpoint).weights, load_checkpoint(out).weights
+    frozen = {name.replace(".base.", "."): tensor for name, tensor in end.items() if ".adapters." not in name}
+    assert start.keys() == frozen.keys() and all(torch.equal(start[name], frozen[name]) for name in start)
+    assert any(tensor.any() for name, tensor in end.items() if name.endswith(".B"))
+    ids = torch.arange(8)[None]
+    (base, _), (whole, _) = load_any(checkpoint), load_any(out)
+    given = load_lora(copy.deepcopy(base), out / "adapter")
+    assert largest_difference(merged(given)(ids), whole(ids)) < 1e-6
+    assert largest_difference(base(ids), whole(ids)) > 1e-4
+    for more, sentence in (
+        (["--lora", "17"], "rank must be at most 16, the smaller side of blocks.0.attention.q_proj"),
+        (["--dtype", "bfloat16"], "dtype must be float32 to learn from rewards"),
+    ):
+        assert main(command(checkpoint, tmp_path / "new", *more)) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and "Traceback" not in error and not (tmp_path / "new").exists()
+    assert main(["reinforce", "--out", str(tmp_path / "new"), "--lora", "99"]) == 2  # before a start is trained
+    assert "rank must be at most" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert main(["reinforce", "--out", str(out), "--resume", "--lora", "4"]) == 2
+    assert "keeps its lora" in capsys.readouterr().err
+
+
 def command(checkpoint, out, *more) -> list[str]:
     return ["reinforce", "--task", "format", "--checkpoint", str(checkpoint), "--batch_size", "32", "--max_steps", "60",
             "--out", str(out), *more]
 
 
-def test_a_killed_command_goes_on_to_the_bit(checkpoint, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--lora", "4")], ids=["all weights", "adapter"])
+def test_a_killed_command_goes_on_to_the_bit(checkpoint, tmp_path, more):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(command(checkpoint, whole)) == 0
+    assert main(command(checkpoint, whole, *more)) == 0
     code = "import sys; from transformer_llm.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, *command(checkpoint, killed)], stderr=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, "-c", code, *command(checkpoint, killed, *more)], stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 300
     while not (killed / "step-0000050" / "checkpoint.json").exists() and process.poll() is None:
@@ -440,7 +569,9 @@ def test_a_killed_command_goes_on_to_the_bit(checkpoint, tmp_path):
         one, two = (getattr(load_checkpoint(run), part) for run in (whole, killed))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     start = load_checkpoint(checkpoint).weights
-    assert any(not torch.equal(start[key], end) for key, end in load_checkpoint(whole).weights.items())
+    ends = load_checkpoint(whole).weights
+    assert any(not torch.equal(start[key], end) for key, end in ends.items() if key in start) != bool(more)
+    assert any(end.any() for key, end in ends.items() if key.endswith(".B")) == bool(more)
 
 
 def test_the_command_says_what_it_did_and_refuses_in_a_sentence(checkpoint, tmp_path, capsys):

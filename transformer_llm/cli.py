@@ -6,22 +6,22 @@
 __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TASKS', 'SAMPLING_FLAGS', 'SECTION_NAMES',
            'CONTROL', 'CHAT_COMMANDS', 'Parser', 'number', 'whole', 'some_path', 'one_spelling', 'add_text_flags',
            'add_split_flag', 'add_overwrite_flag', 'add_model_flags', 'add_optimizer_flags', 'add_train',
-           'add_generate', 'add_chat', 'add_reinforce', 'add_length_flags', 'add_base_flags', 'add_again_flags',
-           'add_adapter', 'add_finetune', 'add_prefer', 'add_sampling', 'typed_sampling', 'add_evaluate', 'add_export',
-           'add_bench', 'add_data', 'add_tokenizer', 'make_parser', 'add_demo', 'add_play', 'add_info', 'add_class',
-           'human_bytes', 'human_time', 'print_rows', 'is_terminal', 'at_terminal', 'typed', 'note', 'check_out',
-           'check_no_tokens', 'command_shakespeare', 'command_patterns', 'command_prepare', 'token_counts',
-           'command_tokenizer', 'run_config', 'run_folder', 'print_plan', 'TimeEstimate', 'estimate_for',
-           'print_above_bar', 'LossLines', 'command_train', 'train_to_the_end', 'train_and_tell', 'where_it_stands',
-           'resume_command', 'print_result', 'print_losses', 'save_curve', 'command_reinforce', 'reinforce_to_the_end',
-           'print_rewards', 'command_finetune', 'finetune_to_the_end', 'trained_share', 'save_adapter',
-           'print_finetune_plan', 'command_prefer', 'prefer_to_the_end', 'print_prefer_plan', 'harmless',
-           'load_and_tell', 'load_writer', 'fast_form', 'command_generate', 'write_sample', 'beam_text', 'command_chat',
-           'with_adapter', 'talk_to_run', 'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate',
-           'command_export', 'command_merge', 'how_to_talk', 'folder_bytes', 'command_play', 'command_info',
-           'machine_rows', 'cache_row', 'config_rows', 'count_parameters', 'preset_rows', 'model_rows',
-           'checkpoint_rows', 'command_demo', 'command_bench', 'command_handout', 'command_grade', 'sentence_for',
-           'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'add_generate', 'add_chat', 'reward_task', 'add_reinforce', 'add_length_flags', 'add_base_flags',
+           'add_again_flags', 'add_adapter', 'add_finetune', 'add_prefer', 'add_sampling', 'typed_sampling',
+           'add_evaluate', 'add_export', 'add_bench', 'add_data', 'add_tokenizer', 'make_parser', 'add_demo',
+           'add_play', 'add_info', 'add_class', 'human_bytes', 'human_time', 'print_rows', 'is_terminal', 'at_terminal',
+           'typed', 'note', 'check_out', 'check_no_tokens', 'command_shakespeare', 'command_patterns',
+           'command_prepare', 'token_counts', 'command_tokenizer', 'run_config', 'run_folder', 'print_plan',
+           'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines', 'command_train', 'train_to_the_end',
+           'train_and_tell', 'where_it_stands', 'resume_command', 'print_result', 'print_losses', 'save_curve',
+           'command_reinforce', 'reinforce_to_the_end', 'print_rewards', 'command_finetune', 'finetune_to_the_end',
+           'trained_share', 'save_adapter', 'print_finetune_plan', 'command_prefer', 'prefer_to_the_end',
+           'print_prefer_plan', 'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate',
+           'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run', 'print_answer', 'talk',
+           'next_line', 'chat_command', 'command_evaluate', 'command_export', 'command_merge', 'how_to_talk',
+           'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row', 'config_rows',
+           'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
+           'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -232,19 +232,30 @@ def add_chat(commands) -> None:
 REWARD_TASKS = ("addition", "addition-plain", "sorting", "countdown", "format")  # of chapter 17
 
 
+def reward_task(text: str) -> str:
+    "A converter for the name of a task to learn from rewards."
+    if text not in REWARD_TASKS and not re.fullmatch(r"reasoning-gym:\w+", text):
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(REWARD_TASKS)}, "
+                                         "reasoning-gym:NAME)")
+    return text
+
+
 def add_reinforce(commands) -> None:
     "Add `reinforce`. As with `train`, a flag that is not typed is absent."
     parser = commands.add_parser("reinforce", help="improve a model by rewards, or continue such a run",
                                  argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--task", choices=REWARD_TASKS, metavar="TASK", help=f"one of {', '.join(REWARD_TASKS)} (default: addition)")
+    add("--task", type=reward_task, metavar="TASK",
+        help=f"one of {', '.join(REWARD_TASKS)} (default: addition), or reasoning-gym:NAME, where that is installed")
     add("--checkpoint", type=some_path, metavar="DIR",
         help="a run's folder, or a checkpoint, to improve (default: a small model that has seen a few answers)")
+    add("--lora", type=whole(1), metavar="R", help="train adapters of rank R beside the blocks' frozen matrices")
     add("--max_steps", type=whole(1), metavar="N", help="batches of answers to learn from")
     add("--batch_size", type=whole(2), metavar="N", help="answers per batch")
     add("--learning_rate", type=number(0, 10), metavar="X", help="the peak learning rate")
     add("--seed", type=whole(0), metavar="N", help="the same seed gives the same run")
     add("--device", choices=DEVICES, help="where to compute (default: cpu)")
+    add("--dtype", choices=("float32", "bfloat16"), help="float32; bfloat16 is refused, with the reason")
     add("--out", type=some_path, metavar="DIR", help="the run's folder (default: runs/reinforce-TASK)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
@@ -887,7 +898,7 @@ def command_reinforce(args: argparse.Namespace) -> int:
     from transformer_llm.runs import hold
 
     given = {name: value for name, value in vars(args).items() if name != "command"}
-    out = Path(given.pop("out", Path("runs") / f"reinforce-{given.get('task', 'addition')}"))
+    out = Path(given.pop("out", Path("runs") / f"reinforce-{given.get('task', 'addition').replace(':', '-')}"))
     overwrite = given.pop("overwrite", False)
     if given.pop("resume", False):
         fixed = sorted(set(given) - {"max_steps", "device"})
@@ -898,10 +909,9 @@ def command_reinforce(args: argparse.Namespace) -> int:
     task, model, tokenizer = given.pop("task", "addition"), None, None
     if "checkpoint" in given:
         model, tokenizer = load_writer(given.pop("checkpoint"), "cpu")
+    way: dict = dict(overwrite=overwrite, progress=at_terminal(), rank=given.pop("lora", None))
     with hold(out):
-        return reinforce_to_the_end(
-            start_rewards(out, task, model, tokenizer, overwrite=overwrite, progress=at_terminal(), **given)
-        )
+        return reinforce_to_the_end(start_rewards(out, task, model, tokenizer, **way, **given))
 
 
 def reinforce_to_the_end(trainer) -> int:
@@ -914,7 +924,7 @@ def reinforce_to_the_end(trainer) -> int:
     group = trainer.policy.group
     print_rows([
         ("task", f"{task.rule}, {len(task.train):,} prompts to train on, {len(task.held_out):,} held out"),
-        ("parameters", f"{trainer.model.num_parameters():,}"),
+        ("parameters", trained_share(trainer.model)),
         ("steps", f"{steps:,} of {trainer.config.batch_size // group} prompts × {group} answers"),
         ("run", f"{out}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
         ("reward", f"{1 - trainer.evaluate():.1%} for greedy answers to held-out prompts"),
@@ -930,6 +940,7 @@ def reinforce_to_the_end(trainer) -> int:
         note("\n" + said)
         return 128 + getattr(interruption, "signal", signal.SIGINT)
     print_rows([("reward", f"{1 - trainer.evaluate():.1%} for greedy answers to held-out prompts")])
+    save_adapter(trainer, out)
     print(f"Next: transformer-llm generate {typed('checkpoint', out)} --prompt {shlex.quote(task.held_out[0])} "
           f"--temperature 0 --max_new_tokens {task.longest}")
     return 0
@@ -1000,8 +1011,8 @@ def save_adapter(trainer, run_directory: Path) -> None:
 
     if active_adapter(trainer.model) is None:
         return
-    config = note_of_run(run_directory)["config"]
-    base = config["model"] or config["checkpoint"]
+    config = (note_of_run(run_directory) or {}).get("config", {})  # a run of reinforce has none
+    base = config.get("model") or config.get("checkpoint")
     folder = save_lora(trainer.model, run_directory / "adapter", base_model=base, overwrite=True)
     print_rows([("adapter", f"{folder}, {human_bytes(folder_bytes(folder))}")])
 
