@@ -554,8 +554,9 @@ def test_a_killed_command_goes_on_to_the_bit(checkpoint, tmp_path, more):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(checkpoint, whole, *more)) == 0
     code = "import sys; from transformer_llm.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, *command(checkpoint, killed, *more)], stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    words = [sys.executable, "-c", code, *command(checkpoint, killed, *more)]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 300
     while not (killed / "step-0000050" / "checkpoint.json").exists() and process.poll() is None:
         assert time.monotonic() < deadline
