@@ -23,7 +23,7 @@ def section(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def run_notebooks(environment: dict[str, str], minutes: float = 20) -> tuple[int, list[str], bool]:
+def run_notebooks(environment: dict[str, str], minutes: float = 40) -> tuple[int, list[str], bool]:
     """Every notebook through nbdev_test; returns how many passed, which didn't, and whether nbdev_test is content.
 
     A notebook that runs for more than so many minutes will run for ever: everything is stopped, and it is named.
@@ -35,7 +35,7 @@ def run_notebooks(environment: dict[str, str], minutes: float = 20) -> tuple[int
     with subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=environment | {"PYTHONUNBUFFERED": "1"},  # or its lines would come when all is over
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
