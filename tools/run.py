@@ -4,6 +4,7 @@
 """
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -103,6 +104,8 @@ def left_behind(before: set[str], root: Path = ROOT) -> list[str]:
 def main() -> int:
     start = time.perf_counter()
     before = files_in_git()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as where a shell started this in its background:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # then page 92's Ctrl-C would be ignored
     environment = dict(
         os.environ, OMP_NUM_THREADS="1", PYTHONUTF8="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1"
     )
