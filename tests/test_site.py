@@ -694,7 +694,7 @@ def test_search_answers_what_a_student_types(site, browser):
     page.wait_for_function("() => !!window.bookSearch")
     wanted = {
         "overfitting": "training.html#learning-by-heart",
-        "fine-tuning": "training.html",
+        "fine-tuning": "finetuning.html",
         "softmx": "attention.html#softmax",
         "transfomer": "transformer.html",
         "why divide by sqrt d": "attention.html#why-divide-by",
