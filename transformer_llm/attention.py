@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Mask', 'Rotate', 'softmax', 'is_boolean', 'combine_masks', 'causal_mask', 'sliding_window_mask', 'padding_mask',
-           'check_heads', 'expand_kv', 'attention_weights', 'attention_plain', 'attention_fused', 'KVCache',
-           'HeadSizes', 'HeadProjections', 'check_window', 'keep_reached', 'window_mask', 'MultiHeadAttention']
+           'check_heads', 'expand_kv', 'attention_scores', 'masked_softmax', 'attention_weights', 'attention_plain',
+           'attention_fused', 'KVCache', 'HeadSizes', 'HeadProjections', 'check_window', 'keep_reached', 'window_mask',
+           'MultiHeadAttention']
 
 # %% ../nbs/01_attention.ipynb #d6405fe9
 import math
@@ -149,6 +150,32 @@ def expand_kv(
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 # %% ../nbs/01_attention.ipynb #b9492e30
+def attention_scores(
+    q: Float[Tensor, "batch heads queries head_dim"],
+    k: Float[Tensor, "batch kv_heads keys head_dim"],
+    scale: float | None = None,  # None: 1 / sqrt(head_dim)
+) -> Float[Tensor, "batch heads queries keys"]:
+    "How well each query fits each key, before any mask: q kᵀ · scale."
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return q @ expand_kv(k, q.shape[1]).transpose(-2, -1) * scale
+
+
+def masked_softmax(
+    scores: Float[Tensor, "batch heads queries keys"],
+    mask: Mask | None = None,  # Broadcastable to batch, heads, queries, keys
+    *,
+    causal: bool = False,  # Also apply the causal mask
+) -> Float[Tensor, "batch heads queries keys"]:
+    "Weights from scores: each row adds up to one; the row of a query with no allowed key is zero."
+    if causal:
+        mask = combine_masks(mask, causal_mask(*scores.shape[-2:], device=scores.device))
+    if mask is None:
+        return softmax(scores)
+    scores = scores.masked_fill(~mask, -math.inf) if is_boolean(mask) else scores + mask.to(scores.dtype)
+    lonely = (scores == -math.inf).all(-1, keepdim=True)
+    return softmax(scores.masked_fill(lonely, 0.0)).masked_fill(lonely, 0.0)
+
+
 def attention_weights(
     q: Float[Tensor, "batch heads queries head_dim"],
     k: Float[Tensor, "batch kv_heads keys head_dim"],
@@ -162,15 +189,7 @@ def attention_weights(
     Each row adds up to one; the row of a query with no allowed key is zero.
     """
     check_heads(q, k, k, mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = q @ expand_kv(k, q.shape[1]).transpose(-2, -1) * scale
-    if causal:
-        mask = combine_masks(mask, causal_mask(*scores.shape[-2:], device=q.device))
-    if mask is None:
-        return softmax(scores)
-    scores = scores.masked_fill(~mask, -math.inf) if is_boolean(mask) else scores + mask.to(scores.dtype)
-    lonely = (scores == -math.inf).all(-1, keepdim=True)
-    return softmax(scores.masked_fill(lonely, 0.0)).masked_fill(lonely, 0.0)
+    return masked_softmax(attention_scores(q, k, scale), mask, causal=causal)
 
 
 def attention_plain(

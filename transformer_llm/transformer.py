@@ -298,25 +298,25 @@ class Block(nn.Module):
         rotate: Rotate | None = None,  # Rotary positions
         cache: KVCache | None = None,  # This layer's keys and values of earlier tokens
     ) -> Float[Tensor, "batch seq d_model"]:
-        """Equation (4.4) for pre-norm, Xiong et al. (2020), section 3.1.
-
-        (4.5) for post-norm, Vaswani et al. (2017), section 3.1.
-        """
+        "Equation (4.4) for pre-norm, Xiong et al. (2020); (4.5) for post-norm, Vaswani et al. (2017); both section 3.1."
         if self.placement == "pre":
             x = x + self.dropout(self.attention(self.attention_norm(x), mask, rotate=rotate, cache=cache))
+        elif self.placement == "output":
+            x = x + self.dropout(self.attention_norm(self.attention(x, mask, rotate=rotate, cache=cache)))
+        else:
+            x = self.attention_norm(x + self.dropout(self.attention(x, mask, rotate=rotate, cache=cache)))
+        return self.add_feedforward(x)
+
+    def add_feedforward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+        "The second half of `forward`: the seam at which chapter 18 reads and changes the stream between the two."
+        if self.placement == "pre":
             return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
         if self.placement == "output":
-            x = x + self.dropout(self.attention_norm(self.attention(x, mask, rotate=rotate, cache=cache)))
             return x + self.dropout(self.feedforward_norm(self.feedforward(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask, rotate=rotate, cache=cache)))
         return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
 
     def attention_map(
-        self,
-        x: Float[Tensor, "batch seq d_model"],
-        mask: Mask | None = None,
-        *,
-        rotate: Rotate | None = None,
+        self, x: Float[Tensor, "batch seq d_model"], mask: Mask | None = None, *, rotate: Rotate | None = None
     ) -> Float[Tensor, "batch heads queries keys"]:
         "The attention weights that `forward` uses on the same input, by the plain path."
         return self.attention.weights(self.attention_norm(x) if self.placement == "pre" else x, mask, rotate=rotate)
