@@ -657,7 +657,8 @@ def next_table(probabilities: Float[Tensor, "vocab"], name: Callable[[int], str]
     "The n most probable next tokens as HTML."
     best = probabilities.topk(min(n, len(probabilities)))
     meter = '<td><meter min="0" max="1" value="{0:.4f}">{0:.0%}</meter></td>'
-    rows = [(name(i), f"<td>{p:.1%}</td>", meter.format(p)) for i, p in zip(best.indices.tolist(), best.values.tolist())]
+    pairs = zip(best.indices.tolist(), best.values.tolist())
+    rows = [(name(i), f"<td>{p:.1%}</td>", meter.format(p)) for i, p in pairs]
     return table_of(("token", "probability", ""), rows, "The most probable next tokens")
 
 
