@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import MultiHeadAttention, attention_scores, expand_kv, masked_softmax
+from .decoding import PackedWeights
 from .feedforward import FeedForward, SwiGLU
 from .foundations import InputError, check_choice, check_range
-from .transformer import Block
+from .transformer import Block, LanguageModel
 
 # %% ../nbs/18_inspection.ipynb #b18c0003
 HEADED = ("q", "k", "v", "scores", "weights", "heads")  # within a layer's `attend`; their second axis is heads
@@ -42,6 +43,8 @@ def spots_of(module: nn.Module, name: str) -> Iterator[tuple[str, Spot]]:
         if isinstance(part, nn.ModuleList):
             for number, one in part.named_children():
                 yield from spots_of(one, f"{prefix}{key}.{number}")
+            continue
+        if isinstance(module, LanguageModel) and key == "lm_head":  # `unembed` takes its weight; it gives the logits
             continue
         if isinstance(module, MultiHeadAttention) and key == "o_proj":
             yield from ((f"{prefix}{kind}", (module, kind)) for kind in HEADED)
@@ -69,7 +72,7 @@ def check_open(
 ) -> nn.Module:
     "The model, if what it computes passes through its own modules; `InputError` names what doesn't, and the way out."
     kind = type(model).__name__
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or isinstance(model, PackedWeights):
         raise InputError(f"{what} can't look into a {kind}, which computes from packed copies of weights or is no "
                          "model; give it the GPT itself.")
     for name, module in model.named_modules():
@@ -358,7 +361,7 @@ def lens(
     "What the model would say before its first block and after each: logits through the final norm and the output."
     with record(model, "blocks.0.before", "blocks.*.after") as seen:
         model.hidden_states(ids)
-    return torch.stack([model.unembed(model.final_norm(stream[:, position])) for stream in seen.values()])
+    return torch.stack([model.unembed(model.final_norm(stream[:, [position]]))[:, 0] for stream in seen.values()])
 
 
 def check_sum(model: GPT, what: str) -> GPT:
@@ -486,7 +489,7 @@ def check_pairs(source: Int[Tensor, "..."], target: Int[Tensor, "..."]) -> None:
 
 
 def both_scores(
-    model: GPT, source: Int[Tensor, "batch seq"], target: Int[Tensor, "batch seq"], score: Score
+    model: GPT, source: Int[Tensor, "batch seq"], target: Int[Tensor, "..."], score: Score
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
     "The scores of target and source; `InputError` where they are the same, so that nothing can be told apart."
     check_pairs(source, target)
@@ -500,7 +503,7 @@ def both_scores(
 def patch_grid(
     model: GPT,
     source: Int[Tensor, "batch seq"],  # Where values are taken
-    target: Int[Tensor, "batch seq"],  # Where they are put
+    target: Int[Tensor, "..."],  # Where they are put; as many, of the same length
     score: Score,
     *names: str,  # Places of Table 18.1
     positions: Sequence[int] | None = None,  # None: all
@@ -526,7 +529,7 @@ def patch_grid(
 def patch_estimate(
     model: GPT,
     source: Int[Tensor, "batch seq"],
-    target: Int[Tensor, "batch seq"],
+    target: Int[Tensor, "..."],
     score: Score,
     *names: str,
 ) -> dict[str, Float[Tensor, "batch ..."]]:
@@ -550,7 +553,7 @@ def patch_estimate(
 def path_patch(
     model: GPT,
     source: Int[Tensor, "batch seq"],
-    target: Int[Tensor, "batch seq"],
+    target: Int[Tensor, "..."],
     score: Score,
     layer: int,
     head: int,
@@ -558,7 +561,7 @@ def path_patch(
 ) -> Float[Tensor, "batch"]:
     """The effect of a head on one path only: it, this reader, output. All else stays as in the target run.
 
-    Wang et al. (2022), section 3.1. `InputError` for a model with norms on what its parts write.
+    Wang et al. (2023), section 3.1. `InputError` for a model with norms on what its parts write.
     """
     check_sum(model, "path_patch")
     if model.config.norm_placement != "pre":
@@ -585,8 +588,8 @@ def path_patch(
         with change(model, stream, here[stream] + given), record(model, reader) as then:
             model(target)
         given = then[reader] - here[reader]
-    logits = model.unembed(model.final_norm((end + given)[:, -1]))
-    return (score(logits) - low) / (high - low)
+    logits = model.unembed(model.final_norm((end + given)[:, -1:]))
+    return (score(logits[:, 0]) - low) / (high - low)
 
 # %% ../nbs/18_inspection.ipynb #b18c0031
 import base64
