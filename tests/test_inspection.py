@@ -19,6 +19,7 @@ from transformer_llm.inspection import (
     activation_names,
     attribute,
     change,
+    check_open,
     head_writes,
     inspection_page,
     lens,
@@ -283,7 +284,8 @@ def test_models_that_run_past_hooks_are_refused_by_name(what):
 
     refused(Decoder(model), f"{what.__name__} can't look into a Decoder")
     refused(PackedGPT(model), "a PackedGPT")
-    refused("smollm2", "a str")
+    with pytest.raises(InputError, match="a str"):
+        check_open("smollm2", what.__name__)
     refused(torch.compile(model), "compiled model")
     compiled = toy()
     compiled.blocks[1].compile()
