@@ -488,19 +488,11 @@ SPREAD = ("attention.q", "attention.k", "attention.v", "attention.heads")  # the
 def their_model(ours: GPT, directory):
     "The same weights in TransformerLens, nothing folded."
     import transformers
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+    from transformer_lens.model_bridge import TransformerBridge
 
     ours.save_pretrained(directory)
-    c = ours.config
-    config = HookedTransformerConfig(
-        n_layers=c.n_layers, d_model=c.d_model, n_ctx=c.context_length, d_head=c.head_dim, n_heads=c.n_heads,
-        d_mlp=c.d_ff, d_vocab=c.vocab_size, act_fn="gelu_new", normalization_type="LN", eps=c.norm_eps,
-        default_prepend_bos=False, seed=0)
-    theirs = HookedTransformer(config)
-    folder = transformers.GPT2LMHeadModel.from_pretrained(directory)
-    theirs.load_state_dict(convert_gpt2_weights(folder, config), strict=False)
-    return theirs.eval()
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(directory, attn_implementation="eager").eval()
+    return TransformerBridge.boot_transformers(str(directory), hf_model=loaded).eval()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_lens") is None,
