@@ -513,8 +513,8 @@ def test_values_and_changes_are_those_of_transformer_lens(tmp_path):
             if name == "attention.scores":  # theirs are masked
                 mine, their = mine.tril(), their.tril()
             assert largest_difference(mine, their) < 1e-5, (n, name)
-    for name, hook in (("blocks.1.attention.heads", "blocks.1.attn.hook_z"), ("blocks.0.between",
-                       "blocks.0.hook_resid_mid"), ("blocks.2.attention.weights", "blocks.2.attn.hook_pattern")):
+    for name, hook in (("blocks.1.attention.heads", "blocks.1.attn.hook_z"), ("blocks.0.after",
+                       "blocks.0.hook_resid_post"), ("blocks.2.attention.weights", "blocks.2.attn.hook_pattern")):
         with change(ours, name, lambda x: 0.5 * x + 0.1):
             mine = ours(IDS)
         their = theirs.run_with_hooks(IDS, fwd_hooks=[(hook, lambda x, hook: 0.5 * x + 0.1)])
