@@ -7,7 +7,6 @@ is not made again (delete it from the file to begin anew). All parts use the fun
 core, for less than two minutes; other processes may run beside them.
 """
 import ast
-import contextlib
 import json
 import os
 import platform

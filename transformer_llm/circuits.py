@@ -8,7 +8,7 @@ __all__ = ['Head', 'copied_ids', 'copy_length', 'previous_token_scores', 'induct
            'head_patch_grid', 'fold', 'reading_matrices', 'composition', 'copying', 'matched_heads', 'Removal',
            'Removals', 'remove_one_head']
 
-# %% ../nbs/19_circuits.ipynb #c190003f
+# %% ../nbs/19_circuits.ipynb #c1900040
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .foundations import InputError, check_choice, check_range
 from .inspection import Which, change, record
 from .transformer import Block, LayerNorm
 
-# %% ../nbs/19_circuits.ipynb #c1900042
+# %% ../nbs/19_circuits.ipynb #c1900043
 Head = tuple[int, int]  # layer and head, both counted from 0
 
 
@@ -76,7 +76,7 @@ def induction_scores(
         raise InputError(f"An induction score needs a text and its copy; {weights.shape[-1]} tokens have no half.")
     return weights.diagonal(1 - length, -2, -1)[..., 1:].mean(-1)
 
-# %% ../nbs/19_circuits.ipynb #c1900046
+# %% ../nbs/19_circuits.ipynb #c1900047
 def attention_layers(model: nn.Module) -> dict[str, MultiHeadAttention]:
     "A model's attention layers by name, from the first on; `InputError` if it has none."
     found = {name: part for name, part in model.named_modules() if isinstance(part, MultiHeadAttention)}
@@ -128,7 +128,7 @@ class HeadScores:
         "Which heads do neither job: both scores are below these."
         return (self.previous < previous) & (self.induction < induction)
 
-# %% ../nbs/19_circuits.ipynb #c1900047
+# %% ../nbs/19_circuits.ipynb #c1900048
 @torch.no_grad()
 def head_scores(
     model: nn.Module,  # Any model whose layers are MultiHeadAttention
@@ -150,7 +150,7 @@ def head_scores(
         torch.stack([write_sizes(layer, seen[f"{name}.heads"]) for name, layer in layers.items()]),
     )
 
-# %% ../nbs/19_circuits.ipynb #c190004b
+# %% ../nbs/19_circuits.ipynb #c190004c
 def check_heads_exist(
     layers: Mapping[str, MultiHeadAttention],  # From `attention_layers`
     heads: Sequence[Head],
@@ -202,7 +202,7 @@ def copy_loss(
     logits = model(ids)[:, length:-1]
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, length + 1 :].flatten()).item()
 
-# %% ../nbs/19_circuits.ipynb #c190004f
+# %% ../nbs/19_circuits.ipynb #c1900050
 @torch.no_grad()
 def head_patch_grid(
     model: nn.Module,
@@ -213,25 +213,26 @@ def head_patch_grid(
     part: str = "heads",  # What is patched: "heads" (what was gathered), "q", "k" or "v"
     positions: Sequence[int] | None = None,  # Places to patch, one at a time; None: each
 ) -> Float[Tensor, "layers heads positions"]:
-    "The share of the way from one text's measure to the other's that each head at each place goes alone (19.4)."
+    "The share of the way from the texts' mean measure to the others' that each head at each place goes alone (19.4)."
     check_choice("part", part, ("heads", "q", "k", "v"))
     if ids.shape != other.shape:
         raise InputError(f"Texts must have the same shape to be patched place by place, not {tuple(ids.shape)} and "
                          f"{tuple(other.shape)}.")
     names = [f"{name}.{part}" for name in attention_layers(model)]
     with record(model, *names) as theirs:
-        end = measure(model(other))
-    start, rows = measure(model(ids)), []
-    if ((end - start).abs() < 1e-6).any():
-        raise InputError("The measure is the same for a text and its partner, so there is no way to go a share of.")
+        end = measure(model(other)).mean()
+    start, rows = measure(model(ids)).mean(), []
+    if (end - start).abs() < 1e-6:
+        raise InputError("The measure is the same for the texts and for the others, so there is no way to go a share "
+                         "of.")
     for name in names:
         for head in range(theirs[name].shape[1]):
             for place in range(ids.shape[1]) if positions is None else positions:
                 with change(model, name, theirs, heads=head, positions=place):
-                    rows.append(((measure(model(ids)) - start) / (end - start)).mean())
+                    rows.append((measure(model(ids)).mean() - start) / (end - start))
     return torch.stack(rows).view(len(names), theirs[names[0]].shape[1], -1)
 
-# %% ../nbs/19_circuits.ipynb #c1900052
+# %% ../nbs/19_circuits.ipynb #c1900053
 def fold(
     weight: Float[Tensor, "rows d_model"],
     norm: nn.Module,  # The norm in front of it
@@ -287,7 +288,7 @@ def copying(
     logits = F.normalize(table, dim=1) @ value.T @ output_columns(block.attention)[number].T @ out.T
     return (logits.argmax(1) == torch.arange(len(tokens), device=logits.device)).float().mean().item()
 
-# %% ../nbs/19_circuits.ipynb #c1900055
+# %% ../nbs/19_circuits.ipynb #c1900056
 def matched_heads(
     scores: HeadScores,
     heads: Sequence[Head],
@@ -325,7 +326,7 @@ class Removal:
         scores = f"{self.score[0]:>9.2f}{self.score[1]:>10.2f}{self.size:>8.1f}"
         return f"{self.what:<16}{heads:>8}{scores}   " + " ".join(f"{rise:+7.2f}" for rise in self.rises)
 
-# %% ../nbs/19_circuits.ipynb #c1900056
+# %% ../nbs/19_circuits.ipynb #c1900057
 @dataclass(frozen=True)
 class Removals:
     "What `remove_one_head` found; `print` shows it as a table."
@@ -355,11 +356,8 @@ def remove_one_head(
     texts = [copied_ids(rows, length, vocab_size, generator, lowest=lowest) for _ in range(draws)]
     scores = head_scores(model, texts[0])
     best = {"previous token": scores.best("previous")[0], "induction": scores.best("induction")[0]}
-    tried = dict(best)
-    for number in range(controls):
-        for name, head in best.items():
-            tried[f"control {len(tried) - 1}"] = matched_heads(
-                scores, [head], reach=reach, among=2 * controls, generator=generator)[0]
+    others = matched_heads(scores, [*best.values()] * controls, reach=reach, among=2 * controls, generator=generator)
+    tried = best | {f"control {number}": head for number, head in enumerate(others, 1)}
     losses, found = [copy_loss(model, ids) for ids in texts], []
     for what, head in tried.items():
         with without(model, [head]):

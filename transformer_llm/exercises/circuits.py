@@ -47,7 +47,8 @@ def check_without_order(answer: object) -> str:
         "You counted 32 predictions; the second copy's first token is left out.": math.lgamma(33) / 32,
         "That is log 31! divided by 32; there are 31 predictions.": math.lgamma(32) / 32,
         "With the order known nothing is left to pay. Here it isn't known.": 0.0,
-        "That is the logarithm of the mean number of candidates; the mean of the logarithms is asked for.": math.log(16),
+        "That is the logarithm of the mean number of candidates; the mean of the logarithms is asked for.":
+            math.log(16),
     }, tolerance=0.003)
     return "The mean of log 31, log 30, ..., log 1: less than log 16, since a logarithm bends downwards."
 
@@ -72,8 +73,8 @@ def check_effect(answer: object) -> str:
         same_number(call(answer, run, record_of, first, second), right, {
             "The patch still goes the wrong way round: read the first text, with the recording of the second.":
                 (wrong_way - start) / (end - start),
-            "That is what spoiling the head in the second text costs: a good question, but not this one. Read the first "
-            "text, with the recording of the second.": (wrong_way - end) / (start - end),
+            "That is what spoiling the head in the second text costs: a good question, but not this one. Read the "
+            "first text, with the recording of the second.": (wrong_way - end) / (start - end),
             "The texts are right now, but the share is measured from the second text's end; begin at the first.":
                 (run(first, record_of(second)) - end) / (start - end),
             "You patch a text with its own recording, which should change nothing.":
