@@ -8,7 +8,7 @@ __all__ = ['Head', 'copied_ids', 'copy_length', 'previous_token_scores', 'induct
            'head_patch_grid', 'fold', 'reading_matrices', 'composition', 'copying', 'matched_heads', 'Removal',
            'Removals', 'remove_one_head']
 
-# %% ../nbs/19_circuits.ipynb #c1900040
+# %% ../nbs/19_circuits.ipynb #c1900043
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .foundations import InputError, check_choice, check_range
 from .inspection import Which, change, record
 from .transformer import Block, LayerNorm
 
-# %% ../nbs/19_circuits.ipynb #c1900043
+# %% ../nbs/19_circuits.ipynb #c1900046
 Head = tuple[int, int]  # layer and head, both counted from 0
 
 
@@ -76,7 +76,7 @@ def induction_scores(
         raise InputError(f"An induction score needs a text and its copy; {weights.shape[-1]} tokens have no half.")
     return weights.diagonal(1 - length, -2, -1)[..., 1:].mean(-1)
 
-# %% ../nbs/19_circuits.ipynb #c1900047
+# %% ../nbs/19_circuits.ipynb #c190004a
 def attention_layers(model: nn.Module) -> dict[str, MultiHeadAttention]:
     "A model's attention layers by name, from the first on; `InputError` if it has none."
     found = {name: part for name, part in model.named_modules() if isinstance(part, MultiHeadAttention)}
@@ -128,7 +128,7 @@ class HeadScores:
         "Which heads do neither job: both scores are below these."
         return (self.previous < previous) & (self.induction < induction)
 
-# %% ../nbs/19_circuits.ipynb #c1900048
+# %% ../nbs/19_circuits.ipynb #c190004b
 @torch.no_grad()
 def head_scores(
     model: nn.Module,  # Any model whose layers are MultiHeadAttention
@@ -150,10 +150,10 @@ def head_scores(
         torch.stack([write_sizes(layer, seen[f"{name}.heads"]) for name, layer in layers.items()]),
     )
 
-# %% ../nbs/19_circuits.ipynb #c190004c
+# %% ../nbs/19_circuits.ipynb #c190004f
 def check_heads_exist(
     layers: Mapping[str, MultiHeadAttention],  # From `attention_layers`
-    heads: Sequence[Head],
+    heads: Sequence,  # Pairs (layer, head)
 ) -> dict[str, list[int]]:
     "The heads' numbers by the name of their layer; `InputError` for one that the model doesn't have."
     names, found = list(layers), {}
@@ -172,7 +172,7 @@ def check_heads_exist(
 @contextmanager
 def without(
     model: nn.Module,
-    heads: Sequence[Head],  # (layer, head)
+    heads: Sequence,  # Pairs (layer, head)
     instead: Any = 0.0,  # What to put in the place of what they gathered, as for `change`
     *,
     positions: Which = None,  # Only there; None: everywhere
@@ -202,12 +202,12 @@ def copy_loss(
     logits = model(ids)[:, length:-1]
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, length + 1 :].flatten()).item()
 
-# %% ../nbs/19_circuits.ipynb #c1900050
+# %% ../nbs/19_circuits.ipynb #c1900053
 @torch.no_grad()
 def head_patch_grid(
     model: nn.Module,
     ids: Int[Tensor, "batch seq"],  # The texts that are read
-    other: Int[Tensor, "batch seq"],  # Those that the patches come from
+    other: Int[Tensor, "..."],  # Those that the patches come from, of the same shape
     measure: Callable[[Float[Tensor, "batch seq vocab"]], Float[Tensor, "batch"]],  # Of the logits
     *,
     part: str = "heads",  # What is patched: "heads" (what was gathered), "q", "k" or "v"
@@ -232,7 +232,7 @@ def head_patch_grid(
                     rows.append((measure(model(ids)).mean() - start) / (end - start))
     return torch.stack(rows).view(len(names), theirs[names[0]].shape[1], -1)
 
-# %% ../nbs/19_circuits.ipynb #c1900053
+# %% ../nbs/19_circuits.ipynb #c1900056
 def fold(
     weight: Float[Tensor, "rows d_model"],
     norm: nn.Module,  # The norm in front of it
@@ -288,7 +288,7 @@ def copying(
     logits = F.normalize(table, dim=1) @ value.T @ output_columns(block.attention)[number].T @ out.T
     return (logits.argmax(1) == torch.arange(len(tokens), device=logits.device)).float().mean().item()
 
-# %% ../nbs/19_circuits.ipynb #c1900056
+# %% ../nbs/19_circuits.ipynb #c1900059
 def matched_heads(
     scores: HeadScores,
     heads: Sequence[Head],
@@ -326,7 +326,7 @@ class Removal:
         scores = f"{self.score[0]:>9.2f}{self.score[1]:>10.2f}{self.size:>8.1f}"
         return f"{self.what:<16}{heads:>8}{scores}   " + " ".join(f"{rise:+7.2f}" for rise in self.rises)
 
-# %% ../nbs/19_circuits.ipynb #c1900057
+# %% ../nbs/19_circuits.ipynb #c190005a
 @dataclass(frozen=True)
 class Removals:
     "What `remove_one_head` found; `print` shows it as a table."
