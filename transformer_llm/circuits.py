@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .attention import MultiHeadAttention
 from .foundations import InputError, check_choice, check_range
 from .inspection import Which, change, record
-from .transformer import Block, LayerNorm
+from .transformer import LayerNorm
 
 # %% ../nbs/19_circuits.ipynb #c1900046
 Head = tuple[int, int]  # layer and head, both counted from 0
@@ -243,7 +243,7 @@ def fold(
 
 
 def reading_matrices(
-    block: Block,
+    block: nn.Module,  # With `attention`, and `attention_norm` in front of it
     part: str,  # "q", "k" or "v"
 ) -> Float[Tensor, "heads head_dim d_model"]:
     "For each head (of keys and values: each shared one) what it reads from the stream, norm folded."
@@ -261,8 +261,8 @@ def reading_matrices(
 
 
 def composition(
-    earlier: Block,
-    later: Block,
+    earlier: nn.Module,  # Blocks of a model
+    later: nn.Module,
     into: str = "k",  # What of the later heads reads: "q", "k" or "v"
 ) -> Float[Tensor, "heads _"]:
     "Equation (19.3): how much each later head (rows) reads of what each earlier one (columns) writes. Chance: 1/√d."
