@@ -249,7 +249,7 @@ def test_composition_is_one_over_root_d_by_chance_and_larger_for_a_made_pair():
 def test_copying_of_a_head_that_copies_and_of_one_that_does_not():
     model = tiny(d_model=64, head_dim=64, n_heads=1, n_layers=1)
     attention = model.blocks[0].attention
-    tokens = torch.arange(40)
+    tokens = torch.arange(32)[None]
     with torch.no_grad():
         attention.v_proj.weight.copy_(torch.eye(64))
         attention.o_proj.weight.copy_(torch.eye(64))

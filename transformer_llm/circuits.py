@@ -273,20 +273,22 @@ def composition(
     return both / (reads.norm(dim=(1, 2))[:, None] * ov.norm(dim=(1, 2)))
 
 
+@torch.no_grad()
 def copying(
     model: nn.Module,  # A GPT
     head: Head,
-    tokens: Int[Tensor, "tokens"],
+    ids: Int[Tensor, "batch seq"],  # Rows of different tokens
 ) -> float:
-    "The share of these tokens whose own logit is the largest among them, by what the head alone makes of each."
-    ((_, (number,)),) = check_heads_exist(attention_layers(model), [head]).items()
-    block = model.blocks[head[0]]
-    values = reading_matrices(block, "v")
-    value = values[number // (block.attention.n_heads // len(values))]
-    table = model.token_embedding.weight.detach()[tokens]
-    out = (table if model.lm_head is None else model.lm_head.weight.detach()[tokens]) * model.final_norm.weight.detach()
-    logits = F.normalize(table, dim=1) @ value.T @ output_columns(block.attention)[number].T @ out.T
-    return (logits.argmax(1) == torch.arange(len(tokens), device=logits.device)).float().mean().item()
+    "The share of places whose own token gains most, of those in its row, from what the head makes of that place alone."
+    ((name, (number,)),) = check_heads_exist(attention_layers(model), [head]).items()
+    with record(model, f"{name}.v") as seen:
+        model(ids)
+    attention, values = model.get_submodule(name), seen[f"{name}.v"]
+    value = values[:, number // (attention.n_heads // values.shape[1])]
+    table = model.token_embedding.weight if model.lm_head is None else model.lm_head.weight
+    tokens = table[ids] * getattr(model.final_norm, "weight", 1.0)
+    logits = value @ output_columns(attention)[number].T @ tokens.transpose(1, 2)
+    return (logits.argmax(2) == torch.arange(ids.shape[1], device=ids.device)).float().mean().item()
 
 # %% ../nbs/19_circuits.ipynb #c1900059
 def matched_heads(
