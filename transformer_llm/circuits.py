@@ -131,7 +131,7 @@ class HeadScores:
 # %% ../nbs/19_circuits.ipynb #c190004b
 @torch.no_grad()
 def head_scores(
-    model: nn.Module,  # Any model whose layers are MultiHeadAttention
+    model: nn.Module,  # Any model with the book's attention layers
     ids: Int[Tensor, "batch seq"],  # Rows and their copies, from `copied_ids`
 ) -> HeadScores:
     "Score all heads for two jobs, in one pass. `InputError` for other texts, and for a window shorter than a copy."
@@ -237,7 +237,7 @@ def fold(
     weight: Float[Tensor, "rows d_model"],
     norm: nn.Module,  # The norm in front of it
 ) -> Float[Tensor, "rows d_model"]:
-    "A copy of a matrix with the weights of the norm in front of it, and the centring of a LayerNorm, put in."
+    "A copy of a matrix with the weights of the norm in front of it, and the mean that a LayerNorm takes away, put in."
     folded = weight.detach() * norm.weight.detach()
     return folded - folded.mean(1, keepdim=True) if isinstance(norm, LayerNorm) else folded
 
@@ -348,7 +348,7 @@ def remove_one_head(
     controls: int = 2,  # For each of the two heads
     draws: int = 3,  # Of texts
     rows: int = 4,  # Of a draw
-    length: int = 25,  # Tokens of a copy
+    length: int = 32,  # Tokens of a copy
     reach: int = 3,  # Controls are at most this many layers away
     lowest: int = 0,  # As for `copied_ids`
     seed: int = 0,
