@@ -8,9 +8,9 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TA
            'add_split_flag', 'add_overwrite_flag', 'add_model_flags', 'add_optimizer_flags', 'add_train',
            'add_generate', 'add_chat', 'reward_task', 'add_reinforce', 'add_length_flags', 'add_base_flags',
            'add_again_flags', 'add_adapter', 'add_finetune', 'add_prefer', 'add_sampling', 'typed_sampling',
-           'add_evaluate', 'add_export', 'add_bench', 'add_data', 'add_tokenizer', 'make_parser', 'add_demo',
-           'add_play', 'add_info', 'add_class', 'human_bytes', 'human_time', 'print_rows', 'is_terminal', 'at_terminal',
-           'typed', 'note', 'check_out', 'check_no_tokens', 'command_shakespeare', 'command_patterns',
+           'add_evaluate', 'add_inspect', 'add_export', 'add_bench', 'add_data', 'add_tokenizer', 'make_parser',
+           'add_demo', 'add_play', 'add_info', 'add_class', 'human_bytes', 'human_time', 'print_rows', 'is_terminal',
+           'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens', 'command_shakespeare', 'command_patterns',
            'command_prepare', 'token_counts', 'command_tokenizer', 'run_config', 'run_folder', 'print_plan',
            'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines', 'command_train', 'train_to_the_end',
            'train_and_tell', 'where_it_stands', 'resume_command', 'print_result', 'print_losses', 'save_curve',
@@ -18,8 +18,8 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TA
            'trained_share', 'save_adapter', 'print_finetune_plan', 'command_prefer', 'prefer_to_the_end',
            'print_prefer_plan', 'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate',
            'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run', 'print_answer', 'talk',
-           'next_line', 'chat_command', 'command_evaluate', 'command_export', 'command_merge', 'how_to_talk',
-           'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row', 'config_rows',
+           'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'command_export', 'command_merge',
+           'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row', 'config_rows',
            'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
            'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
@@ -411,6 +411,21 @@ def add_evaluate(commands) -> None:
     parser.set_defaults(command=command_evaluate)
 
 
+def add_inspect(commands) -> None:
+    "Add `inspect`."
+    parser = commands.add_parser("inspect", help="write a page of what a model does with a text")
+    add = parser.add_argument
+    add("--checkpoint", type=some_path, metavar="DIR", required=True, help=HELP["checkpoint"])
+    add("--prompt", required=True, metavar="TEXT", help="the text to read")
+    add("--out", "--output", type=some_path, metavar="FILE", default="inspection.html",
+        help="the page to write (default: inspection.html)")
+    add("--names", metavar="PATTERN", help="instead of a page: print the names and shapes of what passes, such as "
+        "'blocks.*.after'")
+    add("--device", choices=DEVICES, default="cpu", help="where to compute (default: cpu)")
+    add_overwrite_flag(parser)
+    parser.set_defaults(command=command_inspect)
+
+
 def add_export(commands) -> None:
     "Add `export`."
     parser = commands.add_parser("export", help="write a model for other programs")
@@ -503,6 +518,7 @@ def make_parser() -> Parser:
     add_generate(commands)
     add_chat(commands)
     add_evaluate(commands)
+    add_inspect(commands)
     add_export(commands)
     add_play(commands)
     add_bench(commands)
@@ -1361,6 +1377,32 @@ def command_evaluate(args: argparse.Namespace) -> None:
         print(json.dumps({"name": name, "text_file": str(path), **found.to_dict()}, indent=2))
     else:
         print(found)
+
+# %% ../nbs/92_command_line.ipynb #ecbc6483
+def command_inspect(args: argparse.Namespace) -> None:
+    "Write a page of what a model does with a text, or print the names of what passes in it."
+    from transformer_llm.inspection import check_prompt, inspection_page, record
+
+    out = Path(args.out)
+    if not args.prompt:
+        raise InputError("--prompt is empty; give it some text.")
+    if args.names is None and not args.overwrite:
+        check_out(out)
+    if args.names is None and out.is_dir():
+        raise InputError(f"--out {out} is a folder; give the name of a page.")
+    model, tokenizer = load_and_tell(args.checkpoint, args.device)
+    if args.names is not None:
+        import torch
+
+        ids = torch.tensor([check_prompt(model, tokenizer, args.prompt)], device=model.device)
+        with torch.no_grad(), record(model, args.names) as seen:
+            model(ids)
+        print_rows([(name, " × ".join(map(str, value.shape))) for name, value in seen.items()])
+        return
+    page = inspection_page(model, tokenizer, args.prompt, name=Path(args.checkpoint).name).encode("utf-8")
+    with atomic_write(out) as file:
+        file.write(page)
+    print(f"{out}: {human_bytes(len(page))}; open it in a browser.")
 
 # %% ../nbs/92_command_line.ipynb #f69a73a0
 def command_export(args: argparse.Namespace) -> None:

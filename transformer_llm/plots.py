@@ -6,7 +6,8 @@
 __all__ = ['PALETTE', 'STYLES', 'Axes', 'Figure', 'QUANTITIES', 'LAYERS', 'use_style', 'new_axes', 'token_label', 'show_matrix',
            'show_attention', 'show_attention_grid', 'plot_curves', 'plot_training', 'next_token_probabilities',
            'plot_next_token', 'position_similarity', 'plot_positions', 'principal_components', 'plot_embedding',
-           'tensor_statistics', 'collect_statistics', 'plot_statistics', 'model_boxes', 'draw_model']
+           'tensor_statistics', 'collect_statistics', 'plot_statistics', 'model_boxes', 'draw_model',
+           'plot_head_scores', 'plot_patching', 'show_lens']
 
 # %% ../nbs/91_plots.ipynb #6bbe6a96
 import math
@@ -680,4 +681,77 @@ def draw_model(
         xlim=(-4.5, 6), ylim=(-0.1, end + 0.6), title=f"{total:,} numbers, {blocks / total:.0%} of them in the blocks"
     )
     ax.axis("off")
+    return ax
+
+# %% ../nbs/91_plots.ipynb #5d931ee2
+def plot_head_scores(
+    scores: Float[Tensor, "layers heads"],  # One number per head
+    *,
+    title: str = "",  # Says what to see
+    label: str = "",  # What the colour means; empty: no colour bar
+    signed: bool = False,  # Centre the colours on zero
+    marked: Iterable[tuple[int, int]] = (),  # (layer, head) of those to frame
+    limits: tuple[float, float] | None = None,  # Values at the ends of the colour scale
+    ax=None,  # Axes to draw on; new ones when None
+) -> Axes:
+    "A picture of a number for each head: layers from left to right, heads from top to bottom."
+    layers, heads = scores.shape
+    ax = new_axes(min(8.0, 2.2 + 0.24 * layers), min(6.0, 1.5 + 0.24 * heads)) if ax is None else ax
+    show_matrix(scores.T, title=title, xlabel="layer", ylabel="head", label=label, signed=signed, limits=limits, ax=ax)
+    ax.set_xticks(range(0, layers, 1 if layers <= 12 else 5))
+    ax.set_yticks(range(0, heads, 1 if heads <= 12 else 4))
+    for layer, head in marked:
+        if not (0 <= layer < layers and 0 <= head < heads):
+            raise InputError(f"There is no head {head} in layer {layer}: the scores have {layers} layers of {heads}.")
+        corners = [layer - 0.5, layer + 0.5, layer + 0.5, layer - 0.5, layer - 0.5]
+        ax.plot(corners, [head - 0.5, head - 0.5, head + 0.5, head + 0.5, head - 0.5], color="#d55e00", lw=2)
+    return ax
+
+
+def plot_patching(
+    effects: Float[Tensor, "places positions"],  # 0: nothing changed; 1: the other answer, whole
+    places: Sequence[str],  # Names of the rows, such as blocks or heads
+    tokens: Sequence[str],  # The text; names of the columns, through `token_label`
+    *,
+    title: str = "",  # Says what to see
+    label: str = "share of the difference",  # What the colour means
+    ylabel: str = "",
+    limit: float | None = 1.0,  # The value of the strongest colour; None: the largest
+    annotate: bool = False,  # Write each number into its cell
+    ax=None,  # Axes to draw on; new ones when None
+) -> Axes:
+    "A patching experiment as a picture: what was patched (rows), and where in the text (columns)."
+    if ax is None:
+        ax = new_axes(min(8.0, 2.6 + 0.55 * len(tokens)), min(8.0, 1.3 + 0.27 * len(places)), layout="constrained")
+    show_matrix(effects, places, [token_label(token) for token in tokens], title=title, ylabel=ylabel, label=label,
+                signed=True, annotate=annotate, limits=None if limit is None else (-limit, limit), ax=ax)
+    ax.set_aspect("auto")
+    ax.tick_params("x", rotation=45 if max(map(len, map(str, tokens)), default=0) > 3 else 0)
+    return ax
+
+
+def show_lens(
+    words: Sequence[Sequence[str]],  # For each depth, lowest first, and each position: the word
+    probabilities: Float[Tensor, "depths positions"],  # Of these words
+    tokens: Sequence[str] = (),  # The text, below the columns; none: no names
+    *,
+    depths: Sequence[str] | None = None,  # Names of the rows; None: their numbers
+    title: str = "",  # Says what to see
+    ax=None,  # Axes to draw on; new ones when None
+) -> Axes:
+    "What the model would say if it stopped at each depth: the last depth on top, as the stream rises."
+    rows, columns = probabilities.shape
+    names = [str(depth) for depth in range(rows)] if depths is None else [*map(str, depths)]
+    if ax is None:
+        ax = new_axes(min(8.0, 1.8 + 1.1 * columns), min(9.0, 1.1 + 0.26 * rows), layout="constrained")
+    show_matrix(probabilities, names, [token_label(token, 10) for token in tokens] if len(tokens) else None,
+                title=title, ylabel="after block", label="probability", limits=(0.0, 1.0), ax=ax)
+    ax.set_aspect("auto")
+    ax.invert_yaxis()
+    if not len(tokens):
+        ax.set_xticks([])
+    for row in range(rows):
+        for column in range(columns):
+            color = "black" if probabilities[row, column] > 0.5 else "white"
+            ax.text(column, row, token_label(words[row][column], 10), ha="center", va="center", fontsize=8, color=color)
     return ax

@@ -298,7 +298,7 @@ class Block(nn.Module):
         rotate: Rotate | None = None,  # Rotary positions
         cache: KVCache | None = None,  # This layer's keys and values of earlier tokens
     ) -> Float[Tensor, "batch seq d_model"]:
-        "Equation (4.4) for pre-norm, Xiong et al. (2020); (4.5) for post-norm, Vaswani et al. (2017); both section 3.1."
+        "Equation (4.4): pre-norm, Xiong et al. (2020), section 3.1; or (4.5): post-norm, Vaswani et al. (2017)."
         if self.placement == "pre":
             x = x + self.dropout(self.attention(self.attention_norm(x), mask, rotate=rotate, cache=cache))
         elif self.placement == "output":
