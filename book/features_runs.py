@@ -35,7 +35,8 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "data" / "features.json"
 SEEDS = (0, 1, 2)
 LAYER, WINDOW, READ, LATENTS, K = 14, 256, 60_000, 1536, 16  # of SmolLM2's 30 blocks; the tokens; the dictionary
-CARDS = 12
+CARDS = 8
+OUTLIER = 4  # rows longer than so many medians are left as they are
 
 
 def machine() -> dict:
@@ -134,6 +135,12 @@ def smollm2() -> None:
     rows, fresh = (record_rows(model, name, part, batch_size=8).view(*part.shape, -1)[:, 1:].flatten(0, 1)
                    for part in (ids, unseen))  # the first place of a window is a thing of its own
     model.blocks = all_blocks
+    limit = OUTLIER * rows.norm(dim=1).median()  # a few tokens have streams many times longer than all others
+    usual, left_out = rows.norm(dim=1) < limit, int((rows.norm(dim=1) >= limit).sum())
+    rows = rows[usual]
+    seen = fresh.norm(dim=1) < limit
+    tokens = [tokenizer.decode([i]) for i in unseen[:, 1:].flatten()[seen].tolist()]
+    fresh = fresh[seen]
     print(f"read: {time.process_time() - start:.0f} s", flush=True)
     made: dict[int, TopK] = {}
     for seed, help_dead in ((0, 32), (1, 32), (0, 0)):
@@ -142,22 +149,22 @@ def smollm2() -> None:
         generator = torch.Generator().manual_seed(1000 + seed)
         dictionary = TopK(rows.shape[1], LATENTS, K, generator=generator).start(rows, generator)
         dead = DeadFeatures(LATENTS, help=help_dead)
-        losses = train_dictionary(dictionary, rows, steps=500, learning_rate=2e-3, dead=dead, generator=generator)
+        losses = train_dictionary(dictionary, rows, steps=700, learning_rate=2e-3, dead=dead, generator=generator)
         seconds = time.process_time() - start
         if help_dead:
             made[seed] = dictionary
         with torch.no_grad():
             error = (fresh - dictionary(fresh)).square().sum() / (fresh - fresh.mean(0)).square().sum()
-        recovered = share_recovered(model, name, dictionary, unseen[:8])
+        rebuild = lambda x, made=dictionary: torch.where(x.norm(dim=-1, keepdim=True) < limit, made(x), x)
+        recovered = share_recovered(model, name, rebuild, unseen[:8])
         strengths, latents = dictionary.codes(fresh)
         often = torch.bincount(latents[strengths > 0], minlength=LATENTS)
-        result = dict(tokens=len(rows), left=error.item(), left_training=sum(losses[-50:]) / 50,
+        result = dict(tokens=len(rows), left_out=left_out, left=error.item(), left_training=sum(losses[-50:]) / 50,
                       l0=(strengths > 0).sum(1).float().mean().item(), dead=int(dead.dead.sum()),
                       never_on_unseen=int((often == 0).sum()), loss=recovered.loss, loss_mean=recovered.mean,
                       loss_rebuilt=recovered.rebuilt, share=recovered.share, seconds=seconds)
         result = {key: round(value, 5) if isinstance(value, float) else value for key, value in result.items()}
         if seed == 0 and help_dead:
-            tokens = [tokenizer.decode([i]) for i in unseen[:, 1:].flatten().tolist()]
             enough = ((often >= 20) & (often <= 0.05 * len(fresh))).nonzero()[:, 0]
             chosen = enough[torch.randperm(len(enough), generator=torch.Generator().manual_seed(0))[:CARDS]].sort()[0]
             result["cards"] = [card(feature_card(dictionary, int(i), fresh, tokens)) for i in chosen]
@@ -168,7 +175,8 @@ def smollm2() -> None:
 
 
 def card(found) -> dict:
-    short = lambda texts: [[tokens, [round(s, 2) for s in strengths]] for tokens, strengths in texts]
+    "A card as a few long lines: tokens joined by ¦, strengths by blanks."
+    short = lambda texts: [["¦".join(tokens), " ".join(f"{s:.2g}" for s in strengths)] for tokens, strengths in texts]
     return {"latent": found.latent, "share": round(found.share, 5), "loudest": short(found.loudest),
             "anywhere": short(found.anywhere)}
 
