@@ -19,6 +19,7 @@ from transformer_llm.inspection import (
     activation_names,
     attribute,
     change,
+    check_open,
     head_writes,
     inspection_page,
     lens,
@@ -283,7 +284,8 @@ def test_models_that_run_past_hooks_are_refused_by_name(what):
 
     refused(Decoder(model), f"{what.__name__} can't look into a Decoder")
     refused(PackedGPT(model), "a PackedGPT")
-    refused("smollm2", "a str")
+    with pytest.raises(InputError, match="a str"):
+        check_open("smollm2", what.__name__)
     refused(torch.compile(model), "compiled model")
     compiled = toy()
     compiled.blocks[1].compile()
@@ -486,19 +488,11 @@ SPREAD = ("attention.q", "attention.k", "attention.v", "attention.heads")  # the
 def their_model(ours: GPT, directory):
     "The same weights in TransformerLens, nothing folded."
     import transformers
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+    from transformer_lens.model_bridge import TransformerBridge
 
     ours.save_pretrained(directory)
-    c = ours.config
-    config = HookedTransformerConfig(
-        n_layers=c.n_layers, d_model=c.d_model, n_ctx=c.context_length, d_head=c.head_dim, n_heads=c.n_heads,
-        d_mlp=c.d_ff, d_vocab=c.vocab_size, act_fn="gelu_new", normalization_type="LN", eps=c.norm_eps,
-        default_prepend_bos=False, seed=0)
-    theirs = HookedTransformer(config)
-    folder = transformers.GPT2LMHeadModel.from_pretrained(directory)
-    theirs.load_state_dict(convert_gpt2_weights(folder, config), strict=False)
-    return theirs.eval()
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(directory, attn_implementation="eager").eval()
+    return TransformerBridge.boot_transformers(str(directory), hf_model=loaded).eval()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_lens") is None,
@@ -519,8 +513,8 @@ def test_values_and_changes_are_those_of_transformer_lens(tmp_path):
             if name == "attention.scores":  # theirs are masked
                 mine, their = mine.tril(), their.tril()
             assert largest_difference(mine, their) < 1e-5, (n, name)
-    for name, hook in (("blocks.1.attention.heads", "blocks.1.attn.hook_z"), ("blocks.0.between",
-                       "blocks.0.hook_resid_mid"), ("blocks.2.attention.weights", "blocks.2.attn.hook_pattern")):
+    for name, hook in (("blocks.1.attention.heads", "blocks.1.attn.hook_z"), ("blocks.0.after",
+                       "blocks.0.hook_resid_post"), ("blocks.2.attention.weights", "blocks.2.attn.hook_pattern")):
         with change(ours, name, lambda x: 0.5 * x + 0.1):
             mine = ours(IDS)
         their = theirs.run_with_hooks(IDS, fwd_hooks=[(hook, lambda x, hook: 0.5 * x + 0.1)])

@@ -449,7 +449,7 @@ def aliases(text: str) -> list[str]:
 
 def test_glossary_is_well_formed():
     terms = list(glossary())
-    problems = [] if 60 <= len(terms) <= 120 else [f"{len(terms)} terms; 60 to 120 are wanted"]
+    problems = [] if 60 <= len(terms) <= 150 else [f"{len(terms)} terms; 60 to 150 are wanted"]
     problems += [
         f"{term} is in the wrong place" for term, right in zip(terms, sorted(terms, key=str.lower)) if term != right
     ][:1]

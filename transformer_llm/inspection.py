@@ -608,7 +608,7 @@ MOST_TOKENS = 256  # of a page: the maps grow with the square of the text
 def grey_png(
     rows: Shaped[Tensor, "height width"],  # Of bytes: 0 is black, 255 is white
 ) -> bytes:
-    "A picture in shades of grey, as the specification of PNG (W3C, 2003) wants it."
+    "A picture in shades of grey, as the specification of PNG by the W3C wants it."
     height, width = rows.shape
     lines = torch.cat((torch.zeros(height, 1, dtype=torch.uint8), rows.cpu()), 1)  # each begins with its filter: none
 

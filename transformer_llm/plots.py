@@ -735,7 +735,7 @@ def show_lens(
     probabilities: Float[Tensor, "depths positions"],  # Of these words
     tokens: Sequence[str] = (),  # The text, below the columns; none: no names
     *,
-    depths: Sequence[str] | None = None,  # Names of the rows; None: their numbers
+    depths: Sequence[str | int] | None = None,  # Names of the rows; None: their numbers
     title: str = "",  # Says what to see
     ax=None,  # Axes to draw on; new ones when None
 ) -> Axes:

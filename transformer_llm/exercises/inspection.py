@@ -33,18 +33,21 @@ def _hooked(model: GPT) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def _inside(manager: object, model: GPT, ids: Tensor, fail: bool = False) -> Tensor | None:
-    "The logits while the reader's context manager is in force; None after a planned error."
+def _inside(manager: object, model: GPT, ids: Tensor, fail: bool) -> tuple[Tensor, bool]:
+    "The logits while the reader's context manager is in force, and whether a hook was there."
+    if not hasattr(manager, "__enter__"):
+        raise Wrong("This isn't a context manager: put @contextmanager above the function, and yield once.")
+    found = []
     try:
         with manager:
-            logits = model(ids)
+            found = [model(ids), _hooked(model)]
             if fail:
                 raise _Planned
-            return logits
     except _Planned:
-        return None
+        pass
     except Exception as error:
         raise Wrong(f"Within your context manager the model raised {brief(error)}") from error
+    return tuple(found)
 
 
 @exercise("18.1", "Change an output")
@@ -60,15 +63,13 @@ def check_change(answer: Callable) -> str:
         wanted = model(ids)
         hook.remove()
         for fail in (False, True):
-            logits = _inside(call(answer, model, name, function), model, ids, fail)
-            if not fail and not hasattr(answer, "__wrapped__"):
-                raise Wrong("This isn't a context manager: put @contextmanager above the function, and yield once.")
-            if not fail and torch.equal(logits, plain):
-                if not _hooked(model):
+            logits, hooked = _inside(call(answer, model, name, function), model, ids, fail)
+            if torch.equal(logits, plain):
+                if not hooked:
                     raise Unanswered("The model is as it was: register a hook before the yield.")
                 raise Wrong("Nothing has changed. A hook that returns nothing leaves the output as it is: return "
                             "function(output).")
-            if not fail and not torch.equal(logits, wanted):
+            if not torch.equal(logits, wanted):
                 raise Wrong(f"The output of {name} should give way to function(output), but the model says something "
                             "else.")
             if _hooked(model):
@@ -151,7 +152,7 @@ def check_patch(answer: object) -> str:
     "The stream before a block, at one position, from the source's run in the target's."
     generator = fresh("18.4")
     model = _small(generator)
-    for n, position in ((1, 2), (0, 3), (1, 5)):
+    for n, position in ((0, 3), (1, 2), (1, 5)):
         source, target = torch.randint(11, (2, 1, 6), generator=generator)
         source[0, position] = (target[0, position] + 1) % 11
         got = lambda take, put, at=position: _patched(model, source, target, n, at, take, put)
