@@ -256,7 +256,7 @@ def grade(
         spare=int((~near.any(0)).sum()),
     )
 
-# %% ../nbs/20_features.ipynb #82fae23e
+# %% ../nbs/20_features.ipynb #136cf14e
 @torch.no_grad()
 def record_rows(
     model: nn.Module,
@@ -285,7 +285,7 @@ class Recovered:
 
     @property
     def share(self) -> float:
-        "Equation (20.3): 1 if nothing is lost, 0 if the rebuilt layer is no better than its mean."
+        "Equation (20.2): 1 if nothing is lost, 0 if the rebuilt layer is no better than its mean."
         return (self.mean - self.rebuilt) / (self.mean - self.loss)
 
 
