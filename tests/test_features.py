@@ -210,8 +210,7 @@ def test_a_card_shows_where_a_latent_speaks(model, windows):
     (lambda model: feature_card(TopK(4, 8, 2), 1, torch.randn(5, 4), list("abcd")), "each row needs its token"),
     (lambda model: feature_card(TopK(4, 8, 2), 1, torch.zeros(5, 4), list("abcde")), "doesn't speak"),
     (lambda model: record_rows(model, "blocks.9.after", torch.zeros(1, 4, dtype=torch.int64)), "nearest"),
-    (lambda model: share_recovered(model, "blocks.1.attention.k_proj", lambda x: x, torch.zeros(2, 4, dtype=torch.int64)),
-     "nothing to recover"),
+    (lambda model: share_recovered(model, LAYER, lambda x: x, torch.zeros(2, 4, dtype=torch.int64)), "to recover"),
     (lambda model: plots.show_cards([]), "no card"),
 ])
 def test_bad_input_is_refused_in_one_sentence(model, wrong, words):

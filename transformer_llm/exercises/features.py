@@ -53,8 +53,8 @@ def check_coin(answer: object) -> str:
         answer,
         0.95,
         {
-            "That would be right if the coin were thrown for each place. It is thrown once per character, and the layer "
-            "still holds which character it is.": 0.5,
+            "That would be right if the coin were thrown for each place. It is thrown once per character, and the "
+            "layer still holds which character it is.": 0.5,
             "Learning by heart only half of them? There are 69 labels, and a probe has 64 weights and an offset.": 0.75,
             "Not quite: 69 characters are a few more than 65 numbers can always tell apart.": 1.0,
         },
