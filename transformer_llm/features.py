@@ -199,7 +199,7 @@ def train_dictionary(
         dictionary.normalise()
     return losses
 
-# %% ../nbs/20_features.ipynb #e967a793
+# %% ../nbs/20_features.ipynb #b0c1bc7d
 @dataclass(frozen=True)
 class Grade:
     "How a dictionary's directions compare with others, such as the known ones. Shares are of the known directions."
@@ -237,7 +237,7 @@ def match_pairs(
 
 def grade(
     directions: Float[Tensor, "latents d_model"],
-    known: Float[Tensor, "features d_model"],
+    known: Float[Tensor, "features width"],
     threshold: float = 0.9,
 ) -> Grade:
     "Compare a dictionary's directions with known ones, or with those of another dictionary."
@@ -310,7 +310,7 @@ def share_recovered(
                          f"model's own {found.loss:.4f}; there is nothing to recover.")
     return found
 
-# %% ../nbs/20_features.ipynb #e6451e14
+# %% ../nbs/20_features.ipynb #20802546
 @dataclass(frozen=True)
 class Probe:
     "A direction and an offset that tell rows with a label from rows without."
@@ -322,7 +322,7 @@ class Probe:
     def fit(
         cls,
         rows: Float[Tensor, "n d_model"],
-        labels: Bool[Tensor, "n"],
+        labels: Bool[Tensor, "labels"],
         *,
         penalty: float = 1e-3,  # On the squares of the weights, of rows scaled to variance 1
         steps: int = 8,  # Of Newton's method
@@ -346,14 +346,14 @@ class Probe:
         "Which rows have the label, as far as the probe can tell."
         return rows @ self.weight + self.bias > 0
 
-    def accuracy(self, rows: Float[Tensor, "n d_model"], labels: Bool[Tensor, "n"]) -> float:
+    def accuracy(self, rows: Float[Tensor, "n d_model"], labels: Bool[Tensor, "labels"]) -> float:
         "The mean of the two classes' accuracies, so that guessing scores one half."
         check_labels(rows, labels)
         right = (self.predict(rows) == labels).float()
         return ((right[labels].mean() + right[~labels].mean()) / 2).item()
 
 
-def check_labels(rows: Float[Tensor, "n d_model"], labels: Bool[Tensor, "n"]) -> None:
+def check_labels(rows: Float[Tensor, "n d_model"], labels: Bool[Tensor, "labels"]) -> None:
     "Raise `InputError` unless there is a label for each row, and both kinds occur."
     if len(rows) != len(labels):
         raise InputError(f"There are {len(rows)} rows and {len(labels)} labels; each row needs one.")
@@ -370,9 +370,9 @@ def control_labels(
     coins = torch.rand(int(types.max()) + 1, generator=generator) < 0.5
     return coins[types]
 
-# %% ../nbs/20_features.ipynb #8f11472a
+# %% ../nbs/20_features.ipynb #fd855aaf
 def difference_of_means(
-    rows: Float[Tensor, "n d_model"], labels: Bool[Tensor, "n"]
+    rows: Float[Tensor, "n d_model"], labels: Bool[Tensor, "labels"]
 ) -> Float[Tensor, "d_model"]:
     "From the mean of the rows without a label to the mean of those with it."
     check_labels(rows, labels)
