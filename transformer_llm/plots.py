@@ -7,7 +7,7 @@ __all__ = ['PALETTE', 'STYLES', 'Axes', 'Figure', 'QUANTITIES', 'LAYERS', 'use_s
            'show_attention', 'show_attention_grid', 'plot_curves', 'plot_training', 'next_token_probabilities',
            'plot_next_token', 'position_similarity', 'plot_positions', 'principal_components', 'plot_embedding',
            'tensor_statistics', 'collect_statistics', 'plot_statistics', 'model_boxes', 'draw_model',
-           'plot_head_scores', 'plot_patching', 'show_lens']
+           'plot_head_scores', 'plot_patching', 'show_lens', 'draw_snippet', 'show_cards']
 
 # %% ../nbs/91_plots.ipynb #6bbe6a96
 import math
@@ -755,3 +755,42 @@ def show_lens(
             color = "black" if probabilities[row, column] > 0.5 else "white"
             ax.text(column, row, token_label(words[row][column], 10), ha="center", va="center", fontsize=8, color=color)
     return ax
+
+# %% ../nbs/91_plots.ipynb #53738f5a
+def draw_snippet(ax: Axes, y: float, tokens: list[str], strengths: list[float], loudest: float, width: int) -> None:
+    "One line of a card: tokens shaded by strength, cut at the left so that the last `width` characters fit."
+    words = [token.replace("\n", " / ") for token in tokens]
+    while len(words) > 1 and sum(map(len, words)) > width:
+        words, strengths = words[1:], strengths[1:]
+    x = 0
+    for word, strength in zip(words, strengths):
+        shade = min(1.0, max(0.0, strength / loudest)) if loudest > 0 else 0.0
+        if shade > 0:
+            ax.barh(y, len(word), left=x, height=0.84, color=PALETTE[1], alpha=0.15 + 0.75 * shade, linewidth=0)
+        ax.text(x, y, word.replace("$", r"\$"), family="monospace", fontsize=8, va="center")
+        x += len(word)
+
+
+def show_cards(
+    cards: Sequence[object],  # `FeatureCard`s
+    *,
+    columns: int = 2,
+    width: int = 44,  # Characters per line
+) -> Figure:
+    "One panel per latent: the texts where it is loudest, a line, and texts at random where it speaks."
+    if not cards:
+        raise InputError("There is no card to show; show_cards needs at least one.")
+    rows = max(len(card.loudest) + len(card.anywhere) for card in cards) + 1
+    size = 0.075 * width * min(columns, len(cards)), 0.2 * rows + 0.4
+    figure, axes = _panels(len(cards), columns, *size, "")
+    for ax, card in zip(axes, cards):
+        loudest = max((max(strengths) for _, strengths in card.loudest), default=0.0)
+        lines = [*card.loudest, None, *card.anywhere]
+        for y, line in enumerate(lines):
+            if line is None:
+                ax.axhline(y, color=PALETTE[6], linewidth=0.8)
+            else:
+                draw_snippet(ax, y, *line, loudest, width)
+        ax.set(xlim=(0, width), ylim=(rows - 0.4, -0.6), title=f"latent {card.latent}, on {card.share:.1%} of tokens")
+        ax.axis("off")
+    return figure
