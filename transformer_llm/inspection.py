@@ -337,7 +337,9 @@ def change(
             choices = {1: ("heads", heads)} if headed else {}
             choices |= {2 if headed else 1: ("positions", positions), -1: ("units", units)}
 
-            def replace(value: Shaped[Tensor, "..."], place: str = place, choices: dict = choices) -> Shaped[Tensor, "..."]:
+            def replace(
+                value: Shaped[Tensor, "..."], place: str = place, choices: dict = choices
+            ) -> Shaped[Tensor, "..."]:
                 waiting.discard(place)
                 new = new_value(function, value, place)
                 if positions is heads is units is None:
