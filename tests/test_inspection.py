@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from browser import browser, skip_reason, watch
 from transformer_llm.cli import main
 from transformer_llm.decoding import Decoder, PackedGPT
 from transformer_llm.feedforward import silu
@@ -32,7 +33,7 @@ from transformer_llm.inspection import (
 from transformer_llm.lora import add_lora
 from transformer_llm.performance import FastTrainer, checkpoint_activations
 from transformer_llm.sprint import FIXED, SprintGPT
-from transformer_llm.tokenizer import CharTokenizer
+from transformer_llm.tokenizer import BPETokenizer, CharTokenizer
 from transformer_llm.training import TrainingConfig
 from transformer_llm.transformer import GPT, GPTConfig
 
@@ -586,7 +587,9 @@ def folders(tmp_path_factory):
     settings = TrainingConfig(max_steps=2, batch_size=2, device="cpu", eval_every=0, checkpoint_every=2)
     Trainer(lettered(context_length=16), data, settings, run_directory=home / "run", tokenizer=LETTERS,
             progress=False).train()
-    return {"run": home / "run"}
+    pieces = BPETokenizer.train("the cat sat on a mat " * 40, vocab_size=270)
+    toy("GPT-2", vocab_size=pieces.vocab_size).save_pretrained(home / "gpt2", pieces)
+    return {"run": home / "run", "gpt2": home / "gpt2"}
 
 
 def test_inspect_writes_a_page_and_refuses_in_one_sentence(folders, tmp_path, monkeypatch, capsys):
@@ -600,6 +603,9 @@ def test_inspect_writes_a_page_and_refuses_in_one_sentence(folders, tmp_path, mo
     run = folders["run"]
     code, out, err = call("--checkpoint", run, "--prompt", "a cat")
     assert code == 0 and out.startswith("inspection.html: ") and (tmp_path / "inspection.html").exists(), err
+    code, out, err = call("--checkpoint", folders["gpt2"], "--prompt", "the cat <sat>", "--output", "deep/page.html")
+    page = (tmp_path / "deep" / "page.html").read_text(encoding="utf-8")
+    assert code == 0 and "3 layers of 4 heads" in page and "&lt;sat&gt;" in page, err
     code, out, err = call("--checkpoint", run, "--prompt", "a cat", "--names", "*.attention.weights")
     assert code == 0 and "blocks.2.attention.weights" in out and "1 × 4 × 5 × 5" in out, err
     before = (tmp_path / "inspection.html").read_bytes()
@@ -617,3 +623,33 @@ def test_inspect_writes_a_page_and_refuses_in_one_sentence(folders, tmp_path, mo
     assert (tmp_path / "inspection.html").read_bytes() == before and not (tmp_path / "b.html").exists()
     code, _, _ = call("--checkpoint", run, "--prompt", "the cat", "--overwrite")
     assert code == 0 and (tmp_path / "inspection.html").read_bytes() != before
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(bool(skip_reason()), reason=skip_reason())
+def test_the_page_works_from_the_disk_in_a_browser(tmp_path):
+    text = "a cat <b> & sat"
+    ids = LETTERS.encode(text)
+    model = lettered()
+    used = torch.stack(model.attention_maps(torch.tensor([ids])))[:, 0]
+    (tmp_path / "page.html").write_text(inspection_page(model, LETTERS, text, "a toy"), encoding="utf-8")
+    with browser() as chromium:
+        for scheme in ("light", "dark"):
+            page = chromium.new_page(color_scheme=scheme)
+            notes = watch(page)
+            page.goto((tmp_path / "page.html").as_uri())
+            page.wait_for_selector("#enlarged:not([hidden])")
+            page.select_option("#layer", "2")
+            page.select_option("#head", "1")
+            rows = page.locator("#most tr").all_inner_texts()
+            assert len(rows) == len(ids)
+            for row, weights in zip(rows, used[2, 1]):
+                assert float(row.split()[-1]) == pytest.approx(weights.max().item(), abs=0.011), row
+            address = (tmp_path / "page.html").as_uri()  # all that it asked for is itself
+            assert not notes.errors and not notes.failed and notes.outside == [f"GET {address}"], notes
+            colours = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert colours == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(22, 24, 28)")
+            page.close()
+        still = chromium.new_page(java_script_enabled=False)
+        still.goto((tmp_path / "page.html").as_uri())
+        assert still.locator("#maps").is_visible() and not still.locator("#enlarged").is_visible()
