@@ -543,7 +543,7 @@ def test_the_page_holds_the_maps_that_the_model_used(kind):
     model = lettered(kind)
     ids = LETTERS.encode("a cat sat")
     page = inspection_page(model, LETTERS, "a cat sat", name="a toy")
-    drawn = (1 - picture_of(page).unflatten(0, (3, 9)).unflatten(2, (4, 9)).permute(0, 2, 1, 3)) ** 2
+    drawn = (1 - picture_of(page).unflatten(0, (4, 9)).unflatten(2, (3, 9)).permute(2, 0, 1, 3)) ** 2
     used = torch.stack(model.attention_maps(torch.tensor([ids])))[:, 0]
     assert largest_difference(drawn, used) < 1 / 255
     shares = model(torch.tensor([ids]))[0, -1].softmax(-1).topk(10).values
@@ -643,6 +643,9 @@ def test_the_page_works_from_the_disk_in_a_browser(tmp_path):
             page.select_option("#head", "1")
             rows = page.locator("#most tr").all_inner_texts()
             assert len(rows) == len(ids)
+            box = page.locator("#maps").bounding_box()
+            page.mouse.click(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.3)  # the third of three layers
+            assert [page.input_value(name) for name in ("#layer", "#head")] == ["2", "1"]
             for row, weights in zip(rows, used[2, 1]):
                 assert float(row.split()[-1]) == pytest.approx(weights.max().item(), abs=0.011), row
             address = (tmp_path / "page.html").as_uri()  # all that it asked for is itself
