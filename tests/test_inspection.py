@@ -556,7 +556,8 @@ def test_a_hostile_prompt_stays_text_and_nothing_is_fetched():
     page = inspection_page(lettered(context_length=64), LETTERS, text, name="<i>&")
     assert page.count("<script") == page.count("</script>") == 2
     assert "<b>" not in page and "<i>" not in page and "&lt;i&gt;&amp;" in page
-    assert not re.search(r"""(src|href)=["'](?!data:image/png)|https?:|//[a-z]|@import|url\(""", page)
+    without = re.sub(r"base64,[^\"]+", "", page)  # in which any letters may follow one another
+    assert not re.search(r"""(src|href)=["'](?!data:image/png)|https?:|//[a-z]|@import|url\(""", without)
     assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page
     assert re.search(r'<img [^>]*alt="Attention maps of 3 layers of 4 heads', page)
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
