@@ -8,7 +8,7 @@ __all__ = ['Head', 'copied_ids', 'copy_length', 'previous_token_scores', 'induct
            'head_patch_grid', 'fold', 'reading_matrices', 'composition', 'copying', 'matched_heads', 'Removal',
            'Removals', 'remove_one_head']
 
-# %% ../nbs/19_circuits.ipynb #c1900043
+# %% ../nbs/19_circuits.ipynb #c1900047
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .foundations import InputError, check_choice, check_range
 from .inspection import Which, change, record
 from .transformer import LayerNorm
 
-# %% ../nbs/19_circuits.ipynb #c1900046
+# %% ../nbs/19_circuits.ipynb #c190004a
 Head = tuple[int, int]  # layer and head, both counted from 0
 
 
@@ -76,7 +76,7 @@ def induction_scores(
         raise InputError(f"An induction score needs a text and its copy; {weights.shape[-1]} tokens have no half.")
     return weights.diagonal(1 - length, -2, -1)[..., 1:].mean(-1)
 
-# %% ../nbs/19_circuits.ipynb #c190004a
+# %% ../nbs/19_circuits.ipynb #c190004e
 def attention_layers(model: nn.Module) -> dict[str, MultiHeadAttention]:
     "A model's attention layers by name, from the first on; `InputError` if it has none."
     found = {name: part for name, part in model.named_modules() if isinstance(part, MultiHeadAttention)}
@@ -128,7 +128,7 @@ class HeadScores:
         "Which heads do neither job: both scores are below these."
         return (self.previous < previous) & (self.induction < induction)
 
-# %% ../nbs/19_circuits.ipynb #c190004b
+# %% ../nbs/19_circuits.ipynb #c190004f
 @torch.no_grad()
 def head_scores(
     model: nn.Module,  # Any model with the book's attention layers
@@ -150,7 +150,7 @@ def head_scores(
         torch.stack([write_sizes(layer, seen[f"{name}.heads"]) for name, layer in layers.items()]),
     )
 
-# %% ../nbs/19_circuits.ipynb #c190004f
+# %% ../nbs/19_circuits.ipynb #c1900053
 def check_heads_exist(
     layers: Mapping[str, MultiHeadAttention],  # From `attention_layers`
     heads: Sequence,  # Pairs (layer, head)
@@ -202,7 +202,7 @@ def copy_loss(
     logits = model(ids)[:, length:-1]
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, length + 1 :].flatten()).item()
 
-# %% ../nbs/19_circuits.ipynb #c1900053
+# %% ../nbs/19_circuits.ipynb #c1900057
 @torch.no_grad()
 def head_patch_grid(
     model: nn.Module,
@@ -232,7 +232,7 @@ def head_patch_grid(
                     rows.append((measure(model(ids)).mean() - start) / (end - start))
     return torch.stack(rows).view(len(names), theirs[names[0]].shape[1], -1)
 
-# %% ../nbs/19_circuits.ipynb #c1900056
+# %% ../nbs/19_circuits.ipynb #c190005a
 def fold(
     weight: Float[Tensor, "rows d_model"],
     norm: nn.Module,  # The norm in front of it
@@ -290,7 +290,7 @@ def copying(
     logits = value @ output_columns(attention)[number].T @ tokens.transpose(1, 2)
     return (logits.argmax(2) == torch.arange(ids.shape[1], device=ids.device)).float().mean().item()
 
-# %% ../nbs/19_circuits.ipynb #c1900059
+# %% ../nbs/19_circuits.ipynb #c190005d
 def matched_heads(
     scores: HeadScores,
     heads: Sequence[Head],
@@ -328,7 +328,7 @@ class Removal:
         scores = f"{self.score[0]:>9.2f}{self.score[1]:>10.2f}{self.size:>8.1f}"
         return f"{self.what:<16}{heads:>8}{scores}   " + " ".join(f"{rise:+7.2f}" for rise in self.rises)
 
-# %% ../nbs/19_circuits.ipynb #c190005a
+# %% ../nbs/19_circuits.ipynb #c190005e
 @dataclass(frozen=True)
 class Removals:
     "What `remove_one_head` found; `print` shows it as a table."
