@@ -18,11 +18,11 @@ from fnmatch import fnmatchcase
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import MultiHeadAttention, attention_scores, expand_kv, masked_softmax
+from .attention import Mask, MultiHeadAttention, attention_scores, expand_kv, masked_softmax
 from .decoding import PackedWeights
 from .feedforward import FeedForward, SwiGLU
 from .foundations import InputError, check_choice, check_range
@@ -116,7 +116,12 @@ class TappedAttend:
         "The value, after those who change it and those who read it."
         return self.places[kind].visit(value) if kind in self.places else value
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def __call__(
+        self,
+        q: Float[Tensor, "batch heads queries head_dim"],
+        k: Float[Tensor, "batch kv_heads keys head_dim"], v: Float[Tensor, "batch kv_heads keys head_dim"],
+        mask: Mask | None, causal: bool,
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
         "What each head gathers, as `MultiHeadAttention.attend`."
         q, k, v = self.visit("q", q), self.visit("k", k), self.visit("v", v)
         if not {"scores", "weights"} & self.places.keys():
@@ -261,7 +266,7 @@ def record(
     recording = Recording([*spots])
     with ExitStack() as stack:
         for name, spot in spots.items():
-            def read(value, name=name):
+            def read(value: Shaped[Tensor, "..."], name: str = name) -> None:
                 recording.values_by_name[name] = value if graph else value.detach().clone()
             stack.enter_context(in_force(spot, "readers", read))
         yield recording
@@ -292,7 +297,7 @@ def selected(
     return mask
 
 
-def new_value(function: Change, value: Tensor, name: str) -> Tensor:
+def new_value(function: Change, value: Shaped[Tensor, "..."], name: str) -> Shaped[Tensor, "..."]:
     "What a change puts in the place of a value; `InputError` for anything that doesn't fit there."
     if isinstance(function, Mapping):
         function = function[name]
@@ -332,7 +337,9 @@ def change(
             choices = {1: ("heads", heads)} if headed else {}
             choices |= {2 if headed else 1: ("positions", positions), -1: ("units", units)}
 
-            def replace(value, place=place, choices=choices):
+            def replace(
+                value: Shaped[Tensor, "..."], place: str = place, choices: dict = choices
+            ) -> Shaped[Tensor, "..."]:
                 waiting.discard(place)
                 new = new_value(function, value, place)
                 if positions is heads is units is None:
@@ -347,7 +354,7 @@ def change(
 # %% ../nbs/18_inspection.ipynb #b18c0016
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from .transformer import GPT, LayerNorm
 
