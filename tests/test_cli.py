@@ -100,8 +100,8 @@ def somewhere_else(tmp_path, monkeypatch):
 # --- the command itself -------------------------------------------------------------------------------------------
 
 COMMANDS = ["", "demo", "data", "data shakespeare", "data patterns", "data prepare", "tokenizer", "tokenizer train",
-            "train", "finetune", "adapter merge", "generate", "chat", "evaluate", "export", "shakespeare", "bench",
-            "info"]
+            "train", "finetune", "adapter merge", "generate", "chat", "evaluate", "inspect", "export", "shakespeare",
+            "bench", "info"]
 COMMANDS = [command.split() for command in COMMANDS]
 
 

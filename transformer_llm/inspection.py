@@ -630,9 +630,9 @@ def grey_png(
 def maps_picture(
     maps: Float[Tensor, "layers heads queries keys"],
 ) -> Shaped[Tensor, "height width"]:
-    "All attention maps side by side as bytes: layers downwards, heads to the right, darker for more."
+    "All attention maps side by side as bytes: layers to the right, heads downwards, darker for more."
     grey = 255 - (maps.clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
-    return grey.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    return grey.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
 
 
 def shown_token(text: str) -> str:
@@ -710,7 +710,7 @@ th, td { padding: .1rem .5rem; white-space: nowrap; font-weight: normal; text-al
 thead th { position: sticky; top: 0; background: var(--ground); }
 td[style] { background: rgba(var(--accent), calc(var(--p) * .6)); }
 img, canvas { image-rendering: pixelated; border: 1px solid #888; background: #fff; }
-img { width: 100%; max-width: 60rem; height: auto; cursor: crosshair; } canvas { width: 22rem; max-width: 100%; }
+img { width: 100%; height: auto; cursor: crosshair; } canvas { width: 22rem; max-width: 100%; }
 .one { display: flex; flex-wrap: wrap; gap: 1.5rem; } output { display: block; min-height: 3rem; }
 </style>
 </head>
@@ -723,7 +723,7 @@ $following
 <h2>The lens</h2>
 <div class="wide" tabindex="0" role="region" aria-label="The lens">$lens</div>
 <h2>Who looks at whom</h2>
-<p>Each small square is a head: layers from top to bottom, heads from left to right. In a square, a row is the token
+<p>Each small square is a head: layers from left to right, heads from top to bottom. In a square, a row is the token
 that looks, a column the token looked at; darker is more, on a dark ground lighter.</p>
 <img id="maps" alt="$alt" src="data:image/png;base64,$picture">
 <noscript><p>With a script, this page would also enlarge a head.</p></noscript>
@@ -748,7 +748,7 @@ const all = document.createElement("canvas");
 let weights = null;
 function fill(select, n) { for (let i = 0; i < n; i++) select.add(new Option(i, i)); }
 function show() {
-  const x = head.value * T, y = layer.value * T, one = canvas.getContext("2d");
+  const x = layer.value * T, y = head.value * T, one = canvas.getContext("2d");
   const pixels = all.getContext("2d", {willReadFrequently: true}).getImageData(x, y, T, T);
   canvas.width = canvas.height = T;
   one.putImageData(pixels, 0, 0);
@@ -773,8 +773,8 @@ function begin() {
   picture.onclick = event => {
     const box = picture.getBoundingClientRect();
     const cell = (value, size, n) => Math.max(0, Math.min(n - 1, Math.floor(value / size * n)));
-    layer.value = cell(event.clientY - box.top, box.height, data.layers);
-    head.value = cell(event.clientX - box.left, box.width, data.heads);
+    layer.value = cell(event.clientX - box.left, box.width, data.layers);
+    head.value = cell(event.clientY - box.top, box.height, data.heads);
     show();
   };
   canvas.onmousemove = event => {
