@@ -6,7 +6,7 @@ PART is one of recipe, size, width, rare, smollm2. Each result is written as soo
 already is not made again (delete it from the file to begin anew). The first four train dictionaries on the chapter's
 toy, about a quarter of a minute of one core each. `smollm2` reads 60,000 tokens of the plays up to the middle of
 SmolLM2 and trains three dictionaries on what it finds: two seeds, and the first seed again without help for dead
-latents; about ten minutes of one core. Seconds are of the processor.
+latents; less than ten minutes of one core. Seconds are of the processor.
 """
 import itertools
 import os

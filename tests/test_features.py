@@ -1,5 +1,7 @@
 """Chapter 20: dictionaries, their grading, probes and steering; proofs on small cases, and sentences for bad input."""
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,3 +224,13 @@ def test_bad_input_is_refused_in_one_sentence(model, wrong, words):
 def test_a_vector_of_the_wrong_length_is_refused(model, windows):
     with pytest.raises(InputError, match="16 numbers"), steer(model, LAYER, torch.zeros(15)):
         model(windows)
+
+
+def test_the_stored_runs_have_three_seeds_and_find_nine_of_ten():
+    stored = json.loads((Path(__file__).parents[1] / "data" / "features.json").read_text(encoding="utf-8"))
+    whole = [run for run in stored["recipe"] if not run["without"]]
+    assert [run["seed"] for run in whole] == [0, 1, 2] and all(run["matched"] >= 0.9 for run in whole)
+    assert all(run["seconds"] < 120 for run in whole)
+    for card in stored["smollm2"][0]["cards"]:
+        for tokens, strengths in card["loudest"] + card["anywhere"]:
+            assert len(tokens.split("¦")) == len(strengths.split())
