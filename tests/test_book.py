@@ -419,6 +419,15 @@ def test_a_notebook_that_is_not_there_is_refused(small, name):
         notebook_tool.find(name, small)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_page_leaves_gradients_as_it_found_them(path):
+    "`nbdev_test` runs the next page in the same process, which then could not train."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    switches = re.findall(r"^torch\.set_grad_enabled\((True|False)\)", code, re.M)
+    assert switches[-1:] in ([], ["True"]), switches
+
+
 def test_the_checks_say_what_they_do_not_cover(monkeypatch, capsys):
     monkeypatch.setattr(check, "CHECKS", [])
     assert check.main() == 0
