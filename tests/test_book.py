@@ -474,6 +474,15 @@ def test_a_notebook_that_runs_for_ever_is_ended_and_named(monkeypatch, tmp_path,
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a script with its interpreter in its first line")
+def test_the_longest_files_exist_and_the_seconds_are_added_up():
+    assert all((ROOT / "tests" / name).exists() for name in run.LONGEST)
+    cases = [("tests.test_a", "1.5"), ("tests.test_b", "2.0"), ("tests.test_a", "1.0")]
+    suite = run.ElementTree.Element("testsuite")
+    for name, seconds in cases:
+        run.ElementTree.SubElement(suite, "testcase", classname=name, time=seconds)
+    assert run.seconds_by_file(suite) == [("test_a", 2.5), ("test_b", 2.0)]
+
+
 def test_failing_notebooks_are_named(monkeypatch, tmp_path):
     script = "print('Starting nbs/a.ipynbStarting nbs/b.ipynb\\n')\n"
     script += "print('- Completed nbs/b.ipynb\\n- Completed nbs/a.ipynb')\n"
