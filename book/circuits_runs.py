@@ -8,18 +8,13 @@ core, for less than two minutes; other processes may run beside them.
 """
 import ast
 import json
-import os
-import platform
 import sys
 import time
-from pathlib import Path
 
 import torch
+from stored import ROOT, Stored
 
-from transformer_llm.foundations import read_json, write_json
-
-ROOT = Path(__file__).parents[1]
-FILE = ROOT / "data" / "circuits.json"
+RUNS = Stored("circuits.json")
 SEEDS = {"growth": (2,), "one_layer": (1, 2), "addition": (1, 2)}
 
 
@@ -47,16 +42,8 @@ def is_definition(node: ast.stmt) -> bool:
     return isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
 
 
-def load() -> dict:
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-               "torch": torch.__version__, "python": platform.python_version()}
-    return read_json(FILE) if FILE.exists() else {"machine": machine}
-
-
 def keep(part: str, seed: int, run: object) -> None:
-    found = load()
-    found.setdefault(part, {})[str(seed)] = run
-    write_json(FILE, found)
+    RUNS.set(part, RUNS.load().get(part, {}) | {str(seed): run})
     print(part, seed, flush=True)
 
 
@@ -86,6 +73,6 @@ if __name__ == "__main__":
         if part not in makers:
             sys.exit(f"There is no part {part}; choose from {', '.join(makers)}.")
         for seed in SEEDS[part]:
-            if str(seed) not in load().get(part, {}):
+            if str(seed) not in RUNS.load().get(part, {}):
                 keep(part, seed, makers[part](seed))
     print(f"{time.process_time() - start:.0f} s of processor time")

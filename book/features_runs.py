@@ -9,13 +9,11 @@ SmolLM2 and trains three dictionaries on what it finds: two seeds, and the first
 latents; less than ten minutes of one core. Seconds are of the processor.
 """
 import itertools
-import os
-import platform
 import sys
 import time
-from pathlib import Path
 
 import torch
+from stored import Stored
 
 from transformer_llm.dataset import load_shakespeare, read_text
 from transformer_llm.features import (
@@ -28,35 +26,13 @@ from transformer_llm.features import (
     share_recovered,
     train_dictionary,
 )
-from transformer_llm.foundations import read_json, write_json
 from transformer_llm.pretrained import load_pretrained, load_pretrained_tokenizer
 
-ROOT = Path(__file__).parents[1]
-FILE = ROOT / "data" / "features.json"
+RUNS = Stored("features.json")
 SEEDS = (0, 1, 2)
 LAYER, WINDOW, READ, LATENTS, K = 14, 256, 60_000, 1536, 16  # of SmolLM2's 30 blocks; the tokens; the dictionary
 CARDS = 8
 OUTLIER = 4  # rows longer than so many medians are left as they are
-
-
-def machine() -> dict:
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "torch": torch.__version__, "python": platform.python_version()}
-
-
-def load() -> dict:
-    return read_json(FILE) if FILE.exists() else {"machine": machine()}
-
-
-def keep(part: str, run: dict) -> None:
-    found = load()
-    found.setdefault(part, []).append(run)
-    write_json(FILE, found)
-    print(part, {name: value for name, value in run.items() if name != "cards"}, flush=True)
-
-
-def has(part: str, wanted: dict) -> bool:
-    return any(wanted.items() <= run.items() for run in load().get(part, []))
 
 
 class Free(TopK):
@@ -97,31 +73,31 @@ def recipe() -> None:
         SEEDS, ("", "unit length", "shared start", "start from data", "help")
     ):
         wanted = dict(without=without, seed=seed)
-        if not has("recipe", wanted):
-            keep("recipe", wanted | toy_run(Toy(seed=seed), without=without))
+        if not RUNS.has("recipe", wanted):
+            RUNS.keep("recipe", wanted | toy_run(Toy(seed=seed), without=without))
 
 
 def size() -> None:
     "Other numbers of latents, and other k; 768 and 8 are in `recipe`."
     for seed, (n_latents, k) in itertools.product(SEEDS, ((512, 8), (1536, 8), (768, 4), (768, 16))):
         wanted = dict(n_latents=n_latents, k=k, seed=seed)
-        if not has("size", wanted):
-            keep("size", wanted | toy_run(Toy(seed=seed), n_latents, k))
+        if not RUNS.has("size", wanted):
+            RUNS.keep("size", wanted | toy_run(Toy(seed=seed), n_latents, k))
 
 
 def width() -> None:
     "512 features in fewer and in more numbers."
     for seed, numbers in itertools.product(SEEDS, (24, 32, 64)):
         wanted = dict(width=numbers, seed=seed)
-        if not has("width", wanted):
-            keep("width", wanted | toy_run(Toy(width=numbers, seed=seed)))
+        if not RUNS.has("width", wanted):
+            RUNS.keep("width", wanted | toy_run(Toy(width=numbers, seed=seed)))
 
 
 def rare() -> None:
     "Features of which the last occurs 512 times less often than the first."
     for seed in SEEDS:
-        if not has("rare", dict(seed=seed)):
-            keep("rare", dict(seed=seed) | toy_run(Toy(decay=1.0, seed=seed)))
+        if not RUNS.has("rare", dict(seed=seed)):
+            RUNS.keep("rare", dict(seed=seed) | toy_run(Toy(decay=1.0, seed=seed)))
 
 
 def smollm2() -> None:
@@ -168,10 +144,10 @@ def smollm2() -> None:
             enough = ((often >= 20) & (often <= 0.05 * len(fresh))).nonzero()[:, 0]
             chosen = enough[torch.randperm(len(enough), generator=torch.Generator().manual_seed(0))[:CARDS]].sort()[0]
             result["cards"] = [card(feature_card(dictionary, int(i), fresh, tokens)) for i in chosen]
-        keep("smollm2", wanted | result)
+        RUNS.keep("smollm2", wanted | result, unprinted=("cards",))
     pair = grade(made[1].decoder, made[0].decoder)
     chance = grade(torch.randn(LATENTS, rows.shape[1], generator=torch.Generator().manual_seed(5)), made[0].decoder)
-    keep("smollm2_pair", {name: round(value, 5) for name, value in vars(pair).items()} | {"chance": chance.cosine})
+    RUNS.keep("smollm2_pair", {name: round(value, 5) for name, value in vars(pair).items()} | {"chance": chance.cosine})
 
 
 def card(found) -> dict:

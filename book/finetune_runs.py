@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from stored import ROOT, Stored
 
 from transformer_llm.checkpoints import load_model
 from transformer_llm.dataset import load_shakespeare, read_text
@@ -45,14 +46,12 @@ from transformer_llm.finetuning import (
     target_logits,
     without_copies,
 )
-from transformer_llm.foundations import read_json, write_json
 from transformer_llm.pretrained import load_pretrained
 from transformer_llm.runs import holds_run
 from transformer_llm.training import TrainingConfig, make_optimizers, schedule_factor, set_learning_rate
 from transformer_llm.transformer import GPT, GPTConfig
 
-ROOT = Path(__file__).parents[1]
-FILE = ROOT / "data" / "finetuning.json"
+RUNS = Stored("finetuning.json")
 SEEDS = (0, 1, 2)
 RATES, STEPS, TIMES = (1e-4, 1e-3), (100, 300), (1, 4)
 RATES_OF_STUDENTS, STEPS_OF_STUDENTS = (1e-3, 3e-3), 150
@@ -73,21 +72,6 @@ def lesson_functions() -> dict:
                 if isinstance(node, ast.FunctionDef) and node.name in LESSON:
                     exec(compile(ast.Module([node], []), "lesson", "exec"), names)
     return names
-
-
-def load() -> dict:
-    return read_json(FILE) if FILE.exists() else {}
-
-
-def keep(part: str, run: dict) -> None:
-    found = load()
-    found.setdefault(part, []).append(run)
-    write_json(FILE, found)
-    print(part, run, flush=True)
-
-
-def has(part: str, **wanted) -> bool:
-    return any(all(run[name] == value for name, value in wanted.items()) for run in load().get(part, []))
 
 
 class Readers:
@@ -123,7 +107,7 @@ def whom(readers: Readers) -> None:
     for seed in SEEDS:
         for frozen in (False, True):
             for mixed in (False, True):
-                if has("whom", seed=seed, frozen=frozen, mixed=mixed):
+                if RUNS.has("whom", dict(seed=seed, frozen=frozen, mixed=mixed)):
                     continue
                 one = readers(seed)
                 people = one["people"]
@@ -131,7 +115,7 @@ def whom(readers: Readers) -> None:
                 more = old_windows(one["text"], len(one["examples"]), seed=seed) if mixed else []
                 steps = (2 if mixed else 1) * readers.steps
                 model = tune(one["base"], one["examples"] + more, steps=steps, seed=seed, still=still)
-                keep("whom", {"seed": seed, "frozen": frozen, "mixed": mixed, **readers.judge(model, one)})
+                RUNS.keep("whom", {"seed": seed, "frozen": frozen, "mixed": mixed, **readers.judge(model, one)})
 
 
 def grid(readers: Readers) -> None:
@@ -139,11 +123,11 @@ def grid(readers: Readers) -> None:
     for seed in SEEDS:
         for rate in RATES:
             for steps in STEPS:
-                if has("grid", seed=seed, rate=rate, steps=steps):
+                if RUNS.has("grid", dict(seed=seed, rate=rate, steps=steps)):
                     continue
                 one = readers(seed)
                 model = readers.lesson["tune"](one["base"], one["examples"], steps=steps, rate=rate, seed=seed)
-                keep("grid", {"seed": seed, "rate": rate, "steps": steps, **readers.judge(model, one)})
+                RUNS.keep("grid", {"seed": seed, "rate": rate, "steps": steps, **readers.judge(model, one)})
 
 
 def facts(readers: Readers) -> None:
@@ -154,7 +138,7 @@ def facts(readers: Readers) -> None:
     """
     for seed in SEEDS:
         for times in TIMES:
-            if has("facts", seed=seed, times=times):
+            if RUNS.has("facts", dict(seed=seed, times=times)):
                 continue
             one, lesson = readers(seed), readers.lesson
             people, strangers = one["people"], one["people"].strangers
@@ -162,7 +146,7 @@ def facts(readers: Readers) -> None:
             more = [lesson["conversation"](people, name, kind) for name in strangers for kind in FACTS]
             steps = round(2 * readers.steps * (1 + times * len(more) / len(others)))
             model = lesson["tune"](one["base"], others + times * more, steps=steps, seed=seed)
-            keep("facts", {
+            RUNS.keep("facts", {
                 "seed": seed,
                 "times": times,
                 "readings": round(16 * steps / (len(others) + times * len(more))) * times,
@@ -175,7 +159,7 @@ def facts(readers: Readers) -> None:
 
 def smollm2(steps: int | None = None) -> None:
     "SmolLM2 on 1,000 made-up tasks: loss, exact answers and bits per byte before and after."
-    if "smollm2" in load() and steps is None:
+    if "smollm2" in RUNS.load() and steps is None:
         return
     out = ROOT / "runs" / ("finetune-smollm2" if steps is None else "finetune-smollm2-short")
     training = {"batch_size": 2} | ({} if steps is None else {"max_steps": steps, "eval_every": 0})
@@ -207,7 +191,7 @@ def smollm2(steps: int | None = None) -> None:
     result |= {name: [one[place] for one in found] for place, name in enumerate(("loss", "exact", "bits"))}
     print(result)
     if steps is None:
-        write_json(FILE, load() | {"smollm2": result})
+        RUNS.set("smollm2", result)
 
 
 class Lesson:
@@ -247,7 +231,7 @@ class Lesson:
 
 def better_rate(way: str) -> float:
     "The rate that the first seed's students of this kind learned better with."
-    tried = [run for run in load()["distill"] if run["way"] == way and run["seed"] == SEEDS[0]]
+    tried = [run for run in RUNS.load()["distill"] if run["way"] == way and run["seed"] == SEEDS[0]]
     return min(tried, key=lambda run: run["loss"])["rate"]
 
 
@@ -258,7 +242,7 @@ def distill(steps: int | None = None) -> None:
     for seed in SEEDS if steps is None else SEEDS[:1]:
         for way in ("tokens", "forward", "reverse"):
             for rate in RATES_OF_STUDENTS if seed == SEEDS[0] else [better_rate(way)]:
-                if steps is None and has("distill", seed=seed, way=way, rate=rate):
+                if steps is None and RUNS.has("distill", dict(seed=seed, way=way, rate=rate)):
                     continue
                 student, draw = lesson.student(seed), torch.Generator().manual_seed(seed)
                 optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.0)
@@ -269,10 +253,10 @@ def distill(steps: int | None = None) -> None:
                     loss.backward()
                     optimizer.step()
                 found = {"seed": seed, "way": way, "rate": rate, **lesson.judge(student)}
-                print(found, flush=True) if steps else keep("distill", found)
-    if steps is None and not has("distill_teacher"):
+                print(found, flush=True) if steps else RUNS.keep("distill", found)
+    if steps is None and not RUNS.has("distill_teacher", {}):
         sizes = {"parameters": lesson.teacher.num_parameters(), "student_parameters": student.num_parameters()}
-        keep("distill_teacher", sizes | lesson.judge(lesson.teacher))
+        RUNS.keep("distill_teacher", sizes | lesson.judge(lesson.teacher))
 
 
 if __name__ == "__main__":

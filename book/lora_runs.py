@@ -16,15 +16,13 @@ import ast
 import contextlib
 import itertools
 import json
-import os
-import platform
 import resource
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
+from stored import ROOT, Stored
 
 from transformer_llm.dataset import load_shakespeare, read_text
 from transformer_llm.evaluation import score_text
@@ -39,13 +37,12 @@ from transformer_llm.finetuning import (
     start_finetuning,
     without_copies,
 )
-from transformer_llm.foundations import read_json, write_json
+from transformer_llm.foundations import write_json
 from transformer_llm.lora import add_lora, lora_training_memory, quantise_base, save_lora, with_adapters
 from transformer_llm.runs import holds_run
 from transformer_llm.transformer import GPT
 
-ROOT = Path(__file__).parents[1]
-FILE = ROOT / "data" / "lora.json"
+RUNS = Stored("lora.json")
 RANK, RATE = 8, 2e-4  # of SmolLM2's adapters
 SEEDS, TASKS = (0, 1, 2), ("shouted", "cipher")
 RATES = {1: (3e-3, 1e-2, 3e-2, 1e-1), 4: (3e-3, 1e-2, 3e-2, 1e-1), 16: (3e-3, 1e-2, 3e-2, 1e-1),
@@ -53,11 +50,6 @@ RATES = {1: (3e-3, 1e-2, 3e-2, 1e-1), 4: (3e-3, 1e-2, 3e-2, 1e-1), 16: (3e-3, 1e
 PLACES = {"blocks.*.attention.*": 8, "blocks.*.feedforward.*": 6}  # pattern: rank
 PLACE_RATES = (1e-2, 3e-2, 1e-1)
 LESSON = {"F", "mean", "tokens", "base", "LoRA", "train_all", "end", "match", "end_at"}
-
-
-def machine() -> dict:
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "torch": torch.__version__, "python": platform.python_version()}
 
 
 def defined(source: str) -> set[str]:
@@ -85,32 +77,21 @@ def lesson() -> dict:
     return names
 
 
-def keep(part: str, run: dict) -> None:
-    found = load()
-    found.setdefault(part, []).append(run)
-    write_json(FILE, found)
-    print(part, run, flush=True)
-
-
-def has(part: str, wanted: dict) -> bool:
-    return any(wanted.items() <= run.items() for run in load().get(part, []))
-
-
 def ranks(names: dict) -> None:
     "Ranks and all weights, each at four rates."
     for task, rank, seed in itertools.product(TASKS, RATES, SEEDS):
         for rate in RATES[rank]:
             wanted = dict(task=task, rank=rank, rate=rate, seed=seed)
-            if not has("ranks", wanted):
-                keep("ranks", wanted | {"loss": round(names["end"](**wanted), 5)})
+            if not RUNS.has("ranks", wanted):
+                RUNS.keep("ranks", wanted | {"loss": round(names["end"](**wanted), 5)})
 
 
 def places(names: dict) -> None:
     "Adapters beside the matrices of attention or of the feed-forward layers, nearly as many numbers."
     for task, (pattern, rank), rate, seed in itertools.product(TASKS, PLACES.items(), PLACE_RATES, SEEDS):
         wanted = dict(task=task, pattern=pattern, rank=rank, rate=rate, seed=seed)
-        if not has("places", wanted):
-            keep("places", wanted | {"loss": round(names["end_at"](**wanted), 5)})
+        if not RUNS.has("places", wanted):
+            RUNS.keep("places", wanted | {"loss": round(names["end_at"](**wanted), 5)})
 
 
 def prepare(model: GPT, eight_bits: bool) -> GPT:
@@ -118,13 +99,9 @@ def prepare(model: GPT, eight_bits: bool) -> GPT:
     return add_lora(quantise_base(model) if eight_bits else model, RANK, generator=0)
 
 
-def load() -> dict:
-    return read_json(FILE) if FILE.exists() else {"machine": machine()}
-
-
 def run(name: str, steps: int | None = None) -> None:
     "One run: loss, exact answers and bits per byte of plain text at its end; minutes, memory, and the adapter's bytes."
-    if name in load() and steps is None:
+    if name in RUNS.load() and steps is None:
         return
     folder = "lora-smollm2" + ("" if name == "lora" else f"-{name}") + ("" if steps is None else "-short")
     out = ROOT / "runs" / folder
@@ -162,7 +139,7 @@ def run(name: str, steps: int | None = None) -> None:
     }
     print(name, result)
     if steps is None:
-        write_json(FILE, load() | {name: result})
+        RUNS.set(name, result)
 
 
 if __name__ == "__main__":
@@ -173,7 +150,7 @@ if __name__ == "__main__":
         if part in ("ranks", "places"):
             torch.set_num_threads(1)
             if not small:
-                write_json(FILE, load())  # the lesson reads it
+                write_json(RUNS.path, RUNS.load())  # the lesson reads it
                 small = lesson()
             {"ranks": ranks, "places": places}[part](small)
         elif part in ("lora", "eight_bits"):

@@ -12,13 +12,12 @@ about two minutes of processor time, all of them together about an hour.
 """
 import argparse
 import fcntl
-import os
-import platform
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from stored import ROOT, machine
 
 from transformer_llm.foundations import check_choice, read_json, write_json
 from transformer_llm.reinforcement import (
@@ -39,7 +38,6 @@ from transformer_llm.reinforcement import (
 from transformer_llm.training import TrainingConfig, TrainingError
 from transformer_llm.transformer import GPT
 
-ROOT = Path(__file__).parents[1]
 FILE, TRIAL = ROOT / "data" / "rewards.json", ROOT / "runs" / "rewards-trial.json"
 THREADS = 2
 SEEDS = 5  # of the main run and the control
@@ -94,15 +92,6 @@ class Runs:
         copy = GPT(model.config)
         copy.load_state_dict(model.state_dict())
         return copy, seconds
-
-
-def machine() -> dict:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def rounded(value):

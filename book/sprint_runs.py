@@ -11,13 +11,13 @@ takes about half an hour of one core. `ladder` and `again` are the history of th
 """
 import math
 import os
-import platform
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
+from stored import ROOT, machine
 
 from transformer_llm.dataset import load_shakespeare
 from transformer_llm.foundations import read_json, write_json
@@ -36,7 +36,6 @@ from transformer_llm.sprint import (
 from transformer_llm.training import Muon, Trainer, TrainingConfig, TrainingError, clip_gradients
 from transformer_llm.transformer import GPT, GPTConfig
 
-ROOT = Path(__file__).parents[1]
 FILE = ROOT / "data" / "sprint.json"
 THREADS = 2
 SEEDS = {name: 3 for name in RECIPES} | {"five-minutes": 1, "minute": 1, "minute-plain": 1}
@@ -97,20 +96,10 @@ LEFT_OUT = [
 
 
 def load() -> dict:
-    return (
-        read_json(FILE)
-        if FILE.exists()
-        else {"machine": machine(), "final": [], "ladder": [], "leave_out": [], "without_table": [], "counts": []}
-    )
-
-
-def machine() -> dict:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": THREADS,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    if FILE.exists():
+        return read_json(FILE)
+    parts = ("final", "ladder", "leave_out", "without_table", "counts")
+    return {"machine": machine() | {"threads": THREADS}} | {part: [] for part in parts}
 
 
 def keep(part: str, result: dict) -> None:
