@@ -134,11 +134,12 @@
     if (Boolean(values.attention_bias) !== Boolean(values.mlp_bias)) {
       Live.refuse("config.json sets only one of attention_bias and mlp_bias, but this page has both or neither.");
     }
+    if (family === "mistral" && values.sliding_window === undefined) Live.refuse("config.json lacks sliding_window.");
     const windowed = family === "mistral" || values.use_sliding_window;
     const rope_base = rope.rope_theta ?? values.rope_theta ?? 10000;
     return taken(values, FIELDS, {
       norm_eps: family === "olmo2" ? 1e-5 : 1e-6, bias: Boolean(values.mlp_bias), ...FAMILIES[family][1], rope_base,
-      rope_scaling: ropeScaling(rope, values), window: windowed ? values.sliding_window ?? null : null,
+      rope_scaling: ropeScaling(rope, values), window: windowed && "sliding_window" in values ? values.sliding_window : null,
       tied_embeddings: values.tie_word_embeddings ?? false,
     });
   }

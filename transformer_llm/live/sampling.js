@@ -20,6 +20,8 @@
     return s;
   }
 
+  const single = Math.fround; // settings are rounded to float32, as the package's tensors are
+
   // ---- Filters: each gets logits and returns them with minus infinity where a token is removed ---------------------------
 
   const keepFrom = (logits, threshold) => logits.map(x => x < threshold ? -Infinity : x);
@@ -28,7 +30,7 @@
 
   // Divide positive logits of tokens that have occurred by the penalty, and multiply negative ones by it.
   function penaliseSeen(logits, seen, penalty) {
-    return logits.map((x, token) => !seen.has(token) ? x : x > 0 ? x / penalty : x * penalty);
+    return logits.map((x, token) => !seen.has(token) ? x : x > 0 ? x / single(penalty) : x * single(penalty));
   }
 
   const topK = (logits, k) => k >= logits.length ? logits : keepFrom(logits, sorted(logits)[k - 1]);
@@ -38,11 +40,11 @@
     if (p === 1) return logits;
     const ordered = sorted(logits), probabilities = Live.softmax(ordered);
     let before = 0, kept = 1; // the most probable token stays whatever p is
-    while (kept < ordered.length && Math.fround(before += probabilities[kept - 1]) < p) kept++;
+    while (kept < ordered.length && single(before += probabilities[kept - 1]) < single(p)) kept++;
     return keepFrom(logits, ordered[kept - 1]);
   }
 
-  const minP = (logits, p) => p === 0 ? logits : keepFrom(logits, Math.fround(largest(logits) + Math.log(p)));
+  const minP = (logits, p) => p === 0 ? logits : keepFrom(logits, single(largest(logits) + single(Math.log(p))));
 
   // The logits after each filter that is on, by its name: repetition penalty, temperature, top-k, top-p, min-p.
   function filterSteps(logits, settings, seen = null) {
@@ -50,7 +52,7 @@
     const then = (name, on, filter) => { if (on) steps.push({ name, logits: filter(steps.at(-1).logits) }) };
     then("repetition_penalty", seen && s.repetition_penalty !== 1, x => penaliseSeen(x, seen, s.repetition_penalty));
     if (s.temperature === 0) return steps; // the most probable token is taken: only the penalty counts
-    then("temperature", s.temperature !== 1, x => x.map(logit => logit / s.temperature));
+    then("temperature", s.temperature !== 1, x => x.map(logit => logit / single(s.temperature)));
     then("top_k", s.top_k !== null, x => topK(x, s.top_k));
     then("top_p", s.top_p !== null, x => topP(x, s.top_p));
     then("min_p", s.min_p !== null, x => minP(x, s.min_p));
