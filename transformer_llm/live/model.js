@@ -127,7 +127,7 @@
     matrix("feedforward.down", c.d_model, c.d_ff, c.bias);
   }
 
-  // ---- Two products, in which nearly all of the time goes --------------------------------------------------------------
+  // ---- Products, in which nearly all of the time goes --------------------------------------------------------------
 
   const kernels = {
     // y[r, o] = sum over i of x[r, i] w[o, i]: every row of x against every row of w.
@@ -170,6 +170,68 @@
     },
   };
 
+  // `dots` for one row of x in WebAssembly, eight numbers at a time: y and x begin at these bytes of the memory, w too;
+  // y ends before `yEnd`, x before `xEnd`. Written by hand, since 200 bytes need no compiler.
+  const get = i => [0x20, i], set = i => [0x21, i], ADVANCE = (i, by) => [...get(i), 0x41, by, 0x6a];
+  const [Y, X, W, Y_END, X_END, AT, SUM, MORE] = [0, 1, 2, 3, 4, 5, 6, 7]; // five parameters and three locals
+  const LOOP = [0x03, 0x40], END = 0x0b, BEFORE = [0x49, 0x0d, 0]; // "if it lies before, go on"
+  const ZEROS = [0xfd, 0x0c, ...Array(16).fill(0)], ADD4 = [0xfd, 0xe4, 1], MULTIPLY4 = [0xfd, 0xe6, 1];
+  const load4 = (i, offset) => [...get(i), 0xfd, 0x00, 2, offset], lane = i => [...get(SUM), 0xfd, 0x1f, i];
+  const part = (sum, offset) =>
+    [...get(sum), ...load4(AT, offset), ...load4(W, offset), ...MULTIPLY4, ...ADD4, ...set(sum)];
+  const BODY = [
+    2, 1, 0x7f, 2, 0x7b, // locals: one address, two times four numbers
+    ...LOOP, ...ZEROS, ...set(SUM), ...ZEROS, ...set(MORE), ...get(X), ...set(AT),
+    ...LOOP, ...part(SUM, 0), ...part(MORE, 16), ...ADVANCE(W, 32), ...set(W),
+    ...ADVANCE(AT, 32), 0x22, AT, ...get(X_END), ...BEFORE, END,
+    ...get(SUM), ...get(MORE), ...ADD4, ...set(SUM),
+    ...get(Y), ...lane(0), ...lane(1), 0x92, ...lane(2), 0x92, ...lane(3), 0x92, 0x38, 2, 0,
+    ...ADVANCE(Y, 4), 0x22, Y, ...get(Y_END), ...BEFORE, END, END,
+  ];
+  const length = n => [n & 127 | 128, n >> 7]; // a number below 16,384 as WebAssembly writes it
+  const section = (id, bytes) => [id, ...length(bytes.length), ...bytes];
+  const MODULE = Uint8Array.from([
+    0, 0x61, 0x73, 0x6d, 1, 0, 0, 0, ...section(1, [1, 0x60, 5, 0x7f, 0x7f, 0x7f, 0x7f, 0x7f, 0]),
+    ...section(2, [1, 1, 0x6d, 1, 0x6d, 2, 0, 1]), ...section(3, [1, 0]), ...section(7, [1, 1, 0x64, 0, 0]),
+    ...section(10, [1, ...length(BODY.length), ...BODY]),
+  ]);
+
+  // Memory for a model's weights that WebAssembly reads too, with room for one row of x and of y in front; where there
+  // is no WebAssembly, or not enough memory, plain arrays and `kernels.dots`.
+  class Home {
+    constructor(numbers, widest) {
+      this.room = Math.ceil(widest / 8) * 8;
+      this.next = 2 * this.room * 4;
+      try {
+        const memory = new WebAssembly.Memory({ initial: Math.ceil((this.next + 4 * numbers) / 65536) });
+        const instance = new WebAssembly.Instance(new WebAssembly.Module(MODULE), { m: { m: memory } });
+        Object.assign(this, { buffer: memory.buffer, rowDots: instance.exports.d });
+        this.x = new Float32Array(this.buffer, 0, this.room);
+        this.y = new Float32Array(this.buffer, 4 * this.room, this.room);
+      } catch {
+        this.rowDots = null;
+      }
+    }
+
+    // A copy of these numbers, and where it lies.
+    keep(data) {
+      if (!this.rowDots) return { data: Float32Array.from(data), home: null };
+      const kept = { data: new Float32Array(this.buffer, this.next, data.length), home: this, at: this.next };
+      kept.data.set(data);
+      this.next += 4 * data.length;
+      return kept;
+    }
+
+    dots(y, x, at, rows, outs, ins) {
+      const start = 4 * this.room;
+      for (let r = 0; r < rows; r++) {
+        this.x.set(x.subarray(r * ins, (r + 1) * ins));
+        this.rowDots(start, 0, at, start + 4 * outs, 4 * ins);
+        y.set(this.y.subarray(0, outs), r * outs);
+      }
+    }
+  }
+
   // ---- Steps of the computation: each computes now, and puts onto the tape how its gradients flow back -------------------
 
   const newRows = (count, width) => ({ count, width, data: new Float32Array(count * width), grad: null });
@@ -188,7 +250,8 @@
   // y = x Wᵀ + b. Backwards: dx = dy W, dW = dyᵀ x, db = the sum of dy's rows.
   function linear(tape, x, weight, bias) {
     const [outs, ins] = weight.shape, y = newRows(x.count, outs);
-    kernels.dots(y.data, x.data, weight.data, x.count, outs, ins);
+    if (weight.home && ins % 8 === 0) weight.home.dots(y.data, x.data, weight.at, x.count, outs, ins);
+    else kernels.dots(y.data, x.data, weight.data, x.count, outs, ins);
     if (bias) addToRows(y.data, bias.data);
     tape?.push(() => {
       const dy = gradOf(y);
@@ -659,14 +722,15 @@
     if (missing.length) refuse(`The weights lack ${andMore(missing)}; they don't fit this configuration.`);
     const unknown = Object.keys(given).filter(name => !(name in shapes));
     if (unknown.length) refuse(`The weights hold the unknown ${andMore(unknown)}; they don't fit this configuration.`);
-    const weights = {};
+    const weights = {}, counts = Object.values(shapes).map(shape => shape.reduce((a, b) => a * b));
+    const home = new Home(counts.reduce((a, b) => a + b), Math.max(...Object.values(shapes).flat()));
     for (const [name, shape] of Object.entries(shapes)) {
       const data = given[name].data ?? given[name], found = given[name].shape ?? shape;
       if (data.length !== shape.reduce((a, b) => a * b) || String(found) !== String(shape)) {
         refuse(`${name} is ${(given[name].shape ?? [data.length]).join(" × ")}, but the configuration asks for ` +
                `${shape.join(" × ")}; take the config.json that was saved with these weights.`);
       }
-      weights[name] = { name, shape, data, grad: null };
+      weights[name] = { name, shape, grad: null, ...home.keep(data) };
     }
     return weights;
   }
