@@ -170,67 +170,102 @@
     },
   };
 
-  // `dots` for one row of x in WebAssembly, eight numbers at a time: y and x begin at these bytes of the memory, w too;
-  // y ends before `yEnd`, x before `xEnd`. Written by hand, since 200 bytes need no compiler.
-  const get = i => [0x20, i], set = i => [0x21, i], ADVANCE = (i, by) => [...get(i), 0x41, by, 0x6a];
-  const [Y, X, W, Y_END, X_END, AT, SUM, MORE] = [0, 1, 2, 3, 4, 5, 6, 7]; // five parameters and three locals
-  const LOOP = [0x03, 0x40], END = 0x0b, BEFORE = [0x49, 0x0d, 0]; // "if it lies before, go on"
+  // Both products for one row, eight numbers at a time, in WebAssembly written by hand: 300 bytes need no compiler.
+  // All parameters are addresses in bytes, or distances between them; what ends before an address goes on until it.
+  const get = i => [0x20, i], set = i => [0x21, i], ADD = [0x6a], advance = (i, by) => [...get(i), 0x41, by, ...ADD];
+  const repeat = (...body) => [0x03, 0x40, ...body.flat(), 0x0b];
+  const before = (i, end) => [0x22, i, ...get(end), 0x49, 0x0d, 0]; // store it in i; once more if it lies before end
   const ZEROS = [0xfd, 0x0c, ...Array(16).fill(0)], ADD4 = [0xfd, 0xe4, 1], MULTIPLY4 = [0xfd, 0xe6, 1];
-  const load4 = (i, offset) => [...get(i), 0xfd, 0x00, 2, offset], lane = i => [...get(SUM), 0xfd, 0x1f, i];
-  const part = (sum, offset) =>
-    [...get(sum), ...load4(AT, offset), ...load4(W, offset), ...MULTIPLY4, ...ADD4, ...set(sum)];
-  const BODY = [
-    2, 1, 0x7f, 2, 0x7b, // locals: one address, two times four numbers
-    ...LOOP, ...ZEROS, ...set(SUM), ...ZEROS, ...set(MORE), ...get(X), ...set(AT),
-    ...LOOP, ...part(SUM, 0), ...part(MORE, 16), ...ADVANCE(W, 32), ...set(W),
-    ...ADVANCE(AT, 32), 0x22, AT, ...get(X_END), ...BEFORE, END,
-    ...get(SUM), ...get(MORE), ...ADD4, ...set(SUM),
-    ...get(Y), ...lane(0), ...lane(1), 0x92, ...lane(2), 0x92, ...lane(3), 0x92, 0x38, 2, 0,
-    ...ADVANCE(Y, 4), 0x22, Y, ...get(Y_END), ...BEFORE, END, END,
-  ];
-  const length = n => [n & 127 | 128, n >> 7]; // a number below 16,384 as WebAssembly writes it
-  const section = (id, bytes) => [id, ...length(bytes.length), ...bytes];
-  const MODULE = Uint8Array.from([
-    0, 0x61, 0x73, 0x6d, 1, 0, 0, 0, ...section(1, [1, 0x60, 5, 0x7f, 0x7f, 0x7f, 0x7f, 0x7f, 0]),
-    ...section(2, [1, 1, 0x6d, 1, 0x6d, 2, 0, 1]), ...section(3, [1, 0]), ...section(7, [1, 1, 0x64, 0, 0]),
-    ...section(10, [1, ...length(BODY.length), ...BODY]),
-  ]);
+  const load4 = (i, offset) => [...get(i), 0xfd, 0x00, 2, offset], same4 = i => [...get(i), 0xfd, 0x09, 2, 0];
+  const addProduct = (sum, one, other) => [...get(sum), ...one, ...other, ...MULTIPLY4, ...ADD4, ...set(sum)];
 
-  // Memory for a model's weights that WebAssembly reads too, with room for one row of x and of y in front; where there
-  // is no WebAssembly, or not enough memory, plain arrays and `kernels.dots`.
+  function rowOfDots() { // for each row of w: the sum of its products with x
+    const [y, x, w, yEnd, xEnd, at, sum, more] = [0, 1, 2, 3, 4, 5, 6, 7], lane = i => [...get(sum), 0xfd, 0x1f, i];
+    return [2, 1, 0x7f, 2, 0x7b, ...repeat( // locals: one address, two times four numbers
+      ZEROS, set(sum), ZEROS, set(more), get(x), set(at),
+      repeat(addProduct(sum, load4(at, 0), load4(w, 0)), addProduct(more, load4(at, 16), load4(w, 16)),
+             advance(w, 32), set(w), advance(at, 32), before(at, xEnd)),
+      get(sum), get(more), ADD4, set(sum),
+      get(y), lane(0), lane(1), 0x92, lane(2), 0x92, lane(3), 0x92, 0x38, 2, 0, // the four sums, added and stored
+      advance(y, 4), before(y, yEnd)), 0x0b];
+  }
+
+  function rowOfMixtures() { // for each eight columns: add the sum of a's numbers times b's rows
+    const [out, a, b, outEnd, aEnd, along, width, atA, atB, sum, more] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
+    const store4 = (offset, value) => [...get(out), ...get(value), 0xfd, 0x0b, 2, offset];
+    return [2, 2, 0x7f, 2, 0x7b, ...repeat(
+      load4(out, 0), set(sum), load4(out, 16), set(more), get(a), set(atA), get(b), set(atB),
+      repeat(addProduct(sum, same4(atA), load4(atB, 0)), addProduct(more, same4(atA), load4(atB, 16)),
+             get(atB), get(width), ADD, set(atB), get(atA), get(along), ADD, before(atA, aEnd)),
+      store4(0, sum), store4(16, more), advance(b, 32), set(b), advance(out, 32), before(out, outEnd)), 0x0b];
+  }
+
+  function wasmModule() {
+    const length = n => [n & 127 | 128, n >> 7]; // a number below 16,384 as WebAssembly writes it
+    const section = (id, ...bytes) => [id, ...length(bytes.flat().length), ...bytes.flat()];
+    const kind = parameters => [0x60, parameters, ...Array(parameters).fill(0x7f), 0]; // addresses in, nothing out
+    const bodies = [rowOfDots(), rowOfMixtures()].map(body => [...length(body.length), ...body]);
+    return new WebAssembly.Module(Uint8Array.from([
+      0, 0x61, 0x73, 0x6d, 1, 0, 0, 0, ...section(1, 2, kind(5), kind(7)), ...section(2, 1, 1, 0x6d, 1, 0x6d, 2, 0, 1),
+      ...section(3, 2, 0, 1), ...section(7, 2, 1, 0x64, 0, 0, 1, 0x6d, 0, 1), ...section(10, 2, ...bodies),
+    ]));
+  }
+
+  // Memory for a model's weights that WebAssembly reads too, with room in front for what it is to multiply. Without
+  // WebAssembly or enough memory, and for what doesn't fit, there are `kernels` on plain arrays.
   class Home {
-    constructor(numbers, widest) {
-      this.room = Math.ceil(widest / 8) * 8;
-      this.next = 2 * this.room * 4;
+    constructor(numbers) {
+      this.next = 4 * ROOM;
       try {
         const memory = new WebAssembly.Memory({ initial: Math.ceil((this.next + 4 * numbers) / 65536) });
-        const instance = new WebAssembly.Instance(new WebAssembly.Module(MODULE), { m: { m: memory } });
-        Object.assign(this, { buffer: memory.buffer, rowDots: instance.exports.d });
-        this.x = new Float32Array(this.buffer, 0, this.room);
-        this.y = new Float32Array(this.buffer, 4 * this.room, this.room);
+        this.code = new WebAssembly.Instance(wasmModule(), { m: { m: memory } }).exports;
+        this.numbers = new Float32Array(memory.buffer);
       } catch {
-        this.rowDots = null;
+        this.code = null;
       }
     }
 
     // A copy of these numbers, and where it lies.
     keep(data) {
-      if (!this.rowDots) return { data: Float32Array.from(data), home: null };
-      const kept = { data: new Float32Array(this.buffer, this.next, data.length), home: this, at: this.next };
-      kept.data.set(data);
+      if (!this.code) return { data: Float32Array.from(data), home: null };
+      const at = this.next;
       this.next += 4 * data.length;
-      return kept;
+      const kept = this.numbers.subarray(at / 4, this.next / 4);
+      kept.set(data);
+      return { data: kept, home: this, at };
     }
 
-    dots(y, x, at, rows, outs, ins) {
-      const start = 4 * this.room;
+    dots(y, x, w, at, rows, outs, ins) {
+      const place = rows * ins;
+      if (ins % 8 || place + rows * outs > ROOM) return kernels.dots(y, x, w, rows, outs, ins);
+      this.numbers.set(x, 0);
       for (let r = 0; r < rows; r++) {
-        this.x.set(x.subarray(r * ins, (r + 1) * ins));
-        this.rowDots(start, 0, at, start + 4 * outs, 4 * ins);
-        y.set(this.y.subarray(0, outs), r * outs);
+        const to = 4 * (place + r * outs), from = 4 * r * ins;
+        this.code.d(to, from, at, to + 4 * outs, from + 4 * ins);
       }
+      y.set(this.numbers.subarray(place, place + rows * outs));
+    }
+
+    // b lies at `at`, or is put there if that is null
+    mixtures(out, a, b, at, count, parts, width, down, along) {
+      const places = [0, out.length, out.length + a.length], size = places[2] + (at === null ? b.length : 0);
+      if (width % 8 || size > ROOM) return kernels.mixtures(out, a, b, count, parts, width, down, along);
+      this.numbers.set(out, 0);
+      this.numbers.set(a, places[1]);
+      if (at === null) this.numbers.set(b, places[2]);
+      for (let n = 0; n < count; n++) {
+        const to = 4 * n * width, from = 4 * (places[1] + n * down), end = from + 4 * parts * along;
+        this.code.m(to, from, at ?? 4 * places[2], to + 4 * width, end, 4 * along, 4 * width);
+      }
+      out.set(this.numbers.subarray(0, out.length));
     }
   }
+
+  const ROOM = 2 ** 21; // numbers
+  const PLAIN = { // the home of weights without WebAssembly
+    dots: (y, x, w, at, rows, outs, ins) => kernels.dots(y, x, w, rows, outs, ins),
+    mixtures: (out, a, b, at, ...sizes) => kernels.mixtures(out, a, b, ...sizes),
+  };
 
   // ---- Steps of the computation: each computes now, and puts onto the tape how its gradients flow back -------------------
 
@@ -250,13 +285,13 @@
   // y = x Wᵀ + b. Backwards: dx = dy W, dW = dyᵀ x, db = the sum of dy's rows.
   function linear(tape, x, weight, bias) {
     const [outs, ins] = weight.shape, y = newRows(x.count, outs);
-    if (weight.home && ins % 8 === 0) weight.home.dots(y.data, x.data, weight.at, x.count, outs, ins);
-    else kernels.dots(y.data, x.data, weight.data, x.count, outs, ins);
+    const home = weight.home ?? PLAIN, { at, data } = weight;
+    home.dots(y.data, x.data, data, at, x.count, outs, ins);
     if (bias) addToRows(y.data, bias.data);
     tape?.push(() => {
       const dy = gradOf(y);
-      kernels.mixtures(gradOf(x), dy, weight.data, x.count, outs, ins, outs, 1);
-      kernels.mixtures(gradOf(weight), dy, x.data, outs, x.count, ins, 1, outs);
+      home.mixtures(gradOf(x), dy, data, at, x.count, outs, ins, outs, 1);
+      home.mixtures(gradOf(weight), dy, x.data, null, outs, x.count, ins, 1, outs);
       if (bias) addRows(gradOf(bias), dy);
     });
     return y;
@@ -723,7 +758,7 @@
     const unknown = Object.keys(given).filter(name => !(name in shapes));
     if (unknown.length) refuse(`The weights hold the unknown ${andMore(unknown)}; they don't fit this configuration.`);
     const weights = {}, counts = Object.values(shapes).map(shape => shape.reduce((a, b) => a * b));
-    const home = new Home(counts.reduce((a, b) => a + b), Math.max(...Object.values(shapes).flat()));
+    const home = new Home(counts.reduce((a, b) => a + b));
     for (const [name, shape] of Object.entries(shapes)) {
       const data = given[name].data ?? given[name], found = given[name].shape ?? shape;
       if (data.length !== shape.reduce((a, b) => a * b) || String(found) !== String(shape)) {
