@@ -43,7 +43,7 @@ SCALED = {
     "llama3": dict(kind="llama3", **LONGER),
     "divisors": dict(kind="divisors", divisors=(1.0, 3.0), attention_factor=1.5),
 }
-# The wide presets with fewer layers and tokens: a layer is like the others, and torch's reference is in double precision.
+# The wide presets with fewer layers and tokens: a layer is like the others, and the reference computes in float64.
 FEWER = {"tiny": dict(n_layers=2, vocab_size=512), "small": dict(n_layers=1, vocab_size=512),
          "medium": dict(n_layers=1, vocab_size=512), "gpt2": dict(n_layers=1, vocab_size=512)}
 
@@ -282,7 +282,8 @@ FAMILIES = {
 
 
 def ask_files(asker: Asker) -> None:
-    tokenizer, ids = BPETokenizer.train("to be or not to be, that is the question " * 3, 270), torch.tensor([[1, 5, 2, 9]])
+    tokenizer = BPETokenizer.train("to be or not to be, that is the question " * 3, 270)
+    ids = torch.tensor([[1, 5, 2, 9]])
     for family, config in FAMILIES.items():
         model = some_weights(config)
         save_pretrained(model, asker.folder / f"folder-{family}", tokenizer)
@@ -350,9 +351,11 @@ REFUSALS = {  # what a reader may do wrong, and what the sentence must name
 HELP = """
 const all = Live.readSafetensors(bytes("demo.safetensors"));
 const config = JSON.parse(new TextDecoder().decode(bytes("demo.json")));
-const changed = more => ({...all, ...Object.fromEntries(Object.entries(more ?? {}).map(([n, d]) => [n, Float32Array.from(d)]))});
+const floats = more => Object.entries(more ?? {}).map(([name, data]) => [name, Float32Array.from(data)]);
+const changed = more => ({...all, ...Object.fromEntries(floats(more))});
 const open = (more, fields) => new Live.Model({...config, ...fields}, changed(more));
-const file = (name, size) => ({name, size, text: async () => "{}", arrayBuffer: () => { throw new Error("it was read") }});
+const unread = () => { throw new Error("it was read") };
+const file = (name, size) => ({name, size, text: async () => "{}", arrayBuffer: unread});
 const made = more => Live.makeModel({config, weights: pack(changed(more))});
 const pack = tensors => { // a safetensors file
   const header = {}, parts = [];
@@ -366,7 +369,10 @@ const pack = tensors => { // a safetensors file
   new DataView(whole.buffer).setBigUint64(0, BigInt(text.length), true);
   whole.set(text, 8);
   let to = 8 + text.length;
-  for (const data of parts) { whole.set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), to); to += data.byteLength }
+  for (const data of parts) {
+    whole.set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), to);
+    to += data.byteLength;
+  }
   return whole.buffer;
 };
 """
