@@ -15,8 +15,8 @@ LIVE_FILES = ("model.js", "sampling.js", "tokens.js", "files.js")  # in the orde
 
 
 def live_source(
-    name: str | None = None,  # One of `LIVE_FILES`; None: all of them, joined
+    name: str | None = None,  # One of `LIVE_FILES`, or "your_model.js", the page of appendix 76; None: the engine
 ) -> str:
-    "The JavaScript of the engine that runs in pages; `InputError` for a name that isn't in `LIVE_FILES`."
-    names = LIVE_FILES if name is None else [check_choice("name", name, LIVE_FILES)]
+    "The JavaScript of the engine that runs in pages, all files joined, or one file; `InputError` for another name."
+    names = LIVE_FILES if name is None else [check_choice("name", name, (*LIVE_FILES, "your_model.js"))]
     return "\n".join(files("transformer_llm").joinpath("live", each).read_text(encoding="utf-8") for each in names)
