@@ -19,6 +19,7 @@ from transformer_llm.export import save_pretrained
 from transformer_llm.feedforward import ACTIVATIONS
 from transformer_llm.foundations import set_seed
 from transformer_llm.generation import Sampling, generate
+from transformer_llm.live.your_model import your_model_html
 from transformer_llm.tokenizer import (
     PATTERNS,
     BPETokenizer,
@@ -548,6 +549,14 @@ def test_safetensors_are_read_exactly(live):
         assert given[name]["shape"] == list(tensor.shape)
         found = np.array([float(x.replace("Infinity", "inf")) for x in given[name]["data"]], np.float32)
         np.testing.assert_array_equal(found.reshape(wanted.shape), wanted)
+
+
+def test_the_stored_page_holds_the_present_engine():
+    "Appendix 76 keeps the engine in its output: after a change, it must be executed again."
+    page = json.loads((ROOT / "nbs" / "76_your_model.ipynb").read_text(encoding="utf-8"))
+    outputs = [output for cell in page["cells"] for output in cell.get("outputs", [])]
+    shown = ["".join(output["data"]["text/html"]) for output in outputs if "text/html" in output.get("data", {})]
+    assert shown == [your_model_html()]
 
 
 @pytest.mark.parametrize("name", REFUSALS)

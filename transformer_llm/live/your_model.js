@@ -64,7 +64,7 @@
 
   const encode = text => tokenizer ? [...tokenizer.prefix, ...tokenizer.encode(text)] : text.match(/\d+/g)?.map(Number) ?? [];
   const decode = ids => tokenizer ? tokenizer.decode(ids) : `${ids.join(" ")} `;
-  const shown = id => tokenizer ? (tokenizer.shown(id) ?? String(id)) : String(id);
+  const shown = id => tokenizer?.shown(id) || String(id);
 
   const settings = () => ({
     temperature: Number(part("temperature").value),
@@ -90,6 +90,7 @@
       }
       if (mine !== writing) return;
     }
+    if (feed) part("text").append(feed.flush());
     const seconds = (performance.now() - start) / 1000;
     say(`${written} tokens in ${seconds.toFixed(1)} s, ${Math.round(written / seconds)} per second.`);
   }
