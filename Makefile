@@ -58,7 +58,7 @@ test: $(VENV)/.development  ## check that book and package agree, run every note
 	@$(BIN)/python tools/run.py
 
 test-browser: $(VENV)/.development  ## read the site and run JupyterLab in headless Chromium, where there is one
-	@$(BIN)/python -m pytest tests/test_site.py tests/test_lab.py -m browser -q -rs --durations=5
+	@$(BIN)/python -m pytest tests/test_site.py tests/test_lab.py tests/test_your_model.py -m browser -q -rs --durations=5
 
 site: $(VENV)/.development  ## build the site into _docs (DRAFT=1: even if pages or references are missing)
 	@$(BIN)/python book/build.py $(if $(DRAFT),--draft)

@@ -23,7 +23,7 @@ setup(
     license_files=["LICENSE"],
     keywords=cfg["keywords"],
     packages=find_packages(include=["transformer_llm", "transformer_llm.*"]),
-    package_data={"transformer_llm": ["py.typed"]},
+    package_data={"transformer_llm": ["py.typed", "live/*.js"]},
     # an editable install as a path that type checkers and editors follow too, not as an import hook
     options={"editable_wheel": {"mode": "compat"}},
     python_requires=">=" + cfg["min_python"],

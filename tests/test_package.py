@@ -62,6 +62,8 @@ def test_a_wheel_is_built_from_the_sdist_alone(unpacked, tmp_path):
         metadata = file.read(next(name for name in names if name.endswith("/METADATA"))).decode()
         modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "transformer_llm").rglob("*.py")}
         assert modules <= set(names) and "transformer_llm/py.typed" in names
+        scripts = {path.relative_to(ROOT).as_posix() for path in (ROOT / "transformer_llm").rglob("*.js")}
+        assert scripts and scripts <= set(names)
         licence = next(name for name in names if re.search(r"dist-info/(licenses/)?LICENSE$", name))
         assert file.read(licence).decode() == (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert re.search(r"^License(-Expression)?: Apache-2\.0$", metadata, re.M)
