@@ -1,4 +1,4 @@
-"""Appendix 76 in a real browser, from a file and without a network: a reader's model writes, and wrong files are named."""
+"""Appendix 76 in a real browser, from a file, without a network: a reader's model writes, wrong files are named."""
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ DARK = '<style>@media (prefers-color-scheme: dark) { body { background: #111; co
 def home(tmp_path_factory) -> Path:
     "The page, a run of two checkpoints, and files that can't be used."
     folder = tmp_path_factory.mktemp("your-model")
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Your model</title>{DARK}<main><h1>Your model</h1>'
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Your model</title>{DARK}<main><h1>Model</h1>'
     (folder / "page.html").write_text(f"{head}{your_model_html()}</main>", encoding="utf-8")
     tokenizer = BPETokenizer.train("to be or not to be, that is the question " * 3, 270)
     for step in (5, 10):
