@@ -83,7 +83,7 @@ const answers = {
     const stream = row => { const d = tokenizer.decoder(); return row.map(id => d.feed(id)).join("") + d.flush() };
     return { encoded: texts.map(text => tokenizer.encode(text, { special })), decoded: ids.map(row => tokenizer.decode(row)),
              streamed: ids.map(stream), vocab_size: tokenizer.vocab_size, special: tokenizer.special_tokens,
-             prefix: tokenizer.prefix };
+             prefix: tokenizer.prefix, words: texts.map(text => tokenizer.splitWords?.(text) ?? null) };
   },
 
   characters({ text }) {
