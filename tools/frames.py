@@ -85,8 +85,9 @@ def needed(sources: list[str], last: int) -> set[int]:
 
 
 def run(text: str, space: dict) -> object:
-    "Run a cell; the value of its last expression."
+    "Run a cell without its assertions, which stand for the whole notebook; the value of its last expression."
     tree = ast.parse(text)
+    tree.body = [statement for statement in tree.body if not isinstance(statement, ast.Assert)]
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "cell", "exec"), space)
     return eval(compile(ast.Expression(last.value), "cell", "eval"), space) if last else None

@@ -104,7 +104,9 @@ def places(
     stride = 1
     while len(chosen := {0, *range(start % stride, last + 1, stride), last}) > most:
         stride += 1
-    return [type(control.value)(round(control.min + control.step * i, 9)) for i in sorted(chosen)]
+    value_of = {i: type(control.value)(round(control.min + control.step * i, 9)) for i in chosen}
+    value_of[start] = control.value  # as it is, however its decimals are rounded
+    return [value_of[i] for i in sorted(value_of)]
 
 
 def settings_in_advance(
@@ -199,10 +201,10 @@ def frames(
 
     The kind `FRAMES` holds the controls, and for each combination of values [picture, text, whether it lies on the start's
     picture]; picture -1 is none, and the text is all. An error that `draw` raises is such a text. Where 50 pictures need
-    more than `room`, there are 30, 20 or 12; 12 are kept whatever they need.
+    more than `room`, there are 30, 20, 12 or 8; 8 are kept whatever they need.
     """
     draw_once = functools.cache(lambda settings: picture_of(draw(**dict(settings))))
-    for most in (50, 30, 20, 12):
+    for most in (50, 30, 20, 12, 8):
         result = draw_in_advance(draw_once, controls, *settings_in_advance(controls, most))
         if sum(map(len, result[FRAMES]["pictures"])) <= room:
             break
