@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
+SCRIPTS = ("live.js",)  # what moves, with either renderer
 PREVIEW = "index_1.png"  # what others show of a link to the book
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tools")]
@@ -424,6 +425,8 @@ def copy_files(root: Path, folder: Path, output: Path, names: list[str], info: d
         if (root / "nbs" / name).exists():
             (output / "notebooks" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / "nbs" / name, output / "notebooks" / name)
+    for script in SCRIPTS:
+        shutil.copy(HERE / script, output / script)
     if info["git_url"]:
         return
     (output / "notebooks").mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ import ast
 import base64
 import html
 import io
+import json
 import re
 import struct
 from pathlib import Path
@@ -184,16 +185,72 @@ def reference(cells: list[dict], entries: dict[str, api.Entry], page: str) -> li
     return result
 
 
-def code_cell(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
-    "A code cell with its pictures, fold and note about widgets."
-    text = source(cell)
-    said = directives(text)
-    if re.search(r"^explore\(", text, re.M):
+FRAMES = "application/vnd.transformer-llm.frames+json"  # pictures that `explore` drew in advance
+LIVE = re.compile(r"^<!-- live: ([\w-]+) -->\n?", re.M)  # a place for a living figure, or what the next control becomes
+IN_LAB = re.compile(r"In JupyterLab, run the next cell(?:\.| and| and,|,)\s+(\w)")
+
+
+def in_an_attribute(value: object) -> str:
+    "A value as JSON that can stand in an HTML attribute between apostrophes."
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for sign in "&<>'":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def frames_of(cell: dict) -> dict:
+    "The pictures in advance that a cell holds, or nothing."
+    return next((o["data"][FRAMES] for o in cell.get("outputs", []) if FRAMES in o.get("data", {})), {})
+
+
+def explored(cell: dict, page: str, folder: Path, live: str = "") -> dict:
+    """The figure of a control: its picture at the start, which is there without a script, and what `live.js` needs to
+    move it. The pictures are files beside the page, and none but the first is loaded before a control moves.
+    """
+    held = frames_of(cell)
+    up = "../" * page.count("/")
+    stem = f"{page.removesuffix('.html').replace('/', '-')}-move-{cell['id']}" if held["pictures"] else ""
+    folder.mkdir(exist_ok=True)
+    for number, data in enumerate(held["pictures"]):
+        (folder / f"{stem}-{number}.png").write_bytes(base64.b64decode(data))
+    start = ".".join(str(control["start"]) for control in held["controls"])
+    picture, text, _ = held["shown"][start]
+    if picture < 0:
+        still = f'<pre class="output">{html.escape(text, quote=False)}</pre>'
+    else:
+        data = base64.b64decode(held["pictures"][picture])
+        still = (f'<img src="{up}{folder.name}/{stem}-{picture}.png" alt="{html.escape(text)}"{size_of_png(data)} '
+                 'loading="lazy">')
+    told = {"controls": held["controls"], "shown": held["shown"], "stem": f"{up}{folder.name}/{stem}-"}
+    kind = f' data-live="{live}"' if live else ""
+    still = re.sub(r"\n(?=\n)", "\n ", still)  # an empty line would end the HTML
+    return markdown(
+        f"<figure class=\"explore\"{kind} data-explore='{in_an_attribute(told)}'>\n"
+        f'<div class="stage">{still}</div>\n'
+        '<noscript><p class="kernel">To move this picture, allow scripts, or <a href="#open">open the notebook</a>.</p>'
+        f"</noscript>\n</figure>\n"
+    )
+
+
+def code_cell(cell: dict, page: str, folder: Path, count: int, live: str = "") -> list[dict]:
+    "A code cell with its pictures, fold and what moves."
+    if re.search(r"^explore\(", source(cell), re.M):
+        if frames_of(cell):
+            kept = {**cell, "outputs": [o for o in cell["outputs"] if o["output_type"] == "stream"]}
+            figure = explored(cell, page, folder, live)
+            return [*as_it_is(kept, page, folder, count), figure]
         note = '<p class="kernel">This control needs a kernel: <a href="#open">open the notebook</a> to move it.</p>'
         return [
             {**cell, "outputs": [o for o in cell.get("outputs", []) if o["output_type"] == "stream"]},
             markdown(note),
         ]
+    return as_it_is(cell, page, folder, count)
+
+
+def as_it_is(cell: dict, page: str, folder: Path, count: int) -> list[dict]:
+    "A code cell with its pictures, in a fold if it says so."
+    text = source(cell)
+    said = directives(text)
     folded = FOLDED.match(text)
     open_text = without_directives(FOLDED.sub("", text), "code-fold", "code-summary")
     shown, *pictures = figures({**cell, "source": open_text}, page, folder, count)
@@ -237,21 +294,31 @@ def end_of_exercise(cells: list[dict], start: int, number: str) -> int:
 
 def translate(cells: list[dict], page: str, entries: dict[str, api.Entry], folder: Path) -> list[dict]:
     "All cells of a notebook, as the site shows them at the address `page`; its pictures go to `folder`."
-    result, count, end = [], 0, -1
+    result, count, end, live, moves = [], 0, -1, "", False
     cells = reference(cells, entries, page)
     for i, cell in enumerate(cells):
         if cell["cell_type"] == "markdown":
             text, exercise = exercises(equations(source(cell)))
+            following = next((c for c in cells[i + 1 :] if c["cell_type"] == "code"), {})
+            if frames_of(following):
+                text = IN_LAB.sub(lambda found: found.group(1).upper(), text)
+                live = "".join(LIVE.findall(text))
+                text = LIVE.sub("", text)
+            moves = moves or bool(LIVE.search(text))
+            text = LIVE.sub(r'\n<figure class="live" data-live="\1"></figure>\n\n', text)
             if page.startswith("exercises/"):
                 text = CHECKED.sub(r"\g<0>\n\nThe exercise stands in its chapter: Exercise \1.", text)
             result.append(markdown(text))
             end = end_of_exercise(cells, i + 1, exercise) if exercise else end
         elif cell["cell_type"] == "code":
             count += any(k in o.get("data", {}) for k in IMAGES for o in cell.get("outputs", []))
-            result.extend(code_cell(cell, page, folder, count))
+            result.extend(code_cell(cell, page, folder, count, live))
+            moves, live = moves or bool(frames_of(cell)), ""
         else:
             result.append(cell)
         if i + 1 == end:
             result.append(markdown("</div>"))
             end = -1
+    if moves:
+        result.append(markdown(f'<script src="{"../" * page.count("/")}live.js" defer></script>\n'))
     return result

@@ -45,7 +45,7 @@ def execute(path: Path) -> float:
     processor time, which other work on the machine hardly changes (of the clock where the system doesn't count them).
     """
     notebook = nbformat.read(path, as_version=4)
-    environment = dict(os.environ, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
+    environment = dict(os.environ, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), BOOK_FRAMES="1")
     start, before = time.perf_counter(), sum(os.times()[2:4])
     NotebookClient(
         notebook, timeout=600, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}
@@ -54,17 +54,27 @@ def execute(path: Path) -> float:
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata = closed(cell)
-        if "outputs" in cell:  # a widget without its kernel is dead
+        if "outputs" in cell:  # a widget without its kernel is dead; its pictures stay
             cell.outputs = [
-                o
-                for o in map(without_traces, cell.outputs)
-                if "application/vnd.jupyter.widget-view+json" not in o.get("data", {}) and o.get("text") != ""
+                o for o in map(without_traces, cell.outputs) if not is_widget(o) and o.get("text") != ""
             ]
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "executed": {"seconds": round(seconds)}}
     nbformat.write(notebook, path)
     nbdev_clean(str(path))
     stamp(path)
     return seconds
+
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+FRAMES = "application/vnd.transformer-llm.frames+json"  # pictures that `explore` drew in advance
+
+
+def is_widget(output: dict) -> bool:
+    "Whether nothing is left of an output without its kernel; of one with pictures, what needs a kernel is removed."
+    data = output.get("data", {})
+    if WIDGET in data and FRAMES in data:
+        del data[WIDGET]
+    return WIDGET in data
 
 
 def without_traces(output: dict) -> dict:
