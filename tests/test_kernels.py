@@ -229,7 +229,8 @@ def test_logits_that_are_not_numbers_are_refused(kind):
 def test_half_numbers_are_exact():
     bits = np.arange(2**16, dtype=np.uint16)
     finite = np.isfinite(bits.view(np.float16))
-    assert [kernels.half(b) for b in bits[finite][::7]] == bits.view(np.float16)[finite][::7].astype(np.float32).tolist()
+    bits = bits[finite][::7]
+    assert [kernels.half(b) for b in bits] == bits.view(np.float16).astype(np.float32).tolist()
 
 
 @pytest.mark.parametrize("rows", [1, 32, 45])
@@ -270,7 +271,7 @@ class FakeFile(GGUFFile):
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_a_files_numbers_are_not_rounded_again(kind):
-    "Read straight from the file, and found again from its float32 form: the package gguf is the independent reference."
+    "Read straight from the file, and found again from its float32 form; the package gguf is the reference."
     file = FakeFile(kind, torch.randn(40, 96, generator=torch.Generator().manual_seed(1)))
     assert torch.equal(from_blocks(*gguf_blocks(file, "w"))[:40], file.wanted)
     assert torch.equal(from_blocks(*quantise_groups(file.wanted, 8 if kind == "Q8_0" else 4))[:40], file.wanted)

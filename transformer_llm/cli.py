@@ -1155,8 +1155,8 @@ def fast_form(model, dtype: str | None):
     if dtype is None:
         return model
     if dtype in ("int8", "int4") and model.device.type != "cpu":
-        raise InputError(f"--dtype {dtype} is for CPUs, but the model is on {model.device.type}; add --device cpu, or use "
-                         "--dtype bfloat16.")
+        raise InputError(f"--dtype {dtype} is for CPUs, but the model is on {model.device.type}; add --device cpu, or "
+                         "use --dtype bfloat16.")
     import torch
 
     from transformer_llm.decoding import Decoder
