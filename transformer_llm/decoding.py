@@ -262,6 +262,11 @@ def exact_product(
 class SharedRows(FloatMatrix):
     "Rows of whole numbers with a scale each, which somebody else may keep too."
 
+    @property
+    def n_rows(self) -> int:
+        "Outputs."
+        return len(self.rows)
+
     def stored(self) -> tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows"]]:
         "As `FloatMatrix.stored`."
         return self.rows, self.scale
@@ -285,7 +290,6 @@ class Int8Matrix(SharedRows):
         self.scale, self.bias = scale[:, 0], None if bias is None else bias.float()
         self.weight = self.rows.t() if Int8Matrix.works() and weight.shape[1] > 1 else self.rows.t().float()
         self.n_bytes, self.pieces = self.weight.nbytes + self.scale.nbytes, self.cut()
-        self.n_rows = len(weight)
 
     @staticmethod
     def works() -> bool:

@@ -525,7 +525,7 @@ def compiled() -> Callable:
     globals()["prange"] = numba.prange
     options = dict(fastmath=SAFE, error_model="numpy")
 
-    @overload(widen, jit_options=options)
+    @overload(widen, jit_options=options, strict=False)
     def widen_this(number: Any) -> Callable:
         if number == numba.types.uint16:
             return lambda number: u32(u32(number) << u32(16)).view(np.float32)
