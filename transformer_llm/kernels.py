@@ -706,8 +706,9 @@ class TokenKernel:
         threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
         if threads != self.sizes.threads:
             self.sizes = self.sizes._replace(threads=threads)
+        ids = tokens.contiguous().numpy()  # else a column of a batch would be compiled for again
         one_thread = self.sizes._replace(threads=1)
         if slow:
-            token_step(self.model, one_thread, work, cache.numpy(), tokens.numpy(), t)
+            token_step(self.model, one_thread, work, cache.numpy(), ids, t)
         else:
-            run(self.model, self.sizes, work, cache.numpy(), tokens.numpy(), t)
+            run(self.model, self.sizes, work, cache.numpy(), ids, t)
