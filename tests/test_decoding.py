@@ -208,7 +208,7 @@ def test_refusals_are_those_of_chapter_08(options, words):
 
 def test_other_refusals():
     with pytest.raises(InputError, match="dtype"):
-        Decoder(make(), dtype="int4")
+        Decoder(make(), dtype="int3")
     with pytest.raises(InputError, match="dtype"):
         Decoder(make(), dtype=torch.float64)
     decoder = Decoder(make())

@@ -19,9 +19,10 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TA
            'print_prefer_plan', 'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate',
            'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run', 'print_answer', 'talk',
            'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'command_export', 'command_merge',
-           'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'cache_row', 'config_rows',
-           'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
-           'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'kernel_row', 'cache_row',
+           'config_rows', 'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo',
+           'command_bench', 'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main',
+           'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -124,7 +125,7 @@ def one_spelling(words: Iterable[str]) -> list[str]:
 # %% ../nbs/92_command_line.ipynb #ef385a04
 MODEL_SIZES = ("demo", "nano", "tiny", "small", "medium", "gpt2")  # the presets of chapter 04
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 
 
 def add_text_flags(parser: argparse.ArgumentParser) -> None:
@@ -1153,14 +1154,14 @@ def fast_form(model, dtype: str | None):
     "The model itself, or chapter 13's `Decoder` of it with weights in this precision."
     if dtype is None:
         return model
-    if dtype == "int8" and model.device.type != "cpu":
-        raise InputError(f"--dtype int8 is for CPUs, but the model is on {model.device.type}; add --device cpu, or use "
-                         "--dtype bfloat16.")
+    if dtype in ("int8", "int4") and model.device.type != "cpu":
+        raise InputError(f"--dtype {dtype} is for CPUs, but the model is on {model.device.type}; add --device cpu, or "
+                         "use --dtype bfloat16.")
     import torch
 
     from transformer_llm.decoding import Decoder
 
-    return Decoder(model, dtype=dtype if dtype == "int8" else getattr(torch, dtype))
+    return Decoder(model, dtype=dtype if dtype in ("int8", "int4") else getattr(torch, dtype))
 
 
 def command_generate(args: argparse.Namespace) -> None:
@@ -1508,8 +1509,19 @@ def machine_rows() -> list[tuple[str, str]]:
         ("cores", str(os.cpu_count())),
         ("memory", human_bytes(memory) if memory else "unknown"),
         ("device", str(pick_device("auto"))),
+        ("kernels", kernel_row()),
         ("cache", cache_row()),
     ]
+
+
+def kernel_row() -> str:
+    "Whether chapter 13's decoder has compiled code."
+    from importlib.metadata import version
+
+    from transformer_llm.kernels import why_no_kernel
+
+    why = why_no_kernel()
+    return f"no: {why}; pip install 'transformer_llm[kernels]'" if why else f"numba {version('numba')}"
 
 
 def cache_row() -> str:
