@@ -38,8 +38,9 @@ def public_functions(tree: ast.Module):
 
 
 def is_tensor(argument: ast.arg) -> bool:
-    "Whether it is a tensor to write into, which PyTorch's functions call `out`."
-    return argument.annotation is not None and "Float[" in ast.unparse(argument.annotation)
+    "Whether it is a tensor or an array to write into, which PyTorch's and NumPy's functions call `out`."
+    written = "" if argument.annotation is None else ast.unparse(argument.annotation)
+    return any(kind in written for kind in ("Float[", "Int[", "np.ndarray"))
 
 
 def other_words(source: str) -> list[str]:
