@@ -17,15 +17,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
-SCRIPTS = ("live.js",)  # what moves, with either renderer
+SCRIPTS = ("live.js", "figures.js", "counting.js")  # what moves, with either renderer
 PREVIEW = "index_1.png"  # what others show of a link to the book
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tools")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "tools"), str(HERE.parent)]
 
 import colab
 from contents import is_appendix, is_chapter, sections
 from contents import number as number_of
 from errors import BookError
+
+from transformer_llm.live import live_source
 
 PROCESS = (
     "from nbdev.config import get_config; get_config().d['skip_procs'] = 'exec_show_docs'; "
@@ -427,6 +429,7 @@ def copy_files(root: Path, folder: Path, output: Path, names: list[str], info: d
             shutil.copy(root / "nbs" / name, output / "notebooks" / name)
     for script in SCRIPTS:
         shutil.copy(HERE / script, output / script)
+    (output / "engine.js").write_text(live_source(), encoding="utf-8")
     if info["git_url"]:
         return
     (output / "notebooks").mkdir(exist_ok=True)

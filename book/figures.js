@@ -57,7 +57,8 @@
       { head: HEADS, window: range(1, 24), temperature: range(0.25, 16, 0.25), causal: [false, true], scale: [false, true] },
       { head: "same letter", window: 24, temperature: 1, causal: true, scale: true }, () => show());
     const field = textField("your text", text, 24, value => { text = value || " "; show() });
-    figure.replaceChildren(field, controls.box, make("div", { class: "scroll" }, map), told);
+    const lead = make("p", {}, "The four heads on letters of your own. Choose one, and move its mask, its scale and its temperature:");
+    figure.replaceChildren(lead, field, controls.box, make("div", { class: "scroll" }, map), told);
     const say = makeVoice(figure);
     const show = () => {
       const weights = headWeights(text, controls.at), letters = [...text], n = letters.length;
@@ -203,7 +204,8 @@
     const status = make("p", { class: "note" }), written = make("p", { class: "written" });
     const go = make("button", { type: "button" }, "Train it"), list = makeControl(
       { kind: "list", label: "count from", values: range(0, 9).map(String), start: 7 }, digit => count(digit));
-    figure.replaceChildren(make("div", { class: "controls" }, go, list.box), curve, status, written);
+    const lead = make("p", {}, "Here the same model trains again, in this page, from the notebook's first weights and on its batches:");
+    figure.replaceChildren(lead, make("div", { class: "controls" }, go, list.box), curve, status, written);
     const say = makeVoice(figure);
     let model, run = 0, digit = 7;
     const count = from => {

@@ -16,7 +16,7 @@ def derive(root: Path = ROOT) -> dict[Path, bytes]:
     files, parts = {}, []
     index = root / "nbs" / "index.ipynb"
     for cell in json.loads(index.read_text(encoding="utf-8"))["cells"]:
-        text = text_of(cell["source"]).strip()
+        text = re.sub(r"^<!-- live: .*\n", "", text_of(cell["source"]).strip(), flags=re.M)  # the site's alone
         if cell["cell_type"] == "markdown":
             parts.append(re.sub(r"\]\((?![a-z]+:|#)(?:\.\./)?([^)]+)\)", link, text))
         elif cell["cell_type"] == "code" and "#| hide" not in text:
