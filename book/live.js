@@ -93,7 +93,10 @@
   });
   window.bookLive = { figures, make, name, makeControl, makeVoice, script, calm };
 
+  const mounted = new WeakSet();
   const mount = async figure => {
+    if (mounted.has(figure)) return;
+    mounted.add(figure);
     const { live } = figure.dataset;
     try {
       if (live) {
@@ -109,5 +112,7 @@
   const near = new IntersectionObserver(all => {
     for (const { target, isIntersecting } of all) if (isIntersecting) { near.unobserve(target); mount(target) }
   }, { rootMargin: "300px" });
-  for (const figure of document.querySelectorAll("figure.explore, figure.live")) near.observe(figure);
+  const all = document.querySelectorAll("figure.explore, figure.live");
+  for (const figure of all) near.observe(figure);
+  window.bookLive.mountAll = () => Promise.all([...all].map(mount)); // for those who don't scroll, as the tests
 })();

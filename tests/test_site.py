@@ -5,6 +5,7 @@ The browser's part needs Chromium and playwright; without them it is skipped, an
 import functools
 import http.server
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "book"))
+sys.path[:0] = [str(ROOT / "book"), str(ROOT / "tools")]
 
 import api
 import references
@@ -602,6 +603,7 @@ def read_pages(browser, pages, site, shots):
             "[...document.images].filter(i => !i.hasAttribute('alt') || !i.getAttribute('alt').trim()).map(i => i.src)"
         ):
             note(f"no alternative text: {missing}")
+        page.evaluate("() => window.bookLive?.mountAll()")
         page.evaluate(FLATTEN)
         page.evaluate(script)
         problems.extend(
@@ -751,6 +753,116 @@ def test_code_can_be_copied(site, browser):
     context.close()
 
 
+def from_disk(browser, built, name):
+    "A page as a reader opens it from a folder, with all its figures, and what it complains about."
+    page = browser.new_context(viewport=DESKTOP).new_page()
+    notes = watch(page)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((built[0] / name).as_uri())
+    page.evaluate("() => window.bookLive.mountAll()")
+    return page, notes, asked
+
+
+def committed_losses():
+    "The losses that `train_counter` had when the home page's figure was written."
+    text = (ROOT / "book" / "counting.js").read_text(encoding="utf-8")
+    return json.loads(text[text.index("{") : text.rindex("}") + 1])["losses"]
+
+
+def test_the_home_pages_figure_has_the_notebooks_training():
+    "Weights, batches and losses of the committed script are those of chapter 00 today."
+    import live_data
+
+    text = (ROOT / "book" / "counting.js").read_text(encoding="utf-8")
+    kept, now = json.loads(text[text.index("{") : text.rindex("}") + 1]), live_data.counting()
+    assert max(abs(a - b) for a, b in zip(kept.pop("losses"), now.pop("losses"), strict=True)) < 1e-3
+    assert kept == now
+
+
+@in_browser
+def test_the_counting_model_trains_in_the_home_page(built, browser):
+    "From the disk, the notebook's own curve within 1e-3 at every step, and then it counts from any digit."
+    page, notes, asked = from_disk(browser, built, "index.html")
+    figure = page.locator("figure[data-live=counting]")
+    figure.scroll_into_view_if_needed()
+    page.wait_for_function("() => document.querySelector('figure[data-live=counting]').dataset.losses", timeout=60_000)
+    losses, wanted = json.loads(figure.get_attribute("data-losses")), committed_losses()
+    assert len(losses) == len(wanted) == 200 and max(abs(a - b) for a, b in zip(losses, wanted)) < 1e-3
+    for digit in (7, 3):
+        figure.locator("select").select_option(str(digit))
+        counted = [int(text) for text in figure.locator(".written").inner_text().split("→")]
+        assert len(counted) == 12 and counted == [(digit + i) % 10 for i in range(12)]
+    assert not notes.problems() and all(url.startswith("file:") for url in asked)
+    page.context.close()
+
+
+@in_browser
+@pytest.mark.parametrize(
+    "name, live", [("attention", "heads"), ("embeddings", "clocks"), ("tokenizer", "merges"), ("generation", "rules")]
+)
+def test_a_figure_answers_the_keyboard_from_the_disk(built, browser, name, live):
+    "Each control says what it is; an arrow key changes what the figure shows and what a screen reader is told."
+    page, notes, asked = from_disk(browser, built, f"{name}.html")
+    figure = page.locator(f"figure[data-live={live}]")
+    assert figure.locator("p:has-text(\"doesn't work here\")").count() == 0
+    sliders = figure.locator("input[type=range]")
+    assert sliders.count() >= 1 and all(
+        figure.locator(f"label[for={control.get_attribute('id')}]").count() == 1
+        for control in figure.locator("input, select").all()
+    )
+    shown = "figure => figure.innerHTML.replace(/<div class=.controls.*?<\\/div><\\/div>/s, '')"
+    before = figure.evaluate(shown)
+    sliders.last.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("f => f.querySelector('[aria-live]').textContent", arg=figure.element_handle())
+    assert figure.evaluate(shown) != before
+    assert not notes.problems() and all(url.startswith("file:") for url in asked)
+    page.context.close()
+
+
+@in_browser
+def test_text_of_ones_own_is_cut_and_looked_at(built, browser):
+    "The merges of the page are the chapter's, and a letter finds its like."
+    page, _, _ = from_disk(browser, built, "tokenizer.html")
+    figure = page.locator("figure[data-live=merges]")
+    figure.locator("input[type=text]").fill("ab ab ab")
+    assert "no pair is left" not in figure.locator(".note").inner_text()
+    parts = page.evaluate("() => [0, 1, 2].map(n => bookLive.parts.ownMerges('ab ab ab', n).pieces.map(p => p.text))")
+    assert parts == [["a", "b", "·", "a", "b", "·", "a", "b"], ["ab", "·", "ab", "·", "ab"], ["ab", "·ab", "·ab"]]
+    weights = page.evaluate(
+        "() => bookLive.parts.headWeights('aba', "
+        "{ head: 'same letter', causal: true, window: 24, scale: true, temperature: 1 })"
+    )
+    matches = math.exp(8) / (2 * math.exp(8) + 1)
+    assert weights[2] == pytest.approx([matches, 1 / (2 * math.exp(8) + 1), matches])
+    page.context.close()
+
+
+@in_browser
+def test_pictures_drawn_in_advance_move(built, browser):
+    "Nothing is loaded before a control moves; then the picture and its words change, one control at a time."
+    page, notes, asked = from_disk(browser, built, "training.html")
+    figure = page.locator("figure.explore").first
+    assert not any("-move-" in url and not url.endswith("-0.png") for url in asked)
+    image = figure.locator("img").first
+    before = figure.evaluate("f => [...f.querySelectorAll('img:not([hidden])')].map(i => i.src)")
+    figure.locator("input[type=range]").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("f => f.dataset.at", arg=figure.element_handle())
+    assert figure.evaluate("f => [...f.querySelectorAll('img:not([hidden])')].map(i => i.src)") != before
+    assert image.get_attribute("alt").strip()
+    assert not notes.problems() and all(url.startswith("file:") for url in asked)
+    page.context.close()
+
+
+def test_no_control_of_the_site_is_dead(built):
+    for name in addresses(built[0]):
+        assert "needs a kernel" not in (built[0] / name).read_text(encoding="utf-8"), name
+
+
 @in_browser
 def test_everything_can_be_read_without_scripts(site, browser, shots):
     context = browser.new_context(viewport=PHONE, java_script_enabled=False)
@@ -766,6 +878,8 @@ def test_everything_can_be_read_without_scripts(site, browser, shots):
     assert page.locator("#book a", has_text="Training").first.is_visible()
     page.click("#book .close")
     assert not page.locator("#book").is_visible()
+    still = page.locator("figure.explore .stage img")
+    assert still.count() == 2 and all(image.get_attribute("alt") for image in still.all())
     context.close()
 
 

@@ -20,7 +20,7 @@ import contents
 import readme
 import reading
 from colab import START
-from execute import ROOT, closed, fingerprints, notebooks
+from execute import FRAMES, ROOT, closed, fingerprints, notebooks
 
 PACKAGE = "transformer_llm"
 # What readers and authors run; a chapter or a module that chapters use must work without them.
@@ -311,7 +311,11 @@ def cells_are_well_formed(root: Path = ROOT) -> list[str]:
             imports = [isinstance(node, ast.Import | ast.ImportFrom) for node in body]
             if any(imports) and not all(imports) and not START.match(text):
                 problems.append(f"{where}: an import and other code in one cell (the site executes such cells)")
-            pictures = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+            shown = [output.get("data", {}) for output in cell.get("outputs", [])]
+            pictures = any("image/png" in data and FRAMES not in data for data in shown)  # frames bring their text
+            drawn = [frame for data in shown for frame in data.get(FRAMES, {}).get("shown", {}).values()]
+            if any(not words.strip() for _, words, _ in drawn):
+                problems.append(f"{where}: a picture drawn in advance without text")
             if cell["metadata"] != closed({**cell, "source": text}):
                 problems.append(f"{where} is not closed, or open, in JupyterLab as on the site: execute the notebook")
             if pictures and "#| fig-alt:" not in text:

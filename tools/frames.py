@@ -3,8 +3,9 @@
     python tools/frames.py nbs/07_training.ipynb           # run what is needed, keep the pictures, stamp the notebook
     python tools/frames.py --list nbs/07_training.ipynb    # only say which cells are needed
 
-`tools/execute.py` draws the same pictures when it executes a notebook; this is for changes of the pictures alone. A cell is
-needed if it binds a name that a needed cell reads, or calls a method of such a name, or gives it an attribute or an item.
+`tools/execute.py` draws the same pictures when it executes a notebook; this is for changes of the pictures alone. A
+cell is needed if it binds a name that a needed cell reads, or calls a method of such a name, or gives it an attribute
+or an item.
 """
 import argparse
 import ast
@@ -18,7 +19,6 @@ from pathlib import Path
 os.environ.update(MPLBACKEND="Agg", OMP_NUM_THREADS="1", BOOK_FRAMES="1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import nbformat
 from execute import FRAMES, fingerprints
 from nbdev.clean import nbdev_clean
 
@@ -100,6 +100,10 @@ def plain(cell: dict) -> str:
     return re.sub(r"^( *)[%!].*$", r"\1pass", "".join(cell["source"]), flags=re.M)
 
 
+def write(path: Path, notebook: dict) -> None:
+    path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--list", action="store_true", help="only say which cells are needed")
@@ -122,19 +126,19 @@ def main() -> int:
             continue
         value = run(sources[number], space)
         if number in controls:
-            data = {kind: held for kind, held in value._repr_mimebundle_().items() if "widget-view" not in kind}
-            size = sum(map(len, data[FRAMES]["pictures"]))
-            print(f"   {len(data[FRAMES]['shown'])} settings, {len(data[FRAMES]['pictures'])} pictures, {size:,} characters")
+            data = {kind: content for kind, content in value._repr_mimebundle_().items() if "widget-view" not in kind}
+            held = data[FRAMES]
+            size = sum(map(len, held["pictures"]))
+            print(f"   {len(held['shown'])} settings, {len(held['pictures'])} pictures, {size:,} characters")
             kept = [output for output in cells[number]["outputs"] if FRAMES not in output.get("data", {})]
             output = {"data": data, "execution_count": None, "metadata": {}, "output_type": "execute_result"}
             cells[number]["outputs"] = [*kept, output]
     if not arguments.list:
-        path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write(path, notebook)
         nbdev_clean(str(path))
-        cleaned = nbformat.read(path, as_version=4)
-        cleaned.metadata["executed"]["outputs"] = fingerprints(json.loads(path.read_text(encoding="utf-8")))["outputs"]
-        nbformat.write(cleaned, path)
-        nbdev_clean(str(path))
+        cleaned = json.loads(path.read_text(encoding="utf-8"))
+        cleaned["metadata"]["executed"]["outputs"] = fingerprints(cleaned)["outputs"]
+        write(path, cleaned)
     return 0
 
 

@@ -115,8 +115,8 @@ def settings_in_advance(
 ) -> tuple[list[list], list[tuple[int, ...]]]:
     """The values of each control that are drawn, and their combinations, each a number for each control.
 
-    Every combination, where `most` pictures are enough for five values of each slider. Otherwise each control moves alone
-    while the others stay where they start.
+    Every combination, where `most` pictures are enough for five values of each slider. Otherwise each control moves
+    alone while the others stay where they start.
     """
     for each in (21, 16, 12, 11, 9, 8, 7, 6, 5):
         values = [places(control, each) for control in controls.values()]
@@ -199,9 +199,9 @@ def frames(
 ) -> dict[str, object]:
     """What `draw` gives at chosen settings, as one output of a notebook, by kinds of content.
 
-    The kind `FRAMES` holds the controls, and for each combination of values [picture, text, whether it lies on the start's
-    picture]; picture -1 is none, and the text is all. An error that `draw` raises is such a text. Where 50 pictures need
-    more than `room`, there are 30, 20, 12 or 8; 8 are kept whatever they need.
+    The kind `FRAMES` holds the controls, and for each combination of values [picture, text, whether it lies on the
+    start's picture]; picture -1 is none, and the text is all. An error that `draw` raises is such a text. Where 50
+    pictures need more than `room`, there are 30, 20, 12 or 8; 8 are kept whatever they need.
     """
     draw_once = functools.cache(lambda settings: picture_of(draw(**dict(settings))))
     for most in (50, 30, 20, 12, 8):
