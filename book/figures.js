@@ -124,7 +124,7 @@
       const next = key === undefined ? null : [key >> 16, key & 65535];
       if (!next || done === most) {
         return { pieces: words.flat().map(id => ({ id, text: readable(tokens[id]) })), done,
-                 last: last ? `last merge: ${last}` : "no merge yet", next: next ? `next: ${called(next)}, ${count} times` : "no pair is left" };
+                 last: last ? `last merge: ${last}` : "no merge yet", next: next ? `next: ${called(next)}, ${count === 1 ? "once" : `${count} times`}` : "no pair is left" };
       }
       last = called(next); done++;
       tokens.push([...tokens[next[0]], ...tokens[next[1]]]);
