@@ -200,7 +200,7 @@
     await Promise.all([script("engine.js"), script("counting.js")]);
     const { config, weights, starts, length, losses } = window.bookLive.counting, steps = losses.length, batch = starts.length / steps;
     const line = drawn("polyline", { fill: "none", stroke: "currentColor", "stroke-width": 2, "vector-effect": "non-scaling-stroke" });
-    const curve = drawn("svg", { viewBox: `0 0 ${steps} 100`, preserveAspectRatio: "none", role: "img", class: "curve" }, line);
+    const curve = drawn("svg", { viewBox: `0 0 ${steps} 100`, preserveAspectRatio: "none", role: "img", class: "curve", "aria-label": "The training loss: no step yet." }, line);
     const status = make("p", { class: "note" }), written = make("p", { class: "written" });
     const go = make("button", { type: "button" }, "Train it"), list = makeControl(
       { kind: "list", label: "count from", values: range(0, 9).map(String), start: 7 }, digit => count(digit));

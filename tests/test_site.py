@@ -587,7 +587,7 @@ def read_pages(browser, pages, site, shots):
         page.goto(site + here)
         text = page.evaluate(
             "() => { const m = document.querySelector('main').cloneNode(true); "
-            "m.querySelectorAll('code, pre, math').forEach(e => e.remove()); return m.textContent }"
+            "m.querySelectorAll('code, pre, math, script, style').forEach(e => e.remove()); return m.textContent }"
         )
         for what, pattern in RAW.items():
             if found := re.search(pattern, text, re.M):
