@@ -50,8 +50,9 @@
     const { controls, shown, stem } = JSON.parse(figure.dataset.explore);
     const stage = figure.querySelector(".stage"), first = stage.querySelector("img"), say = makeVoice(figure);
     const chosen = controls.map(control => control.start), files = [];
-    const layer = make("img", { class: "layer", alt: "", hidden: "" }), text = make("pre", { class: "output", hidden: "" });
+    const layer = make("canvas", { class: "layer", "aria-hidden": "true", hidden: "" }), text = make("pre", { class: "output", hidden: "" });
     const whole = first && { src: first.src, width: first.getAttribute("width"), height: first.getAttribute("height") };
+    const start = Object.assign(new Image(), { src: whole?.src ?? "" });
     if (first) stage.append(layer, text);
     const load = number => files[number] ??= Object.assign(new Image(), { src: `${stem}${number}.png` });
     const loadAll = () => { for (const [number] of Object.values(shown)) if (number >= 0) load(number) };
@@ -59,14 +60,18 @@
     const show = async () => {
       const [number, words, layered] = shown[chosen.join(".")], mine = ++last;
       if (!first) { stage.querySelector("pre").textContent = words; return }
-      if (number >= 0) { try { await load(number).decode() } catch (e) { return } }
+      if (number >= 0) { try { await Promise.all([start.decode(), load(number).decode()]) } catch (e) { return } }
       if (mine !== last) return;
       const instead = number >= 0 && !layered;
       first.src = instead ? files[number].src : whole.src;
       first.width = instead ? files[number].naturalWidth : whole.width;
       first.height = instead ? files[number].naturalHeight : whole.height;
       first.hidden = number < 0; text.hidden = number >= 0; text.textContent = number < 0 ? words : "";
-      layer.hidden = !layered; if (layered) layer.src = files[number].src;
+      layer.hidden = !layered;
+      if (layered) { // one on the other in the pictures' own pixels, so that no seam shows at another size
+        layer.width = whole.width; layer.height = whole.height;
+        for (const part of [start, files[number]]) layer.getContext("2d").drawImage(part, 0, 0);
+      }
       first.alt = words; figure.dataset.at = chosen.join(".");
       say(words);
     };

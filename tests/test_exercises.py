@@ -11,6 +11,7 @@ from pathlib import Path
 import contents
 import pytest
 from check import ROOT, code_cells, load, source
+from execute import FRAMES, WIDGET
 
 from transformer_llm import exercises
 from transformer_llm.exercises import Verdict, exercises_of, find_exercise, judge
@@ -130,7 +131,9 @@ def test_a_chapter_has_a_widget(chapter):
     assert found
     for cell in code_cells(book):
         if re.search(r"^explore\(", source(cell), re.M):
-            assert not cell["outputs"], "a control without a kernel was saved"
+            kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
+            assert FRAMES in kinds, "a control that no page can move"
+            assert WIDGET not in kinds, "a control without a kernel was saved"
 
 
 def test_numbers_that_lead_nowhere():
