@@ -143,7 +143,7 @@ def open_fold(page: Page, fold: Tag) -> None:
 def for_paper(page: Page) -> None:
     "Take out of a page what only a screen needs."
     soup = page.soup
-    for tag in soup.select("p.open, p.kernel, figure.explore, figure.live, script, .unseen"):
+    for tag in soup.select("p.open, p.kernel, figure.explore, figure.live, script[src], .unseen"):
         tag.decompose()
     for heading in soup.find_all(["h2", "h3", "h4"]):
         heading.name = f"h{int(heading.name[1]) + 1}"
