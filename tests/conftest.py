@@ -54,3 +54,10 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "A command that ran in this process may have chosen more, and then sums are added up in another order."
+    torch.set_num_threads(1)
+

@@ -628,7 +628,8 @@ def test_generate_with_the_fast_decoder(capsys, monkeypatch, run):
     for dtype in ("bfloat16", "int8"):
         assert succeeds(capsys, *arguments, "--dtype", dtype).startswith("the cat")
     assert len(made) == 2
-    refused(capsys, *arguments, "--dtype", "int4", says="--dtype.*int4")
+    refused(capsys, *arguments, "--dtype", "int3", says="--dtype.*int3")
+    refused(capsys, *arguments, "--dtype", "int4", says="multiples of 32, but d_model is 16")
 
 
 def test_fast_steps_are_the_same_training(capsys, monkeypatch, text):
