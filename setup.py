@@ -28,7 +28,7 @@ setup(
     options={"editable_wheel": {"mode": "compat"}},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench", "pdf", "kernels")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "bench", "pdf", "kernels", "serve")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
