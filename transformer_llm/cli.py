@@ -13,16 +13,16 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TA
            'at_terminal', 'typed', 'note', 'check_out', 'check_no_tokens', 'command_shakespeare', 'command_patterns',
            'command_prepare', 'token_counts', 'command_tokenizer', 'run_config', 'run_folder', 'print_plan',
            'TimeEstimate', 'estimate_for', 'print_above_bar', 'LossLines', 'command_train', 'train_to_the_end',
-           'train_and_tell', 'where_it_stands', 'resume_command', 'print_result', 'print_losses', 'save_curve',
-           'command_reinforce', 'reinforce_to_the_end', 'print_rewards', 'command_finetune', 'finetune_to_the_end',
-           'trained_share', 'save_adapter', 'print_finetune_plan', 'command_prefer', 'prefer_to_the_end',
-           'print_prefer_plan', 'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate',
-           'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run', 'print_answer', 'talk',
-           'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'command_export', 'command_merge',
-           'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'kernel_row', 'cache_row',
-           'config_rows', 'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo',
-           'command_bench', 'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main',
-           'open_missing_streams', 'run']
+           'train_and_tell', 'train_in_parallel', 'train_along', 'where_it_stands', 'resume_command', 'print_result',
+           'print_losses', 'save_curve', 'command_reinforce', 'reinforce_to_the_end', 'print_rewards',
+           'command_finetune', 'finetune_to_the_end', 'trained_share', 'save_adapter', 'print_finetune_plan',
+           'command_prefer', 'prefer_to_the_end', 'print_prefer_plan', 'harmless', 'load_and_tell', 'load_writer',
+           'fast_form', 'command_generate', 'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run',
+           'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'command_export',
+           'command_merge', 'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'kernel_row',
+           'cache_row', 'config_rows', 'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows',
+           'command_demo', 'command_bench', 'command_handout', 'command_grade', 'one_of_several', 'is_said_here',
+           'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -200,6 +200,8 @@ def add_train(commands) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     again.add_argument("--overwrite", action="store_true", help="remove the run in --out and start again")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp", "tp"),
+        help="train on all processes that torchrun started: copies of the model, divided, or its matrices divided")
     parser.set_defaults(command=command_train)
 
 
@@ -703,7 +705,7 @@ def run_config(args: argparse.Namespace):
     "The `RunConfig` for the flags that were typed."
     from transformer_llm.runs import RunConfig
 
-    other = ("command", "out", "resume", "overwrite")
+    other = ("command", "out", "resume", "overwrite", "parallel")
     return RunConfig.from_dict({name: value for name, value in vars(args).items() if name not in other})
 
 
@@ -816,11 +818,22 @@ class LossLines:
 # %% ../nbs/92_command_line.ipynb #01837ec2
 def command_train(args: argparse.Namespace) -> int:
     "Train, or continue a run."
+    from transformer_llm.checkpoints import shard_folders
     from transformer_llm.runs import continue_run, hold, start_run
 
     given, config = vars(args), run_config(args)
     out = run_folder(given.get("out"), config.text_file, config.model_size)
+    if given.get("parallel"):
+        return train_in_parallel(given, config, out)
+    if one_of_several():
+        raise InputError(f"{os.environ['WORLD_SIZE']} processes were started, and each would train the same run; add "
+                         "--parallel ddp (or fsdp, or tp), or start one.")
     if given.get("resume"):
+        if shard_folders(out):  # several processes wrote the newest checkpoint
+            from transformer_llm.distributed import merge_shards
+
+            with hold(out):
+                merge_shards(out)
         return train_to_the_end(continue_run(out, config, progress=at_terminal()))
     with hold(out):
         return train_to_the_end(start_run(out, config, overwrite=given.get("overwrite", False), progress=at_terminal()))
@@ -861,6 +874,35 @@ def train_and_tell(
         trainer.save()
         raise
     save_curve(history, run_directory / "loss.png")
+    return 0
+
+# %% ../nbs/92_command_line.ipynb #b8a41273
+def train_in_parallel(given: dict, config, run_directory: Path) -> int:
+    "Train on all processes that torchrun started; process 0 prints. Returns the exit code."
+    from transformer_llm.distributed import continue_parallel, joined, on_first, start_parallel
+    from transformer_llm.runs import hold, holds_run
+
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    with joined(config.training.get("device", "auto")), contextlib.ExitStack() as held:
+        first = os.environ["RANK"] == "0"
+        if not first:
+            warnings.simplefilter("ignore")
+        on_first(lambda: held.enter_context(hold(run_directory)))
+        going_on = on_first(lambda: bool(given.get("resume")) or restarted and holds_run(run_directory))
+        if going_on:
+            trainer = continue_parallel(run_directory, config, given["parallel"], progress=at_terminal())
+        else:
+            trainer = start_parallel(run_directory, config, given["parallel"],
+                                     overwrite=given.get("overwrite", False), progress=at_terminal())
+        return train_to_the_end(trainer) if first else train_along(trainer)
+
+
+def train_along(trainer) -> int:
+    "Train what is left of a run, without a word. Returns the exit code."
+    try:
+        trainer.train()
+    except KeyboardInterrupt as interruption:
+        return 128 + getattr(interruption, "signal", signal.SIGINT)
     return 0
 
 # %% ../nbs/92_command_line.ipynb #4024ebde
@@ -1642,6 +1684,16 @@ def command_grade(args: argparse.Namespace) -> None:
     print(f"{len(lines)} notebooks; the table is in {args.out}")
 
 # %% ../nbs/92_command_line.ipynb #8796ec3e
+def one_of_several() -> bool:
+    "Whether this process is one of several that torchrun, or a cluster, started together."
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def is_said_here(error: Exception) -> bool:
+    "Whether this process prints an error's sentence: of several processes, one does."
+    return getattr(error, "says", not one_of_several() or os.environ["RANK"] == "0")
+
+
 def sentence_for(error: Exception) -> str | None:
     "One sentence for an error that the user can fix, None for a bug."
     if isinstance(error, InputError):
@@ -1690,7 +1742,8 @@ def main(argv: list[str] | None = None) -> int:
         sentence = sentence_for(error)
         if sentence is None:
             raise
-        note(f"transformer-llm: {sentence}")
+        if is_said_here(error):
+            note(f"transformer-llm: {sentence}")
         return 2
 
 # %% ../nbs/92_command_line.ipynb #dcbd087a

@@ -13,8 +13,9 @@ __all__ = ['TRAINING_FIELDS', 'RUN_FILES', 'TOKEN_FILES', 'SMALL_MODELS', 'FREE_
 # %% ../nbs/84_runs.ipynb #4c4dd8ab
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as replace_fields
 from itertools import chain, count
@@ -28,6 +29,7 @@ from transformer_llm.checkpoints import (
     load_checkpoint,
     load_model,
     lock_run,
+    shard_folders,
 )
 from transformer_llm.dataset import (
     TokenData,
@@ -334,6 +336,8 @@ def remove_run(
                 remove_files(folder, TOKEN_FILES)
         for folder in checkpoint_folders(out):
             discard_checkpoint(folder)
+        for folder in shard_folders(out):
+            shutil.rmtree(folder)
         remove_files(out, RUN_FILES, directory_too=False)
         remove_files(out / "tensorboard", [path.name for path in out.glob("tensorboard/events.out.tfevents.*")])
     except OSError as error:
@@ -469,6 +473,7 @@ def continue_run(
     progress: bool = False,  # Show bars
     on_step: Callable | None = None,  # Called as on_step(trainer, record) after each step
     on_record: Callable | None = None,  # Called as on_record(trainer, record) after each record of the history
+    lock: bool = True,  # False: another process of the same run keeps others out
 ) -> Trainer:
     "A `Trainer` that goes on from a run's newest checkpoint; `InputError` for settings that belong to a different run."
     out, changes = user_path(run_directory), changes or RunConfig()
@@ -485,7 +490,7 @@ def continue_run(
         per_step = before.batch_size * before.accumulation * before.context_length
         further["max_steps"] = count_steps(changes.epochs, len(data.train), per_step)
     kind = trainer_class or trainer_kind(fast)
-    with hold(home):
+    with hold(home) if lock else nullcontext():
         return kind.resume(checkpoint.path, data, run_directory=home, progress=progress, on_step=on_step,
                            on_record=on_record, **further)
 
