@@ -99,7 +99,11 @@ def joined(
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=seconds))
+        store, rank, processes = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start-{start}", store)  # torchrun's store outlives a start, with addresses of the dead
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=processes,
+                                timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:  # torch's errors of the network are RuntimeErrors
         raise InputError(why_not_joined(error)) from error
     try:
