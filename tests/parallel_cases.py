@@ -2,9 +2,10 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/parallel_cases.py FOLDER
 """
-import json
+import errno
+import os
+import signal
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -156,15 +157,22 @@ def refused(folder: Path) -> dict:
 
 
 def unwritable(folder: Path) -> dict:
-    "Process 0 can't write the checkpoint of step 1: a file is in the way of the folder."
+    "Process 0 can't write the checkpoint of step 1: the disk is full."
     run = folder / "unwritable"
     trainer = distributed.TRAINERS["fsdp"](model_of({}), DATA, SETTINGS, run_directory=run, progress=False)
     trainer.save()
-    distributed.on_first(lambda: (run / ".shards-0000001.new.part").write_text("in the way") and None)
+    seal = distributed.seal_shards
+
+    def full(part: Path, step: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(part / "shards.json"))
+
+    distributed.seal_shards = full
     try:
         trainer.train()
     except InputError as error:
         return {"error": str(error)}
+    finally:
+        distributed.seal_shards = seal
     return {}
 
 

@@ -202,8 +202,9 @@ def test_one_process_says_what_is_refused(tmp_path):
     "More processes than sequences, by the command line: both end with 2, one of them with a sentence."
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be. " * 60, encoding="utf-8")
-    ended = start_two("-m", "transformer_llm", "train", "--parallel", "ddp", "--model_size", "demo",
-                      "--batch_size", "1", "--max_steps", "2", "--device", "cpu", "--text_file", str(text), "--out", str(tmp_path / "run"))
+    command = ["-m", "transformer_llm", "train", "--parallel", "ddp", "--model_size", "demo", "--batch_size", "1"]
+    command += ["--max_steps", "2", "--device", "cpu", "--text_file", str(text), "--out", str(tmp_path / "run")]
+    ended = start_two(*command)
     assert [code for code, _ in ended] == [2, 2]
     assert sum(output.count("can't be shared equally by 2 processes") for _, output in ended) == 1
     assert sum(len(output.splitlines()) for _, output in ended) == 1
