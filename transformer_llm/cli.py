@@ -19,9 +19,10 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TA
            'print_prefer_plan', 'harmless', 'load_and_tell', 'load_writer', 'form_that_writes', 'fast_form',
            'command_generate', 'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run',
            'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'command_export',
-           'command_merge', 'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'kernel_row',
-           'cache_row', 'config_rows', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
-           'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'command_merge', 'how_to_talk', 'folder_bytes', 'add_gguf_flags', 'check_gguf_flags', 'write_gguf_file',
+           'command_play', 'command_info', 'machine_rows', 'kernel_row', 'cache_row', 'config_rows', 'preset_rows',
+           'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench', 'command_handout', 'command_grade',
+           'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -440,6 +441,7 @@ def add_export(commands) -> None:
     form.add_argument("--hf", type=some_path, metavar="DIR", help="a folder to write for Hugging Face's transformers")
     form.add_argument("--onnx", type=some_path, metavar="FILE",
                       help="a graph to write for ONNX runtimes (needs onnx and onnxscript)")
+    add_gguf_flags(parser, form)
     add("--with_cache", action="store_true", help="with --onnx: the graph takes and returns keys and values")
     add("--overwrite", action="store_true", help="replace what exists")
     parser.set_defaults(command=command_export)
@@ -1423,12 +1425,15 @@ def command_export(args: argparse.Namespace) -> None:
     "Write a model for other programs."
     from transformer_llm.export import export_onnx, save_pretrained
 
-    if args.with_cache and args.hf:
+    if args.with_cache and not args.onnx:
         raise InputError("--with_cache works only with --onnx; leave it out.")
     if args.onnx and Path(args.onnx).exists() and not args.overwrite:
         raise InputError(f"{args.onnx} already exists; use --overwrite to replace it, or choose another name.")
+    check_gguf_flags(args)
     model, tokenizer = load_and_tell(args.checkpoint, "cpu")
-    if args.hf:
+    if args.gguf:
+        write_gguf_file(model, tokenizer, args)
+    elif args.hf:
         save_pretrained(model, args.hf, tokenizer, overwrite=args.overwrite, **how_to_talk(args.checkpoint, tokenizer))
         print(f"{args.hf}: {human_bytes(folder_bytes(Path(args.hf)))} for transformers' from_pretrained.")
     else:
@@ -1467,6 +1472,31 @@ def how_to_talk(checkpoint: str, tokenizer) -> dict:
 def folder_bytes(directory: Path) -> int:
     "The size of a folder's files."
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+# %% ../nbs/92_command_line.ipynb #74ab10c2
+def add_gguf_flags(parser: argparse.ArgumentParser, form: argparse._MutuallyExclusiveGroup) -> None:
+    "Add the flags of `export` for one file for llama.cpp."
+    form.add_argument("--gguf", type=some_path, metavar="FILE",
+                      help="one file to write for llama.cpp and the programs that use it")
+    parser.add_argument("--type", choices=("f32", "f16", "q8_0", "q4_0"),
+                        help="with --gguf: how matrices are stored (default: f16)")
+
+
+def check_gguf_flags(args: argparse.Namespace) -> None:
+    "Refuse a file that exists, and a type for another form, before a model is loaded."
+    if args.type and not args.gguf:
+        raise InputError("--type works only with --gguf; leave it out.")
+    if args.gguf and Path(args.gguf).exists() and not args.overwrite:
+        raise InputError(f"{args.gguf} already exists; use --overwrite to replace it, or choose another name.")
+
+
+def write_gguf_file(model, tokenizer, args: argparse.Namespace) -> None:
+    "Write a model as one file for llama.cpp."
+    from transformer_llm.gguf_files import export_gguf
+
+    how = how_to_talk(args.checkpoint, tokenizer)
+    path = export_gguf(model, args.gguf, tokenizer, kind=args.type or "f16", overwrite=args.overwrite, **how)
+    print(f"{args.gguf}: {human_bytes(path.stat().st_size)} for llama.cpp and the programs that use it.")
 
 # %% ../nbs/92_command_line.ipynb #889a3be5
 def command_play(args: argparse.Namespace) -> int:
