@@ -180,8 +180,8 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the matrix products (default: float32)")
     add("--compile", action="store_true", help="compile the model first: slower to start, faster to run")
     steps = parser.add_mutually_exclusive_group()
-    steps.add_argument("--fast", action="store_true", help="chapter 11's steps, the same training up to rounding (default "
-                       "on a CPU, for a model without dropout)")
+    steps.add_argument("--fast", action="store_true", help="chapter 11's steps, the same training up to rounding "
+                       "(default on a CPU, for a model without dropout)")
     steps.add_argument("--plain", action="store_false", dest="fast", help="chapter 07's steps")
     add("--tensorboard", action="store_true", help="write TensorBoard logs too (needs tensorboard)")
 

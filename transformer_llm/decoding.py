@@ -1311,7 +1311,7 @@ def speculative(
     return ids.clone(), Speculation(tuple(k for k, _ in rounds), tuple(kept for _, kept in rounds))
 
 # %% ../nbs/13_decoding.ipynb #f1b00002
-WORTH_INT8 = 2**25  # From so many numbers on, a token waits for the memory, which holds four times as many eight-bit numbers
+WORTH_INT8 = 2**25  # From so many numbers on, a token waits for the memory, and eight bits are read sooner
 
 
 def fastest(
@@ -1320,10 +1320,10 @@ def fastest(
     exact: bool = False,  # Only forms that differ from the model by the order of sums
     say: Callable[[str], object] = lambda line: None,  # Called with one line that names the choice
 ) -> GPT:
-    """The form of the model in which this machine writes fastest: a `Decoder`, or the model itself where none can hold it.
+    """The form in which this machine writes fastest: a `Decoder`, or the model itself where no `Decoder` can hold it.
 
     On a CPU and with compiled code, a model of `WORTH_INT8` numbers or more is rounded to eight bits, which costs some
-    thousandths of a bit per byte (chapter 13's staircase); without compiled code, to bfloat16 where the processor has it.
+    thousandths of a bit per byte (chapter 13's staircase); without, to bfloat16 where the processor multiplies it.
     """
     size, kind = sum(p.numel() for p in model.parameters()), None
     if not exact and size >= WORTH_INT8 and model.device.type == "cpu":

@@ -302,7 +302,7 @@ def pick_device(name: str = "auto"):
 
 
 def native_bfloat16(device) -> bool:
-    "Whether a `torch.device` multiplies bfloat16 numbers itself; others convert them first and are slower than float32."
+    "Whether a `torch.device` multiplies bfloat16 numbers itself; others convert them first, slower than float32."
     import torch
 
     if device.type == "cuda":
