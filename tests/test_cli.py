@@ -813,7 +813,7 @@ def test_generate_and_info_take_a_model_of_others(capsys, pretrained):
 
 
 def test_export(capsys, pretrained, tmp_path):
-    refused(capsys, "export", "--checkpoint", pretrained, says="one of the arguments --hf --onnx is required")
+    refused(capsys, "export", "--checkpoint", pretrained, says="one of the arguments --hf --onnx --gguf is required")
     refused(capsys, "export", "--checkpoint", pretrained, "--hf", "a", "--onnx", "b", says="not allowed with")
     refused(capsys, "export", "--checkpoint", pretrained, "--hf", "a", "--with_cache", says="only with --onnx")
     refused(capsys, "export", "--checkpoint", "nowhere", "--hf", "a", says="nowhere")

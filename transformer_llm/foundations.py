@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JSON_BYTES', 'InputError', 'show_value', 'check_range', 'check_choice', 'os_error_sentence', 'user_path',
            'check_regular_file', 'open_regular', 'sync_folder', 'atomic_write', 'write_json', 'read_json', 'sha256_of',
-           'cache_dir', 'set_seed', 'pick_device', 'native_bfloat16', 'memory_bytes', 'largest_difference',
+           'cache_dir', 'set_seed', 'pick_device', 'native_bfloat16', 'wait_for', 'memory_bytes', 'largest_difference',
            'type_check', 'checked_by_kind', 'check_shapes']
 
 # %% ../nbs/90_foundations.ipynb #016c3f89
@@ -309,6 +309,14 @@ def native_bfloat16(device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+
+
+def wait_for(device) -> None:
+    "Return when a `torch.device` has done what was asked of it: a GPU's calls return before that."
+    import torch
+
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def memory_bytes() -> int | None:
