@@ -248,5 +248,5 @@
     new IntersectionObserver((all, seen) => { if (all.some(one => one.isIntersecting)) { seen.disconnect(); train() } }).observe(figure);
   };
 
-  window.bookLive.parts = { headWeights, ownMerges, afterRules };
+  Object.assign(window.bookLive, { drawn, range, controlsFor, textField, parts: { headWeights, ownMerges, afterRules } });
 })();

@@ -232,6 +232,16 @@ def explored(cell: dict, page: str, folder: Path, live: str = "") -> dict:
     )
 
 
+def computed(found: re.Match) -> str:
+    "A place that a script fills; a model that it loads has its size noted here, so that the reader is told before."
+    name = found.group(1)
+    data = Path(__file__).parent / f"{name}.js"
+    size = f' data-bytes="{data.stat().st_size}"' if data.exists() else ""
+    note = ('<noscript><p class="kernel">This figure computes in the page: allow scripts, or '
+            '<a href="#open">open the notebook</a>.</p></noscript>')
+    return f'\n<figure class="live" data-live="{name}"{size}>{note}</figure>\n\n'
+
+
 def code_cell(cell: dict, page: str, folder: Path, count: int, live: str = "") -> list[dict]:
     "A code cell with its pictures, fold and what moves."
     if re.search(r"^explore\(", source(cell), re.M):
@@ -305,7 +315,7 @@ def translate(cells: list[dict], page: str, entries: dict[str, api.Entry], folde
                 live = "".join(LIVE.findall(text))
                 text = LIVE.sub("", text)
             moves = moves or bool(LIVE.search(text))
-            text = LIVE.sub(r'\n<figure class="live" data-live="\1"></figure>\n\n', text)
+            text = LIVE.sub(computed, text)
             if page.startswith("exercises/"):
                 text = CHECKED.sub(r"\g<0>\n\nThe exercise stands in its chapter: Exercise \1.", text)
             result.append(markdown(text))

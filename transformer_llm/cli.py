@@ -16,14 +16,14 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TA
            'train_and_tell', 'where_it_stands', 'resume_command', 'print_result', 'print_losses', 'save_curve',
            'command_reinforce', 'reinforce_to_the_end', 'print_rewards', 'command_finetune', 'finetune_to_the_end',
            'trained_share', 'save_adapter', 'print_finetune_plan', 'command_prefer', 'prefer_to_the_end',
-           'print_prefer_plan', 'harmless', 'load_and_tell', 'load_writer', 'fast_form', 'command_generate',
-           'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run', 'print_answer', 'talk',
-           'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'command_export', 'command_merge',
-           'how_to_talk', 'folder_bytes', 'add_gguf_flags', 'check_gguf_flags', 'write_gguf_file', 'add_plan',
-           'command_plan', 'add_shards', 'command_prepare_shard', 'command_merge_shards', 'command_verify_shards',
-           'command_play', 'command_info', 'machine_rows', 'kernel_row', 'cache_row', 'config_rows', 'count_parameters',
-           'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench', 'command_handout',
-           'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'print_prefer_plan', 'harmless', 'load_and_tell', 'load_writer', 'form_that_writes', 'fast_form',
+           'command_generate', 'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run',
+           'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'command_export',
+           'command_merge', 'how_to_talk', 'folder_bytes', 'add_gguf_flags', 'check_gguf_flags', 'write_gguf_file',
+           'add_plan', 'command_plan', 'add_shards', 'command_prepare_shard', 'command_merge_shards',
+           'command_verify_shards', 'command_play', 'command_info', 'machine_rows', 'kernel_row', 'cache_row',
+           'config_rows', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
+           'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -180,7 +180,10 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=DEVICES, help="where to compute (default: auto)")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the matrix products (default: float32)")
     add("--compile", action="store_true", help="compile the model first: slower to start, faster to run")
-    add("--fast", action="store_true", help="use chapter 11's faster steps: the same training up to rounding")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--fast", action="store_true", help="chapter 11's steps, the same training up to rounding "
+                       "(default on a CPU, for a model without dropout)")
+    steps.add_argument("--plain", action="store_false", dest="fast", help="chapter 07's steps")
     add("--tensorboard", action="store_true", help="write TensorBoard logs too (needs tensorboard)")
 
 # %% ../nbs/92_command_line.ipynb #c92fe926
@@ -387,8 +390,10 @@ def add_sampling(
         add(f"--{name}", type=convert, metavar=value, help=what + default)
     add("--seed", type=whole(0), metavar="N", help="the same seed gives the same text (default: 0)")
     add("--device", choices=DEVICES, default="auto", help="where to compute (default: auto)")
-    add("--dtype", choices=PRECISIONS,
-        help="write with chapter 13's fast decoder, with weights in this precision (default: the plain model)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--dtype", choices=PRECISIONS,
+                      help="the precision of the weights (default: what this machine writes fastest with)")
+    form.add_argument("--plain", action="store_true", help="write with the model itself, not with chapter 13's decoder")
 
 
 def typed_sampling(args: argparse.Namespace) -> dict:
@@ -735,6 +740,7 @@ def print_plan(trainer, run_directory: Path) -> None:
         ("tokens", token_counts(trainer.data)),
         ("steps", steps),
         ("memory", f"about {needed}"),
+        ("trainer", f"{type(trainer).__name__} in {settings.dtype} on {trainer.device}"),
         ("run", f"{run_directory}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
     ])
     sys.stdout.flush()
@@ -820,14 +826,15 @@ class LossLines:
 # %% ../nbs/92_command_line.ipynb #01837ec2
 def command_train(args: argparse.Namespace) -> int:
     "Train, or continue a run."
-    from transformer_llm.runs import continue_run, hold, start_run
+    from transformer_llm.runs import continue_run, fastest_training, hold, start_run
 
     given, config = vars(args), run_config(args)
     out = run_folder(given.get("out"), config.text_file, config.model_size)
     if given.get("resume"):
         return train_to_the_end(continue_run(out, config, progress=at_terminal()))
     with hold(out):
-        return train_to_the_end(start_run(out, config, overwrite=given.get("overwrite", False), progress=at_terminal()))
+        options = dict(overwrite=given.get("overwrite", False), progress=at_terminal())
+        return train_to_the_end(start_run(out, fastest_training(config), **options))
 
 
 def train_to_the_end(trainer) -> int:
@@ -1146,18 +1153,25 @@ def load_and_tell(path: str, device: str):
     return load_any(path, device=device)
 
 
-def load_writer(checkpoint: str, device: str, dtype: str | None = None):
-    "The model and the tokenizer of a checkpoint; raises `InputError` where one is missing."
+def load_writer(checkpoint: str, device: str, form: Callable = lambda model: model):
+    "The model, in some form, and the tokenizer of a checkpoint; raises `InputError` where one is missing."
     model, tokenizer = load_and_tell(checkpoint, device)
     if tokenizer is None:
         raise InputError(f"the checkpoint in {checkpoint} has no tokenizer, so it can't read text; use it from Python.")
-    return fast_form(model, dtype), tokenizer
+    return form(model), tokenizer
+
+
+def form_that_writes(args: argparse.Namespace) -> Callable:
+    "The function from a model to the form of it that `--plain` and `--dtype` ask for; without them, to the fastest."
+    return (lambda model: model) if args.plain else partial(fast_form, dtype=args.dtype)
 
 
 def fast_form(model, dtype: str | None):
-    "The model itself, or chapter 13's `Decoder` of it with weights in this precision."
+    "Chapter 13's `Decoder` of the model with weights in this precision; None: the fastest form that there is."
     if dtype is None:
-        return model
+        from transformer_llm.decoding import fastest
+
+        return fastest(model, say=note if at_terminal() else lambda line: None)
     if dtype in ("int8", "int4") and model.device.type != "cpu":
         raise InputError(f"--dtype {dtype} is for CPUs, but the model is on {model.device.type}; add --device cpu, or "
                          "use --dtype bfloat16.")
@@ -1175,7 +1189,7 @@ def command_generate(args: argparse.Namespace) -> None:
         flags = {"stream": args.stream, "num_samples": args.num_samples > 1, "seed": args.seed is not None}
         if extra := [*chosen, *(name for name, typed in flags.items() if typed)]:
             raise InputError(f"--beams searches for the likeliest text; leave out --{' and --'.join(extra)}.")
-    model, tokenizer = load_writer(args.checkpoint, args.device, args.dtype)
+    model, tokenizer = load_writer(args.checkpoint, args.device, form_that_writes(args))
     if args.beams is not None:
         print(harmless(beam_text(model, tokenizer, args.prompt, args.max_new_tokens, args.beams)))
         return
@@ -1232,7 +1246,7 @@ def command_chat(args: argparse.Namespace) -> None:
     from transformer_llm.chat import Conversation
 
     options = dict(system=args.system, seed=args.seed or 0)
-    prepare = partial(with_adapter, adapter=args.adapter, dtype=args.dtype)
+    prepare = partial(with_adapter, adapter=args.adapter, form=form_that_writes(args))
     if own_run:
         conversation = talk_to_run(args.model, args.device, prepare, options)
     else:
@@ -1245,13 +1259,13 @@ def command_chat(args: argparse.Namespace) -> None:
         talk(conversation, settings)
 
 
-def with_adapter(model, adapter: str | None, dtype: str | None):
+def with_adapter(model, adapter: str | None, form: Callable):
     "The model with an adapter in its matrices, in the form that writes."
     if adapter is not None:
         from transformer_llm.lora import load_lora, merge_lora
 
         model = merge_lora(load_lora(model, adapter))
-    return fast_form(model, dtype)
+    return form(model)
 
 
 def talk_to_run(run: str, device: str, prepare: Callable, options: dict):
@@ -1655,18 +1669,9 @@ def config_rows(config) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in config.to_dict().items()]
 
 
-def count_parameters(config) -> int:
-    "The parameters of a model with this configuration, which is not built."
-    import torch
-
-    from transformer_llm.transformer import GPT
-
-    with torch.device("meta"):
-        return GPT(config).num_parameters()
-
-
 def preset_rows(name: str) -> list[tuple[str, str]]:
     "A preset's parameters, memory and settings."
+    from transformer_llm.runs import count_parameters
     from transformer_llm.transformer import GPTConfig, training_memory_bytes
 
     config = GPTConfig.preset(name)
@@ -1680,6 +1685,7 @@ def model_rows(name: str) -> list[tuple[str, str]]:
     The weights are not read.
     """
     from transformer_llm.pretrained import chat_settings, find_pretrained, load_pretrained_tokenizer, open_pretrained
+    from transformer_llm.runs import count_parameters
 
     path = find_pretrained(name)
     config = open_pretrained(path)[0]

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HALVES', 'TINY', 'COLD', 'PIECE', 'MANY', 'EXACT', 'WHOLE', 'WIDE', 'Function', 'KERNEL_FROM', 'KERNEL_ROWS',
-           'memory_bandwidth', 'lacks_16_bits', 'FloatMatrix', 'rows_product', 'HalvedMatrix', 'OtherMatrix',
-           'PackedMatrix', 'quantise_rows', 'slow_in_8_bits', 'exact_product', 'SharedRows', 'Int8Matrix',
-           'Int8Embedding', 'GroupedMatrix', 'GroupedEmbedding', 'pack', 'PackedAttention', 'PackedFeedForward',
-           'PackedBlock', 'check_kind', 'PackedWeights', 'PackedGPT', 'rms_function', 'norm_function', 'pairs_of',
-           'WideCache', 'TokenStore', 'TokenBuffers', 'DecoderCache', 'sampler', 'Layer', 'TokenReader', 'StepReader',
-           'KernelReader', 'TokenWriter', 'TextWriter', 'Decoder', 'bytes_per_token', 'speed_bound', 'Speculation',
-           'verify', 'Reader', 'check_pair', 'speculative']
+           'WORTH_INT8', 'memory_bandwidth', 'lacks_16_bits', 'FloatMatrix', 'rows_product', 'HalvedMatrix',
+           'OtherMatrix', 'PackedMatrix', 'quantise_rows', 'slow_in_8_bits', 'exact_product', 'SharedRows',
+           'Int8Matrix', 'Int8Embedding', 'GroupedMatrix', 'GroupedEmbedding', 'pack', 'PackedAttention',
+           'PackedFeedForward', 'PackedBlock', 'check_kind', 'PackedWeights', 'PackedGPT', 'rms_function',
+           'norm_function', 'pairs_of', 'WideCache', 'TokenStore', 'TokenBuffers', 'DecoderCache', 'sampler', 'Layer',
+           'TokenReader', 'StepReader', 'KernelReader', 'TokenWriter', 'TextWriter', 'Decoder', 'bytes_per_token',
+           'speed_bound', 'Speculation', 'verify', 'Reader', 'check_pair', 'speculative', 'fastest']
 
 # %% ../nbs/13_decoding.ipynb #195fdc94
 import contextlib
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from .attention import KVCache, MultiHeadAttention
 from .embeddings import rotary_angles
 from .feedforward import ACTIVATIONS, FeedForward, SwiGLU, is_gated
-from .foundations import InputError, check_range
+from .foundations import InputError, check_range, native_bfloat16
 from transformer_llm.generation import (
     NumberCheck,
     Sampling,
@@ -1309,3 +1309,30 @@ def speculative(
     for reader in readers:
         reader.numbers.ask()
     return ids.clone(), Speculation(tuple(k for k, _ in rounds), tuple(kept for _, kept in rounds))
+
+# %% ../nbs/13_decoding.ipynb #f1b00002
+WORTH_INT8 = 2**25  # From so many numbers on, a token waits for the memory, and eight bits are read sooner
+
+
+def fastest(
+    model: GPT,
+    *,
+    exact: bool = False,  # Only forms that differ from the model by the order of sums
+    say: Callable[[str], object] = lambda line: None,  # Called with one line that names the choice
+) -> GPT:
+    """The form in which this machine writes fastest: a `Decoder`, or the model itself where no `Decoder` can hold it.
+
+    On a CPU and with compiled code, a model of `WORTH_INT8` numbers or more is rounded to eight bits, which costs some
+    thousandths of a bit per byte (chapter 13's staircase); without, to bfloat16 where the processor multiplies it.
+    """
+    size, kind = sum(p.numel() for p in model.parameters()), None
+    if not exact and size >= WORTH_INT8 and model.device.type == "cpu":
+        kind = "int8" if not why_no_kernel() else torch.bfloat16 if native_bfloat16(model.device) else None
+    try:
+        decoder = Decoder(model, dtype=kind)
+    except InputError as error:
+        say(f"Writing with the plain model: {error}")
+        return model
+    say(f"Writing with chapter 13's decoder: {decoder.describe()}.")
+    return decoder
+
