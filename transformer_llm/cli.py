@@ -20,9 +20,10 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TA
            'command_generate', 'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run',
            'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'command_export',
            'command_merge', 'how_to_talk', 'folder_bytes', 'add_gguf_flags', 'check_gguf_flags', 'write_gguf_file',
-           'command_play', 'command_info', 'machine_rows', 'kernel_row', 'cache_row', 'config_rows', 'preset_rows',
-           'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench', 'command_handout', 'command_grade',
-           'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'add_plan', 'command_plan', 'add_shards', 'command_prepare_shard', 'command_merge_shards',
+           'command_verify_shards', 'command_play', 'command_info', 'machine_rows', 'kernel_row', 'cache_row',
+           'config_rows', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
+           'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -527,6 +528,8 @@ def make_parser() -> Parser:
     add_evaluate(commands)
     add_inspect(commands)
     add_export(commands)
+    add_plan(commands)
+    add_shards(commands)
     add_play(commands)
     add_bench(commands)
     add_class(commands)
@@ -1497,6 +1500,90 @@ def write_gguf_file(model, tokenizer, args: argparse.Namespace) -> None:
     how = how_to_talk(args.checkpoint, tokenizer)
     path = export_gguf(model, args.gguf, tokenizer, kind=args.type or "f16", overwrite=args.overwrite, **how)
     print(f"{args.gguf}: {human_bytes(path.stat().st_size)} for llama.cpp and the programs that use it.")
+
+# %% ../nbs/92_command_line.ipynb #73ab10c2
+def add_plan(commands) -> None:
+    "Add `plan`. What isn't typed is as in `Machine`."
+    parser = commands.add_parser("plan", help="predict time and memory of a run on many GPUs",
+                                 argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--model", type=some_path, required=True, metavar="MODEL",
+        help="llama3-8b, llama3-70b, llama3-405b, a preset, or a model as for chat")
+    add("--gpus", type=whole(1, 2**20), metavar="N", help="how many (default: the best layout for 8 to 1,024)")
+    add("--gpus_per_node", type=whole(1, 2**20), metavar="N", help="GPUs that share the fast links (default: 8)")
+    add("--memory", type=number(0.001, 1e6), metavar="GIB", help="memory of a GPU in GiB (default: 80)")
+    add("--tflops", type=number(0.001, 1e6), metavar="X", help="TFLOP/s that a GPU reaches (default: 400)")
+    add("--bandwidth", type=number(0.001, 1e6), metavar="GB/S", help="GB/s of each GPU between nodes (default: 50)")
+    add("--bandwidth_inside", type=number(0.001, 1e6), metavar="GB/S", help="GB/s within a node (default: 450)")
+    add("--batch_size", type=whole(1), metavar="N", help="sequences in a step, on all GPUs (default: two for each)")
+    add("--context_length", type=whole(1), metavar="N", help="tokens in a sequence (default: the model's)")
+    add("--recompute", choices=("none", "selective", "full"),
+        help="what the backward pass computes again (default: selective)")
+    parser.set_defaults(command=command_plan)
+
+
+def command_plan(args: argparse.Namespace) -> None:
+    "Print the layouts that fit, or the best one for each number of GPUs, and what was assumed."
+    from transformer_llm.planning import Machine, assumptions, plan, plan_by_size, plan_rows, planned_config
+
+    typed_flags = vars(args)
+    units = {"memory": 2**30, "tflops": 1e12, "bandwidth": 1e9, "bandwidth_inside": 1e9}
+    scaled = {name: typed_flags[name] * unit for name, unit in units.items() if name in typed_flags}
+    numbers = {"flops" if name == "tflops" else name: value for name, value in scaled.items()}
+    numbers |= {name: typed_flags[name] for name in ("gpus", "gpus_per_node") if name in typed_flags}
+    machine, config = Machine(**numbers), planned_config(args.model)
+    recompute = typed_flags.get("recompute", "selective")
+    asked = typed_flags.get("batch_size"), typed_flags.get("context_length")
+    if "gpus" in typed_flags:
+        print("\n".join(plan_rows(plan(config, machine, *asked, recompute=recompute))))
+    else:
+        print("\n".join(plan_by_size(config, machine, *asked, recompute=recompute)))
+    print(assumptions(machine, recompute))
+
+# %% ../nbs/92_command_line.ipynb #72ab10c2
+def add_shards(commands) -> None:
+    "Add `shards prepare`, `shards merge` and `shards verify`."
+    parts = commands.add_parser("shards", help="prepare text larger than memory, in parts")
+    kinds = parts.add_subparsers(metavar="WHAT", required=True)
+    part = kinds.add_parser("prepare", help="tokenize one part; does nothing if it is there")
+    add = part.add_argument
+    add("--text_file", type=some_path, required=True, metavar="PATH", help="a folder of UTF-8 text files, or one")
+    add("--tokenizer", type=some_path, required=True, metavar="PATH", help="the path of a trained tokenizer")
+    add("--out", type=some_path, required=True, metavar="DIR", help="the folder of all parts")
+    add("--shard", type=whole(0), required=True, metavar="I", help="which part, from 0")
+    add("--of", type=whole(1, 99_999), required=True, metavar="N", help="how many parts there are")
+    part.set_defaults(command=command_prepare_shard)
+    for name, told, command in (("merge", "write the index of all parts", command_merge_shards),
+                                ("verify", "compare each part with its hash", command_verify_shards)):
+        part = kinds.add_parser(name, help=told)
+        part.add_argument("directory", type=some_path, metavar="DIR", help="the folder of all parts")
+        part.set_defaults(command=command)
+
+
+def command_prepare_shard(args: argparse.Namespace) -> None:
+    "Prepare one part."
+    from transformer_llm.shards import prepare_shard
+    from transformer_llm.tokenizer import load_tokenizer
+
+    made = prepare_shard(args.text_file, load_tokenizer(args.tokenizer), args.out, args.shard, args.of)
+    print(f"{args.out}: shard {args.shard} of {args.of} {'is prepared' if made else 'was there already'}.")
+
+
+def command_merge_shards(args: argparse.Namespace) -> None:
+    "Write the index of all parts."
+    from transformer_llm.shards import merge_shards_index
+
+    shards = merge_shards_index(args.directory)
+    print(f"{args.directory}: {len(shards):,} tokens in {len(shards.sizes)} shards.")
+
+
+def command_verify_shards(args: argparse.Namespace) -> None:
+    "Compare each part with its hash."
+    from transformer_llm.shards import TokenShards
+
+    shards = TokenShards(args.directory)
+    shards.verify()
+    print(f"{args.directory}: all {len(shards.sizes)} shards are as they were prepared.")
 
 # %% ../nbs/92_command_line.ipynb #889a3be5
 def command_play(args: argparse.Namespace) -> int:

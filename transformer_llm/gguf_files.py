@@ -43,7 +43,10 @@ def gguf_family(config: GPTConfig) -> str:
     `InputError` names the field that llama.cpp can't hold, and the reason.
     """
     divisors = config.rope_scaling is not None and config.rope_scaling.kind == "divisors"
-    family = family_of(config.replace(rope_scaling=None) if divisors else config)
+    try:
+        family = family_of(config.replace(rope_scaling=None) if divisors else config)
+    except InputError as error:
+        raise InputError(str(error).replace("for transformers", "as GGUF", 1)) from None
     have = facts(config)
     wrong = {
         "bias": family != "gpt2" and have["bias"],
@@ -192,7 +195,7 @@ def gguf_ends(
     stop_tokens: Sequence[int],  # All that end an answer
     vocab_size: int,
 ) -> dict[str, int]:
-    "The ids of the tokens that begin, pad and end a text; a file has room for three ends: eos, eot and eom."
+    "The ids of the tokens that begin, pad and end a text; a file has room for three ends: `eos`, `eot` and `eom`."
     known = tokenizer.special_tokens
     eos = known[roles["eos_token"]]
     found = generation_ends(eos, stop_tokens, vocab_size)
