@@ -48,8 +48,7 @@ SCALED = {
     "divisors": dict(kind="divisors", divisors=(1.0, 3.0), attention_factor=1.5),
 }
 # The wide presets with fewer layers and tokens: a layer is like the others, and the reference computes in float64.
-FEWER = {"tiny": dict(n_layers=2, vocab_size=512), "small": dict(n_layers=1, vocab_size=512),
-         "medium": dict(n_layers=1, vocab_size=512), "gpt2": dict(n_layers=1, vocab_size=512)}
+FEWER = dict.fromkeys(("tiny", "small", "medium", "gpt2"), dict(n_layers=2, vocab_size=512))
 
 
 def all_models() -> dict[str, GPTConfig]:
