@@ -225,8 +225,8 @@ def test_batches_are_the_same_for_any_number_of_processes(prepared):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_resumed_run_reads_on_exactly(prepared, tmp_path, accumulation):
-    config = TrainingConfig(max_steps=9, batch_size=4, accumulation=accumulation, checkpoint_every=4, keep_checkpoints=9,
-                            device="cpu")
+    config = TrainingConfig(max_steps=9, batch_size=4, accumulation=accumulation, checkpoint_every=4,
+                            keep_checkpoints=9, device="cpu")
     read = []
 
     class Reader(ShardTrainer):
