@@ -1,7 +1,7 @@
 // Figures whose model trains or writes in a worker, so that the page goes on scrolling: chapters 07, 08 and 19.
 (() => {
   "use strict";
-  const { figures, make, makeVoice, script, controlsFor, textField, drawn, range } = window.bookLive;
+  const { figures, make, makeVoice, script, controlsFor, textField, megabytes, drawn, range } = window.bookLive;
 
   // ---- Work beside the page --------------------------------------------------------------------------------------------
 
@@ -46,15 +46,18 @@
   const RATES = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1], MOST = 8;
   const endOf = losses => losses.slice(-20).reduce((a, b) => a + b) / 20; // as Figure 7.5 has it
 
-  figures.rates = async figure => {
-    await Promise.all([script("engine.js"), script("counting.js")]);
+  // The first weights of chapter 00's model, and the batches of a hundred steps.
+  const countingStart = () => {
     const { config, weights, starts, length, losses } = window.bookLive.counting, batch = starts.length / losses.length;
     const rows = [...starts].map(start => range(0, length - 1).map(i => (+start + i) % 10));
-    const batches = range(0, 99).map(step => rows.slice(step * batch, (step + 1) * batch));
+    return { config, weights, batches: range(0, 99).map(step => rows.slice(step * batch, (step + 1) * batch)) };
+  };
+
+  figures.rates = figure => {
     const controls = controlsFor({ learning_rate: RATES, warm_up_steps: [0, 5, 10, 20, 40] }, { learning_rate: 0.001, warm_up_steps: 0 }, () => {});
     const go = make("button", { type: "button" }, "Train 100 steps"), clear = make("button", { type: "button" }, "Clear");
     const curves = makeBox(100, "Training losses: no run yet."), ends = makeBox(10, "Losses at the end: no run yet.");
-    const list = make("tbody"), status = make("p", { class: "note" }, "No run yet.");
+    const list = make("tbody"), status = make("p", { class: "note" }, `No run yet. The first one loads ${megabytes(figure)}.`);
     const table = make("table", { class: "runs", hidden: "" }, make("thead", {}, make("tr", {}, ...["run", "learning rate", "warm-up", "loss at the end"].map(
       text => make("th", { scope: "col" }, text)))), list);
     controls.box.append(go, clear);
@@ -82,7 +85,8 @@
       figure.dataset.losses = JSON.stringify(losses);
       say(words);
     };
-    go.onclick = () => {
+    go.onclick = async () => {
+      try { await Promise.all([script("engine.js"), script("counting.js")]) } catch (error) { status.textContent = wrong(error.type); return }
       const { learning_rate: rate, warm_up_steps: warmup } = controls.at, number = count++, { color } = strokeOf(number);
       if (all.length === MOST) forget(all[0]);
       const one = { run: count, rate, warmup, line: makeLine(number), said: make("td", {}, "…"), dot: drawn("path", {
@@ -92,7 +96,7 @@
       table.hidden = false;
       delete figure.dataset.losses;
       worker ??= startWorker(trainAtRate, {}, told);
-      worker.ask({ run: count, config, weights, batches, rate, warmup });
+      worker.ask({ run: one.run, ...countingStart(), rate, warmup });
     };
     const forget = one => {
       for (const part of [one.line, one.dot, one.row]) part.remove();
@@ -138,11 +142,10 @@
   const LONGEST = 2000, PART = 20; // characters: of one text, and between two looks at the page
 
   figures.poet = figure => {
-    const megabytes = (figure.dataset.bytes / 1e6).toFixed(1);
     const field = textField("it goes on from", "ROMEO:", 60, value => { prompt = value });
     const controls = controlsFor({ temperature: range(0, 2, 0.1), top_p: range(0.05, 1, 0.05) }, { temperature: 0.8, top_p: 1 }, () => {});
     const go = make("button", { type: "button" }, "Write"), written = make("div", { class: "poem", role: "group", tabindex: "0", "aria-label": "What the model writes" });
-    const status = make("p", { class: "note" }, `The first press loads the model, ${megabytes} MB of this page.`);
+    const status = make("p", { class: "note" }, `The first press loads the model: ${megabytes(figure)}.`);
     controls.box.append(go);
     figure.replaceChildren(make("p", {}, "The model that “make shakespeare” trains in about a minute writes here, one character after another:"),
                            field, controls.box, written, status);
@@ -266,11 +269,10 @@
 
   const GROWN = { steps: 250, functions: { torchRandom, repeated, attentionOnly, secondCopy, look } };
 
-  figures.growth = async figure => {
-    await script("engine.js");
+  figures.growth = figure => {
     const names = ["loss / log 64", "previous-token score", "induction score"], { steps, functions } = GROWN;
     const controls = controlsFor({ layers: [2, 1].map(String), seed: ["0", "1", "2"] }, { layers: "2", seed: "0" }, () => {});
-    const go = make("button", { type: "button" }, "Train it"), status = make("p", { class: "note" }, "Not trained yet.");
+    const go = make("button", { type: "button" }, "Train it"), status = make("p", { class: "note" }, `Not trained yet. The first run loads ${megabytes(figure)}.`);
     const curve = makeBox(steps, "Loss and scores: no step yet."), lines = names.map((_, i) => makeLine(i));
     curve.append(...lines); controls.box.append(go);
     figure.replaceChildren(
@@ -278,7 +280,8 @@
       make("p", { class: "note" }, "From 0 at the bottom to 1 at the top: ", ...names.map((name, i) => key(i, name))), status);
     const say = makeVoice(figure);
     let worker = null;
-    go.onclick = () => {
+    go.onclick = async () => {
+      try { await script("engine.js") } catch (error) { status.textContent = wrong(error.type); return }
       worker?.end();
       const seen = [], { layers, seed } = controls.at;
       status.textContent = "The first steps are under way.";

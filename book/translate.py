@@ -13,6 +13,8 @@ from pathlib import Path
 import api
 from PIL import Image
 
+from transformer_llm.live import live_source
+
 EQUATION = re.compile(
     r"^([ \t]*)\$\$((?:(?!\$\$).)*?)\\tag\{([\w.]+)\}((?:(?!\$\$).)*?)\$\$[ \t]*([.,;]?)[ \t]*$", re.S | re.M
 )
@@ -232,11 +234,17 @@ def explored(cell: dict, page: str, folder: Path, live: str = "") -> dict:
     )
 
 
+HERE = Path(__file__).parent
+LOADED = {"counting": ["counting.js"], "rates": ["counting.js"], "poet": ["poet.js"], "growth": []}  # beside the engine
+
+
 def computed(found: re.Match) -> str:
-    "A place that a script fills; a model that it loads has its size noted here, so that the reader is told before."
+    "A place that a script fills; if it loads the engine, the bytes that this takes are noted for the reader."
     name = found.group(1)
-    data = Path(__file__).parent / f"{name}.js"
-    size = f' data-bytes="{data.stat().st_size}"' if data.exists() else ""
+    size = ""
+    if name in LOADED:
+        parts = [len(live_source().encode()), *((HERE / file).stat().st_size for file in LOADED[name])]
+        size = f' data-bytes="{sum(parts)}"'
     note = ('<noscript><p class="kernel">This figure computes in the page: allow scripts, or '
             '<a href="#open">open the notebook</a>.</p></noscript>')
     return f'\n<figure class="live" data-live="{name}"{size}>{note}</figure>\n\n'
