@@ -2,9 +2,9 @@
 
     python book/serving_runs.py [PART ...]
 
-PART is one of clients, first_token, prefix, schema, endurance. Each result is written as soon as it is there, and a part
-that is there already is not made again (delete it from the file to begin anew). Times are compared only within a turn, in
-which both sides run one after the other: the machine may be busy with other things.
+PART is one of clients, first_token, prefix, schema, endurance. Each result is written as soon as it is there, and a
+part that is there already is not made again (delete it from the file to begin anew). Times are compared only within a
+turn, in which both sides run one after the other: the machine may be busy with other things.
 """
 import json
 import os
@@ -70,6 +70,11 @@ def clients(model, tokenizer, prompts) -> None:
             same=sum(a == b for a, b in zip(written[1], written[N_CLIENTS]))))
 
 
+def clock_of(job: Job, waits: list[float], start: float):
+    "What notes when a job's first token comes."
+    return lambda token, logprobs: job.written[1:] or waits.append(time.perf_counter() - start)
+
+
 def first_token(model, tokenizer, prompts) -> None:
     "When the first token of each of eight clients comes, who all ask at once; prompts in chunks, or whole."
     for chunk in (64, 512):
@@ -77,7 +82,7 @@ def first_token(model, tokenizer, prompts) -> None:
         start = time.perf_counter()
         jobs = jobs_of(prompts, 4)
         for job in jobs:
-            job.emit = lambda token, logprobs, job=job: job.written[1:] or waits.append(time.perf_counter() - start)
+            job.emit = clock_of(job, waits, start)
         run(Engine(model, n_slots=N_CLIENTS, n_pages=256, chunk=chunk), jobs)
         RUNS.keep("first_token", dict(chunk=chunk, median=round(statistics.median(waits), 2), last=round(max(waits), 2),
                                       load=round(os.getloadavg()[0], 1)))
@@ -90,8 +95,9 @@ def prefix(model, tokenizer, prompts) -> None:
     run(engine, jobs_of([common + prompts[0]], 1))
     first = engine.counts.read
     run(engine, jobs_of([common + prompt for prompt in prompts[1:]], 1))
-    RUNS.set("prefix", dict(tokens=len(common), first=first, later=engine.counts.read - first,
-                            asked=sum(len(common) + len(prompt) for prompt in prompts[1:]), shared=engine.counts.shared))
+    asked = sum(len(common) + len(prompt) for prompt in prompts[1:])
+    RUNS.set("prefix", dict(tokens=len(common), first=first, later=engine.counts.read - first, asked=asked,
+                            shared=engine.counts.shared))
 
 
 def schema(model, tokenizer, prompts) -> None:
@@ -113,7 +119,7 @@ def endurance(model, tokenizer, prompts) -> None:
     "Many short requests; the process's memory on the way, and the pages at the end."
     engine = Engine(model, n_slots=16, n_pages=256, max_waiting=100)
     memory = []
-    for turn in range(6):
+    for _ in range(6):
         run(engine, jobs_of(prompts * 4, 2))
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     RUNS.set("endurance", dict(requests=6 * 4 * len(prompts), peak_mb=memory, free=engine.table.n_free, pages=256))

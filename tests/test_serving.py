@@ -1,4 +1,4 @@
-"""Chapter 22: pages, the engine, the grammar and the server; a client against a running server, and malformed requests."""
+"""Chapter 22: pages, the engine, the grammar and the server; a client of a running server, and malformed requests."""
 import json
 import random
 import shutil
@@ -35,7 +35,8 @@ from transformer_llm.tokenizer import BPETokenizer
 from transformer_llm.transformer import GPT, GPTConfig
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
-TEXT = 'The cat sat on the mat. {"name": "Ada", "age": 36, "list": [1, 2, 3]} user assistant system true false null ' * 3
+TEXT = ("The cat sat on the mat. {\"name\": \"Ada\", \"age\": 36, \"list\": [1, 2, 3]} "
+        "user assistant system true false null ") * 3
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,8 @@ def job(prompt: list[int], n: int, seed: int = 0, temperature: float = 1.0, **mo
 @settings(max_examples=8, deadline=None)
 def test_random_arrivals_get_their_solo_answers_and_every_page_returns(model, data):
     "Jobs with common beginnings come between steps; pages are few, so that some give way; some hang up."
-    engine = Engine(model, n_slots=data.draw(st.integers(1, 4)), n_pages=10, page_size=4, chunk=data.draw(st.integers(1, 9)))
+    slots, chunk = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    engine = Engine(model, n_slots=slots, n_pages=10, page_size=4, chunk=chunk)
     texts = st.tuples(st.sampled_from([[1] * 9, [1, 1, 1, 1, 2, 2], [3]]), st.lists(st.integers(0, 5), max_size=6))
     jobs, cancelled = [], []
     for i in range(6):
@@ -240,7 +242,8 @@ def test_masks_are_what_a_walk_allows(tokenizer, schema):
 @given(st.text(max_size=6))
 def test_strings_of_json_are_accepted(text):
     grammar = ByteGrammar({"type": "string", "maxLength": 12})
-    end = grammar.walk(grammar.start, json.dumps(text.replace("\x7f", ""), ensure_ascii=False).encode("utf-8", "replace"))
+    said = json.dumps(text.replace("\x7f", ""), ensure_ascii=False).encode("utf-8", "replace")
+    end = grammar.walk(grammar.start, said)
     assert end and grammar.last in grammar.sets[end] or any(ord(c) < 32 for c in text)
     assert not grammar.walk(grammar.start, b'"\xff"') and not grammar.walk(grammar.start, b'"' + b"a" * 13)
 
@@ -300,7 +303,8 @@ def test_the_client_understands_refusals(client):
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(address):
     body = json.dumps(dict(prompt="The cat", max_tokens=4, stream=True, seed=1))
-    said = subprocess.run(["curl", "-sN", f"{address}/v1/completions", "-d", body], capture_output=True, text=True, check=True)
+    command = ["curl", "-sN", f"{address}/v1/completions", "-d", body]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
     events = said.stdout.strip().split("\n\n")
     assert all(event.startswith("data: ") for event in events) and events[-1] == "data: [DONE]"
 
@@ -331,7 +335,8 @@ def test_pages_metrics_and_health(address):
     said = httpx.get(f"{address}/metrics").text
     assert "llm_pages 64\n" in said and "# TYPE llm_written_total counter" in said
     page = httpx.get(address)
-    assert "default-src 'none'" in page.headers["content-security-policy"] and "http" not in page.text.split("<style>")[1]
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "http" not in page.text.split("<style>")[1]
     assert httpx.get(f"{address}/nowhere").json()["error"]["code"] == "not_found"
 
 

@@ -518,7 +518,7 @@ class Automaton:
         ways += [lambda s, a=a, b=b: more(self.one(self.one(s, a), b), 2) for a, b in first_of_four]
         return self.either(start, ways)
 
-# %% ../nbs/22_serving.ipynb #22b1a6f7
+# %% ../nbs/22_serving.ipynb #22b67785
 KNOWN_KEYWORDS = {
     "object": {"properties", "required", "additionalProperties"},
     "array": {"items", "minItems", "maxItems"},
@@ -541,8 +541,10 @@ def add_schema(a: Automaton, start: int, schema: object, depth: int = 0) -> int:
             choices = [schema[word]] if word == "const" else schema[word]
             if unknown or not isinstance(choices, list) or not choices:
                 raise InputError(f"The schema's {word} must be a list beside no other keyword, not {schema!r:.80}.")
-            return a.either(start, [lambda s, c=c: add_schema(a, s, c, depth + 1) if word == "anyOf" else
-                                    a.text(s, json.dumps(c, ensure_ascii=False).encode()) for c in choices])
+            if word == "anyOf":
+                return a.either(start, [lambda s, c=c: add_schema(a, s, c, depth + 1) for c in choices])
+            texts = [json.dumps(value, ensure_ascii=False).encode() for value in choices]
+            return a.either(start, [lambda s, text=text: a.text(s, text) for text in texts])
     kind = schema.get("type")
     if not isinstance(kind, str) or kind not in KNOWN_KEYWORDS:
         raise InputError(f"The schema's type must be one of {', '.join(KNOWN_KEYWORDS)}, not {kind!r:.40}.")
@@ -729,7 +731,7 @@ from typing import Any
 from .templates import encode_rendered, render_template
 from .generation import prompt_ids
 
-# %% ../nbs/22_serving.ipynb #22b58ecf
+# %% ../nbs/22_serving.ipynb #22b4d7a2
 class Refused(InputError):
     "A request that is answered with an error: the HTTP status and a name for programs."
 
@@ -770,7 +772,8 @@ def check_fields(body: object, kind: str) -> dict[str, Any]:
     body = {name: value for name, value in body.items() if value is not None}
     for name, value in body.items():
         if name not in FIELDS[kind] and not (name in HARMLESS and value == HARMLESS[name]):
-            raise Refused(f"The field {name!r:.60} is not supported; leave it out.", code="unsupported", param=name[:60])
+            said = f"The field {name!r:.60} is not supported; leave it out."
+            raise Refused(said, code="unsupported", param=name[:60])
     return body
 
 
@@ -796,7 +799,8 @@ def sampling_of(body: dict) -> Sampling:
     for name in names:
         value = body.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or (name == "top_k" and value != int(value)):
-            raise Refused(f"{name} must be a {'whole ' if name == 'top_k' else ''}number, not {value!r:.60}.", param=name)
+            kind = "whole number" if name == "top_k" else "number"
+            raise Refused(f"{name} must be a {kind}, not {value!r:.60}.", param=name)
     values = {name: (int if name == "top_k" else float)(body[name]) for name in names if name in body}
     return Sampling(**values)
 
@@ -805,7 +809,8 @@ def stop_texts(body: dict) -> list[str]:
     "At most four texts, none of them empty."
     stops = body.get("stop", [])
     stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stops):
+    right = isinstance(stops, list) and len(stops) <= 4
+    if not right or not all(isinstance(text, str) and 0 < len(text) <= 200 for text in stops):
         raise Refused("stop must be a text or a list of at most four, each of 1 to 200 characters.", param="stop")
     return stops
 
@@ -1066,7 +1071,7 @@ async def whole_answer(served: Served, asked: Asked, answers: list[Answer]) -> d
     choices = await asyncio.gather(*map(gather, answers))
     return header(served, asked, False) | dict(choices=list(choices), usage=usage(asked, answers))
 
-# %% ../nbs/22_serving.ipynb #22bd26ef
+# %% ../nbs/22_serving.ipynb #22b5b271
 async def event_stream(served: Served, asked: Asked, answers: list[Answer]):
     "The events of a streamed answer; whoever stops reading ends the jobs."
     start = header(served, asked, True)
@@ -1079,7 +1084,8 @@ async def event_stream(served: Served, asked: Asked, answers: list[Answer]):
                 await queue.put((answer, text, [] if one is None else [answer.logprob(one)]))
             await queue.put((answer, None, []))
 
-        tasks, left = [asyncio.create_task(forward(answer)) for answer in answers], len(answers)
+        tasks = [asyncio.create_task(forward(answer)) for answer in answers]
+        left = len(tasks)
         while left:
             answer, text, logprobs = await queue.get()
             left -= text is None
