@@ -18,12 +18,13 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TA
            'trained_share', 'save_adapter', 'print_finetune_plan', 'command_prefer', 'prefer_to_the_end',
            'print_prefer_plan', 'harmless', 'load_and_tell', 'load_writer', 'form_that_writes', 'fast_form',
            'command_generate', 'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run',
-           'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'command_export',
-           'command_merge', 'how_to_talk', 'folder_bytes', 'add_gguf_flags', 'check_gguf_flags', 'write_gguf_file',
-           'add_plan', 'command_plan', 'add_shards', 'command_prepare_shard', 'command_merge_shards',
-           'command_verify_shards', 'command_play', 'command_info', 'machine_rows', 'kernel_row', 'cache_row',
-           'config_rows', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo', 'command_bench',
-           'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'add_serve',
+           'command_serve', 'command_export', 'command_merge', 'how_to_talk', 'folder_bytes', 'add_gguf_flags',
+           'check_gguf_flags', 'write_gguf_file', 'add_plan', 'command_plan', 'add_shards', 'command_prepare_shard',
+           'command_merge_shards', 'command_verify_shards', 'command_play', 'command_info', 'machine_rows',
+           'kernel_row', 'cache_row', 'config_rows', 'preset_rows', 'model_rows', 'checkpoint_rows', 'command_demo',
+           'command_bench', 'command_handout', 'command_grade', 'sentence_for', 'notes_as_lines', 'main',
+           'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -525,6 +526,7 @@ def make_parser() -> Parser:
     add_reinforce(commands)
     add_generate(commands)
     add_chat(commands)
+    add_serve(commands)
     add_evaluate(commands)
     add_inspect(commands)
     add_export(commands)
@@ -1422,6 +1424,41 @@ def command_inspect(args: argparse.Namespace) -> None:
     with atomic_write(out) as file:
         file.write(page)
     print(f"{out}: {human_bytes(len(page))}; open it in a browser.")
+
+# %% ../nbs/92_command_line.ipynb #5e21e002
+def add_serve(commands) -> None:
+    "Add `serve`."
+    parser = commands.add_parser("serve", help="answer many readers at once, over HTTP")
+    add = parser.add_argument
+    add("--model", type=some_path, default="smollm2", metavar="MODEL", help=HELP["checkpoint"] + " (default: smollm2)")
+    add("--host", default="127.0.0.1", metavar="HOST", help="where to listen (default: 127.0.0.1, this machine only)")
+    add("--port", type=whole(0, 65_535), default=8000, metavar="N", help="0: any free one (default: 8000)")
+    add("--api_key", metavar="KEY", help="what clients must send; needed for another --host")
+    add("--slots", type=whole(1, 256), default=8, metavar="N", help="answers written at once (default: 8)")
+    add("--pages", type=whole(1), default=1024, metavar="N", help="pages of 16 tokens for all of them (default: 1024)")
+    add("--chunk", type=whole(1), default=64, metavar="N", help="tokens of a prompt read per step (default: 64)")
+    add("--max_tokens", type=whole(1), default=2048, metavar="N", help="of the longest answer (default: 2048)")
+    add("--queue", type=whole(0), default=64, metavar="N", help="requests that may wait (default: 64)")
+    add("--seconds", type=number(1), default=300, metavar="X", help="time for one answer (default: 300)")
+    parser.set_defaults(command=command_serve)
+
+
+def command_serve(args: argparse.Namespace) -> None:
+    "Serve a model until interrupted."
+    from transformer_llm.generation import text_stops
+    from transformer_llm.serving import Engine, Limits, Served, run_server
+
+    model, tokenizer = load_writer(args.model, "cpu")
+    chat = how_to_talk(args.model, tokenizer)
+    stops = chat.get("stop_tokens") or text_stops(model, tokenizer, None)
+    limits = Limits(args.max_tokens, max_seconds=args.seconds, max_waiting=args.queue)
+    engine = Engine(model, n_slots=args.slots, n_pages=args.pages, chunk=args.chunk, max_waiting=args.queue)
+    names = {role: chat.get(role, "") for role in ("bos_token", "eos_token")}
+    name = Path(args.model).name
+    served = Served(name, engine, tokenizer, template=chat.get("chat_template"), stop_tokens=stops, names=names,
+                    limits=limits)
+    run_server(served, args.host, args.port, args.api_key, said=lambda address: note(
+        f"{name} answers at {address}/v1, and {address} is a page to chat; Ctrl-C ends it."))
 
 # %% ../nbs/92_command_line.ipynb #f69a73a0
 def command_export(args: argparse.Namespace) -> None:
