@@ -529,9 +529,9 @@ NOTES = {"type", "title", "description", "$schema", "default", "examples"}  # th
 DEEPEST, MOST_STATES = 16, 200_000
 
 
-def add_schema(a: Automaton, start: int, schema: object, depth: int = 0) -> int:
+def add_schema(a: Automaton, start: int, schema: object, level: int = 0) -> int:
     "Add the values that a schema allows; `InputError` names what is not supported."
-    if not isinstance(schema, dict) or depth > DEEPEST:
+    if not isinstance(schema, dict) or level > DEEPEST:
         raise InputError(f"A schema must be an object, at most {DEEPEST} levels deep, not {schema!r:.60}.")
     if len(a.edges) > MOST_STATES:
         raise InputError(f"The schema needs more than {MOST_STATES:,} states; give shorter lengths.")
@@ -542,7 +542,7 @@ def add_schema(a: Automaton, start: int, schema: object, depth: int = 0) -> int:
             if unknown or not isinstance(choices, list) or not choices:
                 raise InputError(f"The schema's {word} must be a list beside no other keyword, not {schema!r:.80}.")
             if word == "anyOf":
-                return a.either(start, [lambda s, c=c: add_schema(a, s, c, depth + 1) for c in choices])
+                return a.either(start, [lambda s, c=c: add_schema(a, s, c, level + 1) for c in choices])
             texts = [json.dumps(value, ensure_ascii=False).encode() for value in choices]
             return a.either(start, [lambda s, text=text: a.text(s, text) for text in texts])
     kind = schema.get("type")
@@ -550,7 +550,7 @@ def add_schema(a: Automaton, start: int, schema: object, depth: int = 0) -> int:
         raise InputError(f"The schema's type must be one of {', '.join(KNOWN_KEYWORDS)}, not {kind!r:.40}.")
     if unknown := set(schema) - NOTES - KNOWN_KEYWORDS[kind]:
         raise InputError(f"The schema's keyword {sorted(unknown)[0]!r:.40} is not supported for type {kind}.")
-    return ADDERS[kind](a, start, schema, depth)
+    return ADDERS[kind](a, start, schema, level)
 
 
 def bounds(schema: dict, least: str, most: str, default: int) -> tuple[int, int]:
@@ -559,7 +559,7 @@ def bounds(schema: dict, least: str, most: str, default: int) -> tuple[int, int]
     return low, int(check_range(most, schema.get(most, max(low, default)), low, 1000, integer=True))
 
 
-def add_object(a: Automaton, start: int, schema: dict, depth: int) -> int:
+def add_object(a: Automaton, start: int, schema: dict, level: int) -> int:
     "All properties, in their order."
     properties = schema.get("properties", {})
     if not isinstance(properties, dict) or not set(schema.get("required", [])) <= set(properties):
@@ -567,25 +567,25 @@ def add_object(a: Automaton, start: int, schema: dict, depth: int) -> int:
     start = a.text(start, b"{")
     for i, (name, value) in enumerate(properties.items()):
         start = a.text(start, (", " if i else "").encode() + json.dumps(name, ensure_ascii=False).encode() + b": ")
-        start = add_schema(a, start, value, depth + 1)
+        start = add_schema(a, start, value, level + 1)
     return a.text(start, b"}")
 
 
-def add_array(a: Automaton, start: int, schema: dict, depth: int) -> int:
+def add_array(a: Automaton, start: int, schema: dict, level: int) -> int:
     "Entries with commas between them."
     low, high = bounds(schema, "minItems", "maxItems", 8)
-    item = lambda s: add_schema(a, s, schema.get("items"), depth + 1)
+    item = lambda s: add_schema(a, s, schema.get("items"), level + 1)
     some = lambda s: a.repeat(item(s), lambda t: item(a.text(t, b", ")), max(0, low - 1), high - 1)
     ways = ([lambda s: s] if low == 0 else []) + ([some] if high else [])
     return a.text(a.either(a.text(start, b"["), ways), b"]")
 
 # %% ../nbs/22_serving.ipynb #22b4d638
-def add_string(a: Automaton, start: int, schema: dict, depth: int) -> int:
+def add_string(a: Automaton, start: int, schema: dict, level: int) -> int:
     "Characters between quotation marks."
     return a.text(a.repeat(a.text(start, b'"'), a.character, *bounds(schema, "minLength", "maxLength", 64)), b'"')
 
 
-def add_number(a: Automaton, start: int, schema: dict, depth: int) -> int:
+def add_number(a: Automaton, start: int, schema: dict, level: int) -> int:
     "Up to 15 digits, and for a number up to 6 after a point."
     digit = lambda s: a.one(s, b"0123456789")
     start = a.repeat(start, lambda s: a.text(s, b"-"), 0, 1)
