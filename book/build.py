@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
-SCRIPTS = ("live.js", "figures.js", "counting.js")  # what moves, with either renderer
+SCRIPTS = ("live.js", "figures.js", "trained.js", "counting.js", "poet.js")  # what moves, with either renderer
 PREVIEW = "index_1.png"  # what others show of a link to the book
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tools"), str(HERE.parent)]
@@ -429,7 +429,9 @@ def copy_files(root: Path, folder: Path, output: Path, names: list[str], info: d
             shutil.copy(root / "nbs" / name, output / "notebooks" / name)
     for script in SCRIPTS:
         shutil.copy(HERE / script, output / script)
-    (output / "engine.js").write_text(live_source(), encoding="utf-8")
+    # a function, because figures give its text to workers
+    engine = f"window.bookLive.engine = () => {{\n{live_source()}}};\nwindow.bookLive.engine();\n"
+    (output / "engine.js").write_text(engine, encoding="utf-8")
     if info["git_url"]:
         return
     (output / "notebooks").mkdir(exist_ok=True)

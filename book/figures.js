@@ -23,6 +23,9 @@
     return { at, parts, box: make("div", { class: "controls" }, ...parts.map(part => part.box)) };
   };
 
+  // What a figure's scripts weigh, as the build noted it.
+  const megabytes = figure => `${(figure.dataset.bytes / 1e6).toFixed(2)} MB`;
+
   // A field for the reader's own text.
   const textField = (label, text, longest, changed) => {
     const id = name(), input = make("input", { id, type: "text", maxlength: longest, spellcheck: "false", autocomplete: "off" });
@@ -204,7 +207,7 @@
     const status = make("p", { class: "note" }), written = make("p", { class: "written" });
     const go = make("button", { type: "button" }, "Train it"), list = makeControl(
       { kind: "list", label: "count from", values: range(0, 9).map(String), start: 7 }, digit => count(digit));
-    const lead = make("p", {}, "Here the same model trains again, in this page, from the notebook's first weights and on its batches:");
+    const lead = make("p", {}, `Here the same model trains again, in this page (${megabytes(figure)}), from the notebook's first weights and on its batches:`);
     figure.replaceChildren(lead, make("div", { class: "controls" }, go, list.box), curve, status, written);
     const say = makeVoice(figure);
     let model, run = 0, digit = 7;
@@ -248,5 +251,5 @@
     new IntersectionObserver((all, seen) => { if (all.some(one => one.isIntersecting)) { seen.disconnect(); train() } }).observe(figure);
   };
 
-  window.bookLive.parts = { headWeights, ownMerges, afterRules };
+  Object.assign(window.bookLive, { drawn, range, controlsFor, textField, megabytes, parts: { headWeights, ownMerges, afterRules } });
 })();

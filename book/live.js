@@ -96,6 +96,7 @@
   const script = file => scripts[file] ??= new Promise((done, fail) => {
     document.head.append(Object.assign(document.createElement("script"), { src: base + file, onload: done, onerror: fail }));
   });
+  const TRAINED = ["rates", "poet", "growth"]; // those with a worker have a script of their own
   window.bookLive = { figures, make, name, makeControl, makeVoice, script, calm };
 
   const mounted = new WeakSet();
@@ -106,6 +107,7 @@
     try {
       if (live) {
         await script("figures.js");
+        if (TRAINED.includes(live)) await script("trained.js");
         await figures[live](figure);
         return;
       }

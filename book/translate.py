@@ -13,6 +13,8 @@ from pathlib import Path
 import api
 from PIL import Image
 
+from transformer_llm.live import live_source
+
 EQUATION = re.compile(
     r"^([ \t]*)\$\$((?:(?!\$\$).)*?)\\tag\{([\w.]+)\}((?:(?!\$\$).)*?)\$\$[ \t]*([.,;]?)[ \t]*$", re.S | re.M
 )
@@ -232,6 +234,22 @@ def explored(cell: dict, page: str, folder: Path, live: str = "") -> dict:
     )
 
 
+HERE = Path(__file__).parent
+LOADED = {"counting": ["counting.js"], "rates": ["counting.js"], "poet": ["poet.js"], "growth": []}  # beside the engine
+
+
+def computed(found: re.Match) -> str:
+    "A place that a script fills; if it loads the engine, the bytes that this takes are noted for the reader."
+    name = found.group(1)
+    size = ""
+    if name in LOADED:
+        parts = [len(live_source().encode()), *((HERE / file).stat().st_size for file in LOADED[name])]
+        size = f' data-bytes="{sum(parts)}"'
+    note = ('<noscript><p class="kernel">This figure computes in the page: allow scripts, or '
+            '<a href="#open">open the notebook</a>.</p></noscript>')
+    return f'\n<figure class="live" data-live="{name}"{size}>{note}</figure>\n\n'
+
+
 def code_cell(cell: dict, page: str, folder: Path, count: int, live: str = "") -> list[dict]:
     "A code cell with its pictures, fold and what moves."
     if re.search(r"^explore\(", source(cell), re.M):
@@ -305,7 +323,7 @@ def translate(cells: list[dict], page: str, entries: dict[str, api.Entry], folde
                 live = "".join(LIVE.findall(text))
                 text = LIVE.sub("", text)
             moves = moves or bool(LIVE.search(text))
-            text = LIVE.sub(r'\n<figure class="live" data-live="\1"></figure>\n\n', text)
+            text = LIVE.sub(computed, text)
             if page.startswith("exercises/"):
                 text = CHECKED.sub(r"\g<0>\n\nThe exercise stands in its chapter: Exercise \1.", text)
             result.append(markdown(text))

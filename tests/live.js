@@ -10,6 +10,12 @@ for (const file of ["model.js", "sampling.js", "tokens.js", "files.js"]) {
   runInThisContext(readFileSync(join(engine, file), "utf8"), { filename: file });
 }
 
+// What the site's figures compute, without a page: they draw only when they are called.
+globalThis.window = { bookLive: { figures: {} } };
+for (const file of ["figures.js", "trained.js"]) {
+  runInThisContext(readFileSync(join(__dirname, "..", "book", file), "utf8"), { filename: file });
+}
+
 const bufferOf = path => { const b = readFileSync(path); return b.buffer.slice(b.byteOffset, b.byteOffset + b.length) };
 const numbers = path => new Float32Array(bufferOf(join(folder, path)));
 const bytesOf = row => Buffer.from(row.buffer, row.byteOffset, row.byteLength);
@@ -106,6 +112,24 @@ const answers = {
   safetensors({ path }) {
     const tensors = Live.readSafetensors(bufferOf(join(folder, path)));
     return Object.fromEntries(Object.entries(tensors).map(([name, t]) => [name, { ...t, data: [...t.data].map(String) }]));
+  },
+
+  heads({ text, settings }) {
+    return settings.map(one => window.bookLive.parts.headWeights(text, one));
+  },
+
+  own({ sentence, most }) {
+    return most.map(count => window.bookLive.parts.ownMerges(sentence, count));
+  },
+
+  rules({ settings }) {
+    return settings.map(one => [...window.bookLive.parts.afterRules(one)]);
+  },
+
+  twister({ seed, count }) {
+    const random = window.bookLive.parts.torchRandom(seed);
+    return { shares: Array.from({ length: count }, random.share), below: Array.from({ length: count }, () => random.below(25)),
+             normal: [...random.normal(64)], uniform: [...random.uniform(40, 0.125)] };
   },
 
   refusal({ code }) {

@@ -659,7 +659,8 @@ def talker(smollm2) -> Conversation:
 
 def test_the_capital_of_france(smollm2, talker):
     done = chat_process("--model", "smollm2", "--prompt", "What is the capital of France?")
-    assert done.returncode == 0 and "Paris" in done.stdout and done.stderr == ""
+    assert done.returncode == 0 and "Paris" in done.stdout
+    assert not done.stderr or re.fullmatch("Compiling the decoder .*once; it is kept on disk ...\n", done.stderr)
     assert "".join(talker.say("What is the capital of France?")) + "\n" == done.stdout
 
 

@@ -614,6 +614,8 @@ def test_generate_from_one_checkpoint_with_beams(capsys, run):
 
 
 def test_generate_with_the_fast_decoder(capsys, monkeypatch, run):
+    import torch
+
     from transformer_llm.decoding import Decoder
 
     made, make = [], Decoder.__init__
@@ -622,12 +624,15 @@ def test_generate_with_the_fast_decoder(capsys, monkeypatch, run):
     )
     arguments = ("generate", "--checkpoint", run, "--prompt", "the cat", "--max_new_tokens", 30)
     for options in ((), ("--temperature", 0), ("--top_k", 5, "--stream"), ("--beams", 3)):
-        plain = succeeds(capsys, *arguments, *options)
+        plain = succeeds(capsys, *arguments, *options, "--plain")
         assert not made
-        assert succeeds(capsys, *arguments, *options, "--dtype", "float32") == plain and made.pop()
+        for form in ([], ["--dtype", "float32"]):  # what is written by itself, and what was asked for
+            assert succeeds(capsys, *arguments, *options, *form) == plain
+        assert made.pop() == torch.float32 and made.pop() is None and not made
     for dtype in ("bfloat16", "int8"):
         assert succeeds(capsys, *arguments, "--dtype", dtype).startswith("the cat")
     assert len(made) == 2
+    refused(capsys, *arguments, "--dtype", "int8", "--plain", says="--plain.*--dtype")
     refused(capsys, *arguments, "--dtype", "int3", says="--dtype.*int3")
     refused(capsys, *arguments, "--dtype", "int4", says="multiples of 32, but d_model is 16")
 
@@ -640,9 +645,9 @@ def test_fast_steps_are_the_same_training(capsys, monkeypatch, text):
     steps, step = [], FastTrainer.train_step
     monkeypatch.setattr(FastTrainer, "train_step", lambda self: steps.append(self.step) or step(self))
     arguments = ("train", "--model_size", "demo", "--text_file", text, "--max_steps", 6, "--batch_size", 4)
-    succeeds(capsys, *arguments, "--out", "plain")
+    assert "Trainer in float32 on cpu" in succeeds(capsys, *arguments, "--out", "plain", "--plain")
     assert not steps
-    succeeds(capsys, *arguments, "--out", "fast", "--fast")
+    assert "FastTrainer in float32 on cpu" in succeeds(capsys, *arguments, "--out", "fast")
     assert len(steps) == 6
     losses = [
         [
@@ -658,6 +663,10 @@ def test_fast_steps_are_the_same_training(capsys, monkeypatch, text):
     # both read the same checkpoints
     succeeds(capsys, "train", "--out", "plain", "--resume", "--max_steps", 9, "--fast")
     assert len(steps) == 11
+    # a model with dropout, which the faster steps don't know, takes the plain ones
+    assert "\ntrainer      Trainer in" in succeeds(capsys, *arguments, "--out", "dropped", "--dropout", 0.1)
+    assert len(steps) == 11
+    refused(capsys, *arguments, "--out", "both", "--fast", "--plain", says="--plain.*--fast")
 
 
 @pytest.mark.parametrize("beams", [[], ["--beams", 2]], ids=["draw", "beams"])
@@ -804,7 +813,7 @@ def test_generate_and_info_take_a_model_of_others(capsys, pretrained):
 
 
 def test_export(capsys, pretrained, tmp_path):
-    refused(capsys, "export", "--checkpoint", pretrained, says="one of the arguments --hf --onnx is required")
+    refused(capsys, "export", "--checkpoint", pretrained, says="one of the arguments --hf --onnx --gguf is required")
     refused(capsys, "export", "--checkpoint", pretrained, "--hf", "a", "--onnx", "b", says="not allowed with")
     refused(capsys, "export", "--checkpoint", pretrained, "--hf", "a", "--with_cache", says="only with --onnx")
     refused(capsys, "export", "--checkpoint", "nowhere", "--hf", "a", says="nowhere")

@@ -5,6 +5,7 @@ Nothing here is timed: calls, allocations, tokens and distributions don't depend
 """
 import copy
 import math
+import re
 from collections import Counter
 from itertools import product
 
@@ -26,6 +27,7 @@ from transformer_llm.decoding import (
     PackedMatrix,
     WideCache,
     bytes_per_token,
+    fastest,
     memory_bandwidth,
     pack,
     quantise_rows,
@@ -764,3 +766,21 @@ def test_an_eight_bit_matrix_gives_the_same_by_either_product(monkeypatch):
         monkeypatch.setattr(decoding, "slow_in_8_bits", lambda: slow)
         found.append(matrix(x))
     assert torch.equal(*found)
+
+
+def test_the_fastest_form_is_chosen_and_named(monkeypatch):
+    "Eight bits for a model that is large enough where there is compiled code, the model itself where it is watched."
+    model, said = make(), []
+    assert fastest(model, say=said.append).kind == torch.float32
+    monkeypatch.setattr(decoding, "WORTH_INT8", 1)
+    monkeypatch.setattr(decoding, "why_no_kernel", lambda: "")
+    assert fastest(model, say=said.append).kind == "int8" and fastest(model, exact=True).kind == torch.float32
+    monkeypatch.setattr(decoding, "why_no_kernel", lambda: "numba is not installed")
+    for native, kind in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(decoding, "native_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr(decoding, "WIDE", 1)
+        assert fastest(model).kind == kind
+    model.blocks[0].attention.register_forward_hook(lambda *seen: None)
+    assert fastest(model, say=said.append) is model
+    assert all(line.startswith("Writing with chapter 13's decoder: ") for line in said[:2]) and len(said) == 3
+    assert "float32" in said[0] and "int8" in said[1] and re.match("Writing with the plain model: .*hook", said[2])

@@ -418,3 +418,18 @@ def test_info_says_whether_kernels_are_there(monkeypatch):
             assert main(["info"]) == 0
         row = next(line for line in out.getvalue().splitlines() if line.startswith("kernels"))
         assert words in row
+
+
+def test_torch_keeps_its_number_of_threads():
+    "Numba's threads and torch's are one pool, whose size its start sets: it is set back (in a process of its own)."
+    code = """
+import torch
+from transformer_llm.decoding import Decoder
+from transformer_llm.transformer import GPT, GPTConfig
+torch.set_num_threads(1)
+model = GPT(GPTConfig(vocab_size=50, context_length=32, d_model=16, n_layers=1, n_heads=2))
+Decoder(model, kernel=True).generate(torch.zeros(1, 3, dtype=torch.long), 3)
+print(torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.stdout.split() == ["1"], done.stderr

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from transformer_llm.attention import causal_mask
 from transformer_llm.checkpoints import save_checkpoint
 from transformer_llm.demo import TRAINING_LENGTH, TRAINING_STARTS, counting_sequences, train_counter
 from transformer_llm.embeddings import SCALINGS
 from transformer_llm.export import save_pretrained
 from transformer_llm.feedforward import ACTIVATIONS
 from transformer_llm.foundations import set_seed
-from transformer_llm.generation import Sampling, generate
+from transformer_llm.generation import Sampling, filter_logits, generate, repetition_penalty
 from transformer_llm.live.your_model import your_model_html
 from transformer_llm.tokenizer import (
     PATTERNS,
@@ -27,6 +29,7 @@ from transformer_llm.tokenizer import (
     count_words,
     learn_merges,
     visible,
+    word_splitter,
 )
 from transformer_llm.training import TrainingConfig, cross_entropy, schedule_factor
 from transformer_llm.transformer import CHOICES, GPT, PRESETS, GPTConfig
@@ -45,8 +48,7 @@ SCALED = {
     "divisors": dict(kind="divisors", divisors=(1.0, 3.0), attention_factor=1.5),
 }
 # The wide presets with fewer layers and tokens: a layer is like the others, and the reference computes in float64.
-FEWER = {"tiny": dict(n_layers=2, vocab_size=512), "small": dict(n_layers=1, vocab_size=512),
-         "medium": dict(n_layers=1, vocab_size=512), "gpt2": dict(n_layers=1, vocab_size=512)}
+FEWER = dict.fromkeys(("tiny", "small", "medium", "gpt2"), dict(n_layers=2, vocab_size=512))
 
 
 def all_models() -> dict[str, GPTConfig]:
@@ -391,11 +393,54 @@ def ask_refusals(asker: Asker) -> None:
     asker.ask("no refusal", "refusal", code=HELP + "open(); made(); Live.sampling(); return 'fine'")
 
 
+FIGURE_TEXT, OWN_MERGES = "abracadabra", [0, 1, 7, 20, 60]
+FIGURE_SENTENCE = "the cat sat on the mat, and thät cat  had 12 hats"
+HEADS = [
+    dict(head=head, causal=causal, window=window, scale=scale, temperature=temperature)
+    for head in ("one back", "same letter", "the first", "the mean")
+    for causal, window, scale, temperature in ((True, 24, True, 1.0), (True, 3, False, 4.0), (False, 2, True, 0.5))
+]
+WORD_SCORES = [2.8, 2.4, 2.0, 1.6, 1.2, 0.8, 0.3, -0.4, -0.8, -1.5]  # of chapter 08's ten words
+RULES = [
+    dict(temperature=1.0, top_k=10, top_p=1.0, min_p=0.0, penalty=1.0) | changes
+    for changes in (
+        {}, dict(temperature=0.0), dict(temperature=0.0, penalty=3.0), dict(temperature=2.5, min_p=0.5), dict(top_k=3),
+        dict(top_p=0.6, penalty=1.5), dict(temperature=0.7, top_k=7, top_p=0.9, min_p=0.05, penalty=1.2),
+    )
+]
+
+
+def head_by_torch(head: str, causal: bool, window: int, scale: bool, temperature: float) -> torch.Tensor:
+    "A head that is set by hand on the letters of FIGURE_TEXT: a match scores 8, times the root of 8 without the scale."
+    n, letters = len(FIGURE_TEXT), torch.tensor([ord(letter) for letter in FIGURE_TEXT])
+    matches = {"one back": torch.eye(n).roll(-1, 1).tril(-1), "same letter": letters[:, None] == letters,
+               "the first": torch.eye(n)[:1].expand(n, n), "the mean": torch.zeros(n, n)}[head]
+    near = torch.arange(n)[:, None] - torch.arange(n) < window
+    allowed = causal_mask(n, window=window) if causal else near
+    scores = matches * 8.0 / temperature * (1 if scale else 8**0.5)
+    return scores.double().masked_fill(~allowed, -math.inf).softmax(-1)
+
+
+def rules_by_torch(temperature: float, penalty: float, **filters) -> torch.Tensor:
+    "The probabilities of the ten words after the package's rules; `cat` and `the` are in the prompt."
+    logits = repetition_penalty(torch.tensor([WORD_SCORES]), torch.tensor([[2, 8]]), penalty)
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits[0].argmax(), 10).float()
+    return filter_logits(logits, temperature=temperature, **filters)[0].softmax(-1)
+
+
+def ask_figures(asker: Asker) -> None:
+    asker.ask("heads", "heads", text=FIGURE_TEXT, settings=HEADS)
+    asker.ask("own merges", "own", sentence=FIGURE_SENTENCE, most=OWN_MERGES)
+    asker.ask("rules", "rules", settings=RULES)
+    asker.ask("twister", "twister", seed=1234, count=700)
+
+
 @pytest.fixture(scope="module")
 def live(tmp_path_factory) -> Asker:
     "All questions, and node's answers to them."
     asker = Asker(tmp_path_factory.mktemp("live"))
-    for ask in (ask_models, ask_training, ask_sampling, ask_tokenizers, ask_files, ask_refusals):
+    for ask in (ask_models, ask_training, ask_sampling, ask_tokenizers, ask_files, ask_figures, ask_refusals):
         ask(asker)
     asker.answers = asker.run()
     return asker
@@ -530,6 +575,47 @@ def test_merges_are_learned_in_the_same_order(live):
     assert [found["count"] for found in given] == sorted((found["count"] for found in given), reverse=True)
     given, wanted = answer(live, "characters")
     assert given == wanted
+
+
+def test_the_figures_heads_are_torchs(live):
+    given, _ = answer(live, "heads")
+    for settings, weights in zip(HEADS, given, strict=True):
+        assert torch.tensor(weights, dtype=torch.double) == pytest.approx(head_by_torch(**settings), abs=1e-6), settings
+
+
+def test_the_figures_rules_are_the_packages(live):
+    given, _ = answer(live, "rules")
+    for settings, shares in zip(RULES, given, strict=True):
+        assert torch.tensor(shares) == pytest.approx(rules_by_torch(**settings), abs=1e-6), settings
+
+
+def test_the_figures_merges_are_chapter_05s(live):
+    "The pieces of the sentence after so many merges; of equal counts the pair of the smallest ids comes first."
+    given, _ = answer(live, "own merges")
+    words, done = [list(word.encode()) for word in word_splitter("gpt2")(FIGURE_SENTENCE)], 0
+    for found, most in zip(given, OWN_MERGES, strict=True):
+        while done < most and (pairs := Counter(pair for ids in words for pair in zip(ids, ids[1:]))):
+            pair = min(pairs, key=lambda pair: (-pairs[pair], pair))
+            for ids in words:
+                for at in range(len(ids)):
+                    if tuple(ids[at : at + 2]) == pair:
+                        ids[at : at + 2] = [256 + done]
+            done += 1
+        assert [piece["id"] for piece in found["pieces"]] == [i for ids in words for i in ids]
+        assert found["done"] == done
+    assert done == 60 or not pairs
+
+
+def test_the_figures_random_numbers_are_torchs(live):
+    "Chapter 19's model and batches come from PyTorch's generator, which the page has again."
+    given, _ = answer(live, "twister")
+    generator = torch.Generator().manual_seed(1234)
+    assert given["shares"] == torch.rand(700, generator=generator).tolist()
+    assert given["below"] == [int(torch.randint(25, (), generator=generator)) for _ in range(700)]
+    normal = torch.empty(64).normal_(generator=generator)
+    assert torch.tensor(given["normal"]) == pytest.approx(normal, abs=1e-6)
+    uniform = torch.empty(40).uniform_(-0.125, 0.125, generator=generator)
+    assert torch.tensor(given["uniform"]) == pytest.approx(uniform, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "shards", "run"])

@@ -8,11 +8,13 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -688,3 +690,27 @@ def test_a_fast_trainer_keeps_float32_weights(dtype):
     model = GPT(GPTConfig(vocab_size=20, context_length=8, d_model=16, n_layers=1, n_heads=2)).to(dtype)
     with pytest.raises(InputError, match=f"float32 weights, but token_embedding.weight is {dtype}"):
         FastTrainer(model, (torch.arange(100) % 20, None), TrainingConfig(max_steps=1, device="cpu"), progress=False)
+
+
+def test_gradients_are_divided_by_hand_where_a_fused_step_may_ignore_their_scale(monkeypatch):
+    "On MPS, on a tensor that only says where it is: no Apple processor is needed to see what is called."
+    called = []
+    monkeypatch.setattr(torch, "_foreach_div_", lambda gradients, divisor: called.append(("divided", divisor)))
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *given, grad_scale, **more: called.append(("scale", grad_scale)))
+    group = dict(lr=0.1, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-8)
+    with FakeTensorMode():
+        weight = torch.empty(3, 2, device="mps")
+        state = dict(step=0, average=weight, average_square=weight)
+        FusedAdamW._step_group(SimpleNamespace(divisor=2.0), group, [weight], [weight], [state])
+    assert called == [("divided", 2.0), ("scale", None)]
+
+
+def test_a_product_on_a_gpu_is_timed_from_one_wait_to_the_next(monkeypatch):
+    "Calls to a GPU return before the work is done, and one product between two waits would mostly be waiting."
+    events = []
+    monkeypatch.setattr(performance, "wait_for", lambda device: events.append("wait"))
+    monkeypatch.setattr(torch, "mm", lambda *matrices, out: events.append("product"))
+    monkeypatch.setattr(torch, "randn", lambda *size, device: torch.ones(1).expand(size))
+    monkeypatch.setattr(torch, "empty_like", lambda a: SimpleNamespace(device=torch.device("cuda")))
+    performance.time_of_product(torch.float32, 4, 0, "cuda")
+    assert events == ["wait", *["product"] * 8, "wait"]

@@ -390,3 +390,18 @@ def test_a_corrected_start_uses_the_same_folder_of_tokens(tmp_path, text):
         start_run(tmp_path / "run", settings(text).replace(context_length=10**5))
     start_run(tmp_path / "run", settings(text))
     assert [path.name for path in (tmp_path / "run").glob("tokens*")] == ["tokens"]
+
+
+def test_a_run_takes_the_fastest_training_that_it_can_have(monkeypatch):
+    from transformer_llm import runs
+
+    chosen = lambda **fields: runs.fastest_training(RunConfig(**fields))
+    monkeypatch.setattr(runs, "native_bfloat16", lambda device: True)
+    small = chosen(model_size="nano")
+    assert small.fast and not small.training  # too small for bfloat16 to pay
+    assert chosen(model_size="tiny").training == {"dtype": "bfloat16"}
+    assert chosen(model_size="tiny", training={"dtype": "float32"}).training == {"dtype": "float32"}
+    for kept in (dict(fast=False), dict(dropout=0.1), dict(training={"compile": True})):
+        assert chosen(model_size="tiny", **kept) == RunConfig(model_size="tiny", **kept)
+    monkeypatch.setattr(runs, "native_bfloat16", lambda device: False)
+    assert not chosen(model_size="tiny").training

@@ -7,6 +7,7 @@ The walk is over `dataclasses.fields(Sampling)` and over `PATHS`. A new field ne
 import dataclasses
 import functools
 import inspect
+import math
 from dataclasses import dataclass, fields
 
 import pytest
@@ -327,3 +328,15 @@ def test_a_path_that_forgets_a_field_is_found(name, monkeypatch):
     for path in ("stream", "generate_text", "stream_text"):
         with pytest.raises(AssertionError, match=f"{path} ignores its keyword {name}"):
             walk(path, name, CHANGES[name])
+
+
+def test_a_random_number_of_zero_never_draws_a_filtered_token(monkeypatch):
+    "Some devices draw zeros: their logarithm is minus infinity, and a filtered token's logit minus that not a number."
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda noise, generator=None: noise.zero_())
+    logits = torch.tensor([[-math.inf, 1.0, 2.0]]).expand(4, 3)
+    assert generation.draw(logits).tolist() == [2] * 4
+    model = MODEL
+    ids = torch.tensor([[1, 2]])
+    wanted = generate(model, ids, 5, temperature=0)
+    assert torch.equal(generate(model, ids, 5, top_k=2), wanted)
+    assert torch.equal(Decoder(model).generate(ids, 5, top_k=2), wanted)

@@ -15,11 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+
+from transformer_llm.demo import TRAINING_LENGTH, counting_sequences
+from transformer_llm.foundations import set_seed
+from transformer_llm.generation import generate
+from transformer_llm.tokenizer_files import tokenizer_from_json
+from transformer_llm.training import AdamW
+from transformer_llm.transformer import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "book"), str(ROOT / "tools")]
 
 import api
+import live_data
 import references
 import render
 import translate
@@ -764,18 +773,9 @@ def from_disk(browser, built, name):
     return page, notes, asked
 
 
-def committed_losses():
-    "The losses that `train_counter` had when the home page's figure was written."
-    text = (ROOT / "book" / "counting.js").read_text(encoding="utf-8")
-    return json.loads(text[text.index("{") : text.rindex("}") + 1])["losses"]
-
-
 def test_the_home_pages_figure_has_the_notebooks_training():
     "Weights, batches and losses of the committed script are those of chapter 00 today."
-    import live_data
-
-    text = (ROOT / "book" / "counting.js").read_text(encoding="utf-8")
-    kept, now = json.loads(text[text.index("{") : text.rindex("}") + 1]), live_data.counting()
+    kept, now = live_data.read_data("counting"), live_data.counting()
     assert max(abs(a - b) for a, b in zip(kept.pop("losses"), now.pop("losses"), strict=True)) < 1e-3
     assert kept == now
 
@@ -787,7 +787,7 @@ def test_the_counting_model_trains_in_the_home_page(built, browser):
     figure = page.locator("figure[data-live=counting]")
     figure.scroll_into_view_if_needed()
     page.wait_for_function("() => document.querySelector('figure[data-live=counting]').dataset.losses", timeout=60_000)
-    losses, wanted = json.loads(figure.get_attribute("data-losses")), committed_losses()
+    losses, wanted = json.loads(figure.get_attribute("data-losses")), live_data.read_data("counting")["losses"]
     assert len(losses) == len(wanted) == 200 and max(abs(a - b) for a, b in zip(losses, wanted)) < 1e-3
     for digit in (7, 3):
         figure.locator("select").select_option(str(digit))
@@ -819,6 +819,113 @@ def test_a_figure_answers_the_keyboard_from_the_disk(built, browser, name, live)
         states.add(figure.evaluate(shown))
     assert len(states) > 2
     page.wait_for_function("f => f.querySelector('.unseen[aria-live]').textContent", arg=figure.element_handle())
+    assert not notes.errors + notes.failed and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
+    page.context.close()
+
+
+def pressed(page, live, attribute, timeout=120_000):
+    "A figure's button is reached and pressed by the keyboard; what it has when the work in its worker is done."
+    figure = page.locator(f"figure[data-live={live}]")
+    assert figure.locator("p:has-text(\"doesn't work here\")").count() == 0
+    figure.locator("button").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"f => f.dataset.{attribute}", arg=figure.element_handle(), timeout=timeout)
+    page.wait_for_function("f => f.querySelector('.unseen[aria-live]').textContent", arg=figure.element_handle())
+    return figure, figure.get_attribute(f"data-{attribute}")
+
+
+def moved(page, figure, number, presses):
+    "A figure's slider, moved by arrow keys from its low end."
+    figure.locator("input[type=range]").nth(number).focus()
+    page.keyboard.press("Home")
+    for _ in range(presses):
+        page.keyboard.press("ArrowRight")
+
+
+def counting_losses(rate, warmup):
+    "PyTorch's losses in 100 steps of chapter 00's model, at a rate that grows, then falls in a straight line."
+    set_seed(0)
+    model, generator = GPT(GPTConfig.preset("demo")), torch.Generator().manual_seed(0)
+    optimizer, losses = AdamW(model.parameters(), lr=rate, weight_decay=0.1), []
+    for step in range(100):
+        batch = counting_sequences(torch.randint(7, (16,), generator=generator), TRAINING_LENGTH)
+        _, loss = model(batch[:, :-1], batch[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / max(warmup, 1)) * (1 - step / 100)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@in_browser
+def test_rates_are_tried_in_the_page_of_chapter_07(built, browser):
+    "Two rates, one with a warm-up: PyTorch's losses at each step, both runs in the picture, and the table's means."
+    page, notes, asked = from_disk(browser, built, "training.html")
+    figure = page.locator("figure[data-live=rates]")
+    for number, (place, rate, presses, warmup) in enumerate(((4, 0.01, 0, 0), (5, 0.03, 2, 10)), 1):
+        moved(page, figure, 0, place)
+        moved(page, figure, 1, presses)
+        _, losses = pressed(page, "rates", "losses")
+        wanted = counting_losses(rate, warmup)
+        assert max(abs(a - b) for a, b in zip(json.loads(losses), wanted, strict=True)) < 1e-3
+        assert figure.locator("polyline").count() == figure.locator("tbody tr").count() == number
+        row = figure.locator("tbody tr").last.inner_text().split()
+        assert row == [str(number), str(rate), str(warmup), row[-1]]
+        assert float(row[-1]) == pytest.approx(sum(wanted[-20:]) / 20, abs=2e-3)
+    assert not notes.errors + notes.failed and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
+    page.context.close()
+
+
+@in_browser
+def test_the_minutes_model_writes_in_the_page_of_chapter_08(built, browser):
+    "Its size is said, nothing of it is loaded before the button; then it writes what the package writes with it."
+    page, notes, asked = from_disk(browser, built, "generation.html")
+    figure = page.locator("figure[data-live=poet]")
+    told = float(re.search(r"([\d.]+) MB", figure.inner_text()).group(1))
+    weight = sum((built[0] / name).stat().st_size for name in ("poet.js", "engine.js"))
+    assert told == pytest.approx(weight / 1e6, abs=0.01)
+    assert not any("poet.js" in url for url in asked)
+    moved(page, figure, 0, 0)  # temperature 0
+    _, text = pressed(page, "poet", "written")
+    data = live_data.read_data("poet")
+    model, tokenizer = live_data.unpacked(data), tokenizer_from_json(json.dumps(data["tokenizer"]))
+    wanted = generate(model, torch.tensor([tokenizer.encode("ROMEO:")]), 200, temperature=0.0)[0].tolist()
+    assert text.startswith(tokenizer.decode(wanted)) and len(text) == len("ROMEO:") + 2000
+    moved(page, figure, 0, 8)
+    _, drawn = pressed(page, "poet", "written")
+    assert drawn.startswith("ROMEO:") and len(drawn) == len(text) and drawn != text
+    figure.locator("input[type=text]").fill("RÖMEO:")
+    pressed(page, "poet", "written")
+    assert "Ö" in figure.locator(".note").inner_text()
+    assert not notes.errors + notes.failed and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
+    page.context.close()
+
+
+def printed(name, what):
+    "Numbers that a notebook's cells print: all that a pattern finds in them, as numbers."
+    notebook = json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))
+    text = "".join("".join(o.get("text", "")) for cell in notebook["cells"] for o in cell.get("outputs", []))
+    return [tuple(map(float, found)) for found in re.findall(what, text)]
+
+
+@in_browser
+def test_the_cliff_of_chapter_19_happens_in_its_page(built, browser):
+    "The notebook's losses on the way to the cliff, which comes within ten steps of its cliff; and both scores rise."
+    page, notes, asked = from_disk(browser, built, "circuits.html")
+    figure, _ = pressed(page, "growth", "looks")
+    done = "f => JSON.parse(f.dataset.looks).length === 26"
+    page.wait_for_function(done, arg=figure.element_handle(), timeout=240_000)
+    looks = {step: row for step, *row in json.loads(figure.get_attribute("data-looks"))}
+    wanted = printed("19_circuits.ipynb", r"step +(\d+): loss on the second copy ([\d.]+)")
+    assert len(wanted) == 6
+    assert all(abs(looks[int(step)][0] - loss) < 0.01 for step, loss in wanted if step <= 150)
+    [(cliff, previous, induction, _)] = printed(
+        "19_circuits.ipynb", r"seed 0: .*loss below 2 at (\d+); at the end ([\d.]+), ([\d.]+), ([\d.]+)"
+    )
+    assert abs(next(step for step, row in looks.items() if row[0] < 2) - cliff) <= 10
+    assert looks[250][0] < 0.3 and looks[0][1] < 0.1 and looks[0][2] < 0.1
+    assert abs(looks[250][1] - previous) < 0.15 and abs(looks[250][2] - induction) < 0.15
     assert not notes.errors + notes.failed and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
     page.context.close()
 
@@ -858,6 +965,14 @@ def test_pictures_drawn_in_advance_move(built, browser):
     assert image.get_attribute("alt").strip()
     assert not notes.errors + notes.failed and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
     page.context.close()
+
+
+def test_the_script_of_the_site_is_small(built):
+    "All of it but the search index and a model's weights, which load when they are asked for."
+    scripts = {path.name: path.stat().st_size for path in built[0].rglob("*.js")}
+    assert scripts.keys() >= {"engine.js", "poet.js"}
+    assert sum(size for name, size in scripts.items() if name not in ("search.js", "poet.js")) < 250_000
+    assert scripts["poet.js"] < 1_500_000
 
 
 def test_no_control_of_the_site_is_dead(built):

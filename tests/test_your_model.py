@@ -96,6 +96,19 @@ def test_attention_and_next_tokens_are_the_packages(page, home):
     assert "(100 %)" in part(page, "most").text_content()  # the first token can only look at itself
 
 
+def test_a_folder_can_be_dropped(page, home):
+    "A real folder of two checkpoints, dragged from outside of the browser onto the page."
+    part(page, "drop").scroll_into_view_if_needed()
+    box = part(page, "drop").bounding_box()
+    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    data = {"items": [], "files": [str(home / "run")], "dragOperationsMask": 1}
+    session = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "data": data, **at})
+    page.wait_for_function("document.querySelector('[data-part=status]').textContent.includes('step-0000010')")
+    assert part(page, "work").is_visible()
+
+
 def test_wrong_files_get_a_sentence(page, home):
     part(page, "files").set_input_files([home / "damaged" / "model.safetensors"])
     page.wait_for_function("document.querySelector('.wrong')?.textContent.includes('config.json')")

@@ -17,12 +17,14 @@ __all__ = ['LARGEST', 'MODEL_SIZES', 'DEVICES', 'PRECISIONS', 'HELP', 'REWARD_TA
            'print_losses', 'save_curve', 'command_reinforce', 'reinforce_to_the_end', 'print_rewards',
            'command_finetune', 'finetune_to_the_end', 'trained_share', 'save_adapter', 'print_finetune_plan',
            'command_prefer', 'prefer_to_the_end', 'print_prefer_plan', 'harmless', 'load_and_tell', 'load_writer',
-           'fast_form', 'command_generate', 'write_sample', 'beam_text', 'command_chat', 'with_adapter', 'talk_to_run',
-           'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate', 'command_inspect', 'command_export',
-           'command_merge', 'how_to_talk', 'folder_bytes', 'command_play', 'command_info', 'machine_rows', 'kernel_row',
-           'cache_row', 'config_rows', 'count_parameters', 'preset_rows', 'model_rows', 'checkpoint_rows',
-           'command_demo', 'command_bench', 'command_handout', 'command_grade', 'one_of_several', 'is_said_here',
-           'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
+           'form_that_writes', 'fast_form', 'command_generate', 'write_sample', 'beam_text', 'command_chat',
+           'with_adapter', 'talk_to_run', 'print_answer', 'talk', 'next_line', 'chat_command', 'command_evaluate',
+           'command_inspect', 'add_serve', 'command_serve', 'command_export', 'command_merge', 'how_to_talk',
+           'folder_bytes', 'add_gguf_flags', 'check_gguf_flags', 'write_gguf_file', 'add_plan', 'command_plan',
+           'add_shards', 'command_prepare_shard', 'command_merge_shards', 'command_verify_shards', 'command_play',
+           'command_info', 'machine_rows', 'kernel_row', 'cache_row', 'config_rows', 'preset_rows', 'model_rows',
+           'checkpoint_rows', 'command_demo', 'command_bench', 'command_handout', 'command_grade', 'one_of_several',
+           'is_said_here', 'sentence_for', 'notes_as_lines', 'main', 'open_missing_streams', 'run']
 
 # %% ../nbs/92_command_line.ipynb #9ab9a13e
 import argparse
@@ -179,7 +181,10 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=DEVICES, help="where to compute (default: auto)")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the matrix products (default: float32)")
     add("--compile", action="store_true", help="compile the model first: slower to start, faster to run")
-    add("--fast", action="store_true", help="use chapter 11's faster steps: the same training up to rounding")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--fast", action="store_true", help="chapter 11's steps, the same training up to rounding "
+                       "(default on a CPU, for a model without dropout)")
+    steps.add_argument("--plain", action="store_false", dest="fast", help="chapter 07's steps")
     add("--tensorboard", action="store_true", help="write TensorBoard logs too (needs tensorboard)")
 
 # %% ../nbs/92_command_line.ipynb #c92fe926
@@ -388,8 +393,10 @@ def add_sampling(
         add(f"--{name}", type=convert, metavar=value, help=what + default)
     add("--seed", type=whole(0), metavar="N", help="the same seed gives the same text (default: 0)")
     add("--device", choices=DEVICES, default="auto", help="where to compute (default: auto)")
-    add("--dtype", choices=PRECISIONS,
-        help="write with chapter 13's fast decoder, with weights in this precision (default: the plain model)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--dtype", choices=PRECISIONS,
+                      help="the precision of the weights (default: what this machine writes fastest with)")
+    form.add_argument("--plain", action="store_true", help="write with the model itself, not with chapter 13's decoder")
 
 
 def typed_sampling(args: argparse.Namespace) -> dict:
@@ -438,6 +445,7 @@ def add_export(commands) -> None:
     form.add_argument("--hf", type=some_path, metavar="DIR", help="a folder to write for Hugging Face's transformers")
     form.add_argument("--onnx", type=some_path, metavar="FILE",
                       help="a graph to write for ONNX runtimes (needs onnx and onnxscript)")
+    add_gguf_flags(parser, form)
     add("--with_cache", action="store_true", help="with --onnx: the graph takes and returns keys and values")
     add("--overwrite", action="store_true", help="replace what exists")
     parser.set_defaults(command=command_export)
@@ -520,9 +528,12 @@ def make_parser() -> Parser:
     add_reinforce(commands)
     add_generate(commands)
     add_chat(commands)
+    add_serve(commands)
     add_evaluate(commands)
     add_inspect(commands)
     add_export(commands)
+    add_plan(commands)
+    add_shards(commands)
     add_play(commands)
     add_bench(commands)
     add_class(commands)
@@ -733,6 +744,7 @@ def print_plan(trainer, run_directory: Path) -> None:
         ("tokens", token_counts(trainer.data)),
         ("steps", steps),
         ("memory", f"about {needed}"),
+        ("trainer", f"{type(trainer).__name__} in {settings.dtype} on {trainer.device}"),
         ("run", f"{run_directory}" + (f", continued at step {trainer.step:,}" if trainer.step else "")),
     ])
     sys.stdout.flush()
@@ -819,7 +831,7 @@ class LossLines:
 def command_train(args: argparse.Namespace) -> int:
     "Train, or continue a run."
     from transformer_llm.checkpoints import shard_folders
-    from transformer_llm.runs import continue_run, hold, start_run
+    from transformer_llm.runs import continue_run, fastest_training, hold, start_run
 
     given, config = vars(args), run_config(args)
     out = run_folder(given.get("out"), config.text_file, config.model_size)
@@ -836,7 +848,8 @@ def command_train(args: argparse.Namespace) -> int:
                 merge_shards(out)
         return train_to_the_end(continue_run(out, config, progress=at_terminal()))
     with hold(out):
-        return train_to_the_end(start_run(out, config, overwrite=given.get("overwrite", False), progress=at_terminal()))
+        options = dict(overwrite=given.get("overwrite", False), progress=at_terminal())
+        return train_to_the_end(start_run(out, fastest_training(config), **options))
 
 
 def train_to_the_end(trainer) -> int:
@@ -1184,18 +1197,25 @@ def load_and_tell(path: str, device: str):
     return load_any(path, device=device)
 
 
-def load_writer(checkpoint: str, device: str, dtype: str | None = None):
-    "The model and the tokenizer of a checkpoint; raises `InputError` where one is missing."
+def load_writer(checkpoint: str, device: str, form: Callable = lambda model: model):
+    "The model, in some form, and the tokenizer of a checkpoint; raises `InputError` where one is missing."
     model, tokenizer = load_and_tell(checkpoint, device)
     if tokenizer is None:
         raise InputError(f"the checkpoint in {checkpoint} has no tokenizer, so it can't read text; use it from Python.")
-    return fast_form(model, dtype), tokenizer
+    return form(model), tokenizer
+
+
+def form_that_writes(args: argparse.Namespace) -> Callable:
+    "The function from a model to the form of it that `--plain` and `--dtype` ask for; without them, to the fastest."
+    return (lambda model: model) if args.plain else partial(fast_form, dtype=args.dtype)
 
 
 def fast_form(model, dtype: str | None):
-    "The model itself, or chapter 13's `Decoder` of it with weights in this precision."
+    "Chapter 13's `Decoder` of the model with weights in this precision; None: the fastest form that there is."
     if dtype is None:
-        return model
+        from transformer_llm.decoding import fastest
+
+        return fastest(model, say=note if at_terminal() else lambda line: None)
     if dtype in ("int8", "int4") and model.device.type != "cpu":
         raise InputError(f"--dtype {dtype} is for CPUs, but the model is on {model.device.type}; add --device cpu, or "
                          "use --dtype bfloat16.")
@@ -1213,7 +1233,7 @@ def command_generate(args: argparse.Namespace) -> None:
         flags = {"stream": args.stream, "num_samples": args.num_samples > 1, "seed": args.seed is not None}
         if extra := [*chosen, *(name for name, typed in flags.items() if typed)]:
             raise InputError(f"--beams searches for the likeliest text; leave out --{' and --'.join(extra)}.")
-    model, tokenizer = load_writer(args.checkpoint, args.device, args.dtype)
+    model, tokenizer = load_writer(args.checkpoint, args.device, form_that_writes(args))
     if args.beams is not None:
         print(harmless(beam_text(model, tokenizer, args.prompt, args.max_new_tokens, args.beams)))
         return
@@ -1270,7 +1290,7 @@ def command_chat(args: argparse.Namespace) -> None:
     from transformer_llm.chat import Conversation
 
     options = dict(system=args.system, seed=args.seed or 0)
-    prepare = partial(with_adapter, adapter=args.adapter, dtype=args.dtype)
+    prepare = partial(with_adapter, adapter=args.adapter, form=form_that_writes(args))
     if own_run:
         conversation = talk_to_run(args.model, args.device, prepare, options)
     else:
@@ -1283,13 +1303,13 @@ def command_chat(args: argparse.Namespace) -> None:
         talk(conversation, settings)
 
 
-def with_adapter(model, adapter: str | None, dtype: str | None):
+def with_adapter(model, adapter: str | None, form: Callable):
     "The model with an adapter in its matrices, in the form that writes."
     if adapter is not None:
         from transformer_llm.lora import load_lora, merge_lora
 
         model = merge_lora(load_lora(model, adapter))
-    return fast_form(model, dtype)
+    return form(model)
 
 
 def talk_to_run(run: str, device: str, prepare: Callable, options: dict):
@@ -1447,17 +1467,55 @@ def command_inspect(args: argparse.Namespace) -> None:
         file.write(page)
     print(f"{out}: {human_bytes(len(page))}; open it in a browser.")
 
+# %% ../nbs/92_command_line.ipynb #5e21e002
+def add_serve(commands) -> None:
+    "Add `serve`."
+    parser = commands.add_parser("serve", help="answer many readers at once, over HTTP")
+    add = parser.add_argument
+    add("--model", type=some_path, default="smollm2", metavar="MODEL", help=HELP["checkpoint"] + " (default: smollm2)")
+    add("--host", default="127.0.0.1", metavar="HOST", help="where to listen (default: 127.0.0.1, this machine only)")
+    add("--port", type=whole(0, 65_535), default=8000, metavar="N", help="0: any free one (default: 8000)")
+    add("--api_key", metavar="KEY", help="what clients must send; needed for another --host")
+    add("--slots", type=whole(1, 256), default=8, metavar="N", help="answers written at once (default: 8)")
+    add("--pages", type=whole(1), default=1024, metavar="N", help="pages of 16 tokens for all of them (default: 1024)")
+    add("--chunk", type=whole(1), default=64, metavar="N", help="tokens of a prompt read per step (default: 64)")
+    add("--max_tokens", type=whole(1), default=2048, metavar="N", help="of the longest answer (default: 2048)")
+    add("--queue", type=whole(0), default=64, metavar="N", help="requests that may wait (default: 64)")
+    add("--seconds", type=number(1), default=300, metavar="X", help="time for one answer (default: 300)")
+    parser.set_defaults(command=command_serve)
+
+
+def command_serve(args: argparse.Namespace) -> None:
+    "Serve a model until interrupted."
+    from transformer_llm.generation import text_stops
+    from transformer_llm.serving import Engine, Limits, Served, run_server
+
+    model, tokenizer = load_writer(args.model, "cpu")
+    chat = how_to_talk(args.model, tokenizer)
+    stops = chat.get("stop_tokens") or text_stops(model, tokenizer, None)
+    limits = Limits(args.max_tokens, max_seconds=args.seconds, max_waiting=args.queue)
+    engine = Engine(model, n_slots=args.slots, n_pages=args.pages, chunk=args.chunk, max_waiting=args.queue)
+    names = {role: chat.get(role, "") for role in ("bos_token", "eos_token")}
+    name = Path(args.model).name
+    served = Served(name, engine, tokenizer, template=chat.get("chat_template"), stop_tokens=stops, names=names,
+                    limits=limits)
+    run_server(served, args.host, args.port, args.api_key, said=lambda address: note(
+        f"{name} answers at {address}/v1, and {address} is a page to chat; Ctrl-C ends it."))
+
 # %% ../nbs/92_command_line.ipynb #f69a73a0
 def command_export(args: argparse.Namespace) -> None:
     "Write a model for other programs."
     from transformer_llm.export import export_onnx, save_pretrained
 
-    if args.with_cache and args.hf:
+    if args.with_cache and not args.onnx:
         raise InputError("--with_cache works only with --onnx; leave it out.")
     if args.onnx and Path(args.onnx).exists() and not args.overwrite:
         raise InputError(f"{args.onnx} already exists; use --overwrite to replace it, or choose another name.")
+    check_gguf_flags(args)
     model, tokenizer = load_and_tell(args.checkpoint, "cpu")
-    if args.hf:
+    if args.gguf:
+        write_gguf_file(model, tokenizer, args)
+    elif args.hf:
         save_pretrained(model, args.hf, tokenizer, overwrite=args.overwrite, **how_to_talk(args.checkpoint, tokenizer))
         print(f"{args.hf}: {human_bytes(folder_bytes(Path(args.hf)))} for transformers' from_pretrained.")
     else:
@@ -1496,6 +1554,115 @@ def how_to_talk(checkpoint: str, tokenizer) -> dict:
 def folder_bytes(directory: Path) -> int:
     "The size of a folder's files."
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+# %% ../nbs/92_command_line.ipynb #74ab10c2
+def add_gguf_flags(parser: argparse.ArgumentParser, form: argparse._MutuallyExclusiveGroup) -> None:
+    "Add the flags of `export` for one file for llama.cpp."
+    form.add_argument("--gguf", type=some_path, metavar="FILE",
+                      help="one file to write for llama.cpp and the programs that use it")
+    parser.add_argument("--type", choices=("f32", "f16", "q8_0", "q4_0"),
+                        help="with --gguf: how matrices are stored (default: f16)")
+
+
+def check_gguf_flags(args: argparse.Namespace) -> None:
+    "Refuse a file that exists, and a type for another form, before a model is loaded."
+    if args.type and not args.gguf:
+        raise InputError("--type works only with --gguf; leave it out.")
+    if args.gguf and Path(args.gguf).exists() and not args.overwrite:
+        raise InputError(f"{args.gguf} already exists; use --overwrite to replace it, or choose another name.")
+
+
+def write_gguf_file(model, tokenizer, args: argparse.Namespace) -> None:
+    "Write a model as one file for llama.cpp."
+    from transformer_llm.gguf_files import export_gguf
+
+    how = how_to_talk(args.checkpoint, tokenizer)
+    path = export_gguf(model, args.gguf, tokenizer, kind=args.type or "f16", overwrite=args.overwrite, **how)
+    print(f"{args.gguf}: {human_bytes(path.stat().st_size)} for llama.cpp and the programs that use it.")
+
+# %% ../nbs/92_command_line.ipynb #73ab10c2
+def add_plan(commands) -> None:
+    "Add `plan`. What isn't typed is as in `Machine`."
+    parser = commands.add_parser("plan", help="predict time and memory of a run on many GPUs",
+                                 argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--model", type=some_path, required=True, metavar="MODEL",
+        help="llama3-8b, llama3-70b, llama3-405b, a preset, or a model as for chat")
+    add("--gpus", type=whole(1, 2**20), metavar="N", help="how many (default: the best layout for 8 to 1,024)")
+    add("--gpus_per_node", type=whole(1, 2**20), metavar="N", help="GPUs that share the fast links (default: 8)")
+    add("--memory", type=number(0.001, 1e6), metavar="GIB", help="memory of a GPU in GiB (default: 80)")
+    add("--tflops", type=number(0.001, 1e6), metavar="X", help="TFLOP/s that a GPU reaches (default: 400)")
+    add("--bandwidth", type=number(0.001, 1e6), metavar="GB/S", help="GB/s of each GPU between nodes (default: 50)")
+    add("--bandwidth_inside", type=number(0.001, 1e6), metavar="GB/S", help="GB/s within a node (default: 450)")
+    add("--batch_size", type=whole(1), metavar="N", help="sequences in a step, on all GPUs (default: two for each)")
+    add("--context_length", type=whole(1), metavar="N", help="tokens in a sequence (default: the model's)")
+    add("--recompute", choices=("none", "selective", "full"),
+        help="what the backward pass computes again (default: selective)")
+    parser.set_defaults(command=command_plan)
+
+
+def command_plan(args: argparse.Namespace) -> None:
+    "Print the layouts that fit, or the best one for each number of GPUs, and what was assumed."
+    from transformer_llm.planning import Machine, assumptions, plan, plan_by_size, plan_rows, planned_config
+
+    typed_flags = vars(args)
+    units = {"memory": 2**30, "tflops": 1e12, "bandwidth": 1e9, "bandwidth_inside": 1e9}
+    scaled = {name: typed_flags[name] * unit for name, unit in units.items() if name in typed_flags}
+    numbers = {"flops" if name == "tflops" else name: value for name, value in scaled.items()}
+    numbers |= {name: typed_flags[name] for name in ("gpus", "gpus_per_node") if name in typed_flags}
+    machine, config = Machine(**numbers), planned_config(args.model)
+    recompute = typed_flags.get("recompute", "selective")
+    asked = typed_flags.get("batch_size"), typed_flags.get("context_length")
+    if "gpus" in typed_flags:
+        print("\n".join(plan_rows(plan(config, machine, *asked, recompute=recompute))))
+    else:
+        print("\n".join(plan_by_size(config, machine, *asked, recompute=recompute)))
+    print(assumptions(machine, recompute))
+
+# %% ../nbs/92_command_line.ipynb #72ab10c2
+def add_shards(commands) -> None:
+    "Add `shards prepare`, `shards merge` and `shards verify`."
+    parts = commands.add_parser("shards", help="prepare text larger than memory, in parts")
+    kinds = parts.add_subparsers(metavar="WHAT", required=True)
+    part = kinds.add_parser("prepare", help="tokenize one part; does nothing if it is there")
+    add = part.add_argument
+    add("--text_file", type=some_path, required=True, metavar="PATH", help="a folder of UTF-8 text files, or one")
+    add("--tokenizer", type=some_path, required=True, metavar="PATH", help="the path of a trained tokenizer")
+    add("--out", type=some_path, required=True, metavar="DIR", help="the folder of all parts")
+    add("--shard", type=whole(0), required=True, metavar="I", help="which part, from 0")
+    add("--of", type=whole(1, 99_999), required=True, metavar="N", help="how many parts there are")
+    part.set_defaults(command=command_prepare_shard)
+    for name, told, command in (("merge", "write the index of all parts", command_merge_shards),
+                                ("verify", "compare each part with its hash", command_verify_shards)):
+        part = kinds.add_parser(name, help=told)
+        part.add_argument("directory", type=some_path, metavar="DIR", help="the folder of all parts")
+        part.set_defaults(command=command)
+
+
+def command_prepare_shard(args: argparse.Namespace) -> None:
+    "Prepare one part."
+    from transformer_llm.shards import prepare_shard
+    from transformer_llm.tokenizer import load_tokenizer
+
+    made = prepare_shard(args.text_file, load_tokenizer(args.tokenizer), args.out, args.shard, args.of)
+    print(f"{args.out}: shard {args.shard} of {args.of} {'is prepared' if made else 'was there already'}.")
+
+
+def command_merge_shards(args: argparse.Namespace) -> None:
+    "Write the index of all parts."
+    from transformer_llm.shards import merge_shards_index
+
+    shards = merge_shards_index(args.directory)
+    print(f"{args.directory}: {len(shards):,} tokens in {len(shards.sizes)} shards.")
+
+
+def command_verify_shards(args: argparse.Namespace) -> None:
+    "Compare each part with its hash."
+    from transformer_llm.shards import TokenShards
+
+    shards = TokenShards(args.directory)
+    shards.verify()
+    print(f"{args.directory}: all {len(shards.sizes)} shards are as they were prepared.")
 
 # %% ../nbs/92_command_line.ipynb #889a3be5
 def command_play(args: argparse.Namespace) -> int:
@@ -1581,18 +1748,9 @@ def config_rows(config) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in config.to_dict().items()]
 
 
-def count_parameters(config) -> int:
-    "The parameters of a model with this configuration, which is not built."
-    import torch
-
-    from transformer_llm.transformer import GPT
-
-    with torch.device("meta"):
-        return GPT(config).num_parameters()
-
-
 def preset_rows(name: str) -> list[tuple[str, str]]:
     "A preset's parameters, memory and settings."
+    from transformer_llm.runs import count_parameters
     from transformer_llm.transformer import GPTConfig, training_memory_bytes
 
     config = GPTConfig.preset(name)
@@ -1606,6 +1764,7 @@ def model_rows(name: str) -> list[tuple[str, str]]:
     The weights are not read.
     """
     from transformer_llm.pretrained import chat_settings, find_pretrained, load_pretrained_tokenizer, open_pretrained
+    from transformer_llm.runs import count_parameters
 
     path = find_pretrained(name)
     config = open_pretrained(path)[0]

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HALVES', 'TINY', 'COLD', 'PIECE', 'MANY', 'EXACT', 'WHOLE', 'WIDE', 'Function', 'KERNEL_FROM', 'KERNEL_ROWS',
-           'memory_bandwidth', 'lacks_16_bits', 'FloatMatrix', 'rows_product', 'HalvedMatrix', 'OtherMatrix',
-           'PackedMatrix', 'quantise_rows', 'slow_in_8_bits', 'exact_product', 'SharedRows', 'Int8Matrix',
-           'Int8Embedding', 'GroupedMatrix', 'GroupedEmbedding', 'pack', 'PackedAttention', 'PackedFeedForward',
-           'PackedBlock', 'check_kind', 'PackedWeights', 'PackedGPT', 'rms_function', 'norm_function', 'pairs_of',
-           'WideCache', 'TokenStore', 'TokenBuffers', 'DecoderCache', 'sampler', 'Layer', 'TokenReader', 'StepReader',
-           'KernelReader', 'TokenWriter', 'TextWriter', 'Decoder', 'bytes_per_token', 'speed_bound', 'Speculation',
-           'verify', 'Reader', 'check_pair', 'speculative']
+           'WORTH_INT8', 'memory_bandwidth', 'lacks_16_bits', 'FloatMatrix', 'rows_product', 'HalvedMatrix',
+           'OtherMatrix', 'PackedMatrix', 'quantise_rows', 'slow_in_8_bits', 'exact_product', 'SharedRows',
+           'Int8Matrix', 'Int8Embedding', 'GroupedMatrix', 'GroupedEmbedding', 'pack', 'PackedAttention',
+           'PackedFeedForward', 'PackedBlock', 'check_kind', 'PackedWeights', 'PackedGPT', 'rms_function',
+           'norm_function', 'pairs_of', 'WideCache', 'TokenStore', 'TokenBuffers', 'DecoderCache', 'sampler', 'Layer',
+           'TokenReader', 'StepReader', 'KernelReader', 'TokenWriter', 'TextWriter', 'Decoder', 'bytes_per_token',
+           'speed_bound', 'Speculation', 'draw_one', 'verify', 'Reader', 'check_pair', 'speculative', 'fastest']
 
 # %% ../nbs/13_decoding.ipynb #195fdc94
 import contextlib
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from .attention import KVCache, MultiHeadAttention
 from .embeddings import rotary_angles
 from .feedforward import ACTIVATIONS, FeedForward, SwiGLU, is_gated
-from .foundations import InputError, check_range
+from .foundations import InputError, check_range, native_bfloat16, wait_for
 from transformer_llm.generation import (
     NumberCheck,
     Sampling,
@@ -48,17 +48,20 @@ from .transformer import GPT, Block, GPTConfig, RMSNorm, check_plain
 def memory_bandwidth(
     n_bytes: int = 2**28,  # Read at once; far more than the caches hold, or you measure the caches
     repeats: int = 7,
+    device: str | torch.device = "cpu",
 ) -> float:
-    """Bytes per second that the processor reads from memory: the best of several sums over a large matrix and of its
+    """Bytes per second that a device reads from its memory: the best of several sums over a large matrix and of its
     products with a vector.
     """
     columns = 2**13
-    matrix, vector = torch.ones(max(1, n_bytes // (4 * columns)), columns), torch.ones(columns)
-    seconds = []
+    matrix = torch.ones(max(1, n_bytes // (4 * columns)), columns, device=device)
+    vector, seconds = torch.ones(columns, device=device), []
     for _ in range(repeats):
         for read in (matrix.sum, lambda: torch.mv(matrix, vector)):
+            wait_for(matrix.device)
             start = time.perf_counter()
             read()
+            wait_for(matrix.device)
             seconds.append(time.perf_counter() - start)
     return matrix.nbytes / min(seconds)
 
@@ -800,7 +803,7 @@ def sampler(
     def draw(
         logits: Float[Tensor, "batch vocab"], seen: Bool[Tensor, "batch vocab"] | None, out: Int[Tensor, "batch"]
     ) -> None:
-        noise.exponential_(generator=generator)
+        noise.exponential_(generator=generator).clamp_(min=torch.finfo().tiny)
         logits = logits if temperature == 1 else logits / temperature
         torch.argmax(logits - noise.log().to(logits.device), -1, out=out)
 
@@ -1194,6 +1197,12 @@ class Speculation:
         return (sum(self.kept) + len(self.kept)) / max(1, len(self.kept))
 
 
+def draw_one(p: Float[Tensor, "... vocab"], generator: torch.Generator | None) -> Int[Tensor, "... 1"]:
+    "A token from each distribution, drawn where the generator is: a reader's seed may be on the CPU, the model not."
+    place = p.device if generator is None else generator.device
+    return torch.multinomial(p.to(place), 1, generator=generator).to(p.device)
+
+
 def verify(
     p: Float[Tensor, "steps vocab"],  # The large model's distributions: one more than there are proposed tokens
     q: Float[Tensor, "seq vocab"],  # The draft's
@@ -1204,12 +1213,13 @@ def verify(
     (13.5).
     """
     index = proposed[:, None]
-    chance = torch.rand(len(proposed), generator=generator, dtype=p.dtype, device=p.device)
+    place = p.device if generator is None else generator.device
+    chance = torch.rand(len(proposed), generator=generator, dtype=p.dtype, device=place).to(p.device)
     refused = chance * q.gather(1, index)[:, 0] >= p[:-1].gather(1, index)[:, 0]
     n = int(refused.to(torch.int8).argmax()) if bool(refused.any()) else len(proposed)
     rest = (p[n] - q[n]).clamp(min=0) if n < len(proposed) else p[n]
     rest = rest if bool(rest.any()) else p[n]  # p and q agree up to rounding
-    return torch.cat([proposed[:n], torch.multinomial(rest, 1, generator=generator)])
+    return torch.cat([proposed[:n], draw_one(rest, generator)])
 
 # %% ../nbs/13_decoding.ipynb #e5bc2787
 class Reader:
@@ -1233,7 +1243,8 @@ class Reader:
         n: int,  # How many of the last tokens
     ) -> Float[Tensor, "steps vocab"]:
         "What the model expects after each of the last `n` tokens, with the settings applied."
-        logits = self.model(ids[:, self.cache[0].length :], cache=self.cache)[0, -n:].double()
+        logits = self.model(ids[:, self.cache[0].length :], cache=self.cache)[0, -n:]
+        logits = logits.float() if logits.device.type == "mps" else logits.double()  # MPS has no float64
         logits = self.sampling.filter(self.numbers.add(logits))
         if self.sampling.temperature == 0:
             return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
@@ -1299,7 +1310,7 @@ def speculative(
         k, q = min(lookahead, end - n - 1, limit - (n - first)), []
         for _ in range(k):
             q.append(small.distributions(ids[:, first:], 1))
-            ids = torch.cat([ids, torch.multinomial(q[-1], 1, generator=generator)], 1)
+            ids = torch.cat([ids, draw_one(q[-1], generator)], 1)
         p = large.distributions(ids[:, first:], k + 1)
         tokens = verify(p, torch.cat([*q, p[:0]]), ids[0, n:], generator)
         ids = torch.cat([ids[:, :n], tokens[None]], 1)
@@ -1309,3 +1320,30 @@ def speculative(
     for reader in readers:
         reader.numbers.ask()
     return ids.clone(), Speculation(tuple(k for k, _ in rounds), tuple(kept for _, kept in rounds))
+
+# %% ../nbs/13_decoding.ipynb #f1b00002
+WORTH_INT8 = 2**25  # From so many numbers on, a token waits for the memory, and eight bits are read sooner
+
+
+def fastest(
+    model: GPT,
+    *,
+    exact: bool = False,  # Only forms that differ from the model by the order of sums
+    say: Callable[[str], object] = lambda line: None,  # Called with one line that names the choice
+) -> GPT:
+    """The form in which this machine writes fastest: a `Decoder`, or the model itself where no `Decoder` can hold it.
+
+    On a CPU and with compiled code, a model of `WORTH_INT8` numbers or more is rounded to eight bits, which costs some
+    thousandths of a bit per byte (chapter 13's staircase); without, to bfloat16 where the processor multiplies it.
+    """
+    size, kind = sum(p.numel() for p in model.parameters()), None
+    if not exact and size >= WORTH_INT8 and model.device.type == "cpu":
+        kind = "int8" if not why_no_kernel() else torch.bfloat16 if native_bfloat16(model.device) else None
+    try:
+        decoder = Decoder(model, dtype=kind)
+    except InputError as error:
+        say(f"Writing with the plain model: {error}")
+        return model
+    say(f"Writing with chapter 13's decoder: {decoder.describe()}.")
+    return decoder
+

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['JSON_BYTES', 'InputError', 'show_value', 'check_range', 'check_choice', 'os_error_sentence', 'user_path',
            'check_regular_file', 'open_regular', 'sync_folder', 'atomic_write', 'write_json', 'read_json', 'sha256_of',
-           'cache_dir', 'set_seed', 'pick_device', 'memory_bytes', 'largest_difference', 'type_check',
-           'checked_by_kind', 'check_shapes']
+           'cache_dir', 'set_seed', 'pick_device', 'native_bfloat16', 'wait_for', 'memory_bytes', 'largest_difference',
+           'type_check', 'checked_by_kind', 'check_shapes']
 
 # %% ../nbs/90_foundations.ipynb #016c3f89
 import ast
@@ -299,6 +299,24 @@ def pick_device(name: str = "auto"):
     if not there[name]:
         raise InputError(f"device {name!r} is not available on this machine; use --device cpu or auto.")
     return torch.device(name)
+
+
+def native_bfloat16(device) -> bool:
+    "Whether a `torch.device` multiplies bfloat16 numbers itself; others convert them first, slower than float32."
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+
+
+def wait_for(device) -> None:
+    "Return when a `torch.device` has done what was asked of it: a GPU's calls return before that."
+    import torch
+
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def memory_bytes() -> int | None:

@@ -125,7 +125,7 @@ def draw(
     No sums, no sort, and nothing that a GPU has to wait for.
     """
     noise = torch.empty(logits.shape, device=logits.device if generator is None else generator.device)
-    noise.exponential_(generator=generator)
+    noise.exponential_(generator=generator).clamp_(min=torch.finfo().tiny)  # a zero, as MPS draws, would win always
     return (logits.float() - noise.log().to(logits.device)).argmax(-1)
 
 

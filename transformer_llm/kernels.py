@@ -551,6 +551,7 @@ def run(model: Model, sizes: Sizes, work: Work, cache: np.ndarray, tokens: np.nd
     with LOCK:
         import numba
 
+        torch_threads = torch.get_num_threads()
         numba.set_num_threads(min(sizes.threads, numba.config.NUMBA_NUM_THREADS))
         kind = str(model.qkv.numbers.dtype)
         said = f"Compiling the decoder for weights in {kind}, once; it is kept on disk ..."
@@ -562,6 +563,7 @@ def run(model: Model, sizes: Sizes, work: Work, cache: np.ndarray, tokens: np.nd
             compiled()(model, sizes, work, cache, tokens, t)
         finally:
             patience.cancel()
+            torch.set_num_threads(torch_threads)  # Numba's threads and torch's are one pool: starting it sets its size
         READY.add(kind)
 
 # %% ../nbs/75_kernels.ipynb #518083f6

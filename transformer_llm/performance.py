@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import KVCache, Mask, Rotate, attention_fused, check_heads, is_boolean
 from .embeddings import rotary_angles
 from .feedforward import ACTIVATIONS, is_gated
-from .foundations import InputError, check_range
+from .foundations import InputError, check_range, wait_for
 from .training import AdamW, Trainer, TrainingConfig
 from .transformer import GPT, GPTConfig, RMSNorm, Watch, check_plain, flops_per_token
 
@@ -33,11 +33,12 @@ from .transformer import GPT, GPTConfig, RMSNorm, Watch, check_plain, flops_per_
 def matmul_peak(
     dtype: torch.dtype = torch.float32,
     seconds: float = 0.5,  # How long to try
-    size: int = 1024,  # Rows and columns of the matrices; fewer where one such product takes longer than `seconds`
+    size: int | None = None,  # Largest matrices; None: 1024 on a CPU, 8192 elsewhere; fewer where they take too long
     device: str | torch.device = "cpu",
 ) -> float:
     "Floating-point operations per second of the fastest of many matrix products on this machine."
     check_range("seconds", seconds, 0)
+    size = size or (1024 if torch.device(device).type == "cpu" else 8192)
     rows = min(128, size)
     while (took := time_of_product(dtype, rows, 0, device)) * 8 < seconds and rows < size:
         rows = min(2 * rows, size)
@@ -48,12 +49,14 @@ def time_of_product(dtype: torch.dtype, size: int, seconds: float, device: str |
     "Seconds for the fastest of many products of two square matrices, tried for `seconds` but at least once."
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out, fastest, end = torch.empty_like(a), math.inf, time.perf_counter() + seconds
+    queue = 1 if out.device.type == "cpu" else 8  # Products between two waits, or waiting would count as work
     while fastest == math.inf or time.perf_counter() < end:
+        wait_for(out.device)
         started = time.perf_counter()
-        torch.mm(a, b, out=out)
-        if out.device.type == "cuda":
-            torch.cuda.synchronize(out.device)
-        fastest = min(fastest, time.perf_counter() - started)
+        for _ in range(queue):
+            torch.mm(a, b, out=out)
+        wait_for(out.device)
+        fastest = min(fastest, (time.perf_counter() - started) / queue)
     return fastest
 
 
@@ -745,7 +748,11 @@ class FusedAdamW(AdamW):
     def _step_group(self, group: dict, params: list[Tensor], grads: list[Tensor], states: list[dict]) -> None:
         for state in states:
             state["step"] += 1
-        steps = {state["step"]: torch.tensor(float(state["step"]), device=params[0].device) for state in states}
+        device, divisor = params[0].device, self.divisor
+        if divisor != 1 and device.type == "mps":  # where some versions of torch ignore `grad_scale`
+            torch._foreach_div_(grads, divisor)
+            divisor = 1.0
+        steps = {n: torch.tensor(float(n), device=device) for n in {state["step"] for state in states}}
         torch._fused_adamw_(
             params,
             grads,
@@ -760,7 +767,7 @@ class FusedAdamW(AdamW):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
-            grad_scale=None if self.divisor == 1 else torch.tensor(self.divisor, device=params[0].device),
+            grad_scale=None if divisor == 1 else torch.tensor(divisor, device=device),
         )
 
 

@@ -38,6 +38,25 @@
     return files;
   }
 
+  // The same by handles, where a browser has them: Chromium refuses entries on a page that was opened from a disk.
+  async function filesBehind(handle, path = handle.name) {
+    if (handle.kind === "file") {
+      const file = await handle.getFile();
+      Object.defineProperty(file, "path", { value: path });
+      return [file];
+    }
+    const files = [];
+    for await (const inner of handle.values()) files.push(...await filesBehind(inner, `${path}/${inner.name}`));
+    return files;
+  }
+
+  // What one dropped thing holds; it must be asked at once, before the browser forgets the drop.
+  function dropped(item) {
+    const entry = item.webkitGetAsEntry();
+    if (!entry) return [];
+    return item.getAsFileSystemHandle ? item.getAsFileSystemHandle().then(filesBehind) : filesBelow(entry);
+  }
+
   async function open(files) {
     if (!files.length) return;
     writing++; // what is being written stops
@@ -157,8 +176,7 @@
   drop.ondrop = guarded(async event => {
     event.preventDefault();
     drop.classList.remove("over");
-    const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry()).filter(Boolean);
-    open((await Promise.all(entries.map(filesBelow))).flat()).catch(error => say(sentence(error), true));
+    open((await Promise.all([...event.dataTransfer.items].map(dropped))).flat()).catch(error => say(sentence(error), true));
   });
   part("write").onclick = guarded(write);
   part("stop").onclick = () => { writing++; say("Stopped.") };
