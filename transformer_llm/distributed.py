@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['WAYS', 'TRAINERS', 'launched', 'joined', 'is_lost', 'why_not_joined', 'on_first', 'speaks', 'total_of', 'check_way',
            'divide', 'split_matrices', 'summed', 'local', 'whole', 'divided_like', 'DividedAdamW', 'DividedMuon',
-           'as_divided', 'divide_updates', 'clip_divided', 'my_rows', 'ParallelStep', 'torch_release', 'write_shards',
-           'seal_shards', 'prune_shards', 'verify_shards', 'read_shards', 'merge_shards', 'ParallelTrainer',
-           'start_parallel', 'continue_parallel', 'refuse_fast', 'ring_bytes', 'bytes_sent', 'Traffic']
+           'as_divided', 'divide_updates', 'clip_divided', 'my_rows', 'ParallelStep', 'ParallelEvaluation',
+           'torch_release', 'write_shards', 'seal_shards', 'prune_shards', 'verify_shards', 'read_shards',
+           'merge_shards', 'ParallelCheckpoints', 'ParallelTrainer', 'start_parallel', 'continue_parallel',
+           'refuse_fast', 'ring_bytes', 'bytes_sent', 'Traffic']
 
 # %% ../nbs/21_many_processes.ipynb #21c00904
 import math
@@ -21,12 +22,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# %% ../nbs/21_many_processes.ipynb #21c0091e
 from transformer_llm.checkpoints import (
     FORMAT_VERSION,
     build_model,
@@ -101,7 +104,7 @@ def joined(
     try:
         store, rank, processes = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"start-{start}", store)  # torchrun's store outlives a start, with addresses of the dead
+        store = dist.PrefixStore(f"start-{start}", store)  # torchrun's store outlives a start, with its addresses
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=processes,
                                 timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:  # torch's errors of the network are RuntimeErrors
@@ -209,7 +212,7 @@ def divide(
     register_fsdp_forward_method(model, "hidden_states")
 
 
-def split_matrices(model: GPT, mesh) -> None:
+def split_matrices(model: GPT, mesh: DeviceMesh) -> None:
     "Rows of the first matrices, columns of the last: one exchange per sublayer in each direction."
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -232,30 +235,30 @@ def split_matrices(model: GPT, mesh) -> None:
                 p.register_hook(summed)
 
 
-def summed(gradient: Tensor) -> Tensor:
+def summed(gradient: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     "A gradient's sum over all processes."
     gradient = gradient.contiguous().clone()
     dist.all_reduce(gradient)
     return gradient
 
 # %% ../nbs/21_many_processes.ipynb #21c0090a
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     "The part of a divided tensor that this process holds; any other tensor as it is."
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     "A divided tensor, gathered from all processes; any other tensor as it is."
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def divided_like(tensor: Tensor, like: Tensor) -> Tensor:
+def divided_like(tensor: Shaped[Tensor, "..."], like: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     "A whole tensor, divided as another one is; nothing is sent."
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
-
+# %% ../nbs/21_many_processes.ipynb #21c0091c
 class DividedAdamW(AdamW):
     "Chapter 07's AdamW, which works number by number and so on the parts that this process holds."
 
@@ -286,7 +289,7 @@ class DividedMuon(Muon):
 DividedAdamW.__name__, DividedMuon.__name__ = "AdamW", "Muon"  # so that files and records are the same
 
 
-def as_divided(part: Tensor, like: Tensor) -> Tensor:
+def as_divided(part: Shaped[Tensor, "..."], like: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     "This process's part of a tensor that is divided as another one is."
     if not isinstance(like, DTensor):
         return part
@@ -334,7 +337,7 @@ def my_rows(
     fill = inputs[:1].expand(missing, -1)
     return torch.cat([inputs[mine], fill]), torch.cat([targets[mine], torch.full_like(fill, -100)])
 
-
+# %% ../nbs/21_many_processes.ipynb #21c0091a
 class ParallelStep(Trainer):
     "One update on several processes, equal to that of one."
 
@@ -387,6 +390,10 @@ class ParallelStep(Trainer):
         if self.parallel == "ddp":
             return super().clip()
         return clip_divided(self.model.parameters(), self.config.grad_clip)
+
+# %% ../nbs/21_many_processes.ipynb #21c0091b
+class ParallelEvaluation(ParallelStep):
+    "Losses that are measured on several processes, equal to those of one."
 
     def validation_batches(self, n_batches: int | None = None) -> Iterable | None:
         "This process's rows of the batches that are evaluated."
@@ -524,8 +531,8 @@ def merge_shards(run_directory: str | Path) -> Path | None:
     return made
 
 # %% ../nbs/21_many_processes.ipynb #21c00910
-class ParallelTrainer(ParallelStep):
-    "Chapter 07's `Trainer` on several processes: the same steps, records and files. Process 0 writes."
+class ParallelCheckpoints(ParallelEvaluation):
+    "A run on several processes that is saved, in parts on the way and whole at its ends."
 
     def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
         "Restore what `state_tensors` returned, whole; each process keeps its part."
@@ -588,6 +595,10 @@ class ParallelTrainer(ParallelStep):
         run = self.run_directory
         found = [*checkpoint_folders(run), *shard_folders(run)] if run else []
         return max(map(step_of, found), default=None)
+
+# %% ../nbs/21_many_processes.ipynb #21c0091d
+class ParallelTrainer(ParallelCheckpoints):
+    "Chapter 07's `Trainer` on several processes: the same steps, records and files. Process 0 writes."
 
     def train(self) -> list[dict]:
         "As in chapter 07; what stops one process stops all, after the same step."
@@ -702,7 +713,7 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.sent, self.calls = 0, {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         kind = function._schema.name.split("::")
         if kind[0] in ("c10d", "_c10d_functional"):
