@@ -156,8 +156,8 @@ def test_every_training_flag_is_a_setting():
 
     known = set(TRAINING_FIELDS) | {
         "context_length", "model_size", "dropout", "epochs", "text_file", "tokenizer", "vocab_size", "val_fraction",
-        "out", "resume", "overwrite", "help", "fast",
-    }  # fast: which trainer, not a setting of it
+        "out", "resume", "overwrite", "help", "fast", "parallel",
+    }  # fast and parallel: which trainer, not a setting of it
     assert {action.dest for action in subparser("train")._actions} <= known
 
 

@@ -258,6 +258,8 @@ def test_rows_in_the_other_order_are_noticed(llama_cpp, models, ids, tmp_path, m
     (dict(window=16), "window=16 has no place"),
     (dict(bias=True), "bias=True has no place"),
     (GPT2_STYLE | dict(n_kv_heads=4, activation="gelu"), "activation='gelu' has no place"),
+    (dict(rope_scaling=LLAMA3, qkv_bias=True), "qwen2: rope_scaling='llama3'"),
+    (dict(rope_scaling=LLAMA3, qk_norm=True), "qwen3: rope_scaling='llama3'"),
     (dict(rope_scaling=RopeScaling("yarn", factor=4.0, original_context_length=16)), "rope_scaling='yarn'"),
     (dict(rope_scaling=RopeScaling("dynamic", factor=2.0, original_context_length=64)), "rope_scaling='dynamic'"),
     (dict(norm_placement="output", qk_norm=True, qk_norm_whole=True), "tied_embeddings=True has no place"),

@@ -397,3 +397,27 @@ def test_the_command_refuses_in_one_sentence(capsys, monkeypatch, tmp_path, mode
     assert "choose another port" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "starlette.applications", None)
     assert main(serve) == 2 and "pip install 'transformer_llm[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("body", [
+    '{"prompt": "a", "top_k": 1e999}', '{"prompt": "a", "top_k": NaN}',
+    '{"prompt": "a", "temperature": 1%s}' % ("0" * 400),
+    '{"prompt": "a", "\\ud800": 1}',
+    '{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema":'
+    ' {"type": "object", "properties": {}, "required": 5}}}}',
+])
+def test_values_that_no_converter_takes_are_refused_in_the_interfaces_form(served, body):
+    with TestClient(make_app(served)) as client:
+        answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
+
+
+def test_a_refused_request_leaves_nothing_in_the_queue(model, tokenizer):
+    engine = Engine(model, n_slots=1, n_pages=64, page_size=8, max_waiting=0)
+    served = Served("tiny", engine, tokenizer, template=TEMPLATE)
+    with TestClient(make_app(served)) as client:
+        ask = lambda n: client.post("/v1/completions", json={"prompt": "The cat", "max_tokens": 2, "n": n}).status_code
+        assert ask(2) == 429
+        settle(served)
+        assert ask(1) == 200
+

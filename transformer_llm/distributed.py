@@ -25,7 +25,6 @@ import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -107,7 +106,7 @@ def joined(
         store = dist.PrefixStore(f"start-{start}", store)  # torchrun's store outlives a start, with its addresses
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=processes,
                                 timeout=timedelta(seconds=seconds))
-    except (RuntimeError, ValueError) as error:  # torch's errors of the network are RuntimeErrors
+    except (RuntimeError, ValueError) as error:  # what torch raises for the network
         raise InputError(why_not_joined(error)) from error
     try:
         yield
@@ -214,6 +213,7 @@ def divide(
 
 def split_matrices(model: GPT, mesh: DeviceMesh) -> None:
     "Rows of the first matrices, columns of the last: one exchange per sublayer in each direction."
+    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         PrepareModuleInput,
@@ -244,16 +244,22 @@ def summed(gradient: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 # %% ../nbs/21_many_processes.ipynb #21c0090a
 def local(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     "The part of a divided tensor that this process holds; any other tensor as it is."
+    from torch.distributed.tensor import DTensor
+
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     "A divided tensor, gathered from all processes; any other tensor as it is."
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def divided_like(tensor: Shaped[Tensor, "..."], like: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     "A whole tensor, divided as another one is; nothing is sent."
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
@@ -291,6 +297,8 @@ DividedAdamW.__name__, DividedMuon.__name__ = "AdamW", "Muon"  # so that files a
 
 def as_divided(part: Shaped[Tensor, "..."], like: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     "This process's part of a tensor that is divided as another one is."
+    from torch.distributed.tensor import DTensor
+
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
@@ -310,6 +318,8 @@ def clip_divided(
     max_norm: float,  # 0: measure only
 ) -> float:
     "Scale all gradients together so that their joint norm is at most `max_norm`; returns the norm before."
+    from torch.distributed.tensor import DTensor
+
     grads = [p.grad for p in parameters if p.grad is not None]
     squares = torch.zeros((), dtype=torch.float64)
     for grad in grads:
@@ -478,29 +488,31 @@ def prune_shards(run_directory: Path, keep: int) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
 
 # %% ../nbs/21_many_processes.ipynb #21c0090f
-def verify_shards(folder: Path) -> dict:
+def verify_shards(directory: Path) -> dict:
     "What `shards.json` says, once every file is there and whole; `InputError` names the first that isn't."
-    note = read_json(folder / "shards.json")
+    note = read_json(directory / "shards.json")
     if not isinstance(note, dict) or not isinstance(note.get("files"), dict):
-        raise InputError(f"{folder / 'shards.json'} is damaged; remove {folder} to continue from an older checkpoint.")
+        raise InputError(f"{directory / 'shards.json'} is damaged; remove {directory} to continue from an older "
+                         "checkpoint.")
     if note.get("torch") != torch_release():
-        raise InputError(f"{folder} was written with torch {note.get('torch')}, and this is torch {torch_release()}, "
-                         "which may read it wrongly; continue with the other version, or remove the folder.")
+        raise InputError(f"{directory} was written with torch {note.get('torch')}, and this is torch "
+                         f"{torch_release()}, which may read it wrongly; continue with the other version, or remove "
+                         "the folder.")
     for name, entry in note["files"].items():
-        path = folder / name
+        path = directory / name
         if not path.is_file():
-            raise InputError(f"{folder} lacks its part {name}; put it back, or remove the folder to continue from an "
-                             "older checkpoint.")
+            raise InputError(f"{directory} lacks its part {name}; put it back, or remove the folder to continue from "
+                             "an older checkpoint.")
         if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
-            raise InputError(f"{path} is damaged; remove {folder} to continue from an older checkpoint.")
+            raise InputError(f"{path} is damaged; remove {directory} to continue from an older checkpoint.")
     return note
 
 
-def read_shards(folder: Path) -> dict[str, Tensor]:
+def read_shards(directory: Path) -> dict[str, Tensor]:
     "All tensors of a checkpoint in parts, whole, read by one process."
     import torch.distributed.checkpoint as dcp
 
-    reader = dcp.FileSystemReader(folder)
+    reader = dcp.FileSystemReader(directory)
     kinds = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in kinds.items()}
     dcp.load(tensors, storage_reader=reader, no_dist=True)

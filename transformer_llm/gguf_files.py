@@ -32,7 +32,7 @@ MISFITS = {  # field: why llama.cpp, or this book's reader, has no place for it
     "bias": "outside of GPT-2, only queries, keys and values may have biases",
     "window": "its code for these architectures reads the whole text",
     "activation": "its GPT-2 computes GELU by the formula with tanh",
-    "rope_scaling": "only 'linear', 'llama3' and 'divisors' scaling are written",
+    "rope_scaling": "only 'linear' scaling is read everywhere, and 'llama3' and 'divisors' in llama",
     "tied_embeddings": "its OLMo 2 needs an output matrix of its own",
 }
 
@@ -48,11 +48,12 @@ def gguf_family(config: GPTConfig) -> str:
     except InputError as error:
         raise InputError(str(error).replace("for transformers", "as GGUF", 1)) from None
     have = facts(config)
+    scalings = (None, "linear", "llama3", "divisors") if family == "llama" else (None, "linear")
     wrong = {
         "bias": family != "gpt2" and have["bias"],
         "window": have["window"] is not None,
         "activation": have["activation"] == "gelu",
-        "rope_scaling": have["rope_scaling"] not in (None, "linear", "llama3", "divisors"),
+        "rope_scaling": have["rope_scaling"] not in scalings,
         "tied_embeddings": family == "olmo2" and have["tied_embeddings"],
     }
     for field in (field for field, is_wrong in wrong.items() if is_wrong):

@@ -8,8 +8,9 @@ __all__ = ['KNOWN_KEYWORDS', 'NOTES', 'DEEPEST', 'MOST_STATES', 'ADDERS', 'COMMO
            'Engine', 'top_logprobs', 'Automaton', 'add_schema', 'bounds', 'add_object', 'add_array', 'add_string',
            'add_number', 'Vocabulary', 'ByteGrammar', 'Grammar', 'Pieces', 'Refused', 'Limits', 'check_fields',
            'one_of', 'whole_number', 'sampling_of', 'stop_texts', 'check_messages', 'schema_of', 'Asked', 'Served',
-           'Worker', 'Answer', 'choice', 'usage', 'metrics', 'read_body', 'start_answers', 'header', 'whole_answer',
-           'event_stream', 'Routes', 'App', 'make_app', 'until_gone', 'free_socket', 'run_server']
+           'Worker', 'Answer', 'choice', 'usage', 'metrics', 'read_body', 'understand_or_refuse', 'start_answers',
+           'header', 'whole_answer', 'event_stream', 'Routes', 'App', 'make_app', 'until_gone', 'free_socket',
+           'run_server']
 
 # %% ../nbs/22_serving.ipynb #22b2e0c5
 import hashlib
@@ -332,7 +333,7 @@ class Scheduler(Waiting):
                     self.table.close(job)
                     return
                 self.waiting.popleft()
-            job.read = job.known = known
+            job.read, job.known = known, job.known if job.written else known  # not its own, after giving way
             self.counts.shared += known
             self.running.append(job)
 
@@ -416,7 +417,7 @@ class Engine(Reading):
     def write(self, job: Job, logits: Float[Tensor, "vocab"]) -> None:
         "Choose a row's next token, and end the job if that was its last."
         allowed = None if job.grammar is None else job.grammar.mask(job.state, job.stop_tokens)
-        if not bool(torch.isfinite(logits).all()):
+        if not bool(torch.isfinite(logits).all()) or allowed is not None and not bool(allowed.any()):
             return self.finish(job, "error")
         token = job.sampler.choose(logits, job.text, allowed)
         self.counts.written += 1
@@ -1039,6 +1040,16 @@ async def read_body(request: Any, limits: Limits) -> object:
         raise Refused("The body is not valid JSON.", code="invalid_json") from None
 
 
+def understand_or_refuse(served: Served, body: object, kind: str) -> Asked:
+    "`Served.understand`; a value that no converter takes (infinity, half a character) is refused like any other."
+    try:
+        return served.understand(body, kind)
+    except InputError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise Refused(f"A value in the request can't be used ({error!s:.80}).") from error
+
+
 def start_answers(served: Served, asked: Asked) -> list[Answer]:
     "Hand a request's jobs to the engine, all or none."
     answers = [Answer(served, asked, i) for i in range(asked.n)]
@@ -1065,7 +1076,7 @@ async def whole_answer(served: Served, asked: Asked, answers: list[Answer]) -> d
             texts.append(text)
             logprobs += [] if one is None else [answer.logprob(one)]
         if answer.reason == "error":
-            raise Refused("The model gave something that is not a number.", 500, "model_error")
+            raise Refused("The model gave no number, or it has no token that the schema allows.", 500, "model_error")
         return choice(asked, answer, "".join(texts), logprobs, False)
 
     choices = await asyncio.gather(*map(gather, answers))
@@ -1122,7 +1133,7 @@ document.querySelector("form").addEventListener("submit", async event => {
   try {
     const headers = {"Content-Type": "application/json", ...(key ? {Authorization: "Bearer " + key} : {})};
     const reply = await fetch("/v1/chat/completions", {method: "POST", headers,
-      body: JSON.stringify({messages, stream: true, temperature: 0.2, max_tokens: 512})});
+      body: JSON.stringify({messages, stream: true, temperature: 0.2})});
     if (!reply.ok) throw new Error((await reply.json()).error.message);
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let part; !(part = await reader.read()).done;) {
@@ -1153,7 +1164,8 @@ class Routes:
     def refuse(self, request: Any, error: Exception) -> Any:
         "An error as an answer."
         known = error if isinstance(error, Refused) else Refused(str(error))
-        return self.made.JSONResponse(known.body(), known.status)
+        text = json.dumps(known.body())  # half a character, which a message may quote, is escaped
+        return self.made.Response(text, known.status, media_type="application/json")
 
     def no_route(self, request: Any, error: Any) -> Any:
         "There is no such address, or not with this method."
@@ -1166,9 +1178,11 @@ class Routes:
         if self.worker.failed:
             raise Refused("The engine has stopped; restart the server.", 503, "engine_failed")
         body = await read_body(request, self.served.limits)
-        asked = await asyncio.to_thread(self.served.understand, body, kind)
-        answers = start_answers(self.served, asked)
-        self.worker.wake.set()
+        asked = await asyncio.to_thread(understand_or_refuse, self.served, body, kind)
+        try:
+            answers = start_answers(self.served, asked)
+        finally:
+            self.worker.wake.set()  # after a refusal too: those of its jobs that wait have to leave
         if asked.stream:
             events = event_stream(self.served, asked, answers)
             return self.made.StreamingResponse(events, media_type="text/event-stream")
