@@ -134,6 +134,9 @@ def test_a_chapter_has_a_widget(chapter):
             kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
             assert FRAMES in kinds, "a control that no page can move"
             assert WIDGET not in kinds, "a control without a kernel was saved"
+            frames = [output["data"][FRAMES] for output in cell["outputs"] if FRAMES in output.get("data", {})]
+            shown = [moved for frame in frames for moved in frame["shown"].values()]
+            assert shown and "None" not in [text for _, text, _ in shown], "its function draws, but returns nothing"
 
 
 def test_numbers_that_lead_nowhere():
